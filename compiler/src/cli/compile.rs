@@ -1,0 +1,208 @@
+//! `dsc compile` and `dsc targets`.
+
+use super::{Outcome, bytes, print_json, progress, table, write_atomically};
+use crate::compile::{self, Compiled, Event, Options};
+use crate::passes;
+use dsc_ir::artifact::Numerics;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A Hugging Face model folder: config.json, and the weights if they are to be checked
+    model_dir: PathBuf,
+    /// What to compile for (`dsc targets` lists them)
+    #[arg(long, default_value = "cpu")]
+    target: String,
+    /// The artifact to write [default: MODEL_DIR's name with .dsc, in this folder]
+    #[arg(short, long, value_name = "OUT.dsc")]
+    output: Option<PathBuf>,
+    /// Numerics: f32 throughout, or what serving engines run (fp8 activations and caches)
+    #[arg(long, value_enum, default_value = "deployed")]
+    numerics: NumericsArg,
+    /// Ranks of tensor parallelism
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    tp: u32,
+    /// Longest context in tokens [default: the model's]
+    #[arg(long, value_name = "N")]
+    max_context: Option<u32>,
+    /// Tokens of a prefill step; longer prompts go in chunks
+    #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
+    chunk: u32,
+    /// Compile only these layers, for measurements: 0,3,4
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    layers: Option<Vec<usize>>,
+    /// Also write these levels as text
+    #[arg(long, value_delimiter = ',', value_enum, value_name = "LEVELS")]
+    emit: Vec<Emit>,
+    /// Where --emit writes
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    emit_dir: PathBuf,
+    /// Print the graph after this pass, once a shape class, on stderr
+    #[arg(long, value_name = "PASS", value_parser = clap::builder::PossibleValuesParser::new(passes::PASSES))]
+    print_after: Vec<String>,
+    /// Print how long each pass and stage took
+    #[arg(long)]
+    time_passes: bool,
+    /// Print a JSON summary on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum NumericsArg {
+    Exact,
+    Deployed,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Emit {
+    /// The fused graph of each shape class
+    Graph,
+    /// The tile program of each kernel
+    Tile,
+    /// The schedule of each kernel, as JSON
+    Sched,
+    /// MLIR, for targets lowered through it
+    Mlir,
+    /// LLVM IR, for targets lowered through it
+    Llvm,
+    /// The target's assembly
+    Asm,
+}
+
+pub fn run(args: Args) -> Outcome {
+    let started = Instant::now();
+    if args.tp != 1 {
+        return Err(format!("--tp {}: tensor parallelism is not implemented; only --tp 1 is", args.tp).into());
+    }
+    let options = Options {
+        target: args.target.clone(),
+        numerics: match args.numerics {
+            NumericsArg::Exact => Numerics::Exact,
+            NumericsArg::Deployed => Numerics::Deployed,
+        },
+        max_context: args.max_context,
+        chunk: args.chunk,
+        layers: args.layers.clone(),
+        asm: args.emit.contains(&Emit::Asm),
+    };
+    let output = args.output.clone().unwrap_or_else(|| default_output(&args.model_dir));
+    let mut times: Vec<(String, Duration)> = Vec::new();
+    let bar = progress::bar("Compiling", 0);
+    let compiled = compile::compile_dir(&args.model_dir, &options, &mut |event| match event {
+        Event::Pass { class, name, graph, took } => {
+            bar.set_message(format!("{class}: {name}"));
+            bar.tick();
+            times.push((format!("{class}: {name}"), took));
+            if args.print_after.iter().any(|p| p == name) {
+                bar.suspend(|| eprintln!("// {class}, after {name}\n{graph}"));
+            }
+        }
+        Event::Stage { name, took } => {
+            bar.set_message(name.to_owned());
+            bar.tick();
+            times.push((name.to_owned(), took));
+        }
+    })?;
+    bar.finish_and_clear();
+    write_atomically(&output, &compiled.bytes)?;
+    emit(&args, &compiled)?;
+    if args.time_passes {
+        let rows = times.iter().map(|(name, took)| vec![name.clone(), format!("{:.2} ms", took.as_secs_f64() * 1e3)]);
+        eprintln!("{}", table(&["pass", "time"], rows));
+    }
+    summary(&args, &output, &compiled, started.elapsed())
+}
+
+fn default_output(model_dir: &Path) -> PathBuf {
+    let absolute = fs::canonicalize(model_dir).unwrap_or_else(|_| model_dir.to_owned());
+    let stem = absolute.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
+    PathBuf::from(format!("{stem}.dsc"))
+}
+
+fn emit(args: &Args, compiled: &Compiled) -> Result<(), Box<dyn std::error::Error>> {
+    if args.emit.is_empty() {
+        return Ok(());
+    }
+    fs::create_dir_all(&args.emit_dir).map_err(|e| format!("cannot create {}: {e}", args.emit_dir.display()))?;
+    let write = |name: String, text: &str| {
+        let path = args.emit_dir.join(name);
+        fs::write(&path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
+    };
+    for level in &args.emit {
+        match level {
+            Emit::Graph => {
+                for (class, graph) in &compiled.graphs {
+                    write(format!("{}.graph", class.name), &graph.to_string())?;
+                }
+            }
+            Emit::Tile => {
+                for kernel in &compiled.plan.kernels {
+                    write(format!("{}.tile", kernel.program.name), &format!("// {}\n{}", kernel.what, kernel.program))?;
+                }
+            }
+            Emit::Sched => {
+                let all: BTreeMap<&str, _> =
+                    compiled.plan.kernels.iter().map(|k| (k.program.name.as_str(), &k.schedule)).collect();
+                write("schedules.json".into(), &serde_json::to_string_pretty(&all)?)?;
+            }
+            Emit::Asm => write("kernels.asm".into(), compiled.module.asm.as_deref().unwrap_or_default())?,
+            Emit::Mlir | Emit::Llvm => {
+                return Err(format!("--emit mlir,llvm: target {} is not lowered through MLIR", args.target).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> Outcome {
+    let header = &compiled.header;
+    if args.json {
+        let steps: Vec<_> = header
+            .steps
+            .iter()
+            .map(|s| serde_json::json!({"name": s.name, "launches": s.launches.len(), "arena_bytes": s.arena_bytes}))
+            .collect();
+        print_json(&serde_json::json!({
+            "output": output,
+            "bytes": compiled.bytes.len(),
+            "target": header.target,
+            "kernels": header.kernels.len(),
+            "weights": header.weights.len(),
+            "steps": steps,
+            "seconds": took.as_secs_f64(),
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!(
+        "{}: {}, {} kernels for {}, {:.2} s",
+        output.display(),
+        bytes(compiled.bytes.len() as u64),
+        header.kernels.len(),
+        header.target,
+        took.as_secs_f64()
+    );
+    let rows = header.steps.iter().map(|s| {
+        vec![format!("  {}", s.name), format!("{} launches", s.launches.len()), format!("arena {} bytes", s.arena_bytes)]
+    });
+    eprintln!("{}", table(&[], rows));
+    if !compile::has_weights(&args.model_dir) {
+        eprintln!("note: no weights in {}: their names and shapes were not checked", args.model_dir.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn targets(json: bool) -> Outcome {
+    let all = dsc_targets::targets();
+    if json {
+        print_json(&all)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rows = all.iter().map(|t| [t.name, t.description, t.lowering, t.note].map(str::to_owned).to_vec());
+    println!("{}", table(&["target", "device", "code by", "state"], rows));
+    Ok(ExitCode::SUCCESS)
+}

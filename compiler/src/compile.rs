@@ -1,0 +1,293 @@
+//! The whole way down: model folder to artifact.
+//!
+//! ```text
+//! config.json -> front::model::build -> Graph        (one a shape class)
+//!             -> passes::run         -> fused Graph
+//!             -> plan::plan          -> kernels (tile programs), launches, memory
+//!             -> Target::compile     -> machine code
+//!             -> artifact::write     -> bytes
+//! ```
+
+use crate::front::config::{ConfigError, ModelConfig};
+use crate::front::model::{self, BuildOptions};
+use crate::passes::{self, Class, Cx, PassError};
+use crate::plan::{self, Plan, PlanError};
+use dsc_ir::artifact::{self, Header, KernelEntry, ModelFacts, Numerics, ParamEntry};
+use dsc_ir::graph::Graph;
+use dsc_ir::tile::Access;
+use dsc_ir::{Sym, SymValues};
+use dsc_runtime::checkpoint::Checkpoint;
+use dsc_targets::{Kernel, Module, TargetError};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What to compile for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Target name, such as `cpu`.
+    pub target: String,
+    /// Numerics of the kernels.
+    pub numerics: Numerics,
+    /// Longest context in tokens; the config's own limit if none.
+    pub max_context: Option<u32>,
+    /// Tokens a prefill step takes at most; longer prompts go in chunks.
+    pub chunk: u32,
+    /// Only these layers of the model, for measurements.
+    pub layers: Option<Vec<usize>>,
+    /// Whether to keep the target's assembly text.
+    pub asm: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            target: "cpu".into(),
+            numerics: Numerics::Deployed,
+            max_context: None,
+            chunk: 512,
+            layers: None,
+            asm: false,
+        }
+    }
+}
+
+/// Why a model could not be compiled.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// The model's config is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Weights and config disagree.
+    #[error("the weights in {dir} do not fit its config.json:\n{problems}")]
+    Weights {
+        /// The folder.
+        dir: PathBuf,
+        /// One line a problem.
+        problems: String,
+    },
+    /// The weights cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] dsc_runtime::checkpoint::CheckpointError),
+    /// An option is out of range.
+    #[error("{0}")]
+    Option(String),
+    /// A pass broke the graph: a fault of the compiler.
+    #[error(transparent)]
+    Pass(#[from] PassError),
+    /// No plan: a fault of the compiler.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The target refused.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// The artifact would not load: a fault of the compiler.
+    #[error("the artifact would not pass its own check:\n{0}")]
+    Artifact(String),
+}
+
+/// What observers are told while compiling.
+pub enum Event<'a> {
+    /// A pass of a class has run.
+    Pass {
+        /// The shape class.
+        class: &'a str,
+        /// The pass.
+        name: &'a str,
+        /// The graph after it.
+        graph: &'a Graph,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A stage other than a pass has ended.
+    Stage {
+        /// Its name.
+        name: &'a str,
+        /// How long it took.
+        took: Duration,
+    },
+}
+
+/// A compiled model.
+pub struct Compiled {
+    /// The artifact's description.
+    pub header: Header,
+    /// The artifact's bytes.
+    pub bytes: Vec<u8>,
+    /// The plan, with its tile programs and schedules.
+    pub plan: Plan,
+    /// The graph of each class after all passes.
+    pub graphs: Vec<(Class, Graph)>,
+    /// The target's output.
+    pub module: Module,
+}
+
+/// Compiles the model in `dir`. If weights are there, their names, types and shapes are checked first.
+pub fn compile_dir(dir: &Path, options: &Options, observe: &mut dyn FnMut(Event)) -> Result<Compiled, CompileError> {
+    let config = ModelConfig::read(dir)?;
+    let path = dir.join("config.json");
+    let text = std::fs::read(&path).map_err(|source| ConfigError::Io { path, source })?;
+    let compiled = compile(&config, blake3::hash(&text).to_hex().as_str(), options, observe)?;
+    if has_weights(dir) {
+        check_weights(dir, &compiled.header)?;
+    }
+    Ok(compiled)
+}
+
+/// Whether a folder has safetensors files to check against.
+pub fn has_weights(dir: &Path) -> bool {
+    dir.join("model.safetensors").exists() || dir.join("model.safetensors.index.json").exists()
+}
+
+/// Compiles a model from its config alone; `config_hash` is the blake3 of its file, in hex.
+pub fn compile(
+    config: &ModelConfig,
+    config_hash: &str,
+    options: &Options,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Compiled, CompileError> {
+    let target = dsc_targets::target(&options.target, options.asm)?;
+    let max_context = max_context(config, options)?;
+    let stage = Instant::now();
+    let graph = model::build(
+        config,
+        &BuildOptions { numerics: options.numerics, layers: options.layers.clone(), max_context },
+    );
+    observe(Event::Stage { name: "build graph", took: stage.elapsed() });
+
+    let mut graphs = Vec::new();
+    for class in classes(config, options, max_context) {
+        let mut graph = graph.clone();
+        let cx = Cx {
+            class: class.clone(),
+            target_fp8: target.multiplies_fp8(),
+            numerics: options.numerics,
+            index_topk: config.index_topk as u32,
+        };
+        passes::run(&mut graph, &cx, &mut |name, graph, took| {
+            observe(Event::Pass { class: &class.name, name, graph, took });
+        })?;
+        graphs.push((class, graph));
+    }
+
+    let stage = Instant::now();
+    let plan = plan::plan(&graphs, &|shape, class| target.schedule(shape, class.max.get(Sym::T)))?;
+    observe(Event::Stage { name: "plan", took: stage.elapsed() });
+
+    let stage = Instant::now();
+    let kernels: Vec<Kernel> = plan
+        .kernels
+        .iter()
+        .map(|k| Kernel { program: k.program.clone(), schedule: k.schedule.clone() })
+        .collect();
+    let module = target.compile(&kernels)?;
+    observe(Event::Stage { name: "generate code", took: stage.elapsed() });
+
+    let stage = Instant::now();
+    let facts = facts(config, config_hash, options, max_context);
+    let mut header = header(facts, options, &plan, &module, target.name());
+    let tile_text: String = plan.kernels.iter().map(|k| format!("// {}\n{}\n", k.what, k.program)).collect();
+    let sections = [("code", module.code.as_slice()), ("tile", tile_text.as_bytes())];
+    let bytes = artifact::write(&mut header, &sections);
+    header.check().map_err(|problems| CompileError::Artifact(problems.join("\n")))?;
+    observe(Event::Stage { name: "write artifact", took: stage.elapsed() });
+    Ok(Compiled { header, bytes, plan, graphs, module })
+}
+
+fn max_context(config: &ModelConfig, options: &Options) -> Result<u32, CompileError> {
+    let limit = config.max_position_embeddings as u32;
+    match options.max_context {
+        Some(0) => Err(CompileError::Option("--max-context must be at least 1".into())),
+        Some(n) if n > limit => Err(CompileError::Option(format!(
+            "--max-context {n} is beyond what the model was made for: max_position_embeddings is {limit}"
+        ))),
+        Some(n) => Ok(n),
+        None => Ok(limit),
+    }
+}
+
+/// The shape classes of a model, the preferred first: the runtime takes the first that admits a step.
+fn classes(config: &ModelConfig, options: &Options, max_context: u32) -> Vec<Class> {
+    let class = |name: &str, tokens: u32, seqs: u32, context: u32, keep_mha: bool| Class {
+        name: name.into(),
+        max: SymValues::default()
+            .with(Sym::T, tokens)
+            .with(Sym::S, seqs)
+            .with(Sym::P, max_context.div_ceil(dsc_ir::graph::PAGE_TOKENS))
+            .with(Sym::L, tokens)
+            .with(Sym::N, MAX_PAGES)
+            .with(Sym::C, context),
+        keep_mha,
+    };
+    let short = max_context.min(config.index_topk as u32);
+    vec![
+        class("decode1", 1, 1, max_context, false),
+        class("decode", BATCH, BATCH, max_context, false),
+        class("prefill_short", options.chunk, 1, short, true),
+        class("prefill", options.chunk, 1, max_context, false),
+    ]
+}
+
+/// Sequences that one decode step takes at most.
+const BATCH: u32 = 16;
+/// Pages a cache may have: 2^24 pages are 2^30 tokens.
+const MAX_PAGES: u32 = 1 << 24;
+
+fn facts(config: &ModelConfig, config_hash: &str, options: &Options, max_context: u32) -> ModelFacts {
+    ModelFacts {
+        model_type: config.family.name().into(),
+        config_hash: config_hash.into(),
+        vocab: config.vocab as u32,
+        layers: options.layers.as_ref().map_or(config.layers, Vec::len) as u32,
+        index_topk: config.index_topk as u32,
+        bos: config.bos,
+        eos: config.eos.clone(),
+        max_context,
+    }
+}
+
+fn header(model: ModelFacts, options: &Options, plan: &Plan, module: &Module, target: &str) -> Header {
+    let kernels = plan.kernels.iter().zip(&module.kernels).map(|(planned, code)| {
+        let program = &planned.program;
+        let param = |p: &dsc_ir::tile::Param| ParamEntry {
+            name: p.name.clone(),
+            view: program.view(p.value).expect("verified: parameters are views").clone(),
+            write: p.access != Access::Read,
+        };
+        KernelEntry {
+            name: program.name.clone(),
+            what: planned.what.clone(),
+            entry: code.entry,
+            code_bytes: code.code_bytes,
+            scratch_bytes: code.scratch_bytes,
+            grid: program.grid.clone(),
+            params: program.params.iter().map(param).collect(),
+            schedule: planned.schedule.clone(),
+        }
+    });
+    Header {
+        compiler: env!("CARGO_PKG_VERSION").into(),
+        target: target.into(),
+        features: module.features.clone(),
+        numerics: options.numerics,
+        model,
+        weights: plan.weights.clone(),
+        states: plan.states.clone(),
+        kernels: kernels.collect(),
+        steps: plan.steps.clone(),
+        sections: Vec::new(),
+    }
+}
+
+/// Compares every tensor that the weight map names with the checkpoint's headers.
+fn check_weights(dir: &Path, header: &Header) -> Result<(), CompileError> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let problems = dsc_runtime::weights::check(&header.weights, &checkpoint);
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let mut lines: Vec<String> = problems.iter().take(20).map(|p| format!("  {p}")).collect();
+    if problems.len() > lines.len() {
+        lines.push(format!("  ... and {} more", problems.len() - lines.len()));
+    }
+    Err(CompileError::Weights { dir: dir.to_owned(), problems: lines.join("\n") })
+}

@@ -1,0 +1,157 @@
+//! Mixture of experts: `route` and `expert_linear`.
+//!
+//! `route` sorts the flat rows `t·k + j` by expert: a counting sort in one block. Rows come in chunks; a chunk's one-hot matrix
+//! `[rows, E]` gives its counts by a sum over rows and each row's rank in its expert by a running sum over rows.
+//! Pass one counts, a running sum over experts gives `offsets`; pass two scatters each row's number to `start + rank`. Exact
+//! and the same on every run, for any number of rows. Cost: `2 T k E` additions of integers.
+//!
+//! `expert_linear`: a block takes one expert and `tile_n` outputs, and loops over the expert's rows (none, for most experts of a
+//! decode step) by `tile_m`: gathers rows of `x` through `order` (row `order / k` where all experts of a token share its row),
+//! multiplies as [`linear`](super::linear) does, and scatters to the flat rows of the result. Each expert's weights are read
+//! once while its rows fit one tile. Floors: `2 T k N K` operations; the weights of the experts that occur.
+
+use super::linear::{Contraction, LoadScales, k_step, tile, weight_scales};
+use super::view::{Emit, divided, extent, range, sum, times, where_below};
+use super::{Class, Emitted, KernelError, Part, elem_name, unsupported};
+use dsc_ir::graph::{Graph, NodeId, Op, Value};
+use dsc_ir::schedule::Schedule;
+use dsc_ir::tile::{Builder, Ix, ReduceKind, ValueId};
+use dsc_ir::{DType, Extent};
+
+/// The kernel of a grouped [`Op::ExpertLinear`] node.
+pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
+    let Op::ExpertLinear { per_token } = graph.dag[node].op else {
+        return Err(unsupported(graph, node, "not an expert_linear"));
+    };
+    let &[x, w, order, offsets] = graph.inputs(node).as_slice() else {
+        return Err(unsupported(graph, node, "expert_linear without routing: run group_experts first"));
+    };
+    let types = [x, w, Value { node, output: 0 }].map(|v| elem_name(graph.ty(v)));
+    let shape = &graph.tensor(w).shape;
+    let (experts, n, k) = (shape[0].factor, shape[1].factor, shape[2].factor);
+    let shared = graph.tensor(x).shape.len() == 2;
+    let form = if shared { "shared" } else { "own" };
+    let name = format!("expert_linear_{form}_{}_{}_{}_e{experts}_n{n}_k{k}", types[0], types[1], types[2]);
+    let mut e = Emit::new(graph, node, None, &name);
+    let flat = e.tensor(order).shape[0];
+    let step = k_step(&e, x, w, schedule)?;
+    let (tm, tn) = (tile(schedule.tile_m, 16, flat.eval(&class.max)), tile(schedule.tile_n, 64, n.into()));
+    let (qx, qw) = (e.quant(x), e.quant(w));
+    let x_rows: Extent = if shared { e.tensor(x).shape[0] } else { flat };
+    let xs = e.read_as("x", x, Part::Data, &[x_rows, k.into()])?;
+    let ws = e.read_as("w", w, Part::Data, &[(experts * n).into(), k.into()])?;
+    let sx = match qx {
+        Some(q) => Some(e.read_as("x_scales", x, Part::Scales, &[x_rows, k.div_ceil(q.block[1]).into()])?),
+        None => None,
+    };
+    let sw = match qw {
+        Some(q) => {
+            let (rows, columns) = (n.div_ceil(q.block[0]), k.div_ceil(q.block[1]));
+            let shape = [(experts * rows).into(), columns.into()];
+            let (arg, view) = e.view(w, Part::Scales)?;
+            let view = super::view::reshape_view(&view, &shape).ok_or_else(|| e.unsupported("scales of experts"))?;
+            Some((e.param("w_scales", arg, view, dsc_ir::tile::Access::Read), q.block[0], rows))
+        }
+        None => None,
+    };
+    let (orders, bounds) = (e.read("order", order)?, e.read("offsets", offsets)?);
+    let y = e.write("y", 0, Part::Data, Some(&[flat, n.into()]))?;
+
+    let b = &mut e.b;
+    let (n0, expert) = (b.grid(n, tn), b.grid(experts, 1));
+    let n0 = times(b, n0, tn);
+    let row = times(b, expert, n);
+    let row = sum(b, row, n0);
+    let first_scale = sw.map(|(_, _, rows)| times(b, expert, rows));
+    let lo = b.load_scalar(bounds, &[expert.into()]);
+    let next = super::view::plus(b, expert, 1);
+    let hi = b.load_scalar(bounds, &[next.into()]);
+    b.for_(lo, hi, tm, &[], |b, at, _| {
+        let place = range(b, at, tm);
+        let order = b.load(orders, &[at.into()], &[tm]);
+        let to = where_below(b, order, place, hi);
+        let source = if shared { divided(b, order, per_token) } else { order };
+        let from = where_below(b, source, place, hi);
+        let left = |b: &mut Builder, kk: Ix, width: u32| b.gather(xs, from, &[kk], &[tm, width]);
+        // A ragged tile of outputs reads into the next expert; those columns are not stored.
+        let right = |b: &mut Builder, kk: Ix, width: u32| b.load(ws, &[row.into(), kk], &[tn, width]);
+        let left_scales =
+            sx.map(|s| move |b: &mut Builder, block: ValueId| b.gather(s, from, &[block.into()], &[tm, 1]));
+        let right_scales = sw.map(|(s, r, _)| {
+            move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, tn), r, first_scale, block)
+        });
+        let mut scales: Vec<&LoadScales> = Vec::new();
+        scales.extend(left_scales.as_ref().map(|f| f as &LoadScales));
+        scales.extend(right_scales.as_ref().map(|f| f as &LoadScales));
+        let product = Contraction { shape: [tm, tn], k, step, left: &left, right: &right, transposed: true, scales };
+        let acc = product.emit(b);
+        let dtype = b.dtype(y);
+        let acc = b.cast(acc, dtype);
+        b.scatter(y, to, &[n0.into()], acc);
+        vec![]
+    });
+    e.finish(format!("expert_linear {} x {}: {experts} of [{n} x {k}], {per_token} a token", types[0], types[1]))
+}
+
+/// The kernel of an [`Op::Route`] node.
+pub fn emit_route(graph: &Graph, node: NodeId, _schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
+    let Op::Route { experts } = graph.dag[node].op else {
+        return Err(unsupported(graph, node, "not a route"));
+    };
+    let ids = graph.inputs(node)[0];
+    let mut e = Emit::new(graph, node, None, &format!("route_e{experts}"));
+    let flat = graph.tensor(Value { node, output: 0 }).shape[0];
+    let chunk = tile(0, 64, flat.eval(&class.max));
+    let ids = e.read_as("experts", ids, Part::Data, &[flat])?;
+    let (order, offsets) = (e.write("order", 0, Part::Data, None)?, e.write("offsets", 1, Part::Data, None)?);
+
+    let b = &mut e.b;
+    b.grid(1, 1);
+    let rows = extent(b, flat);
+    let counts = b.full_i32(0, &[1, experts]);
+    let counts = b.for_(0, rows, chunk, &[counts], |b, at, counts| {
+        let hot = one_hot(b, ids, at, rows, [chunk, experts]);
+        let more = b.reduce(hot, 0, ReduceKind::Sum);
+        vec![sum(b, counts[0], more)]
+    })[0];
+    let ends = b.scan(counts, 1, ReduceKind::Sum);
+    let zero = b.full_i32(0, &[1]);
+    b.store(offsets, &[0.into()], zero);
+    let flat_ends = b.reshape(ends, &[experts]);
+    b.store(offsets, &[1.into()], flat_ends);
+    let starts = b.map(&[ends, counts], |m, v| m.sub(v[0], v[1]));
+    b.for_(0, rows, chunk, &[starts], |b, at, next| {
+        let hot = one_hot(b, ids, at, rows, [chunk, experts]);
+        let ranks = b.scan(hot, 0, ReduceKind::Sum);
+        // start + rank where the row's expert is, -1 elsewhere: the maximum finds it, and leaves -1 for rows past the end.
+        let places = b.map(&[hot, ranks, next[0]], |m, v| {
+            let (one, none) = (m.i32(1), m.i32(-1));
+            let place = m.add(v[1], v[2]);
+            let place = m.sub(place, one);
+            let here = m.eq(v[0], one);
+            m.select(here, place, none)
+        });
+        let places = b.reduce(places, 1, ReduceKind::Max);
+        let places = b.reshape(places, &[chunk]);
+        let numbers = range(b, at, chunk);
+        b.scatter(order, places, &[], numbers);
+        let more = b.reduce(hot, 0, ReduceKind::Sum);
+        vec![sum(b, next[0], more)]
+    });
+    e.finish(format!("route: {flat} rows to {experts} experts"))
+}
+
+/// i32 `[rows, experts]`: 1 where the row's expert is the column; rows past the end have none.
+fn one_hot(b: &mut Builder, ids: ValueId, at: ValueId, end: ValueId, [rows, experts]: [u32; 2]) -> ValueId {
+    let ids = b.load(ids, &[at.into()], &[rows]);
+    let numbers = range(b, at, rows);
+    let ids = where_below(b, ids, numbers, end);
+    debug_assert!(b.dtype(ids) == DType::I32);
+    let ids = b.reshape(ids, &[rows, 1]);
+    let columns = b.iota(1, &[1, experts]);
+    b.map(&[ids, columns], |m, v| {
+        let (one, zero) = (m.i32(1), m.i32(0));
+        let here = m.eq(v[0], v[1]);
+        m.select(here, one, zero)
+    })
+}

@@ -1,0 +1,102 @@
+//! What a schedule is chosen by: the shape of each node's kernel.
+
+use super::body_of;
+use crate::passes::Class;
+use dsc_ir::Sym;
+use dsc_ir::extent::Extent;
+use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, Value, ValueType};
+use dsc_ir::schedule::Schedule;
+
+pub use dsc_ir::schedule::KernelShape;
+
+/// The shape of a node's kernel in a class.
+pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
+    let inputs = graph.inputs(node);
+    let dim = |v: Value, d: usize| constant(graph, v, d);
+    let out = Value { node, output: 0 };
+    let shape = |op: &'static str, m: Extent, n: u32, k: u32, heads: u32| KernelShape {
+        op,
+        m,
+        m_max: m.eval(&class.max),
+        n,
+        k,
+        heads,
+    };
+    let tokens = Extent::from(Sym::T);
+    match &graph.dag[node].op {
+        Op::Linear => shape("linear", rows(graph, out), dim(inputs[1], 0), dim(inputs[1], 1), 1),
+        Op::HeadLinear { .. } => shape("head_linear", tokens, dim(out, 2), dim(inputs[0], 2), dim(inputs[0], 1)),
+        Op::ExpertLinear { .. } => {
+            let w = inputs[1];
+            shape("expert_linear", tokens.times(dim(out, 1)), dim(w, 1), dim(w, 2), dim(w, 0))
+        }
+        Op::MhaAttention { value, .. } => shape("mha_attention", tokens, *value, dim(inputs[3], 1), dim(inputs[0], 1)),
+        op @ (Op::Embed | Op::Route { .. } | Op::CacheLatent | Op::CacheRope) => {
+            shape(super::op_name(op), rows(graph, out), last(graph, out), 1, 1)
+        }
+        _ => match body_of(graph, node) {
+            Ok(fused) => match fused.kind {
+                FusedKind::Row => shape("row", rows(graph, out), last(graph, out), 1, 1),
+                FusedKind::Gate => shape("gate", rows(graph, out), last(graph, out), 1, 1),
+                FusedKind::SparseAttention => {
+                    let (op, n, k, heads) = attention(&fused.body);
+                    shape(op, tokens, n, k, heads)
+                }
+            },
+            Err(_) => shape(super::op_name(&graph.dag[node].op), tokens, 1, 1, 1),
+        },
+    }
+}
+
+/// A schedule from the shape alone; targets may have better ones.
+pub fn default_schedule(shape: &KernelShape, class: &Class) -> Schedule {
+    Schedule::heuristic(shape, class.max.get(Sym::T))
+}
+
+/// Kind, latent elements, keys selected and heads of a sparse attention body.
+fn attention(body: &Graph) -> (&'static str, u32, u32, u32) {
+    let (mut op, mut n, mut k, mut heads) = ("top_k", 1, 1, 1);
+    for node in body.order() {
+        let inputs = body.inputs(node);
+        match &body.dag[node].op {
+            Op::IndexerLogits => {
+                heads = constant(body, inputs[0], 1);
+                op = "indexer_logits";
+            }
+            Op::TopK { k: members } => {
+                k = *members;
+                if op == "indexer_logits" {
+                    op = "sparse_attention";
+                }
+            }
+            Op::MqaAttention { .. } => {
+                n = constant(body, inputs[0], 2);
+                k = constant(body, inputs[3], 1);
+                if op == "top_k" {
+                    (op, heads) = ("attention", constant(body, inputs[0], 1));
+                }
+            }
+            _ => {}
+        }
+    }
+    (op, n, k, heads)
+}
+
+/// A constant dim of a tensor, else 1.
+fn constant(graph: &Graph, value: Value, d: usize) -> u32 {
+    let ty = graph.ty(value).tensor();
+    ty.and_then(|t| t.shape.get(d)).and_then(|e| e.constant()).unwrap_or(1)
+}
+
+fn last(graph: &Graph, value: Value) -> u32 {
+    match graph.ty(value) {
+        ValueType::Tensor(t) => constant(graph, value, t.shape.len().saturating_sub(1)),
+        ValueType::State(_) => 1,
+    }
+}
+
+/// The last symbolic dim of a result, else tokens.
+fn rows(graph: &Graph, value: Value) -> Extent {
+    let ty = graph.ty(value).tensor();
+    ty.and_then(|t| t.shape.iter().rev().find(|e| e.sym.is_some()).copied()).unwrap_or(Sym::T.into())
+}

@@ -1,0 +1,655 @@
+//! Fused row bodies: everything that works on each token by itself.
+//!
+//! A generic emitter. A block takes `tile_m` rows (tokens; positions, for expanded caches with sequences as a second grid axis). A
+//! value of the body `[T, .., D]` is a tile `[R, .., D]`: f32, rounded through the declared type of its op where that
+//! is narrower; quantised values are codes and scales. Values are emitted when first wanted, in the order of the body's outputs:
+//!
+//! ```text
+//! load operands (slices of an argument load just the slice)
+//! norms, rope, Hadamard, SwiGLU, sums, quantisation on tiles
+//! store results; scatter cache rows by slot
+//! ```
+//!
+//! Intermediate rows never reach memory: a body's traffic is its arguments and its results, once, which is its floor; it does
+//! a few operations a byte.
+//!
+//! Choices. *Hadamard*: log2 D butterfly stages of reshape, add and subtract (`D log2 D` additions) rather than a product with a
+//! constructed ±1 matrix (`D²`, and the matrix). *Rope*: cosines and sines are gathered by position from the table, pairs are
+//! the last axis after a reshape (interleaved) or two halves. *Planar index cache*: codes and scales of a row are stored at
+//! (page, offset) of its slot, row by row; other formats scatter all rows at once. A negative slot gives a negative page or
+//! offset and so is dropped; rows past the last token get slot -1.
+
+use super::cache::{self, Array};
+use super::gate;
+use super::view::{Emit, divided, extent, product, range, sum, times, where_below};
+use super::{Class, Emitted, KernelError, Part, body_of, op_name};
+use dsc_ir::DType;
+use dsc_ir::extent::{Extent, Sym};
+use dsc_ir::graph::{Elem, Graph, NodeId, Op, PAGE_TOKENS, RopeLayout, StateFormat, TensorType, Value, ValueType};
+use dsc_ir::schedule::Schedule;
+use dsc_ir::tile::{Access, Builder, Ix, ReduceKind, ValueId};
+use std::collections::HashMap;
+
+/// Whether a row body may hold this op.
+pub fn supports(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::TakeRows
+            | Op::Cast
+            | Op::Add
+            | Op::Scale { .. }
+            | Op::RmsNorm { .. }
+            | Op::LayerNorm { .. }
+            | Op::Rope { .. }
+            | Op::Hadamard
+            | Op::Quantize
+            | Op::Dequantize
+            | Op::CacheWrite
+            | Op::SwiGlu
+            | Op::Sigmoid
+            | Op::WeightedSum
+    )
+}
+
+/// The kernel of a row body, or of one of its ops alone.
+pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
+    let fused = body_of(graph, node)?;
+    emit_body(graph, node, &fused.body, "rows", schedule, class)
+}
+
+/// The kernel of a body whose ops are rowwise.
+pub(crate) fn emit_body(
+    graph: &Graph,
+    node: NodeId,
+    body: &Graph,
+    prefix: &str,
+    schedule: &Schedule,
+    class: &Class,
+) -> Result<Emitted, KernelError> {
+    let ops: Vec<&str> = body
+        .order()
+        .into_iter()
+        .map(|n| &body.dag[n].op)
+        .filter(|op| !matches!(op, Op::Arg(_) | Op::Reshape | Op::SliceLast { .. }))
+        .map(op_name)
+        .collect();
+    let mut e = Emit::new(graph, node, Some(body), &kernel_name(prefix, &ops));
+    let (batch, rows) = row_syms(&e, body)?;
+    let tile = schedule.tile_m.clamp(1, class.max.get(rows).max(1));
+    let block = e.b.grid(rows, tile);
+    let row0 = times(&mut e.b, block, tile);
+    let seq = batch.map(|sym| e.b.grid(sym, 1));
+    let mut emitter = Rows { e, body, rows, tile, row0, batch: batch.zip(seq), values: HashMap::new() };
+    for (output, (_, value)) in body.outputs.iter().enumerate() {
+        emitter.output(output as u32, *value)?;
+    }
+    emitter.e.finish(format!("{prefix}: {}", ops.join(", ")))
+}
+
+/// A name that says the first ops; the hash tells the rest.
+fn kernel_name(prefix: &str, ops: &[&str]) -> String {
+    let shown: Vec<&str> = ops.iter().copied().take(6).collect();
+    let more = if ops.len() > shown.len() { format!("_and_{}", ops.len() - shown.len()) } else { String::new() };
+    format!("{prefix}_{}{more}", shown.join("_"))
+}
+
+/// What the rows of a body are: the symbolic dim of its results; and the one before it, if they have two.
+fn row_syms(e: &Emit, body: &Graph) -> Result<(Option<Sym>, Sym), KernelError> {
+    for (_, value) in &body.outputs {
+        let shape = match body.ty(*value) {
+            ValueType::Tensor(ty) => &ty.shape,
+            ValueType::State(_) => &body.tensor(body.inputs(value.node)[1]).shape,
+        };
+        match shape.iter().filter_map(|d| d.sym).collect::<Vec<_>>()[..] {
+            [rows] => return Ok((None, rows)),
+            [batch, rows] => return Ok((Some(batch), rows)),
+            _ => {}
+        }
+    }
+    Err(e.unsupported("a row body without rows"))
+}
+
+/// A value of the body on chip.
+#[derive(Clone, Copy)]
+enum Tile {
+    /// f32, or i32.
+    Plain(ValueId),
+    /// f32 codes' e4m3 tile, scales `[.., groups]`, and elements a group.
+    Quant { codes: ValueId, scales: ValueId, group: u32 },
+    /// A cache: nothing on chip.
+    State,
+}
+
+struct Rows<'g> {
+    e: Emit<'g>,
+    body: &'g Graph,
+    /// What the rows count.
+    rows: Sym,
+    /// Rows of a block.
+    tile: u32,
+    /// First row of this block.
+    row0: ValueId,
+    batch: Option<(Sym, ValueId)>,
+    values: HashMap<Value, Tile>,
+}
+
+impl Rows<'_> {
+    /// Tile shape and start of a tensor of that shape.
+    fn place(&mut self, shape: &[Extent]) -> Result<(Vec<u32>, Vec<Ix>), KernelError> {
+        let (mut sizes, mut start) = (Vec::new(), Vec::new());
+        for &d in shape {
+            match (d.sym, self.batch) {
+                (None, _) => {
+                    sizes.push(d.factor);
+                    start.push(0.into());
+                }
+                (Some(sym), _) if sym == self.rows => {
+                    sizes.push(self.tile * d.factor);
+                    let at = times(&mut self.e.b, self.row0, d.factor);
+                    start.push(at.into());
+                }
+                (Some(sym), Some((batch, seq))) if sym == batch => {
+                    sizes.push(d.factor);
+                    let at = times(&mut self.e.b, seq, d.factor);
+                    start.push(at.into());
+                }
+                _ => return Err(self.e.unsupported(format!("{shape:?} in a body over {}", self.rows.name()))),
+            }
+        }
+        Ok((sizes, start))
+    }
+
+    fn load(&mut self, value: Value) -> Result<Tile, KernelError> {
+        let ty = self.body.tensor(value).clone();
+        let (shape, start) = self.place(&ty.shape)?;
+        let data = self.e.read("x", value)?;
+        let data = self.e.b.load(data, &start, &shape);
+        let Elem::Quant(q) = ty.elem else {
+            let plain = self.e.b.dtype(data) == DType::I32;
+            return Ok(Tile::Plain(if plain { data } else { self.e.b.cast(data, DType::F32) }));
+        };
+        let scale_shape = ty.scale_shape().ok_or_else(|| self.e.unsupported("scales of a symbolic dim"))?;
+        let (shape, start) = self.place(&scale_shape)?;
+        let scales = self.e.read_scales("x_scales", value)?;
+        let scales = self.e.b.load(scales, &start, &shape);
+        Ok(Tile::Quant { codes: data, scales, group: q.block[1] })
+    }
+
+    /// The tile of a value; emitted when first asked for.
+    fn value(&mut self, value: Value) -> Result<Tile, KernelError> {
+        if let Some(&tile) = self.values.get(&value) {
+            return Ok(tile);
+        }
+        let direct = self.body.ty(value).tensor().is_some()
+            && self.e.is_argument(value)
+            && self.e.view(value, Part::Data).is_ok();
+        let tile = if direct { self.load(value)? } else { self.compute(value)? };
+        self.values.insert(value, tile);
+        Ok(tile)
+    }
+
+    fn plain(&mut self, value: Value) -> Result<ValueId, KernelError> {
+        match self.value(value)? {
+            Tile::Plain(v) => Ok(v),
+            _ => Err(self.e.unsupported("a quantised operand; dequantise it first")),
+        }
+    }
+
+    /// A vector `[D]` under the rank of `like`.
+    fn vector(&mut self, value: Value, like: ValueId) -> Result<ValueId, KernelError> {
+        let v = self.plain(value)?;
+        let (shape, rank) = (self.e.b.shape(v), self.e.b.shape(like).len());
+        let aligned: Vec<u32> = std::iter::repeat_n(1, rank - shape.len()).chain(shape).collect();
+        Ok(self.e.b.reshape(v, &aligned))
+    }
+
+    /// An f32 result as its declared type holds it.
+    fn rounded(&mut self, x: ValueId, value: Value) -> Tile {
+        let b = &mut self.e.b;
+        match self.body.tensor(value).elem {
+            Elem::Plain(dtype) if dtype.is_float() && dtype != DType::F32 && b.dtype(x) == DType::F32 => {
+                let narrow = b.cast(x, dtype);
+                Tile::Plain(b.cast(narrow, DType::F32))
+            }
+            _ => Tile::Plain(x),
+        }
+    }
+
+    fn compute(&mut self, value: Value) -> Result<Tile, KernelError> {
+        let inputs = self.body.inputs(value.node);
+        let op = self.body.dag[value.node].op.clone();
+        let x = match &op {
+            Op::SliceLast { start, len } => return self.slice_last(inputs[0], *start, *len),
+            Op::Reshape => return self.reshape(inputs[0], value),
+            Op::TakeRows => return self.take_rows(inputs[0], inputs[1]),
+            Op::Quantize => return self.quantize(inputs[0], value),
+            Op::CacheWrite => return self.cache_write(&inputs),
+            Op::Arg(_) => return Err(self.e.unsupported("an argument that cannot be read in place")),
+            Op::WeightedSum => self.weighted_sum(inputs[0], inputs[1])?,
+            Op::Dequantize => match self.value(inputs[0])? {
+                Tile::Quant { codes, scales, group } => {
+                    let codes = self.e.b.cast(codes, DType::F32);
+                    dequantize(&mut self.e.b, codes, scales, group)
+                }
+                _ => return Err(self.e.unsupported("dequantize of a plain value")),
+            },
+            Op::Rope { layout, start } => self.rope(&inputs, *layout, *start)?,
+            Op::TakeAlong => {
+                let (x, columns) = (self.plain(inputs[0])?, self.plain(inputs[1])?);
+                gate::take_along(&mut self.e.b, x, columns)
+            }
+            _ => {
+                let x = self.plain(inputs[0])?;
+                let other = match inputs.get(1) {
+                    Some(&v) if matches!(op, Op::Add | Op::RmsNorm { .. } | Op::LayerNorm { .. } | Op::SwiGlu) => {
+                        Some(self.vector(v, x)?)
+                    }
+                    _ => None,
+                };
+                let bias = match inputs.get(2) {
+                    Some(&v) if matches!(op, Op::LayerNorm { .. }) => Some(self.vector(v, x)?),
+                    _ => None,
+                };
+                match elementwise(&mut self.e.b, &op, x, other, bias) {
+                    Some(x) => x,
+                    None => return Err(self.e.unsupported(format!("{} in a row body", op_name(&op)))),
+                }
+            }
+        };
+        Ok(self.rounded(x, value))
+    }
+
+    fn slice_last(&mut self, x: Value, start: u32, len: u32) -> Result<Tile, KernelError> {
+        Ok(match self.value(x)? {
+            Tile::Plain(x) => Tile::Plain(columns(&mut self.e.b, x, start, len)),
+            Tile::Quant { codes, scales, group } if start.is_multiple_of(group) => Tile::Quant {
+                codes: columns(&mut self.e.b, codes, start, len),
+                scales: columns(&mut self.e.b, scales, start / group, len.div_ceil(group)),
+                group,
+            },
+            _ => return Err(self.e.unsupported("a slice through a scale block")),
+        })
+    }
+
+    fn reshape(&mut self, x: Value, value: Value) -> Result<Tile, KernelError> {
+        let ty = self.body.tensor(value).clone();
+        let (shape, _) = self.place(&ty.shape)?;
+        Ok(match self.value(x)? {
+            Tile::Plain(x) => Tile::Plain(self.e.b.reshape(x, &shape)),
+            Tile::Quant { codes, scales, group } => {
+                let scale_shape = ty.scale_shape().ok_or_else(|| self.e.unsupported("scales of a symbolic dim"))?;
+                let (scale_shape, _) = self.place(&scale_shape)?;
+                let (codes, scales) = (self.e.b.reshape(codes, &shape), self.e.b.reshape(scales, &scale_shape));
+                Tile::Quant { codes, scales, group }
+            }
+            Tile::State => return Err(self.e.unsupported("a reshape of a cache")),
+        })
+    }
+
+    fn take_rows(&mut self, x: Value, rows: Value) -> Result<Tile, KernelError> {
+        let rows = self.plain(rows)?;
+        let ty = self.body.tensor(x).clone();
+        let mut gather = |part: Part, shape: &[Extent]| -> Result<ValueId, KernelError> {
+            let sizes: Option<Vec<u32>> = shape[1..].iter().map(|d| d.constant()).collect();
+            let sizes = sizes.ok_or_else(|| self.e.unsupported("rows of more than one symbolic dim"))?;
+            let (arg, view) = self.e.view(x, part)?;
+            let view = self.e.param("x", arg, view, Access::Read);
+            let shape: Vec<u32> = [self.tile].into_iter().chain(sizes).collect();
+            Ok(self.e.b.gather(view, rows, &super::view::zeros(shape.len() - 1), &shape))
+        };
+        let data = gather(Part::Data, &ty.shape)?;
+        match (ty.elem, ty.scale_shape()) {
+            (Elem::Quant(q), Some(shape)) => {
+                Ok(Tile::Quant { codes: data, scales: gather(Part::Scales, &shape)?, group: q.block[1] })
+            }
+            (Elem::Plain(DType::I32), _) => Ok(Tile::Plain(data)),
+            _ => Ok(Tile::Plain(self.e.b.cast(data, DType::F32))),
+        }
+    }
+
+    fn quantize(&mut self, x: Value, value: Value) -> Result<Tile, KernelError> {
+        let x = self.plain(x)?;
+        match self.body.tensor(value).elem {
+            Elem::Quant(q) if q.block[0] == 1 => {
+                let (codes, scales) = quantize(&mut self.e.b, x, q.block[1], q.pow2);
+                Ok(Tile::Quant { codes, scales, group: q.block[1] })
+            }
+            elem => Err(self.e.unsupported(format!("quantize to {elem:?}"))),
+        }
+    }
+
+    /// `Σ_j y_j w_j` in ascending `j`; the rows of an argument are loaded one by one.
+    fn weighted_sum(&mut self, y: Value, weights: Value) -> Result<ValueId, KernelError> {
+        let (k, d) = (self.e.dim(y, 1)?, self.e.dim(y, 2)?);
+        let rows = self.tile;
+        let weights = self.plain(weights)?;
+        let argument = self.e.is_argument(y) && self.e.view(y, Part::Data).is_ok() && self.e.quant(y).is_none();
+        let whole = if argument { None } else { Some(self.plain(y)?) };
+        let view = if argument { Some(self.e.read("x", y)?) } else { None };
+        let b = &mut self.e.b;
+        let mut acc = None;
+        for j in 0..k {
+            let row = match (view, whole) {
+                (Some(view), _) => b.load(view, &[self.row0.into(), j.into(), 0.into()], &[rows, 1, d]),
+                (_, Some(y)) => b.slice(y, &[0, j, 0], &[rows, 1, d]),
+                _ => continue,
+            };
+            let row = b.cast(row, DType::F32);
+            let row = b.reshape(row, &[rows, d]);
+            let weight = b.slice(weights, &[0, j], &[rows, 1]);
+            acc = Some(match acc {
+                None => product(b, row, weight),
+                Some(acc) => b.map(&[acc, row, weight], |m, v| {
+                    let term = m.mul(v[1], v[2]);
+                    m.add(v[0], term)
+                }),
+            });
+        }
+        acc.ok_or_else(|| self.e.unsupported("a sum of nothing"))
+    }
+
+    fn rope(&mut self, inputs: &[Value], layout: RopeLayout, start: u32) -> Result<ValueId, KernelError> {
+        let (x, positions) = (self.plain(inputs[0])?, self.plain(inputs[1])?);
+        let dim = self.e.dim(inputs[2], 1)?;
+        let table = self.e.read("table", inputs[2])?;
+        let b = &mut self.e.b;
+        let shape = b.shape(x);
+        let (rank, d) = (shape.len(), shape[shape.len() - 1]);
+        let angles = b.gather(table, positions, &[0.into()], &[self.tile, dim]);
+        let angles = b.cast(angles, DType::F32);
+        // One axis a pair: the last, or the one before.
+        let pairs = |part: ValueId, b: &mut Builder| {
+            let mut shape = vec![1; rank];
+            (shape[0], shape[rank - 1]) = (self.tile, dim / 2);
+            if layout == RopeLayout::Interleaved {
+                shape.push(1);
+            }
+            b.reshape(part, &shape)
+        };
+        let (cos, sin) = (columns(b, angles, 0, dim / 2), columns(b, angles, dim / 2, dim / 2));
+        let (cos, sin) = (pairs(cos, b), pairs(sin, b));
+        let mut part = columns(b, x, start, dim);
+        if layout == RopeLayout::Interleaved {
+            let mut paired = shape.clone();
+            paired[rank - 1] = dim / 2;
+            paired.push(2);
+            part = b.reshape(part, &paired);
+        }
+        let half = if layout == RopeLayout::Interleaved { 1 } else { dim / 2 };
+        let (u, v) = (columns(b, part, 0, half), columns(b, part, half, half));
+        let rotated = |b: &mut Builder, minus: bool| {
+            b.map(&[u, v, cos, sin], |m, t| {
+                let (u, v) = if minus { (t[0], t[1]) } else { (t[1], t[0]) };
+                let (a, c) = (m.mul(u, t[2]), m.mul(v, t[3]));
+                if minus { m.sub(a, c) } else { m.add(a, c) }
+            })
+        };
+        let (first, second) = (rotated(b, true), rotated(b, false));
+        let axis = b.shape(first).len() as u32 - 1;
+        let turned = b.concat(&[first, second], axis);
+        let mut whole = shape.clone();
+        whole[rank - 1] = dim;
+        let turned = b.reshape(turned, &whole);
+        let mut parts = Vec::new();
+        if start > 0 {
+            parts.push(columns(b, x, 0, start));
+        }
+        parts.push(turned);
+        if start + dim < d {
+            parts.push(columns(b, x, start + dim, d - start - dim));
+        }
+        Ok(if parts.len() == 1 { turned } else { b.concat(&parts, rank as u32 - 1) })
+    }
+
+    fn cache_write(&mut self, inputs: &[Value]) -> Result<Tile, KernelError> {
+        if matches!(self.body.dag[inputs[0].node].op, Op::CacheWrite) {
+            self.value(inputs[0])?;
+        }
+        let (_, format) = self.e.state(inputs[0])?;
+        let slots = self.plain(inputs[1])?;
+        let slots = self.masked(slots);
+        let arrays: &[Array] = match format {
+            StateFormat::LatentFp8 { .. } | StateFormat::Latent { .. } => &[Array::Latent, Array::Rope],
+            StateFormat::IndexFp8 { .. } | StateFormat::Index { .. } => &[Array::Key],
+        };
+        for (&array, &part) in arrays.iter().zip(&inputs[2..]) {
+            let tile = self.value(part)?;
+            let cached = cache::array(&mut self.e, inputs[0], array, Access::Write)?;
+            let stored = match (tile, cached.scales) {
+                (Tile::Quant { codes, scales, .. }, Some(view)) => vec![(cached.data, codes), (view, scales)],
+                (Tile::Plain(x), None) => {
+                    let to = self.e.b.dtype(cached.data);
+                    vec![(cached.data, self.e.b.cast(x, to))]
+                }
+                _ => return Err(self.e.unsupported(format!("what is written to {format:?} is not stored like it"))),
+            };
+            for (view, tile) in stored {
+                if cached.planar {
+                    self.store_by_page(view, slots, tile);
+                } else {
+                    self.e.b.scatter(view, slots, &[0.into()], tile);
+                }
+            }
+        }
+        Ok(Tile::State)
+    }
+
+    /// Slots, -1 for rows past the last one.
+    fn masked(&mut self, slots: ValueId) -> ValueId {
+        if self.tile == 1 {
+            return slots;
+        }
+        let (rows, tile) = (self.rows, self.tile);
+        let b = &mut self.e.b;
+        let end = extent(b, rows.into());
+        let numbers = range(b, self.row0, tile);
+        where_below(b, slots, numbers, end)
+    }
+
+    fn store_by_page(&mut self, view: ValueId, slots: ValueId, tile: ValueId) {
+        let b = &mut self.e.b;
+        let columns = b.shape(tile)[1];
+        for r in 0..self.tile {
+            let slot = b.slice(slots, &[r], &[1]);
+            let slot = b.reshape(slot, &[]);
+            let page = divided(b, slot, PAGE_TOKENS);
+            let offset = b.map(&[slot], |m, v| {
+                let n = m.i32(PAGE_TOKENS as i32);
+                m.rem(v[0], n)
+            });
+            let row = b.slice(tile, &[r, 0], &[1, columns]);
+            let row = b.reshape(row, &[1, 1, columns]);
+            b.store(view, &[page.into(), offset.into(), 0.into()], row);
+        }
+    }
+
+    fn output(&mut self, output: u32, value: Value) -> Result<(), KernelError> {
+        let ty: TensorType = match self.body.ty(value) {
+            ValueType::State(_) => return self.value(value).map(|_| ()),
+            ValueType::Tensor(ty) => ty.clone(),
+        };
+        let tile = self.value(value)?;
+        let (_, start) = self.place(&ty.shape)?;
+        let y = self.e.write("y", output, Part::Data, None)?;
+        match tile {
+            Tile::Plain(x) => {
+                let to = self.e.b.dtype(y);
+                let x = self.e.b.cast(x, to);
+                self.e.b.store(y, &start, x);
+            }
+            Tile::Quant { codes, scales, .. } => {
+                let shape = ty.scale_shape().ok_or_else(|| self.e.unsupported("scales of a symbolic dim"))?;
+                let (_, scale_start) = self.place(&shape)?;
+                let s = self.e.write("y_scales", output, Part::Scales, None)?;
+                self.e.b.store(y, &start, codes);
+                self.e.b.store(s, &scale_start, scales);
+            }
+            Tile::State => {}
+        }
+        Ok(())
+    }
+}
+
+/// Ops of one tensor and parameters; none for other ops.
+fn elementwise(b: &mut Builder, op: &Op, x: ValueId, y: Option<ValueId>, bias: Option<ValueId>) -> Option<ValueId> {
+    Some(match op {
+        Op::Cast => x,
+        Op::Add => sum(b, x, y?),
+        Op::Scale { factor } => b.map(&[x], |m, v| {
+            let factor = m.f32(*factor);
+            m.mul(v[0], factor)
+        }),
+        Op::RmsNorm { eps } => rms_norm(b, x, y?, *eps),
+        Op::LayerNorm { eps } => layer_norm(b, x, y?, bias?, *eps),
+        Op::Hadamard => hadamard(b, x),
+        Op::SwiGlu => b.map(&[x, y?], |m, v| {
+            let s = m.sigmoid(v[0]);
+            let silu = m.mul(v[0], s);
+            m.mul(silu, v[1])
+        }),
+        Op::Sigmoid => b.map(&[x], |m, v| m.sigmoid(v[0])),
+        Op::GroupTopK { groups, keep, k } => gate::group_topk(b, x, *groups, *keep, *k),
+        Op::Normalize { factor, by_sum } => gate::normalize(b, x, *factor, *by_sum),
+        _ => return None,
+    })
+}
+
+/// Columns `start..start + len` of the last axis.
+pub(crate) fn columns(b: &mut Builder, x: ValueId, start: u32, len: u32) -> ValueId {
+    let mut shape = b.shape(x);
+    let last = shape.len() - 1;
+    if start == 0 && shape[last] == len {
+        return x;
+    }
+    let mut offsets = vec![0; shape.len()];
+    (offsets[last], shape[last]) = (start, len);
+    b.slice(x, &offsets, &shape)
+}
+
+/// The mean of squares, or of elements, along the last axis.
+fn mean(b: &mut Builder, x: ValueId) -> ValueId {
+    let shape = b.shape(x);
+    let total = b.reduce(x, shape.len() as u32 - 1, ReduceKind::Sum);
+    let inverse = 1.0 / shape[shape.len() - 1] as f32;
+    b.map(&[total], |m, v| {
+        let inverse = m.f32(inverse);
+        m.mul(v[0], inverse)
+    })
+}
+
+/// `1 / sqrt(v + eps)`.
+fn rsqrt(b: &mut Builder, v: ValueId, eps: f32) -> ValueId {
+    b.map(&[v], |m, v| {
+        let (eps, one) = (m.f32(eps), m.f32(1.0));
+        let shifted = m.add(v[0], eps);
+        let root = m.sqrt(shifted);
+        m.div(one, root)
+    })
+}
+
+fn rms_norm(b: &mut Builder, x: ValueId, gain: ValueId, eps: f32) -> ValueId {
+    let squares = product(b, x, x);
+    let squares = mean(b, squares);
+    let r = rsqrt(b, squares, eps);
+    b.map(&[x, r, gain], |m, v| {
+        let normed = m.mul(v[0], v[1]);
+        m.mul(normed, v[2])
+    })
+}
+
+fn layer_norm(b: &mut Builder, x: ValueId, gain: ValueId, bias: ValueId, eps: f32) -> ValueId {
+    let center = mean(b, x);
+    let centered = b.map(&[x, center], |m, v| m.sub(v[0], v[1]));
+    let squares = product(b, centered, centered);
+    let variance = mean(b, squares);
+    let r = rsqrt(b, variance, eps);
+    b.map(&[centered, r, gain, bias], |m, v| {
+        let normed = m.mul(v[0], v[1]);
+        let scaled = m.mul(normed, v[2]);
+        m.add(scaled, v[3])
+    })
+}
+
+/// Butterflies over the last axis: stage `h` pairs elements `h` apart.
+fn hadamard(b: &mut Builder, x: ValueId) -> ValueId {
+    let shape = b.shape(x);
+    let d = shape[shape.len() - 1];
+    let rows: u32 = shape[..shape.len() - 1].iter().product();
+    let mut y = x;
+    for h in (0..d.ilog2()).map(|i| 1 << i) {
+        y = b.reshape(y, &[rows, d / (2 * h), 2, h]);
+        let half = |b: &mut Builder, i: u32| b.slice(y, &[0, 0, i, 0], &[rows, d / (2 * h), 1, h]);
+        let (u, v) = (half(b, 0), half(b, 1));
+        let (plus, minus) = (sum(b, u, v), b.map(&[u, v], |m, v| m.sub(v[0], v[1])));
+        y = b.concat(&[plus, minus], 2);
+    }
+    let scale = (f64::from(d)).powf(-0.5) as f32;
+    let y = b.map(&[y], |m, v| {
+        let scale = m.f32(scale);
+        m.mul(v[0], scale)
+    });
+    b.reshape(y, &shape)
+}
+
+/// `[.., D]` as `[.., groups, n]`, padded with zeros.
+fn grouped(b: &mut Builder, x: ValueId, n: u32) -> ValueId {
+    let mut shape = b.shape(x);
+    let last = shape.len() - 1;
+    let d = shape[last];
+    let mut x = x;
+    if !d.is_multiple_of(n) {
+        shape[last] = d.next_multiple_of(n) - d;
+        let pad = b.full(0.0, &shape);
+        x = b.concat(&[x, pad], last as u32);
+    }
+    shape[last] = d.div_ceil(n);
+    shape.push(n);
+    b.reshape(x, &shape)
+}
+
+/// Undoes [`grouped`].
+fn ungrouped(b: &mut Builder, x: ValueId, shape: &[u32]) -> ValueId {
+    let (mut padded, last) = (b.shape(x), shape.len() - 1);
+    let n = padded.pop().unwrap_or(1);
+    padded[last] *= n;
+    let x = b.reshape(x, &padded);
+    columns(b, x, 0, shape[last])
+}
+
+/// e4m3 codes and f32 scales `[.., groups]` of an f32 tile, by groups of `n` along the last axis (facts 4.1).
+pub(crate) fn quantize(b: &mut Builder, x: ValueId, n: u32, pow2: bool) -> (ValueId, ValueId) {
+    let shape = b.shape(x);
+    let n = n.min(shape[shape.len() - 1]);
+    let groups = grouped(b, x, n);
+    let magnitude = b.map(&[groups], |m, v| m.abs(v[0]));
+    let amax = b.reduce(magnitude, shape.len() as u32, ReduceKind::Max);
+    let scales = b.map(&[amax], |m, v| {
+        let (floor, inverse) = (m.f32(1e-4), m.f32(f32::from_bits(0x3b12_4925)));
+        let amax = m.max(v[0], floor);
+        let scale = m.mul(amax, inverse);
+        if pow2 { m.pow2_ceil(scale) } else { scale }
+    });
+    let codes = b.map(&[groups, scales], |m, v| {
+        let scaled = m.div(v[0], v[1]);
+        m.cast(scaled, DType::E4m3)
+    });
+    let codes = ungrouped(b, codes, &shape);
+    let mut scale_shape = b.shape(scales);
+    scale_shape.pop();
+    let scales = b.reshape(scales, &scale_shape);
+    (codes, scales)
+}
+
+/// f32 codes `[.., D]` times scales `[.., groups]` of `n` columns each.
+pub(crate) fn dequantize(b: &mut Builder, codes: ValueId, scales: ValueId, n: u32) -> ValueId {
+    let shape = b.shape(codes);
+    if b.shape(scales).last() == Some(&1) {
+        return product(b, codes, scales);
+    }
+    let groups = grouped(b, codes, n);
+    let mut scale_shape = b.shape(scales);
+    scale_shape.push(1);
+    let scales = b.reshape(scales, &scale_shape);
+    let x = product(b, groups, scales);
+    ungrouped(b, x, &shape)
+}

@@ -1,0 +1,5 @@
+//! The `dsc` command: see [`dsc::cli`].
+
+fn main() -> std::process::ExitCode {
+    dsc::cli::main()
+}

@@ -1,0 +1,28 @@
+//! Tests of the passes: their effect on a small model, and that they keep what it computes.
+
+mod meaning;
+mod mini;
+mod real;
+mod shape;
+
+use super::{Class, Cx};
+use dsc_ir::SymValues;
+use dsc_ir::artifact::Numerics;
+
+const BOTH: [Numerics; 2] = [Numerics::Exact, Numerics::Deployed];
+
+fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
+    let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha };
+    Cx { class, target_fp8, numerics, index_topk: mini::TOP_K }
+}
+
+/// Every combination of what a pipeline can be asked for.
+fn all() -> Vec<Cx> {
+    let mut all = Vec::new();
+    for numerics in BOTH {
+        for (fp8, mha) in [(false, false), (false, true), (true, false), (true, true)] {
+            all.push(cx(numerics, fp8, mha));
+        }
+    }
+    all
+}

@@ -1,0 +1,79 @@
+//! Schedules: how a target runs a tile program. Plain data; a schedule cannot change results.
+
+use crate::extent::Extent;
+use serde::{Deserialize, Serialize};
+
+/// Tile sizes and placement of one kernel. What a field does not say, the target decides.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Schedule {
+    /// Rows (tokens) a block takes.
+    pub tile_m: u32,
+    /// Columns (outputs, keys) a block takes.
+    pub tile_n: u32,
+    /// Contraction length of one inner step.
+    pub tile_k: u32,
+    /// Heads a block of attention takes at a time; 0: 64.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub tile_h: u32,
+    /// Blocks a worker takes at a time from the launch's queue; 0 lets the executor decide.
+    pub blocks_per_task: u32,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+/// What a schedule is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KernelShape {
+    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `gate`, `sparse_attention` (with
+    /// indexer), `attention` (over a given selection), `mha_attention`, `indexer_logits`, or any other op's name.
+    pub op: &'static str,
+    /// Rows: tokens, or flat (token, expert) pairs.
+    pub m: Extent,
+    /// The most rows in this class.
+    pub m_max: u64,
+    /// Results a row: outputs of a product, latent or value elements of a head, elements of a row.
+    pub n: u32,
+    /// Contracted length; keys selected, for attention.
+    pub k: u32,
+    /// Heads or experts; 1 where there are none. Heads of the indexer where it is part of the kernel.
+    pub heads: u32,
+}
+
+impl Schedule {
+    /// A schedule that is never wrong: tiles by shape alone, for steps of at most `tokens` tokens. Targets start from it.
+    pub fn heuristic(shape: &KernelShape, tokens: u32) -> Schedule {
+        let rows = |most: u32| u64::from(most).min(shape.m_max.max(1)) as u32;
+        // Few outputs: narrower tiles, so that all cores have some.
+        let outputs = match shape.n {
+            2048.. => 64,
+            512.. => 32,
+            _ => 16,
+        };
+        let products = |tile_m: u32| Schedule {
+            tile_m,
+            tile_n: outputs.min(shape.n.max(1)),
+            tile_k: shape.k.clamp(1, 512),
+            ..Schedule::default()
+        };
+        match shape.op {
+            "linear" | "head_linear" => products(rows(if tokens <= 16 { 16 } else { 32 })),
+            // An expert sees a token at most once.
+            "expert_linear" => products(rows(tokens.clamp(1, 32))),
+            "sparse_attention" | "indexer_logits" => {
+                Schedule { tile_m: rows((256 / shape.heads.max(1)).clamp(1, 16)), tile_n: 64, ..Schedule::default() }
+            }
+            "attention" => Schedule {
+                tile_m: 1,
+                tile_n: 64,
+                tile_h: if tokens <= 16 { shape.heads.div_ceil(16).max(8) } else { 64 },
+                ..Schedule::default()
+            },
+            "mha_attention" => Schedule { tile_m: rows(32), tile_n: 64, ..Schedule::default() },
+            "embed" => Schedule { tile_m: rows(8), ..Schedule::default() },
+            _ => Schedule { tile_m: 1, ..Schedule::default() },
+        }
+    }
+}

@@ -1,0 +1,598 @@
+//! Weights as the kernels read them, made from the tensors of a checkpoint.
+//!
+//! A weight that is one whole tensor in the wanted element type stays where it is, in the mapped file. All others are made
+//! once, by all threads, in one allocation: dequantised, converted, stacked, or computed.
+
+use crate::checkpoint::{Checkpoint, StorageDtype, TensorView};
+use crate::error::WeightError;
+use dsc_ir::DType;
+use dsc_ir::artifact::{SCALE_ALIGN, TensorPart, WeightEntry, WeightSource};
+use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
+use dsc_ir::graph::{Elem, Quant};
+use memmap2::MmapMut;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+/// Bytes of a weight that one job makes.
+const JOB_BYTES: usize = 1 << 20;
+/// Distance of made weights: what vector loads and DMA engines like.
+const PLACE_ALIGN: u64 = 256;
+
+/// The weights of a model, in host memory.
+pub struct Weights {
+    made: MmapMut,
+    places: Vec<Place>,
+    checkpoint: Arc<Checkpoint>,
+    context_rows: u32,
+}
+
+/// Where a weight is.
+enum Place {
+    /// In the checkpoint's mapped file: the tensor's name.
+    File(String),
+    /// In `Weights::made`.
+    Made(Range<usize>),
+}
+
+impl Weights {
+    /// Makes the weights of an artifact, rope tables with `context_rows` rows, on `threads` threads. `progress` is told the
+    /// bytes made and the bytes to make.
+    ///
+    /// # Errors
+    /// The first problem of [`check`], or [`WeightError::Memory`].
+    pub fn load(
+        entries: &[WeightEntry],
+        checkpoint: &Arc<Checkpoint>,
+        context_rows: u32,
+        threads: usize,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Weights, WeightError> {
+        if let Some(problem) = check(entries, checkpoint).into_iter().next() {
+            return Err(problem);
+        }
+        let too_large = |bytes, reason: &str| WeightError::Memory { bytes, reason: reason.to_string() };
+        let (mut places, mut end) = (Vec::with_capacity(entries.len()), 0u64);
+        for entry in entries {
+            if let Some(view) = whole_tensor(entry, checkpoint) {
+                places.push(Place::File(view.name.to_string()));
+                continue;
+            }
+            let bytes = entry.bytes(context_rows).ok_or_else(|| too_large(u64::MAX, "the size overflows"))?;
+            let start = end.next_multiple_of(PLACE_ALIGN);
+            end = start.checked_add(bytes).ok_or_else(|| too_large(u64::MAX, "the size overflows"))?;
+            places.push(Place::Made(start as usize..end as usize));
+        }
+        let mut made = MmapMut::map_anon((end as usize).max(1)).map_err(|e| too_large(end, &e.to_string()))?;
+        #[cfg(target_os = "linux")]
+        let _ = made.advise(memmap2::Advice::HugePage); // only speed
+        let jobs = jobs(entries, &places, &mut made, checkpoint, context_rows)?;
+        run(jobs, threads, progress);
+        Ok(Weights { made, places, checkpoint: Arc::clone(checkpoint), context_rows })
+    }
+
+    /// The bytes of a weight.
+    pub fn bytes(&self, index: usize) -> &[u8] {
+        match &self.places[index] {
+            Place::Made(range) => &self.made[range.clone()],
+            Place::File(name) => self.checkpoint.tensor(name).map_or(&[], |view| view.data),
+        }
+    }
+
+    /// Number of weights.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Rows of rope tables: the longest context that can be served.
+    pub fn context_rows(&self) -> u32 {
+        self.context_rows
+    }
+
+    /// Bytes that are not in the checkpoint's files but in memory of their own.
+    pub fn made_bytes(&self) -> u64 {
+        self.made.len() as u64
+    }
+}
+
+impl std::fmt::Debug for Weights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} weights, {} bytes made", self.places.len(), self.made.len())
+    }
+}
+
+/// Compares every tensor that `entries` name with the checkpoint's headers, without touching data. Entries are ones that
+/// passed [`Header::check`](dsc_ir::artifact::Header::check).
+pub fn check(entries: &[WeightEntry], checkpoint: &Checkpoint) -> Vec<WeightError> {
+    let mut problems = Vec::new();
+    for entry in entries {
+        if let WeightSource::Tensors(parts) = &entry.source {
+            problems.extend(parts.iter().filter_map(|part| Part::find(entry, part, checkpoint).err()));
+        }
+    }
+    problems
+}
+
+/// A part of a weight, found in the checkpoint and compared with it.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    spec: &'a TensorPart,
+    view: TensorView<'a>,
+    /// Scales, if the stored tensor has some: their bytes.
+    scales: Option<&'a [u8]>,
+}
+
+impl<'a> Part<'a> {
+    fn find(entry: &WeightEntry, spec: &'a TensorPart, checkpoint: &'a Checkpoint) -> Result<Part<'a>, WeightError> {
+        let tensor = |name: &str| {
+            checkpoint.tensor(name).map_err(|source| WeightError::Tensor { weight: entry.name.clone(), source })
+        };
+        let view = tensor(&spec.tensor)?;
+        if matrix_shape(view.shape) != spec.shape.map(|n| n as usize) {
+            return Err(WeightError::Shape {
+                weight: entry.name.clone(),
+                tensor: spec.tensor.clone(),
+                expected: spec.shape,
+                found: view.shape.to_vec(),
+            });
+        }
+        let makes = match entry.elem {
+            Elem::Quant(_) => view.dtype == StorageDtype::F8E4M3,
+            Elem::Plain(DType::I32) => view.dtype == StorageDtype::I32,
+            Elem::Plain(_) => !matches!(view.dtype, StorageDtype::I32 | StorageDtype::I64 | StorageDtype::U8),
+        };
+        if !makes {
+            return Err(WeightError::Dtype {
+                weight: entry.name.clone(),
+                tensor: spec.tensor.clone(),
+                found: view.dtype,
+                wanted: match entry.elem {
+                    Elem::Plain(dtype) => dtype.to_string(),
+                    Elem::Quant(quant) => format!("e4m3 with scales for blocks of {:?}", quant.block),
+                },
+            });
+        }
+        let mut scales = None;
+        if view.dtype == StorageDtype::F8E4M3 {
+            let Some(name) = &spec.scale else {
+                return Err(WeightError::NoScale { weight: entry.name.clone(), tensor: spec.tensor.clone() });
+            };
+            let scale = tensor(name)?;
+            let expected = [0, 1].map(|d| spec.shape[d].div_ceil(spec.scale_block[d].max(1)));
+            if scale.dtype != StorageDtype::F32 || matrix_shape(scale.shape) != expected.map(|n| n as usize) {
+                return Err(WeightError::Scale {
+                    weight: entry.name.clone(),
+                    scale: name.clone(),
+                    found: scale.dtype,
+                    shape: scale.shape.to_vec(),
+                    expected,
+                    block: spec.scale_block,
+                });
+            }
+            scales = Some(scale.data);
+        }
+        Ok(Part { spec, view, scales })
+    }
+
+    fn rows(&self) -> usize {
+        (self.spec.rows[1] - self.spec.rows[0]) as usize
+    }
+
+    fn columns(&self) -> usize {
+        (self.spec.cols[1] - self.spec.cols[0]) as usize
+    }
+
+    /// Bytes of the part's columns in its row `row`.
+    fn row(&self, row: usize) -> &'a [u8] {
+        let size = self.view.dtype.size();
+        let start = (self.spec.rows[0] as usize + row) * self.spec.shape[1] as usize + self.spec.cols[0] as usize;
+        &self.view.data[start * size..(start + self.columns()) * size]
+    }
+
+    /// The scale of block `(row, column)` of the stored tensor.
+    fn scale(&self, row: usize, column: usize) -> f32 {
+        let across = self.spec.shape[1].div_ceil(self.spec.scale_block[1]) as usize;
+        self.scales.map_or(1.0, |bytes| f32_at(bytes, row * across + column))
+    }
+
+    /// Row `row` of the part in f32, dequantised.
+    fn row_f32(&self, row: usize, out: &mut Vec<f32>, codes: &[f32; 256]) {
+        let bytes = self.row(row);
+        out.clear();
+        match self.view.dtype {
+            StorageDtype::F32 => out.extend((0..self.columns()).map(|i| f32_at(bytes, i))),
+            StorageDtype::BF16 => {
+                out.extend(bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()))
+            }
+            StorageDtype::F16 => {
+                out.extend(bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()))
+            }
+            StorageDtype::F8E4M3 => {
+                let [block_rows, block_columns] = self.spec.scale_block.map(|n| n as usize);
+                let scale_row = (self.spec.rows[0] as usize + row) / block_rows;
+                let mut column = self.spec.cols[0] as usize;
+                let mut rest = bytes;
+                while !rest.is_empty() {
+                    let (block, after) = rest.split_at(rest.len().min(block_columns - column % block_columns));
+                    let scale = self.scale(scale_row, column / block_columns);
+                    out.extend(block.iter().map(|&code| codes[code as usize] * scale));
+                    (column, rest) = (column + block.len(), after);
+                }
+            }
+            StorageDtype::I32 | StorageDtype::I64 | StorageDtype::U8 => unreachable!("`find` rules integers out"),
+        }
+    }
+}
+
+/// Rows and columns of a stored shape: all but the last dim are rows.
+fn matrix_shape(shape: &[usize]) -> [usize; 2] {
+    match shape.split_last() {
+        None => [1, 1],
+        Some((&columns, rows)) => [rows.iter().product(), columns],
+    }
+}
+
+fn f32_at(bytes: &[u8], i: usize) -> f32 {
+    f32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+}
+
+/// The tensor that is the weight as it is, if there is one.
+fn whole_tensor<'a>(entry: &WeightEntry, checkpoint: &'a Checkpoint) -> Option<TensorView<'a>> {
+    let (WeightSource::Tensors(parts), Elem::Plain(dtype)) = (&entry.source, entry.elem) else { return None };
+    let [part] = &parts[..] else { return None };
+    let view = checkpoint.tensor(&part.tensor).ok()?;
+    let whole = part.rows == [0, part.shape[0]] && part.cols == [0, part.shape[1]];
+    let same = matches!(
+        (view.dtype, dtype),
+        (StorageDtype::F32, DType::F32)
+            | (StorageDtype::BF16, DType::Bf16)
+            | (StorageDtype::F16, DType::F16)
+            | (StorageDtype::I32, DType::I32)
+    );
+    let aligned = view.data.as_ptr().addr().is_multiple_of(dtype.bytes());
+    (whole && same && aligned && cfg!(target_endian = "little")).then_some(view)
+}
+
+/// Makes the bytes of one piece of a weight.
+struct Job<'a> {
+    dest: &'a mut [u8],
+    work: Work<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Work<'a> {
+    /// Rows of a part from this one on, converted.
+    Convert(Part<'a>, usize, DType),
+    /// Rows of a part from this one on, copied.
+    Copy(Part<'a>, usize),
+    /// Scales of a part.
+    Scales(Part<'a>, Quant),
+    /// Rows of a rope table from this one on.
+    Rope(&'a [f32], usize),
+    /// Rows of a Hadamard matrix from this one on.
+    Hadamard(u32, usize, DType),
+}
+
+fn jobs<'a>(
+    entries: &'a [WeightEntry],
+    places: &[Place],
+    made: &'a mut [u8],
+    checkpoint: &'a Checkpoint,
+    context_rows: u32,
+) -> Result<Vec<Job<'a>>, WeightError> {
+    let mut jobs = Vec::new();
+    let mut rest = Carver { rest: made, at: 0 };
+    for (entry, place) in entries.iter().zip(places) {
+        let Place::Made(range) = place else { continue };
+        rest.skip_to(range.start);
+        match (&entry.source, entry.elem) {
+            (WeightSource::RopeTable { frequencies }, _) => {
+                rest.rows(context_rows as usize, 8 * frequencies.len(), &mut jobs, |row| Work::Rope(frequencies, row));
+            }
+            (WeightSource::Hadamard { n }, Elem::Plain(dtype)) => {
+                let bytes = *n as usize * dtype.bytes();
+                rest.rows(*n as usize, bytes, &mut jobs, |row| Work::Hadamard(*n, row, dtype));
+            }
+            (WeightSource::Hadamard { .. }, Elem::Quant(_)) => unreachable!("`Header::check` rules it out"),
+            (WeightSource::Tensors(specs), elem) => {
+                let parts =
+                    specs.iter().map(|s| Part::find(entry, s, checkpoint)).collect::<Result<Vec<_>, WeightError>>()?;
+                for &part in &parts {
+                    match elem {
+                        Elem::Plain(dtype) if dtype != DType::I32 => {
+                            let bytes = part.columns() * dtype.bytes();
+                            rest.rows(part.rows(), bytes, &mut jobs, |row| Work::Convert(part, row, dtype));
+                        }
+                        _ => {
+                            let bytes = part.columns() * part.view.dtype.size();
+                            rest.rows(part.rows(), bytes, &mut jobs, |row| Work::Copy(part, row));
+                        }
+                    }
+                }
+                if let Elem::Quant(quant) = elem {
+                    rest.skip_to(rest.at.next_multiple_of(SCALE_ALIGN as usize));
+                    for &part in &parts {
+                        let blocks = part.rows().div_ceil(quant.block[0] as usize);
+                        let bytes = 4 * part.columns().div_ceil(quant.block[1] as usize);
+                        let dest = rest.take(blocks * bytes);
+                        jobs.push(Job { dest, work: Work::Scales(part, quant) });
+                    }
+                }
+            }
+        }
+        debug_assert_eq!(rest.at, range.end, "{}", entry.name);
+    }
+    Ok(jobs)
+}
+
+/// Cuts pieces off the front of the memory for weights.
+struct Carver<'a> {
+    rest: &'a mut [u8],
+    at: usize,
+}
+
+impl<'a> Carver<'a> {
+    fn take(&mut self, bytes: usize) -> &'a mut [u8] {
+        let (piece, rest) = std::mem::take(&mut self.rest).split_at_mut(bytes);
+        self.rest = rest;
+        self.at += bytes;
+        piece
+    }
+
+    fn skip_to(&mut self, at: usize) {
+        self.take(at - self.at);
+    }
+
+    /// Takes `rows` rows in pieces of about [`JOB_BYTES`]; `work` is told the first row of each.
+    fn rows(&mut self, rows: usize, row_bytes: usize, jobs: &mut Vec<Job<'a>>, work: impl Fn(usize) -> Work<'a>) {
+        let step = (JOB_BYTES / row_bytes.max(1)).max(1);
+        for row in (0..rows).step_by(step) {
+            let dest = self.take(row_bytes * step.min(rows - row));
+            jobs.push(Job { dest, work: work(row) });
+        }
+    }
+}
+
+fn run(jobs: Vec<Job<'_>>, threads: usize, progress: &(dyn Fn(u64, u64) + Sync)) {
+    let total: u64 = jobs.iter().map(|job| job.dest.len() as u64).sum();
+    let threads = threads.clamp(1, jobs.len().max(1));
+    let queue = Mutex::new((jobs.into_iter(), 0u64));
+    let codes: [f32; 256] = std::array::from_fn(|code| e4m3_to_f32(code as u8));
+    let worker = || {
+        let mut row = Vec::new();
+        let mut done = 0;
+        loop {
+            let job = {
+                // A panic of another worker ends the scope anyway.
+                let mut queue = queue.lock().unwrap_or_else(|e| e.into_inner());
+                queue.1 += done;
+                if done > 0 {
+                    progress(queue.1, total);
+                }
+                queue.0.next()
+            };
+            let Some(job) = job else { return };
+            done = job.dest.len() as u64;
+            job.run(&mut row, &codes);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(worker);
+        }
+        worker();
+    });
+}
+
+impl Job<'_> {
+    fn run(self, row: &mut Vec<f32>, codes: &[f32; 256]) {
+        if self.dest.is_empty() {
+            return;
+        }
+        match self.work {
+            Work::Convert(part, first, dtype) => {
+                for (i, dest) in self.dest.chunks_exact_mut(part.columns() * dtype.bytes()).enumerate() {
+                    part.row_f32(first + i, row, codes);
+                    store(row, dtype, dest);
+                }
+            }
+            Work::Copy(part, first) => {
+                for (i, dest) in self.dest.chunks_exact_mut(part.columns() * part.view.dtype.size()).enumerate() {
+                    dest.copy_from_slice(part.row(first + i));
+                }
+            }
+            Work::Scales(part, quant) => {
+                let across = part.columns().div_ceil(quant.block[1] as usize);
+                let first =
+                    [part.spec.rows[0] / quant.block[0], part.spec.cols[0] / quant.block[1]].map(|n| n as usize);
+                for (i, dest) in self.dest.chunks_exact_mut(4).enumerate() {
+                    dest.copy_from_slice(&part.scale(first[0] + i / across, first[1] + i % across).to_le_bytes());
+                }
+            }
+            Work::Rope(frequencies, first) => {
+                for (i, dest) in self.dest.chunks_exact_mut(8 * frequencies.len()).enumerate() {
+                    let angle = |f: &f32| f64::from((first + i) as f32 * f);
+                    row.clear();
+                    row.extend(frequencies.iter().map(|f| angle(f).cos() as f32));
+                    row.extend(frequencies.iter().map(|f| angle(f).sin() as f32));
+                    store(row, DType::F32, dest);
+                }
+            }
+            Work::Hadamard(n, first, dtype) => {
+                let size = f64::from(n).powf(-0.5) as f32;
+                for (i, dest) in self.dest.chunks_exact_mut(n as usize * dtype.bytes()).enumerate() {
+                    let i = (first + i) as u32;
+                    row.clear();
+                    row.extend((0..n).map(|j| if (i & j).count_ones().is_multiple_of(2) { size } else { -size }));
+                    store(row, dtype, dest);
+                }
+            }
+        }
+    }
+}
+
+/// Writes values as `dtype`, rounded to nearest even.
+fn store(values: &[f32], dtype: DType, dest: &mut [u8]) {
+    fn each<const N: usize>(values: &[f32], dest: &mut [u8], encode: impl Fn(f32) -> [u8; N]) {
+        for (x, dest) in values.iter().zip(dest.chunks_exact_mut(N)) {
+            dest.copy_from_slice(&encode(*x));
+        }
+    }
+    match dtype {
+        DType::F32 => each(values, dest, f32::to_le_bytes),
+        DType::Bf16 => each(values, dest, |x| half::bf16::from_f32(x).to_le_bytes()),
+        DType::F16 => each(values, dest, |x| half::f16::from_f32(x).to_le_bytes()),
+        DType::E4m3 => each(values, dest, |x| [f32_to_e4m3(x)]),
+        DType::I32 | DType::Bool => unreachable!("no weight is converted to {dtype}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{RawTensor, part, write_tensors};
+
+    fn f32s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
+        values.into_iter().flat_map(f32::to_le_bytes).collect()
+    }
+
+    fn entry(name: &str, shape: &[u32], elem: Elem, source: WeightSource) -> WeightEntry {
+        WeightEntry { name: name.into(), shape: shape.to_vec(), elem, source }
+    }
+
+    fn scaled(tensor: &str, shape: [u32; 2], block: [u32; 2]) -> TensorPart {
+        TensorPart { scale: Some(format!("{tensor}_scale_inv")), scale_block: block, ..part(tensor, shape) }
+    }
+
+    fn load(tensors: &[RawTensor<'_>], entries: &[WeightEntry], threads: usize) -> Result<Weights, WeightError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        write_tensors(&path, tensors);
+        let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
+        Weights::load(entries, &checkpoint, 5, threads, &|done, total| assert!(done <= total))
+    }
+
+    fn floats(bytes: &[u8]) -> Vec<f32> {
+        (0..bytes.len() / 4).map(|i| f32_at(bytes, i)).collect()
+    }
+
+    const F32: Elem = Elem::Plain(DType::F32);
+
+    #[test]
+    fn whole_tensors_stay_in_the_file() {
+        let tensors = [("a", "F32", &[2, 2][..], f32s([1.0, 2.0, 3.0, 4.0]))];
+        let tensors_of = |rows| WeightSource::Tensors(vec![TensorPart { rows, ..part("a", [2, 2]) }]);
+        let entries = [
+            entry("whole", &[2, 2], F32, tensors_of([0, 2])),
+            entry("row", &[1, 2], F32, tensors_of([1, 2])),
+            entry("half", &[2, 2], Elem::Plain(DType::Bf16), tensors_of([0, 2])),
+        ];
+        let weights = load(&tensors, &entries, 1).unwrap();
+        assert!(matches!(weights.places[..], [Place::File(_), Place::Made(_), Place::Made(_)]));
+        assert_eq!(floats(weights.bytes(0)), [1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(floats(weights.bytes(1)), [3.0, 4.0]);
+        assert_eq!(weights.bytes(2), [0x80, 0x3f, 0x00, 0x40, 0x40, 0x40, 0x80, 0x40]);
+    }
+
+    #[test]
+    fn fp8_is_dequantised_by_blocks_and_stacked() {
+        // 3 x 5 codes of 1.0 with 2 x 2 blocks; columns 1..4 of rows 1..3, under a row in f16.
+        let tensors = [
+            ("q", "F8_E4M3", &[3, 5][..], vec![0x38; 15]),
+            ("q_scale_inv", "F32", &[2, 3][..], f32s([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])),
+            (
+                "h",
+                "F16",
+                &[3][..],
+                [0.5f32, -1.0, 2.0].iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
+            ),
+        ];
+        let q = TensorPart { rows: [1, 3], cols: [1, 4], ..scaled("q", [3, 5], [2, 2]) };
+        let entries = [entry("w", &[3, 3], F32, WeightSource::Tensors(vec![part("h", [1, 3]), q]))];
+        for threads in [1, 3] {
+            let weights = load(&tensors, &entries, threads).unwrap();
+            assert_eq!(floats(weights.bytes(0)), [0.5, -1.0, 2.0, 1.0, 2.0, 2.0, 4.0, 5.0, 5.0]);
+        }
+    }
+
+    #[test]
+    fn quantised_weights_keep_codes_and_scales() {
+        let codes: Vec<u8> = (0..24).collect();
+        let tensors = [
+            ("q", "F8_E4M3", &[4, 6][..], codes.clone()),
+            ("q_scale_inv", "F32", &[2, 3][..], f32s([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])),
+        ];
+        let elem = Elem::Quant(Quant { block: [2, 2], pow2: false });
+        let whole = scaled("q", [4, 6], [2, 2]);
+        let lower = TensorPart { rows: [2, 4], cols: [2, 6], ..whole.clone() };
+        let entries = [
+            entry("twice", &[2, 4, 6], elem, WeightSource::Tensors(vec![whole.clone(), whole])),
+            entry("lower", &[2, 4], elem, WeightSource::Tensors(vec![lower])),
+        ];
+        let weights = load(&tensors, &entries, 2).unwrap();
+        let twice = weights.bytes(0);
+        assert_eq!((&twice[..24], &twice[24..48], twice.len()), (&codes[..], &codes[..], 256 + 48));
+        assert_eq!(floats(&twice[256..]), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let lower = weights.bytes(1);
+        assert_eq!(&lower[..8], [14, 15, 16, 17, 20, 21, 22, 23]);
+        assert_eq!(floats(&lower[256..]), [5.0, 6.0]);
+    }
+
+    #[test]
+    fn tables_are_computed() {
+        let frequencies = vec![1.0, 0.3];
+        let entries = [
+            entry("rope", &[0, 4], F32, WeightSource::RopeTable { frequencies }),
+            entry("hadamard", &[4, 4], F32, WeightSource::Hadamard { n: 4 }),
+        ];
+        let weights = load(&[("x", "U8", &[1], vec![0])], &entries, 2).unwrap();
+        let rope = floats(weights.bytes(0));
+        assert_eq!(rope.len(), 20);
+        assert_eq!(&rope[..4], [1.0, 1.0, 0.0, 0.0]);
+        let angle = f64::from(4.0 * 0.3f32);
+        assert_eq!(&rope[16..], [4f64.cos() as f32, angle.cos() as f32, 4f64.sin() as f32, angle.sin() as f32]);
+        let h = floats(weights.bytes(1));
+        assert_eq!(&h[4..12], [0.5, -0.5, 0.5, -0.5, 0.5, 0.5, -0.5, -0.5]);
+    }
+
+    #[test]
+    fn many_jobs_give_the_same_bytes() {
+        let values: Vec<f32> = (0..700_000).map(|i| (i as f32).sin()).collect();
+        let tensors = [("a", "F32", &[700, 1000][..], f32s(values.iter().copied()))];
+        let entries =
+            [entry("a", &[700, 1000], Elem::Plain(DType::F16), WeightSource::Tensors(vec![part("a", [700, 1000])]))];
+        let expected: Vec<u8> = values.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect();
+        for threads in [1, 4] {
+            assert!(load(&tensors, &entries, threads).unwrap().bytes(0) == expected);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let tensors = [
+            ("a", "F32", &[2, 2][..], f32s([0.0; 4])),
+            ("q", "F8_E4M3", &[2, 2][..], vec![0; 4]),
+            ("s", "F8_E4M3", &[2, 2][..], vec![0; 4]),
+            ("s_scale_inv", "F32", &[2, 1][..], f32s([0.0; 2])),
+            ("i", "I32", &[2, 2][..], vec![0; 16]),
+        ];
+        let quant = Elem::Quant(Quant { block: [128, 128], pow2: false });
+        let error = |part: TensorPart, elem| {
+            load(&tensors, &[entry("w", &[2, 2], elem, WeightSource::Tensors(vec![part]))], 1)
+                .map_err(|e| e.to_string())
+                .unwrap_err()
+        };
+        let has = |text: String, words: &str| assert!(text.starts_with("weight w: ") && text.contains(words), "{text}");
+        has(error(part("b", [2, 2]), F32), "no tensor `b`");
+        has(error(part("a", [2, 3]), F32), "`a` has shape [2, 2], the artifact expects [2, 3]");
+        has(error(part("i", [2, 2]), F32), "`i` is stored as I32, of which f32 cannot be made");
+        has(error(scaled("a", [2, 2], [128, 128]), quant), "`a` is stored as F32, of which e4m3 with scales");
+        has(error(part("q", [2, 2]), F32), "knows no scales");
+        has(error(scaled("q", [2, 2], [128, 128]), F32), "no tensor `q_scale_inv`");
+        has(error(scaled("s", [2, 2], [128, 128]), F32), "`s_scale_inv` are F32 [2, 1], expected F32 [1, 1]");
+    }
+}

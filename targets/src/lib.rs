@@ -1,0 +1,172 @@
+//! The targets of `dsc`: what each can run, and how tile programs become its code.
+//!
+//! A target is one folder behind the [`Target`] trait and one cargo feature. It takes [`Kernel`]s (a tile program and its
+//! schedule) and gives back a [`Module`]: bytes that a runtime maps and calls, with no symbol left to resolve.
+//!
+//! **Invariants.** A target never changes what a program means: the interpreter in `dsc-ir` is the oracle. Capabilities are
+//! data ([`targets`]), so that `dsc targets` and selection read the same table.
+
+#[cfg(feature = "cpu")]
+pub mod cpu;
+
+use dsc_ir::schedule::{KernelShape, Schedule};
+use dsc_ir::tile::Program;
+
+/// What to compile: a program, and how the target should run it.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// The tile program; verified by the caller.
+    pub program: Program,
+    /// Its schedule for this target.
+    pub schedule: Schedule,
+}
+
+/// One kernel inside a [`Module`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelCode {
+    /// The program's name.
+    pub name: String,
+    /// Where it starts, in bytes from the start of [`Module::code`].
+    pub entry: u64,
+    /// Bytes of code, without the routines it shares with other kernels.
+    pub code_bytes: u64,
+    /// Bytes of scratch each worker must hand to a call, aligned to 64.
+    pub scratch_bytes: u64,
+}
+
+/// Compiled kernels: one position-independent blob.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Module {
+    /// Machine code and its constants; may be mapped at any address aligned to 64 bytes.
+    pub code: Vec<u8>,
+    /// The kernels in the order given to [`Target::compile`].
+    pub kernels: Vec<KernelCode>,
+    /// Readable code, if it was asked for.
+    pub asm: Option<String>,
+    /// What the processor must have, by the names of `/proc/cpuinfo`.
+    pub features: Vec<String>,
+}
+
+/// Why a target could not compile a kernel.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// The program uses something this target does not do.
+    #[error("kernel {kernel}: {op} is not supported: {reason}")]
+    Unsupported {
+        /// The program's name.
+        kernel: String,
+        /// The operation.
+        op: String,
+        /// What about it.
+        reason: String,
+    },
+    /// The code generator refused what we gave it: our bug.
+    #[error("kernel {kernel}: code generation failed: {reason}")]
+    Codegen {
+        /// The program's name.
+        kernel: String,
+        /// What it said.
+        reason: String,
+    },
+    /// The target cannot be set up on this build.
+    #[error("target {target}: {reason}")]
+    Setup {
+        /// The target's name.
+        target: String,
+        /// What is missing.
+        reason: String,
+    },
+}
+
+/// Turns tile programs into code.
+pub trait Target {
+    /// The name that `--target` takes.
+    fn name(&self) -> &'static str;
+
+    /// Whether it multiplies e4m3 tiles. If not, the graph is lowered to plain weights and dequantised activations.
+    fn multiplies_fp8(&self) -> bool;
+
+    /// How it runs a kernel of that shape, in steps of at most `tokens` tokens.
+    fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
+        Schedule::heuristic(shape, tokens)
+    }
+
+    /// Compiles `kernels` into one blob. The same input gives the same bytes.
+    fn compile(&self, kernels: &[Kernel]) -> Result<Module, TargetError>;
+}
+
+/// The target of that name; with `asm` its modules come with readable code.
+///
+/// # Errors
+/// [`TargetError::Setup`] if there is none, if it is not implemented, or if this build lacks it.
+pub fn target(name: &str, asm: bool) -> Result<Box<dyn Target>, TargetError> {
+    let refuse = |reason: &str| Err(TargetError::Setup { target: name.to_owned(), reason: reason.to_owned() });
+    match name {
+        #[cfg(feature = "cpu")]
+        "cpu" => Ok(Box::new(cpu::CpuTarget::default().with_asm(asm))),
+        #[cfg(feature = "cpu")]
+        "cpu-v3" => Ok(Box::new(cpu::CpuTarget::new(cpu::Level::V3).with_asm(asm))),
+        #[cfg(feature = "cpu")]
+        "cpu-v4" => Ok(Box::new(cpu::CpuTarget::new(cpu::Level::V4).with_asm(asm))),
+        _ if targets().iter().any(|t| t.name == name) => refuse("not implemented in this dsc (see `dsc targets`)"),
+        _ => refuse("there is no such target (`dsc targets` lists them)"),
+    }
+}
+
+/// How far a target has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Compiles every tile program, and its output is executed by the test suite.
+    RunOnHardware,
+    /// Named so that a user can see it is known; nothing is implemented.
+    Planned,
+}
+
+/// One line of `dsc targets`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct TargetInfo {
+    /// The name that `--target` takes.
+    pub name: &'static str,
+    /// What it is.
+    pub description: &'static str,
+    /// How code is made for it.
+    pub lowering: &'static str,
+    /// What the device must have.
+    pub requires: &'static [&'static str],
+    /// Bytes of a vector register or warp-wide fragment row that a kernel library may tune for.
+    pub vector_bytes: u32,
+    /// How far it has come.
+    pub status: Status,
+    /// The status in words.
+    pub note: &'static str,
+}
+
+/// Every target that has a name, implemented or not.
+pub fn targets() -> &'static [TargetInfo] {
+    const PLANNED: TargetInfo = TargetInfo {
+        name: "",
+        description: "",
+        lowering: "none",
+        requires: &[],
+        vector_bytes: 0,
+        status: Status::Planned,
+        note: "planned: not implemented",
+    };
+    const ALL: &[TargetInfo] = &[
+        TargetInfo {
+            name: "cpu",
+            description: "x86-64 with AVX2 and FMA; AVX-512 where the machine has it",
+            lowering: "Cranelift, with dot products from our own assembler",
+            requires: &["avx2", "fma", "f16c", "bmi2"],
+            vector_bytes: 64,
+            status: Status::RunOnHardware,
+            note: "every tile op; run by the test suite on the build machine",
+        },
+        TargetInfo { name: "sm_90a", description: "NVIDIA Hopper", ..PLANNED },
+        TargetInfo { name: "gfx942", description: "AMD CDNA 3", ..PLANNED },
+        TargetInfo { name: "gfx950", description: "AMD CDNA 4", ..PLANNED },
+        TargetInfo { name: "ascend910b", description: "Huawei Ascend 910B", ..PLANNED },
+    ];
+    ALL
+}

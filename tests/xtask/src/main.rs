@@ -1,0 +1,168 @@
+//! `cargo xtask COMMAND`: the project's own commands.
+//!
+//! * `demo`: builds `dsc` (Cranelift only), compiles the tiny model of examples/ and streams text from it.
+//! * `test`: everything the suite needs, then the suite.
+//! * `ci`: `test`, formatting, lints, docs, and that compiling twice gives the same bytes.
+//! * `bench`: decode and prefill of the tiny model, and Hugging Face transformers on the same machine if it is installed.
+//! * `fuzz [SECONDS]`: every fuzz target for that long (default 60).
+//!
+//! Nothing is installed behind your back: what is missing is named with the reason and the command, and installed only where
+//! that needs no question (as root on Debian).
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+type Outcome = Result<(), String>;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let outcome = match args.first().map(String::as_str) {
+        Some("demo") => demo(),
+        Some("test") => test(&args[1..]),
+        Some("ci") => ci(),
+        Some("bench") => bench(&args[1..]),
+        Some("fuzz") => fuzz(args.get(1)),
+        _ => Err("usage: cargo xtask demo | test | ci | bench | fuzz [SECONDS]".into()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("xtask: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The repository's root: xtask lives two folders below it.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two folders down").to_owned()
+}
+
+/// Runs a command in the repository's root and fails with its line.
+fn run(program: &str, args: &[&str]) -> Outcome {
+    run_with(program, args, &[])
+}
+
+fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Outcome {
+    let line = format!("{program} {}", args.join(" "));
+    eprintln!("$ {line}");
+    let mut command = Command::new(program);
+    command.args(args).current_dir(root()).envs(env.iter().copied());
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("`{line}` ended with {status}")),
+        Err(e) => Err(format!("`{line}` did not start: {e}")),
+    }
+}
+
+/// Installs a Debian package for a program that is missing, or says how to.
+fn need(program: &str, package: &str, why: &str) -> Outcome {
+    let found = env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()));
+    if found {
+        return Ok(());
+    }
+    eprintln!("xtask: {program} is missing; it is needed {why}");
+    let root_user = Command::new("id").arg("-u").output().is_ok_and(|o| o.stdout.trim_ascii() == b"0");
+    if !root_user || !Path::new("/usr/bin/apt-get").exists() {
+        return Err(format!("install {program} (Debian: apt-get install {package}) and run this again"));
+    }
+    run("apt-get", &["update"])?;
+    run("apt-get", &["install", "-y", "--no-install-recommends", package])
+}
+
+fn cargo(args: &[&str]) -> Outcome {
+    run(env!("CARGO"), args)
+}
+
+fn dsc() -> PathBuf {
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    target.join("release").join("dsc")
+}
+
+fn demo() -> Outcome {
+    need("cc", "gcc", "to link Rust programs")?;
+    cargo(&["build", "--release", "--package", "dsc"])?;
+    let (dsc, bundle) = (dsc(), root().join("target").join("tiny-model.dsc"));
+    let (dsc, bundle) = (dsc.to_string_lossy(), bundle.to_string_lossy());
+    run(&dsc, &["compile", "examples/tiny-model", "--target", "cpu", "-o", &bundle])?;
+    let prompt = "\"My dear Watson,\" said Sherlock Holmes,";
+    run(
+        &dsc,
+        &[
+            "run", &bundle, "--weights", "examples/tiny-model", "--prompt", prompt, "--max-new-tokens", "120",
+            "--temperature", "0.7", "--top-p", "0.95", "--seed", "1",
+        ],
+    )
+}
+
+fn test(extra: &[String]) -> Outcome {
+    need("cc", "gcc", "to link Rust programs")?;
+    let mut args = vec!["test", "--workspace"];
+    args.extend(extra.iter().map(String::as_str));
+    cargo(&args)
+}
+
+fn ci() -> Outcome {
+    test(&[])?;
+    cargo(&["fmt", "--all", "--check"])?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    run_with(env!("CARGO"), &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
+    demo()?;
+    runtime_only_is_small()?;
+    same_bytes_twice()
+}
+
+/// A build without the compiler is what serving machines get: it must stay small.
+fn runtime_only_is_small() -> Outcome {
+    const LIMIT: u64 = 20_000_000;
+    cargo(&["build", "--release", "--package", "dsc", "--no-default-features", "--target-dir", "target/runtime-only"])?;
+    let path = root().join("target/runtime-only/release/dsc");
+    let size = std::fs::metadata(&path).map_err(|e| format!("{}: {e}", path.display()))?.len();
+    eprintln!("xtask: dsc without the compiler is {size} bytes");
+    if size < LIMIT { Ok(()) } else { Err(format!("dsc without the compiler is {size} bytes, over {LIMIT}")) }
+}
+
+/// Compiles the real config twice and compares the artifacts.
+fn same_bytes_twice() -> Outcome {
+    let dsc = dsc();
+    let mut artifacts = Vec::new();
+    for name in ["first", "second"] {
+        let path = root().join("target").join(format!("v3.2-{name}.dsc"));
+        run(&dsc.to_string_lossy(), &["compile", "examples/deepseek-v3.2", "-o", &path.to_string_lossy()])?;
+        artifacts.push(std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?);
+    }
+    if artifacts[0] == artifacts[1] { Ok(()) } else { Err("compiling twice gave different bytes".into()) }
+}
+
+fn bench(extra: &[String]) -> Outcome {
+    cargo(&["build", "--release", "--package", "dsc"])?;
+    let mut args = vec!["tests/bench/cpu.py"];
+    let dsc = dsc();
+    let dsc = dsc.to_string_lossy();
+    args.push(&dsc);
+    args.extend(extra.iter().map(String::as_str));
+    run("python3", &args)
+}
+
+fn fuzz(seconds: Option<&String>) -> Outcome {
+    let seconds = seconds.map_or("60", String::as_str);
+    need("c++", "g++", "to build libFuzzer")?;
+    let coverage = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+        -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+        -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing -Ccodegen-units=1";
+    let targets = ["artifact", "checkpoint", "config", "graph_text", "tile_text"];
+    let manifest = "tests/fuzz/Cargo.toml";
+    let build = ["build", "--release", "--manifest-path", manifest, "--target", "x86_64-unknown-linux-gnu"];
+    run_with(env!("CARGO"), &build, &[("RUSTFLAGS", coverage)])?;
+    for target in targets {
+        let binary = root().join("tests/fuzz/target/x86_64-unknown-linux-gnu/release").join(target);
+        let corpus = root().join("tests/fuzz/corpus").join(target);
+        let work = root().join("target/fuzz").join(target);
+        std::fs::create_dir_all(&work).map_err(|e| format!("{}: {e}", work.display()))?;
+        let limit = format!("-max_total_time={seconds}");
+        let (work, corpus) = (work.to_string_lossy().into_owned(), corpus.to_string_lossy().into_owned());
+        run(&binary.to_string_lossy(), &[&limit, "-rss_limit_mb=4096", "-timeout=10", &work, &corpus])?;
+    }
+    Ok(())
+}
