@@ -126,9 +126,10 @@ pub fn compile_dir(dir: &Path, options: &Options, observe: &mut dyn FnMut(Event)
     let config = ModelConfig::read(dir)?;
     let path = dir.join("config.json");
     let text = std::fs::read(&path).map_err(|source| ConfigError::Io { path, source })?;
-    let compiled = compile(&config, blake3::hash(&text).to_hex().as_str(), options, observe)?;
-    if has_weights(dir) {
-        check_weights(dir, &compiled.header)?;
+    let checkpoint = has_weights(dir).then(|| Checkpoint::open(dir)).transpose()?;
+    let compiled = compile(&config, blake3::hash(&text).to_hex().as_str(), checkpoint.as_ref(), options, observe)?;
+    if let Some(checkpoint) = &checkpoint {
+        check_weights(dir, checkpoint, &compiled.header)?;
     }
     Ok(compiled)
 }
@@ -138,10 +139,12 @@ pub fn has_weights(dir: &Path) -> bool {
     dir.join("model.safetensors").exists() || dir.join("model.safetensors.index.json").exists()
 }
 
-/// Compiles a model from its config alone; `config_hash` is the blake3 of its file, in hex.
+/// Compiles a model from its config and, if they are at hand, its weights (which are looked at, not taken along);
+/// `config_hash` is the blake3 of its file, in hex.
 pub fn compile(
     config: &ModelConfig,
     config_hash: &str,
+    checkpoint: Option<&Checkpoint>,
     options: &Options,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Compiled, CompileError> {
@@ -154,12 +157,14 @@ pub fn compile(
     );
     observe(Event::Stage { name: "build graph", took: stage.elapsed() });
 
+    let bf16_weights = checkpoint.is_some_and(|c| dsc_runtime::weights::bf16_exact(&graph.weights, c));
     let mut graphs = Vec::new();
     for class in classes(config, options, max_context) {
         let mut graph = graph.clone();
         let cx = Cx {
             class: class.clone(),
             target_fp8: target.multiplies_fp8(),
+            bf16_weights,
             numerics: options.numerics,
             index_topk: config.index_topk as u32,
         };
@@ -279,9 +284,8 @@ fn header(model: ModelFacts, options: &Options, plan: &Plan, module: &Module, ta
 }
 
 /// Compares every tensor that the weight map names with the checkpoint's headers.
-fn check_weights(dir: &Path, header: &Header) -> Result<(), CompileError> {
-    let checkpoint = Checkpoint::open(dir)?;
-    let problems = dsc_runtime::weights::check(&header.weights, &checkpoint);
+fn check_weights(dir: &Path, checkpoint: &Checkpoint, header: &Header) -> Result<(), CompileError> {
+    let problems = dsc_runtime::weights::check(&header.weights, checkpoint);
     if problems.is_empty() {
         return Ok(());
     }

@@ -117,6 +117,16 @@ pub enum WeightError {
         /// Rows and columns of one scale.
         block: [u32; 2],
     },
+    /// The artifact keeps a tensor in bf16, which would round this one.
+    #[error(
+        "weight {weight}: the artifact has exact numerics and keeps tensor `{tensor}` in bf16, which would round it: compile for these weights"
+    )]
+    Rounded {
+        /// The weight.
+        weight: String,
+        /// The tensor.
+        tensor: String,
+    },
     /// The weights do not fit in memory.
     #[error("no memory for {bytes} bytes of weights: {reason}")]
     Memory {

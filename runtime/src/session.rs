@@ -12,8 +12,8 @@ use crate::device::{Bound, BoundLaunch, Buffer, Device, LaunchTime, LaunchTimes}
 use crate::error::{DeviceError, Error, RequestError};
 use crate::sample::Sampler;
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
-use dsc_ir::artifact::{Arg, Header, Step, Tap};
+use crate::weights::{self, Weights};
+use dsc_ir::artifact::{Arg, Header, Numerics, Step, Tap};
 use dsc_ir::graph::{PAGE_TOKENS, StepInput};
 use dsc_ir::{DType, Sym, SymValues};
 use std::collections::BTreeMap;
@@ -74,7 +74,12 @@ impl Model {
         // Refuse a machine that cannot run the artifact before reading gigabytes for it.
         CpuDevice::new(1)?.load_code(header, artifact.section("code")?)?;
         let checkpoint = Arc::new(Checkpoint::open(weights_dir)?);
-        let weights = Weights::load(&header.weights, &checkpoint, pages * PAGE_TOKENS, threads, progress)?;
+        if header.numerics == Numerics::Exact {
+            weights::check_exact(&header.weights, &checkpoint)?;
+        }
+        // Rope tables need a row for each position, and a cache of many sequences holds more tokens than one may have.
+        let positions = (pages * PAGE_TOKENS).min(header.model.max_context);
+        let weights = Weights::load(&header.weights, &checkpoint, positions, threads, progress)?;
         Ok(Model {
             artifact: Arc::new(artifact),
             weights: Arc::new(weights),

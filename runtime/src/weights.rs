@@ -8,7 +8,7 @@ use crate::error::WeightError;
 use dsc_ir::DType;
 use dsc_ir::artifact::{SCALE_ALIGN, TensorPart, WeightEntry, WeightSource};
 use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
-use dsc_ir::graph::{Elem, Quant};
+use dsc_ir::graph::{Elem, Quant, Weight};
 use memmap2::MmapMut;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -115,6 +115,49 @@ pub fn check(entries: &[WeightEntry], checkpoint: &Checkpoint) -> Vec<WeightErro
         }
     }
     problems
+}
+
+/// Whether bf16 holds every matrix that `weights` name exactly: stored in bf16, or in e4m3 with power-of-two scales. False for
+/// tensors that are not there.
+pub fn bf16_exact(weights: &[Weight], checkpoint: &Checkpoint) -> bool {
+    let matrices = weights.iter().filter(|w| w.ty.shape.len() >= 2);
+    matrices.filter_map(|w| parts_of(&w.source)).flatten().all(|part| part_is_bf16_exact(part, checkpoint))
+}
+
+/// Finds a weight that would be rounded on its way to bf16, which an artifact of exact numerics must not do.
+pub fn check_exact(entries: &[WeightEntry], checkpoint: &Checkpoint) -> Result<(), WeightError> {
+    for entry in entries.iter().filter(|e| e.elem == Elem::Plain(DType::Bf16)) {
+        for part in parts_of(&entry.source).into_iter().flatten() {
+            if !part_is_bf16_exact(part, checkpoint) {
+                return Err(WeightError::Rounded { weight: entry.name.clone(), tensor: part.tensor.clone() });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn parts_of(source: &WeightSource) -> Option<&[TensorPart]> {
+    match source {
+        WeightSource::Tensors(parts) => Some(parts),
+        WeightSource::RopeTable { .. } | WeightSource::Hadamard { .. } => None,
+    }
+}
+
+fn part_is_bf16_exact(part: &TensorPart, checkpoint: &Checkpoint) -> bool {
+    let Ok(view) = checkpoint.tensor(&part.tensor) else { return false };
+    let scales = || part.scale.as_ref().and_then(|name| checkpoint.tensor(name).ok());
+    match view.dtype {
+        StorageDtype::BF16 => true,
+        StorageDtype::F8E4M3 => scales().is_some_and(|s| {
+            // A normal power of two has no mantissa; far from the ends of the range no product is subnormal.
+            let plain = |b: &[u8]| {
+                let bits = u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                bits & 0x7f_ffff == 0 && (64..192).contains(&(bits >> 23))
+            };
+            s.dtype == StorageDtype::F32 && s.data.chunks_exact(4).all(plain)
+        }),
+        _ => false,
+    }
 }
 
 /// A part of a weight, found in the checkpoint and compared with it.

@@ -15,6 +15,7 @@ mod fuse_rows;
 mod fuse_sparse_attention;
 mod group_experts;
 mod merge_projections;
+mod narrow_weights;
 mod outline;
 mod share_repeats;
 mod skip_short_selection;
@@ -29,6 +30,7 @@ pub use fuse_rows::fuse_rows;
 pub use fuse_sparse_attention::fuse_sparse_attention;
 pub use group_experts::group_experts;
 pub use merge_projections::merge_projections;
+pub use narrow_weights::narrow_weights;
 pub use share_repeats::share_repeats;
 pub use skip_short_selection::skip_short_selection;
 
@@ -59,6 +61,8 @@ pub struct Cx {
     pub class: Class,
     /// Whether the target multiplies e4m3 tiles; otherwise quantised operands are dequantised first.
     pub target_fp8: bool,
+    /// Whether every matrix of the checkpoint is exactly bf16 (false if the weights are not known).
+    pub bf16_weights: bool,
     /// Numerics of the artifact.
     pub numerics: Numerics,
     /// Keys the indexer selects.
@@ -80,6 +84,7 @@ pub const PASSES: &[&str] = &[
     "share_repeats",
     "absorb_mla",
     "expand_fp8",
+    "narrow_weights",
     "merge_projections",
     "fuse_sparse_attention",
     "skip_short_selection",
@@ -111,6 +116,7 @@ pub fn run(
     stage("share_repeats", share_repeats)?;
     stage("absorb_mla", absorb_mla)?;
     stage("expand_fp8", expand_fp8)?;
+    stage("narrow_weights", narrow_weights)?;
     stage("merge_projections", merge_projections)?;
 
     // Kernels: what is launched together.

@@ -368,6 +368,17 @@ impl Asm {
         self.modrm(dst, m.into(), 1);
     }
 
+    /// 16-bit load into the upper half of a 32-bit register.
+    pub(crate) fn load16_high(&mut self, dst: Gpr, m: Mem) {
+        self.code.push(0x40 | (dst >> 3) << 2 | (m.index.map_or(0, |i| i.0) >> 3) << 1 | m.base >> 3);
+        self.code.extend_from_slice(&[0x0f, 0xb7]);
+        self.modrm(dst, m.into(), 1);
+        self.code.push(0x40 | dst >> 3);
+        self.code.push(0xc1);
+        self.modrm(4, Rm::Reg(dst), 1);
+        self.code.push(16);
+    }
+
     /// 32-bit store.
     pub(crate) fn store32(&mut self, m: Mem, src: Gpr) {
         self.code.push(0x40 | (src >> 3) << 2 | (m.index.map_or(0, |i| i.0) >> 3) << 1 | m.base >> 3);

@@ -27,8 +27,8 @@ pub(crate) enum Atom {
     GemmNn { m: u32, n: u32, k: u32, packed: bool, zero: bool },
     /// `fn(a, lda, b, ldb, c, ldc)`.
     GemmNt { m: u32, n: u32, k: u32, b: DType, zero: bool },
-    /// `fn(dst, src, ld_src)`.
-    Pack { n: u32, k: u32 },
+    /// `fn(dst, src, ld_src)`. `from` is f32 or bf16.
+    Pack { n: u32, k: u32, from: DType },
     /// `fn(dst, ld_dst, src, ld_src)`.
     Cast { rows: u32, cols: u32, from: DType },
 }
@@ -58,7 +58,7 @@ pub(crate) fn assemble(atom: Atom, width: Width) -> Vec<u8> {
     match atom {
         Atom::GemmNn { m, n, k, packed, zero } => Nn::new(width, m, n, k, packed, zero).emit(&mut g),
         Atom::GemmNt { m, n, k, b, zero } => Nt::new(width, m, n, k, b, zero).emit(&mut g),
-        Atom::Pack { n, k } => emit_pack(&mut g, n, k),
+        Atom::Pack { n, k, from } => emit_pack(&mut g, n, k, from),
         Atom::Cast { rows, cols, from } => emit_cast(&mut g, rows, cols, from),
     }
     g.finish()
@@ -556,22 +556,29 @@ impl Nt {
     }
 }
 
-fn emit_pack(g: &mut Gen, n: u32, k: u32) {
+fn emit_pack(g: &mut Gen, n: u32, k: u32, from: DType) {
     let panel = panel_lanes(g.w);
     g.prologue();
-    g.repeat(RBX, n / panel, |g| pack_panel(g, panel, k));
+    if from == DType::Bf16 {
+        let label = g.constant(0xffff_0000u32.to_le_bytes().to_vec());
+        g.a.v_const(g.w, PBROADCASTD, PACK_MASK, label);
+    }
+    g.repeat(RBX, n / panel, |g| pack_panel(g, panel, k, from));
     if n % panel != 0 {
-        pack_panel(g, n % panel, k);
+        pack_panel(g, n % panel, k, from);
     }
     g.epilogue();
 }
 
+/// Register that keeps the upper halves of dwords.
+const PACK_MASK: u8 = 15;
+
 /// One panel of `rows` rows; leaves `RSI` at the next rows and `RDI` at the next panel.
-fn pack_panel(g: &mut Gen, rows: u32, k: u32) {
+fn pack_panel(g: &mut Gen, rows: u32, k: u32, from: DType) {
     let (lanes, pitch) = (g.w.lanes(), (panel_lanes(g.w) * 4) as i32);
     for group in 0..rows.div_ceil(lanes) {
         let valid = (rows - group * lanes).min(lanes);
-        pack_rows(g, valid, k, (group * lanes * 4) as i32, pitch);
+        pack_rows(g, valid, k, from, (group * lanes * 4) as i32, pitch);
         for _ in 0..lanes / 8 {
             g.a.lea(RSI, Mem { base: RSI, index: Some((RDX, 8)), disp: 0 });
         }
@@ -580,15 +587,20 @@ fn pack_panel(g: &mut Gen, rows: u32, k: u32) {
 }
 
 /// Transposes a vector's worth of rows. Rows that do not exist repeat the last one: their columns are never stored.
-fn pack_rows(g: &mut Gen, valid: u32, k: u32, column: i32, pitch: i32) {
+///
+/// bf16 is transposed in pairs, as if a dword were one element; then the lower halves are the even columns and the upper ones the
+/// odd, each an f32 once the other half is cleared.
+fn pack_rows(g: &mut Gen, valid: u32, k: u32, from: DType, column: i32, pitch: i32) {
     const BASES: [Gpr; 6] = [R10, R11, R12, R13, R14, R15];
     let (w, lanes, ld) = (g.w, g.w.lanes(), RDX);
+    let pairs = from == DType::Bf16;
+    let chunk = if pairs { 8 } else { 4 };
     g.a.mov(R10, RSI);
     set_bases(&mut g.a, &BASES, ld, valid);
     g.a.mov(RCX, RDI);
     let source = |r: u32, disp: i32| row(&BASES, ld, r.min(valid - 1), disp);
-    g.repeat(RAX, k / 4, |g| {
-        // Register r holds rows r, r + 4, r + 8, .. side by side, four elements each; a 4 x 4 transposition in each 128 bits
+    g.repeat(RAX, k / chunk, |g| {
+        // Register r holds rows r, r + 4, r + 8, .. side by side, four dwords each; a 4 x 4 transposition in each 128 bits
         // then gives the columns.
         for r in 0..4 {
             let x = r as u8;
@@ -605,17 +617,29 @@ fn pack_rows(g: &mut Gen, valid: u32, k: u32, column: i32, pitch: i32) {
         g.a.v(w, UNPCKHPD, 9, 4, 6);
         g.a.v(w, UNPCKLPD, 10, 5, 7);
         g.a.v(w, UNPCKHPD, 11, 5, 7);
-        for j in 0..4 {
-            g.a.v(w, MOVUPS_STORE, 8 + j as u8, 0, at(RCX, column + j * pitch));
+        for j in 0..4i32 {
+            let x = 8 + j as u8;
+            if pairs {
+                g.a.shift(w, PSHIFTD_IMM, 6, 12, x, 16);
+                g.a.v(w, PAND, x, x, PACK_MASK);
+                g.a.v(w, MOVUPS_STORE, 12, 0, at(RCX, column + 2 * j * pitch));
+                g.a.v(w, MOVUPS_STORE, x, 0, at(RCX, column + (2 * j + 1) * pitch));
+            } else {
+                g.a.v(w, MOVUPS_STORE, x, 0, at(RCX, column + j * pitch));
+            }
         }
         for &base in &BASES[..valid.div_ceil(3) as usize] {
             g.a.add_imm(base, 16);
         }
-        g.a.add_imm(RCX, 4 * pitch);
+        g.a.add_imm(RCX, chunk as i32 * pitch);
     });
-    for j in 0..(k % 4) as i32 {
+    for j in 0..(k % chunk) as i32 {
         for r in 0..valid {
-            g.a.load32(RAX, source(r, j * 4));
+            if pairs {
+                g.a.load16_high(RAX, source(r, j * 2));
+            } else {
+                g.a.load32(RAX, source(r, j * 4));
+            }
             g.a.store32(at(RCX, column + j * pitch + r as i32 * 4), RAX);
         }
     }

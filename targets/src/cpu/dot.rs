@@ -47,11 +47,11 @@ impl Cg<'_> {
             let atom = Atom::GemmNt { m: size.m, n: size.n, k: size.k, b: b_mem.dtype, zero };
             self.gemm(atom, [a_at, lda, b_at, ldb], &c, size);
         } else {
-            let b_mem = self.rows_of(b, &b_shape, &[DType::F32]);
+            let b_mem = self.rows_of(b, &b_shape, &[DType::F32, DType::Bf16]);
             let (b_at, ldb) = self.rows(&b_mem);
             let packed = Slot::new(&self.arena, atoms::packed_bytes(self.width(), size.n, size.k));
             let packed_at = self.address(&Base::Slot(packed.clone(), 0));
-            self.f.call(Routine::Atom(Atom::Pack { n: size.n, k: size.k }), &[packed_at, b_at, ldb]);
+            self.f.call(Routine::Atom(Atom::Pack { n: size.n, k: size.k, from: b_mem.dtype }), &[packed_at, b_at, ldb]);
             let atom = Atom::GemmNn { m: size.m, n: size.n, k: size.k, packed: true, zero };
             self.gemm(atom, [a_at, lda, packed_at, ldb], &c, size);
         }

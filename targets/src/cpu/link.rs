@@ -16,7 +16,7 @@ pub(crate) struct Piece {
     pub(crate) calls: Vec<(u32, i64, Routine)>,
 }
 
-/// Joins `kernels` and `routines`; gives the blob and where each kernel starts.
+/// Joins `kernels` and `routines`; gives the blob and where each piece starts.
 pub(crate) fn link(kernels: &[Piece], routines: &[(Routine, Piece)]) -> (Vec<u8>, Vec<u64>) {
     let mut code = Vec::new();
     let mut starts = Vec::new();
@@ -34,5 +34,5 @@ pub(crate) fn link(kernels: &[Piece], routines: &[(Routine, Piece)]) -> (Vec<u8>
             code[at..at + 4].copy_from_slice(&(displacement as i32).to_le_bytes());
         }
     }
-    (code, starts[..kernels.len()].iter().map(|&s| s as u64).collect())
+    (code, starts.into_iter().map(|s| s as u64).collect())
 }

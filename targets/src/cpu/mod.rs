@@ -41,6 +41,7 @@ mod tile;
 mod topk;
 
 use crate::{Kernel, KernelCode, Module, Target, TargetError};
+use dsc_ir::schedule::{KernelShape, Schedule};
 use asm::Width;
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::{AbiParam, ExternalName, Function, Signature, UserFuncName, types};
@@ -157,6 +158,29 @@ impl Target for CpuTarget {
         false
     }
 
+    /// Products: rows enough that packing the weights and decoding the activations once a tile vanish beside the multiplications;
+    /// for one token the whole contraction in one go, so that weights stream in long rows.
+    fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
+        let base = Schedule::heuristic(shape, tokens);
+        let rows = |most: u32| u64::from(most).min(shape.m_max.max(1)) as u32;
+        match shape.op {
+            "linear" | "head_linear" | "expert_linear" if tokens <= 16 => Schedule {
+                tile_m: rows(tokens),
+                tile_n: (shape.n / 8).next_multiple_of(16).clamp(16, 64).min(shape.n.max(1)),
+                tile_k: shape.k.clamp(1, 4096),
+                ..base
+            },
+            "linear" | "head_linear" | "expert_linear" => Schedule {
+                tile_m: rows(if shape.op == "expert_linear" { 64 } else { 128 }),
+                tile_n: if shape.n >= 512 { 128 } else { 64.min(shape.n.max(1)) },
+                tile_k: shape.k.clamp(1, 512),
+                ..base
+            },
+            "mha_attention" => Schedule { tile_m: rows(64), tile_n: 64, ..base },
+            _ => base,
+        }
+    }
+
     fn compile(&self, kernels: &[Kernel]) -> Result<Module, TargetError> {
         let isa = self.isa()?;
         let compiled = in_parallel(kernels, |k| compile_kernel(&isa, k, self.level.width(), self.asm));
@@ -165,6 +189,7 @@ impl Target for CpuTarget {
         let routines = compile_routines(&isa, wanted, self.level.width())?;
         let pieces: Vec<Piece> = compiled.iter().map(|k| k.piece.clone()).collect();
         let (code, starts) = link::link(&pieces, &routines);
+        let asm = self.asm.then(|| listing(kernels, &compiled, &routines, &starts));
         let kernel_code = compiled.iter().zip(kernels).zip(starts).map(|((c, k), entry)| KernelCode {
             name: k.program.name.clone(),
             entry,
@@ -174,10 +199,19 @@ impl Target for CpuTarget {
         Ok(Module {
             code,
             kernels: kernel_code.collect(),
-            asm: self.asm.then(|| compiled.iter().filter_map(|k| k.asm.clone()).collect::<Vec<_>>().join("\n")),
+            asm,
             features: self.level.features(),
         })
     }
+}
+
+/// Where each piece is, then the kernels' code.
+fn listing(kernels: &[Kernel], compiled: &[Compiled], routines: &[(Routine, Piece)], starts: &[u64]) -> String {
+    let names = kernels.iter().map(|k| format!("kernel {}", k.program.name));
+    let names = names.chain(routines.iter().map(|r| format!("routine {:?}", r.0)));
+    let map: String = names.zip(starts).map(|(name, start)| format!("; {start:#x} {name}\n")).collect();
+    let code: Vec<String> = compiled.iter().filter_map(|k| k.asm.clone()).collect();
+    format!("{map}\n{}", code.join("\n"))
 }
 
 struct Compiled {

@@ -13,7 +13,7 @@ const BOTH: [Numerics; 2] = [Numerics::Exact, Numerics::Deployed];
 
 fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
     let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha };
-    Cx { class, target_fp8, numerics, index_topk: mini::TOP_K }
+    Cx { class, target_fp8, bf16_weights: false, numerics, index_topk: mini::TOP_K }
 }
 
 /// Every combination of what a pipeline can be asked for.
