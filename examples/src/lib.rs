@@ -1,1 +1,5 @@
-//! Placeholder.
+//! What a user of dsc starts from.
+//!
+//! * `tiny-model/`: a small trained model in the official layout, with golden outputs.
+//! * `deepseek-v3.2/`, `glm-5/`: the real configs; they compile without weights.
+//! * `examples/embed.rs`: a program that embeds the runtime.

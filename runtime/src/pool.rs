@@ -20,8 +20,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long an idle worker looks for work before it sleeps: longer than the gap between two launches of a step.
-const SPIN: Duration = Duration::from_micros(40);
+/// How long an idle worker looks for work before it sleeps: longer than a launch that only one worker has a task of, and than
+/// the sampling between two steps, because waking takes some 50 us.
+const SPIN: Duration = Duration::from_micros(400);
 /// Looks between two readings of the clock.
 const LOOKS: u32 = 64;
 

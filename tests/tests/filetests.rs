@@ -9,7 +9,8 @@
 //! ; test pass NAME [FLAG]  the second graph of the file is what that pass makes of the first; FLAG: exact, fp8, bf16, mha
 //! ```
 //!
-//! How launches are written is at the top of `filetests/launch.rs`. `DSC_BLESS=1 cargo test --test filetests` writes what comes of a file into it (values of `out` lines that exist).
+//! How launches are written is at the top of `filetests/launch.rs`. `DSC_BLESS=1 cargo test --test filetests` writes what comes of a
+//! file into it: errors, graphs, canonical text, the values of `out` lines. A kernel that a target gets wrong is never blessed.
 
 #[path = "filetests/launch.rs"]
 mod launch;

@@ -126,6 +126,35 @@ pub(crate) const EXTRACTPS: Op = op(3, 1, 0x17, 0, 4, false);
 pub(crate) const INSERTPS: Op = op(3, 1, 0x21, 0, 4, false);
 pub(crate) const MASKMOVPS_LOAD: Op = op(2, 1, 0x2c, 0, 64, true);
 pub(crate) const MASKMOVPS_STORE: Op = op(2, 1, 0x2e, 0, 64, true);
+pub(crate) const SUBPS: Op = op(1, 0, 0x5c, 0, 64, true);
+pub(crate) const DIVPS: Op = op(1, 0, 0x5e, 0, 64, true);
+pub(crate) const MINPS: Op = op(1, 0, 0x5d, 0, 64, true);
+pub(crate) const MAXPS: Op = op(1, 0, 0x5f, 0, 64, true);
+pub(crate) const SQRTPS: Op = op(1, 0, 0x51, 0, 64, true);
+pub(crate) const FMADD213PS: Op = op(2, 1, 0xa8, 0, 64, true);
+pub(crate) const PADDD: Op = op(1, 1, 0xfe, 0, 64, true);
+pub(crate) const PSUBD: Op = op(1, 1, 0xfa, 0, 64, true);
+pub(crate) const PMULLD: Op = op(2, 1, 0x40, 0, 64, true);
+pub(crate) const PMINSD: Op = op(2, 1, 0x39, 0, 64, true);
+pub(crate) const PMAXSD: Op = op(2, 1, 0x3d, 0, 64, true);
+pub(crate) const PSLLVD: Op = op(2, 1, 0x47, 0, 64, true);
+pub(crate) const PSRLVD: Op = op(2, 1, 0x45, 0, 64, true);
+pub(crate) const CVTDQ2PS: Op = op(1, 0, 0x5b, 0, 64, true);
+pub(crate) const CVTTPS2DQ: Op = op(1, 2, 0x5b, 0, 64, true);
+/// To a mask register; the immediate is the predicate.
+pub(crate) const CMPPS: Op = op(1, 0, 0xc2, 0, 64, true);
+/// To a mask register; the immediate is the predicate.
+pub(crate) const PCMPD: Op = op(3, 1, 0x1f, 0, 64, true);
+pub(crate) const PMOVM2D: Op = op(2, 2, 0x38, 0, 64, true);
+/// Bitwise function of three operands; 0xca is `dst ? vvvv : rm`.
+pub(crate) const PTERNLOGD: Op = op(3, 1, 0x25, 0, 64, true);
+pub(crate) const PSHUFD: Op = op(1, 1, 0x70, 0, 64, true);
+/// Dwords to words or bytes; the register is the source.
+pub(crate) const PMOVDW: Op = op(2, 2, 0x33, 0, 32, true);
+pub(crate) const PMOVDB: Op = op(2, 2, 0x31, 0, 16, true);
+pub(crate) const PMOVZXBD: Op = op(2, 1, 0x31, 0, 16, true);
+/// The register is the source; immediate 0 rounds to nearest even.
+pub(crate) const CVTPS2PH: Op = op(3, 1, 0x1d, 0, 32, true);
 pub(crate) const PBROADCASTD: Op = op(2, 1, 0x58, 0, 4, false);
 
 /// A place in the code that jumps may name before it is bound.
@@ -134,6 +163,8 @@ pub(crate) struct Label(usize);
 
 /// Condition of a jump after `sub`/`dec`.
 pub(crate) const NOT_ZERO: u8 = 5;
+/// Condition of a jump after `cmp`, unsigned.
+pub(crate) const BELOW: u8 = 2;
 
 /// Bytes under construction.
 #[derive(Default)]
@@ -237,13 +268,7 @@ impl Asm {
         };
         let evex = width == Width::Z || reg >= 16 || vvvv >= 16 || rm_high || mask != 0;
         if evex {
-            let x = if matches!(rm, Rm::Reg(_)) { u8::from(rm_high) } else { index >> 3 };
-            let p0 = (!reg >> 3 & 1) << 7 | (x ^ 1) << 6 | (!base >> 3 & 1) << 5 | (!reg >> 4 & 1) << 4 | op.map;
-            let p1 = op.w << 7 | (!vvvv & 15) << 3 | 4 | op.pp;
-            let p2 = u8::from(zeroing) << 7 | (width as u8) << 5 | (!vvvv >> 4 & 1) << 3 | mask;
-            self.code.extend_from_slice(&[0x62, p0, p1, p2, op.opcode]);
-            let shrink = if op.scales { 2 - width as u8 } else { 0 };
-            self.modrm(reg, rm, i32::from(op.tuple >> shrink));
+            self.evex(width, op, reg, vvvv, rm, mask, zeroing);
         } else {
             // W is ignored or zero in every VEX form used here but those that EVEX alone has.
             let w = if op.map == 3 { op.w } else { 0 };
@@ -251,6 +276,23 @@ impl Asm {
             let p1 = w << 7 | (!vvvv & 15) << 3 | (width as u8) << 2 | op.pp;
             self.code.extend_from_slice(&[0xc4, p0, p1, op.opcode]);
             self.modrm(reg, rm, 1);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn evex(&mut self, width: Width, op: Op, reg: u8, vvvv: u8, rm: Rm, mask: u8, zeroing: bool) {
+        let (index, base, rm_high) = match rm {
+            Rm::Reg(r) => (0, r & 15, r >= 16),
+            Rm::Mem(m) => (m.index.map_or(0, |i| i.0), m.base, false),
+        };
+        {
+            let x = if matches!(rm, Rm::Reg(_)) { u8::from(rm_high) } else { index >> 3 };
+            let p0 = (!reg >> 3 & 1) << 7 | (x ^ 1) << 6 | (!base >> 3 & 1) << 5 | (!reg >> 4 & 1) << 4 | op.map;
+            let p1 = op.w << 7 | (!vvvv & 15) << 3 | 4 | op.pp;
+            let p2 = u8::from(zeroing) << 7 | (width as u8) << 5 | (!vvvv >> 4 & 1) << 3 | mask;
+            self.code.extend_from_slice(&[0x62, p0, p1, p2, op.opcode]);
+            let shrink = if op.scales { 2 - width as u8 } else { 0 };
+            self.modrm(reg, rm, i32::from(op.tuple >> shrink));
         }
     }
 
@@ -267,6 +309,126 @@ impl Asm {
         self.code.push((reg & 7) << 3 | 5);
         self.fixups.push((self.code.len(), label));
         self.code.extend_from_slice(&[0; 4]);
+    }
+
+    /// `op reg, vvvv, [label]` with one dword repeated in all lanes (EVEX only).
+    pub(crate) fn v_splat_const(&mut self, op: Op, reg: u8, vvvv: u8, label: Label) {
+        self.v_masked_splat_const(op, reg, vvvv, label, 0);
+    }
+
+    /// The same under a mask that keeps the register's other lanes.
+    pub(crate) fn v_masked_splat_const(&mut self, op: Op, reg: u8, vvvv: u8, label: Label, mask: u8) {
+        let start = self.code.len();
+        self.evex(Width::Z, op, reg, vvvv, at(RBP, 0).into(), mask, false);
+        self.code[start + 3] |= 0x10;
+        self.code.truncate(self.code.len() - 2);
+        self.code.push((reg & 7) << 3 | 5);
+        self.fixups.push((self.code.len(), label));
+        self.code.extend_from_slice(&[0; 4]);
+    }
+
+    /// `op reg{mask}, vvvv, rm`, 512 bits; lanes that the mask excludes keep what `reg` has.
+    pub(crate) fn z_merging(&mut self, op: Op, reg: u8, vvvv: u8, rm: impl Into<Rm>, mask: u8) {
+        self.evex(Width::Z, op, reg, vvvv, rm.into(), mask, false);
+    }
+
+    /// Compares into mask register `k`.
+    pub(crate) fn z_compare(&mut self, op: Op, k: u8, a: u8, b: u8, predicate: u8) {
+        self.evex(Width::Z, op, k, a, b.into(), 0, false);
+        self.code.push(predicate);
+    }
+
+    /// `k_dst |= k_src`, 16 lanes.
+    pub(crate) fn korw(&mut self, dst: u8, src: u8) {
+        self.code.extend_from_slice(&[0xc5, 0x80 | (!dst & 15) << 3 | 4, 0x45, 0xc0 | dst << 3 | src]);
+    }
+
+    /// `k_dst &= k_src`, 16 lanes.
+    pub(crate) fn kandw(&mut self, dst: u8, src: u8) {
+        self.code.extend_from_slice(&[0xc5, 0x80 | (!dst & 15) << 3 | 4, 0x41, 0xc0 | dst << 3 | src]);
+    }
+
+    /// `k_dst = k_src`, 16 lanes.
+    pub(crate) fn kmovk(&mut self, dst: u8, src: u8) {
+        self.code.extend_from_slice(&[0xc5, 0xf8, 0x90, 0xc0 | dst << 3 | src]);
+    }
+
+    /// Words of two 256-bit registers that are equal, into mask register `k`.
+    pub(crate) fn y_compare_words(&mut self, k: u8, a: u8, b: u8) {
+        self.evex(Width::Y, PCMPEQW, k, a, b.into(), 0, false);
+    }
+
+    /// The dword at `label` into the lanes that the mask names; the others stay.
+    pub(crate) fn v_masked_splat_const_load(&mut self, reg: u8, label: Label, mask: u8) {
+        let start = self.code.len();
+        self.evex(Width::Z, BROADCASTSS, reg, 0, at(RBP, 0).into(), mask, false);
+        debug_assert_eq!(self.code.len() - start, 7);
+        self.code.truncate(self.code.len() - 2);
+        self.code.push((reg & 7) << 3 | 5);
+        self.fixups.push((self.code.len(), label));
+        self.code.extend_from_slice(&[0; 4]);
+    }
+
+    /// `dst = src * imm`, 64 bits.
+    pub(crate) fn imul_imm(&mut self, dst: Gpr, src: Gpr, imm: i32) {
+        self.rex_w(dst, 0, src);
+        self.code.push(0x69);
+        self.modrm(dst, Rm::Reg(src), 1);
+        self.imm32(imm);
+    }
+
+    /// Clears a mask register.
+    pub(crate) fn kclear(&mut self, k: u8) {
+        self.code.extend_from_slice(&[0xc5, 0x80 | (!k & 15) << 3 | 4, 0x47, 0xc0 | k << 3 | k]);
+    }
+
+    /// Moves a mask register's 16 lanes to a general register.
+    pub(crate) fn kmovw_out(&mut self, r: Gpr, k: u8) {
+        let p0 = (!r >> 3 & 1) << 7 | 0x60 | 1;
+        self.code.extend_from_slice(&[0xc4, p0, 0x78, 0x93, 0xc0 | (r & 7) << 3 | k]);
+    }
+
+    /// Sets the flags by `r32`, for [`NOT_ZERO`].
+    pub(crate) fn test32(&mut self, r: Gpr) {
+        debug_assert!(r < 8);
+        self.code.extend_from_slice(&[0x85, 0xc0 | r << 3 | r]);
+    }
+
+    /// 64-bit load.
+    pub(crate) fn load64(&mut self, dst: Gpr, m: Mem) {
+        self.rex_w(dst, m.index.map_or(0, |i| i.0), m.base);
+        self.code.push(0x8b);
+        self.modrm(dst, m.into(), 1);
+    }
+
+    /// `dst += [m]`, 64 bits.
+    pub(crate) fn add_mem(&mut self, dst: Gpr, m: Mem) {
+        self.rex_w(dst, m.index.map_or(0, |i| i.0), m.base);
+        self.code.push(0x03);
+        self.modrm(dst, m.into(), 1);
+    }
+
+    /// `dst -= src`, 64 bits.
+    pub(crate) fn sub(&mut self, dst: Gpr, src: Gpr) {
+        self.rex_w(src, 0, dst);
+        self.code.push(0x29);
+        self.modrm(src, Rm::Reg(dst), 1);
+    }
+
+    /// `[m] += imm`, 32 bits.
+    pub(crate) fn add_mem32_imm(&mut self, m: Mem, imm: i32) {
+        debug_assert!(m.base < 8 && m.index.is_none());
+        self.code.push(0x81);
+        self.modrm(0, m.into(), 1);
+        self.imm32(imm);
+    }
+
+    /// Compares with a constant, for [`BELOW`].
+    pub(crate) fn cmp_imm(&mut self, r: Gpr, imm: i32) {
+        self.rex_w(0, 0, r);
+        self.code.push(0x81);
+        self.modrm(7, Rm::Reg(r), 1);
+        self.imm32(imm);
     }
 
     /// Bytes that are data.

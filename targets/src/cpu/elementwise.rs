@@ -9,13 +9,15 @@
 //!
 //! Sums run in four partial vectors; the order is fixed by the shape, never by data.
 
-use super::emit::mem;
+use super::asm::Width;
+use super::emit::{Routine, mem};
 use super::lower::Cg;
 use super::math::{Lanes, Math, scalar_const, splat};
+use super::wide::{self, Form};
 use super::tile::{Base, Coef, Expr, Leaf, MemTile, Tile, dense_coefs, element_bytes};
-use cranelift_codegen::ir::{InstBuilder, Value, types};
+use cranelift_codegen::ir::{InstBuilder, StackSlotData, StackSlotKind, Value, types};
 use dsc_ir::DType;
-use dsc_ir::tile::{ReduceKind, Scalar};
+use dsc_ir::tile::{ReduceKind, Scalar, ScalarOp};
 use std::vec::IntoIter;
 
 /// Where one access stands inside a nest.
@@ -411,6 +413,10 @@ impl Cg<'_> {
         let cursors: Vec<Cursor> = nest.accesses.iter().map(|a| self.open(a)).collect();
         let coefs: Vec<Vec<Coef>> = nest.accesses.iter().map(|a| a.coefs.clone()).collect();
         let weight = tile.expr.weight();
+        let plan = WidePlan { form: Form::Map, n, inner: &inner, middle: None };
+        if self.run_wide(&nest, &cursors, &plan, &tile.expr) {
+            return;
+        }
         self.outer_loops(&nest.dims, &coefs, &cursors, &mut |cg, cursors| {
             let cursors: Vec<Cursor> =
                 cursors.iter().zip(&inner).enumerate().map(|(i, (&c, &k))| cg.along(c, k, i == 0)).collect();
@@ -449,7 +455,21 @@ impl Cg<'_> {
 
     /// Reduces along `axis` into `dst`, which has the tile's shape but for size 1 there; or, if that leaves one element and
     /// there is no `dst`, into a register.
-    pub(crate) fn reduce_into(&mut self, dst: Option<&MemTile>, tile: &Tile, axis: usize, kind: ReduceKind) -> Option<Value> {
+    pub(crate) fn reduce_into(
+        &mut self,
+        dst: Option<&MemTile>,
+        tile: &Tile,
+        axis: usize,
+        kind: ReduceKind,
+    ) -> Option<Value> {
+        if dst.is_none() && self.wants_wide(tile) {
+            // The wide form leaves its result in memory.
+            let slot = self.slot_for(tile.dtype, &[]);
+            let m = MemTile { base: Base::Slot(slot, 0), coefs: vec![Coef::ZERO; tile.shape.len()], dtype: tile.dtype };
+            self.reduce_into(Some(&m), tile, axis, kind);
+            let at = self.address(&m.base);
+            return Some(self.load_one(tile.dtype, at, 0));
+        }
         let mut leaves = tile.expr.leaves();
         let target = dst.map(|d| {
             let mut d = d.clone();
@@ -471,6 +491,10 @@ impl Cg<'_> {
         let other = nest.vector_axis(false).filter(|&d| n < 4 || nest.score(d, false) > score + offset);
         let cursors: Vec<Cursor> = nest.accesses.iter().map(|a| self.open(a)).collect();
         let Some(lane_axis) = other else {
+            let plan = WidePlan { form: Form::ReduceInner(kind), n, inner: &along, middle: None };
+            if dst.is_some() && self.run_wide(&nest, &cursors, &plan, &tile.expr) {
+                return None;
+            }
             let coefs: Vec<Vec<Coef>> = nest.accesses.iter().map(|a| a.coefs.clone()).collect();
             let mut register = None;
             self.outer_loops(&nest.dims, &coefs, &cursors, &mut |cg, cursors| {
@@ -485,6 +509,11 @@ impl Cg<'_> {
             return register;
         };
         let (width, inner) = nest.remove(lane_axis);
+        let form = Form::ReduceMiddle(kind, n as u32);
+        let plan = WidePlan { form, n: width, inner: &inner, middle: Some(&along) };
+        if self.run_wide(&nest, &cursors, &plan, &tile.expr) {
+            return None;
+        }
         let coefs: Vec<Vec<Coef>> = nest.accesses.iter().map(|a| a.coefs.clone()).collect();
         self.outer_loops(&nest.dims, &coefs, &cursors, &mut |cg, cursors| {
             let cursors: Vec<Cursor> = cursors.iter().zip(&inner).map(|(&c, &k)| with_inner(c, k)).collect();
@@ -590,6 +619,146 @@ impl Cg<'_> {
         let dst = MemTile { base: Base::Slot(slot, 0), coefs: dense_coefs(tile.dtype, &tile.shape), dtype: tile.dtype };
         self.evaluate_into(&dst, tile);
         dst
+    }
+}
+
+/// The inner loops of a nest that [`super::wide`] may take over.
+struct WidePlan<'a> {
+    form: Form,
+    n: i64,
+    /// Coefficients along the innermost axis, and along the one reduced over if that is another.
+    inner: &'a [Coef],
+    middle: Option<&'a [Coef]>,
+}
+
+/// Below this many scalar operations a call costs more than it saves.
+const WIDE_FROM: usize = 200;
+/// Words of the argument array: the most accesses, and strides, that a wide routine takes.
+const WIDE_WORDS: usize = 32;
+
+impl Cg<'_> {
+    fn wants_wide(&self, tile: &Tile) -> bool {
+        let elements: usize = tile.shape.iter().map(|&n| n as usize).product();
+        self.width() == Width::Z && elements * tile.expr.weight() >= WIDE_FROM
+    }
+
+    /// Emits the nest as calls of a wide routine, if there can be one. The first access is the destination.
+    fn run_wide(&mut self, nest: &Nest, cursors: &[Cursor], plan: &WidePlan, expr: &Expr) -> bool {
+        let rows = nest.dims.last().copied().unwrap_or(1);
+        let middle = match plan.form {
+            Form::ReduceMiddle(_, count) => i64::from(count),
+            _ => 1,
+        };
+        let work = (rows * middle * plan.n) as usize * expr.weight();
+        if self.width() != Width::Z || work < WIDE_FROM || plan.n < 8 {
+            return false;
+        }
+        let mut strides = Vec::new();
+        let Some(spec) = wide_spec(nest, plan, rows, expr, &mut strides) else { return false };
+        if spec.accesses.len() + strides.len() > WIDE_WORDS {
+            return false;
+        }
+        let Some(code) = wide::assemble(&spec) else { return false };
+        let slot = *self.wide_args.get_or_insert_with(|| {
+            let data = StackSlotData::new(StackSlotKind::ExplicitSlot, WIDE_WORDS as u32 * 8, 4);
+            self.f.b.create_sized_stack_slot(data)
+        });
+        let outer = nest.dims.len().saturating_sub(1);
+        let coefs: Vec<Vec<Coef>> = nest.accesses.iter().map(|a| a.coefs[..outer].to_vec()).collect();
+        self.outer_loops(&nest.dims[..outer], &coefs, cursors, &mut |cg, cursors| {
+            let args = cg.f.b.ins().stack_addr(types::I64, slot, 0);
+            for (i, (cursor, access)) in cursors.iter().zip(&spec.accesses).enumerate() {
+                if let Some(word) = cg.wide_word(*cursor, access) {
+                    cg.f.b.ins().store(mem(), word, args, i as i32 * 8);
+                }
+            }
+            for (i, &stride) in strides.iter().enumerate() {
+                cg.f.b.ins().store(mem(), stride, args, (spec.accesses.len() + i) as i32 * 8);
+            }
+            cg.f.call(Routine::Wide(code.clone()), &[args]);
+        });
+        true
+    }
+
+    /// What the routine is told of an access.
+    fn wide_word(&mut self, cursor: Cursor, access: &wide::Access) -> Option<Value> {
+        match (cursor, access.kind) {
+            (_, wide::Kind::Constant(_)) => None,
+            (Cursor::Mem { at, .. }, _) => Some(at),
+            (Cursor::Iota { at, .. }, _) => Some(self.f.b.ins().uextend(types::I64, at)),
+            (Cursor::Fixed { one, .. }, _) => {
+                let bits = match access.dtype {
+                    DType::F32 => self.f.cast_bits(types::I32, one),
+                    DType::Bool => self.f.b.ins().bmask(types::I32, one),
+                    _ => one,
+                };
+                Some(self.f.b.ins().uextend(types::I64, bits))
+            }
+        }
+    }
+}
+
+/// The routine for the inner loops of a nest; run-time strides are added to `strides`, in the order of their words.
+fn wide_spec(nest: &Nest, plan: &WidePlan, rows: i64, expr: &Expr, strides: &mut Vec<Value>) -> Option<wide::Spec> {
+    let count = nest.accesses.len() as u32;
+    let mut step = |c: Coef| match c {
+        Coef::Const(c) => i32::try_from(c).ok().map(|c| wide::Step::Const(c.into())),
+        Coef::Value(v) => {
+            let at = strides.iter().position(|&s| s == v).unwrap_or_else(|| {
+                strides.push(v);
+                strides.len() - 1
+            });
+            Some(wide::Step::Arg(count + at as u32))
+        }
+    };
+    let mut accesses = Vec::new();
+    for (i, access) in nest.accesses.iter().enumerate() {
+        let inner = plan.inner[i];
+        let (kind, dtype) = match &access.leaf {
+            Leaf::Mem(m) if inner == Coef::Const(element_bytes(m.dtype)) => (wide::Kind::Row(m.dtype), m.dtype),
+            Leaf::Mem(m) if inner == Coef::ZERO && element_bytes(m.dtype) == 4 => {
+                (wide::Kind::Repeated(m.dtype), m.dtype)
+            }
+            Leaf::Mem(_) => return None,
+            Leaf::Iota { .. } => match inner {
+                Coef::Const(c) => (wide::Kind::Coordinate(c), DType::I32),
+                Coef::Value(_) => return None,
+            },
+            Leaf::Splat(_, dtype) => (wide::Kind::Splat, *dtype),
+            Leaf::Const(c) => (wide::Kind::Constant(wide::scalar_bits(*c)), c.dtype()),
+        };
+        // Only a row's sum goes to a destination that stands still.
+        let reduces_inner = matches!(plan.form, Form::ReduceInner(_));
+        if i == 0 && reduces_inner != matches!(kind, wide::Kind::Repeated(_)) {
+            return None;
+        }
+        let row = step(access.coefs.last().copied().unwrap_or(Coef::ZERO))?;
+        let middle = step(plan.middle.map_or(Coef::ZERO, |m| m[i]))?;
+        accesses.push(wide::Access { kind, dtype, row, middle });
+    }
+    let mut nodes = Vec::new();
+    let mut next = 1;
+    let result = add_nodes(&mut nodes, expr, &accesses, &mut next);
+    if result + 1 != nodes.len() {
+        let dtype = nodes[result].dtype;
+        nodes.push(wide::Node { what: wide::What::Op(ScalarOp::Bitcast(dtype), vec![result]), dtype });
+    }
+    Some(wide::Spec { form: plan.form, rows: rows as u32, n: plan.n as u32, accesses, nodes })
+}
+
+/// The nodes of an expression; its leaves are the accesses from `next` on. Gives the node of its value.
+fn add_nodes(nodes: &mut Vec<wide::Node>, expr: &Expr, accesses: &[wide::Access], next: &mut usize) -> usize {
+    match expr {
+        Expr::Leaf(_) => {
+            let access = *next;
+            *next += 1;
+            nodes.push(wide::Node { what: wide::What::Leaf(access), dtype: accesses[access].dtype });
+            nodes.len() - 1
+        }
+        Expr::Map(node, inputs) => {
+            let inputs: Vec<usize> = inputs.iter().map(|x| add_nodes(nodes, x, accesses, next)).collect();
+            wide::add_body(nodes, node, &inputs)
+        }
     }
 }
 

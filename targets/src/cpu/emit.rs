@@ -5,6 +5,7 @@
 //! counter and accumulators as block parameters, so no variables have to be turned into SSA form afterwards.
 
 use super::atoms::Atom;
+use super::wide::Code;
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{
     AbiParam, Block, BlockArg, ConstantData, Endianness, ExtFuncData, ExternalName, FuncRef, InstBuilder, MemFlagsData,
@@ -14,7 +15,7 @@ use cranelift_codegen::isa::{CallConv, TargetFrontendConfig};
 use cranelift_frontend::FunctionBuilder;
 
 /// Code that kernels call: linked into the module once, however many kernels use it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Routine {
     /// `fn(dst, ld_dst, src, ld_src, rows, row_bytes)`: rows that do not overlap.
     CopyRows,
@@ -28,10 +29,12 @@ pub(crate) enum Routine {
     TopkTake,
     /// See [`Atom`].
     Atom(Atom),
+    /// `fn(args)`: a loop nest over an expression; see [`super::wide`].
+    Wide(Code),
 }
 
 impl Routine {
-    fn arguments(self) -> usize {
+    fn arguments(&self) -> usize {
         match self {
             Routine::CopyRows | Routine::TopkPush => 6,
             Routine::Clear => 2,
@@ -40,11 +43,12 @@ impl Routine {
             Routine::Atom(Atom::GemmNn { .. } | Atom::GemmNt { .. }) => 6,
             Routine::Atom(Atom::Pack { .. }) => 3,
             Routine::Atom(Atom::Cast { .. }) => 4,
+            Routine::Wide(_) => 1,
         }
     }
 
     /// Its Cranelift signature: pointers and sizes, all 64 bits.
-    pub(crate) fn signature(self) -> Signature {
+    pub(crate) fn signature(&self) -> Signature {
         let mut signature = Signature::new(CallConv::SystemV);
         signature.params = vec![AbiParam::new(types::I64); self.arguments()];
         signature
@@ -99,7 +103,7 @@ impl<'a> Fun<'a> {
 
     /// The routines called so far; a relocation names one by its place here.
     pub(crate) fn routines(&self) -> Vec<Routine> {
-        self.routines.iter().map(|r| r.0).collect()
+        self.routines.iter().map(|r| r.0.clone()).collect()
     }
 
     pub(crate) fn i64(&mut self, v: i64) -> Value {

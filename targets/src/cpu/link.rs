@@ -27,9 +27,9 @@ pub(crate) fn link(kernels: &[Piece], routines: &[(Routine, Piece)]) -> (Vec<u8>
         code.extend_from_slice(&piece.code);
     }
     for (start, piece) in starts.iter().zip(kernels.iter().chain(routines.iter().map(|r| &r.1))) {
-        for &(at, addend, callee) in &piece.calls {
-            let callee = routines.iter().position(|r| r.0 == callee).expect("the caller collected every routine");
-            let at = start + at as usize;
+        for (at, addend, callee) in &piece.calls {
+            let callee = routines.iter().position(|r| r.0 == *callee).expect("the caller collected every routine");
+            let at = start + *at as usize;
             let displacement = starts[kernels.len() + callee] as i64 + addend - at as i64;
             code[at..at + 4].copy_from_slice(&(displacement as i32).to_le_bytes());
         }

@@ -14,7 +14,7 @@ use super::math::{Lanes, Math, inst_types};
 use super::memory::{Count, View};
 use super::tile::{Arena, Base, Coef, Expr, Leaf, MapNode, MemTile, Slot, Tile, dense_coefs, element_bytes};
 use super::topk;
-use cranelift_codegen::ir::{InstBuilder, Value, types};
+use cranelift_codegen::ir::{InstBuilder, StackSlot, Value, types};
 use dsc_ir::tile::{
     Index, Inst, MapFn, Op, Program, ReduceKind, Region, Type, ValueId,
 };
@@ -53,6 +53,8 @@ pub(crate) struct Cg<'a> {
     syms: [Value; 6],
     views: Vec<(ValueId, View)>,
     blocks: Vec<Value>,
+    /// Where the arguments of [`Routine::Wide`] are put.
+    pub(crate) wide_args: Option<StackSlot>,
     env: Vec<Option<Val>>,
     live: Liveness,
     /// Number of the instruction being lowered.
@@ -82,6 +84,7 @@ pub(crate) fn lower(f: Fun, program: &Program, width: Width) -> (u64, Vec<Routin
         syms,
         views: Vec::new(),
         blocks: Vec::new(),
+        wide_args: None,
         env: vec![None; program.types.len()],
         live: Liveness::new(program),
         at: 0,

@@ -12,6 +12,13 @@ use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 use dsc_ir::DType;
 use dsc_ir::tile::{MapArg, MapFn, Scalar, ScalarOp};
 
+/// Added to a number below 2^22, it leaves the nearest integer in the low bits.
+pub(crate) const EXP2_MAGIC: f32 = 12_582_912.0;
+
+/// `(2^t - 1) / t`, interpolated at Chebyshev nodes of [-1/2, 1/2]: relative error 9.2e-9 before rounding. The constant term of
+/// `2^t` is one, so that 2^0 is exact.
+pub(crate) const EXP2: [f32; 6] = [0.693_147_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_3, 0.000_154_531_63];
+
 /// One element, or a vector of four.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lanes {
@@ -295,16 +302,12 @@ impl Math<'_, '_> {
     /// `2^x = 2^n * 2^t` with `n` the nearest integer, found by adding 1.5 * 2^23, whose low bits then hold it; a polynomial
     /// of degree 6 on `t` in [-1/2, 1/2]; and `n` added to the exponent. Outside [-126, 128) the result is set.
     fn exp2(&mut self, x: Value) -> Value {
-        const MAGIC: f32 = 12_582_912.0;
-        // Interpolates (2^t - 1) / t at Chebyshev nodes of [-1/2, 1/2]: relative error 9.2e-9 before rounding. The constant
-        // term is one, so that 2^0 is exact.
-        const C: [f32; 6] = [0.693_147_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_3, 0.000_154_531_63];
-        let magic = self.float(MAGIC);
+        let magic = self.float(EXP2_MAGIC);
         let shifted = self.f.b.ins().fadd(x, magic);
         let n = self.f.b.ins().fsub(shifted, magic);
         let t = self.f.b.ins().fsub(x, n);
-        let mut p = self.float(C[5]);
-        for &c in C[..5].iter().rev() {
+        let mut p = self.float(EXP2[5]);
+        for &c in EXP2[..5].iter().rev() {
             let c = self.float(c);
             p = self.f.b.ins().fma(p, t, c);
         }

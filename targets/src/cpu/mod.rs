@@ -15,6 +15,7 @@
 //! | [`memory`] | views, bounds, loads, stores, gathers, scatters |
 //! | [`elementwise`] | loop nests: maps, reductions, scans |
 //! | [`math`] | scalar operations and conversions |
+//! | [`wide`] | the hot loop nests again, in 512-bit vectors |
 //! | [`dot`], [`atoms`], [`asm`] | dot products: choice, inner loops, encoding |
 //! | [`topk`], [`routines`] | streaming selection; copies |
 //! | [`link`] | one blob |
@@ -39,6 +40,7 @@ mod memory;
 mod routines;
 mod tile;
 mod topk;
+mod wide;
 
 use crate::{Kernel, KernelCode, Module, Target, TargetError};
 use dsc_ir::schedule::{KernelShape, Schedule};
@@ -185,7 +187,7 @@ impl Target for CpuTarget {
         let isa = self.isa()?;
         let compiled = in_parallel(kernels, |k| compile_kernel(&isa, k, self.level.width(), self.asm));
         let compiled = compiled.into_iter().collect::<Result<Vec<_>, _>>()?;
-        let wanted: BTreeSet<Routine> = compiled.iter().flat_map(|k| k.piece.calls.iter().map(|c| c.2)).collect();
+        let wanted: BTreeSet<Routine> = compiled.iter().flat_map(|k| k.piece.calls.iter().map(|c| c.2.clone())).collect();
         let routines = compile_routines(&isa, wanted, self.level.width())?;
         let pieces: Vec<Piece> = compiled.iter().map(|k| k.piece.clone()).collect();
         let (code, starts) = link::link(&pieces, &routines);
@@ -271,15 +273,16 @@ fn compile_routines(
         }
         let piece = match routine {
             Routine::Atom(atom) => Piece { code: atoms::assemble(atom, width), calls: Vec::new() },
-            _ => compile_routine(isa, routine)?,
+            Routine::Wide(ref code) => Piece { code: code.0.to_vec(), calls: Vec::new() },
+            _ => compile_routine(isa, &routine)?,
         };
-        pending.extend(piece.calls.iter().map(|c| c.2));
+        pending.extend(piece.calls.iter().map(|c| c.2.clone()));
         done.insert(routine, piece);
     }
     Ok(done.into_iter().collect())
 }
 
-fn compile_routine(isa: &OwnedTargetIsa, routine: Routine) -> Result<Piece, TargetError> {
+fn compile_routine(isa: &OwnedTargetIsa, routine: &Routine) -> Result<Piece, TargetError> {
     let mut function = Function::with_name_signature(UserFuncName::user(1, 0), routine.signature());
     let mut builder_context = FunctionBuilderContext::new();
     let mut f = Fun::new(FunctionBuilder::new(&mut function, &mut builder_context), isa.frontend_config());
@@ -314,7 +317,7 @@ fn compile_function(
         let callee = match &r.target {
             FinalizedRelocTarget::ExternalName(ExternalName::User(user)) if r.kind == Reloc::X86CallPCRel4 => {
                 let user = &context.func.params.user_named_funcs()[*user];
-                callees.get(user.index as usize).copied()
+                callees.get(user.index as usize).cloned()
             }
             _ => None,
         };

@@ -9,14 +9,14 @@ use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{InstBuilder, Value, types};
 
 /// Emits the body of a routine that Cranelift compiles (all but atoms).
-pub(crate) fn emit(f: &mut Fun, routine: Routine, params: &[Value]) {
+pub(crate) fn emit(f: &mut Fun, routine: &Routine, params: &[Value]) {
     match routine {
         Routine::CopyRows => copy_rows(f, params),
         Routine::Clear => clear(f, params),
         Routine::TopkPush => topk::emit_push(f, params),
         Routine::TopkCompact => topk::emit_compact(f, params),
         Routine::TopkTake => topk::emit_take(f, params),
-        Routine::Atom(_) => unreachable!("atoms are assembled"),
+        Routine::Atom(_) | Routine::Wide(_) => unreachable!("these are assembled"),
     }
     f.b.ins().return_(&[]);
 }

@@ -7,6 +7,11 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = str::from_utf8(data) else { return };
+    // The file tests are seeds: texts between lines of their harness.
+    text.split('\n').collect::<Vec<_>>().split(|line| line.starts_with(';')).for_each(|lines| read(&lines.join("\n")));
+});
+
+fn read(text: &str) {
     match parse(text) {
         Ok(graph) => {
             let diagnostics = verify(&graph);
@@ -21,4 +26,4 @@ fuzz_target!(|data: &[u8]| {
         }
         Err(e) => assert!(e.line >= 1 && e.col >= 1 && !e.to_string().is_empty()),
     }
-});
+}

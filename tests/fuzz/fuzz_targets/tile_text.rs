@@ -13,11 +13,16 @@ const BUFFER_BYTES: usize = 512;
 
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = str::from_utf8(data) else { return };
+    // The file tests are seeds: texts between lines of their harness.
+    text.split('\n').collect::<Vec<_>>().split(|line| line.starts_with(';')).for_each(|lines| read(&lines.join("\n")));
+});
+
+fn read(text: &str) {
     match parse(text) {
         Ok(programs) => programs.iter().for_each(check),
         Err(e) => assert!(e.line >= 1 && e.column >= 1 && !e.to_string().is_empty()),
     }
-});
+}
 
 fn check(program: &Program) {
     let diagnostics = verify(program);
