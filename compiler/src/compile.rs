@@ -150,6 +150,7 @@ pub fn compile(
 ) -> Result<Compiled, CompileError> {
     let target = dsc_targets::target(&options.target, options.asm)?;
     let max_context = max_context(config, options)?;
+    check_layers(config, options)?;
     let stage = Instant::now();
     let graph = model::build(
         config,
@@ -203,11 +204,28 @@ fn max_context(config: &ModelConfig, options: &Options) -> Result<u32, CompileEr
     match options.max_context {
         Some(0) => Err(CompileError::Option("--max-context must be at least 1".into())),
         Some(n) if n > limit => Err(CompileError::Option(format!(
-            "--max-context {n} is beyond what the model was made for: max_position_embeddings is {limit}"
+            "--max-context {n} is beyond what the model was made for, {limit} (`max_position_embeddings`): give at most that"
         ))),
         Some(n) => Ok(n),
         None => Ok(limit),
     }
+}
+
+/// The layers asked for must be there, each once, in the model's order.
+fn check_layers(config: &ModelConfig, options: &Options) -> Result<(), CompileError> {
+    let Some(layers) = &options.layers else { return Ok(()) };
+    if let Some(layer) = layers.iter().find(|&&l| l >= config.layers) {
+        return Err(CompileError::Option(format!(
+            "there is no layer {layer}: the model has {}, numbered from 0",
+            config.layers
+        )));
+    }
+    if layers.is_empty() || layers.windows(2).any(|pair| pair[0] >= pair[1]) {
+        return Err(CompileError::Option(format!(
+            "layers {layers:?} are not a choice of layers: give at least one, each once, in ascending order"
+        )));
+    }
+    Ok(())
 }
 
 /// The shape classes of a model, the preferred first: the runtime takes the first that admits a step.

@@ -14,7 +14,7 @@ use crate::sample::Sampler;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{self, Weights};
 use dsc_ir::artifact::{Arg, Header, Numerics, Step, Tap};
-use dsc_ir::graph::{PAGE_TOKENS, StepInput};
+use dsc_ir::graph::{PAGE_TOKENS, StateFormat, StepInput};
 use dsc_ir::{DType, Sym, SymValues};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -320,6 +320,7 @@ pub struct Session {
     arena: Buffer,
     logits: Buffer,
     inputs: [Buffer; StepInput::ALL.len()],
+    states: Vec<Buffer>,
     pages: u32,
     /// Free pages, the lowest last.
     free: Vec<u32>,
@@ -403,6 +404,7 @@ impl Session {
             arena,
             logits,
             inputs,
+            states,
             pages,
             free: (0..pages).rev().collect(),
             sequences: BTreeMap::new(),
@@ -446,6 +448,22 @@ impl Session {
     /// Tokens of a sequence; none if it does not exist.
     pub fn sequence_tokens(&self, seq: SeqId) -> Option<u32> {
         self.sequences.get(&seq).map(|s| s.tokens)
+    }
+
+    /// The index keys that a layer has cached for a sequence, one row a token; none where they are not plain f32.
+    pub(crate) fn index_keys(&self, seq: SeqId, layer: usize) -> Result<Option<Vec<f32>>, Error> {
+        let name = format!("layers.{layer}.index");
+        let (header, sequence) = (self.header(), self.sequences.get(&seq).ok_or(RequestError::Sequence)?);
+        let Some(state) = header.states.iter().position(|s| s.name == name) else { return Ok(None) };
+        let format = header.states[state].format;
+        let StateFormat::Index { dtype: DType::F32, .. } = format else { return Ok(None) };
+        let bytes = sequence.tokens as usize * format.row_bytes() as usize;
+        let mut data = vec![0; bytes.next_multiple_of(format.page_bytes() as usize)];
+        for (page, data) in sequence.pages.iter().zip(data.chunks_exact_mut(format.page_bytes() as usize)) {
+            self.device.read(self.states[state], u64::from(*page) * u64::from(format.page_bytes()), data)?;
+        }
+        let words = data[..bytes].chunks_exact(4);
+        Ok(Some(words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()))
     }
 
     /// Forgets all but the first `tokens` tokens of a sequence.
@@ -1091,7 +1109,7 @@ mod tests {
         let path = dir.path().join("golden.safetensors");
         let mut verify = |tensors: &[RawTensor<'_>]| {
             write_tensors(&path, tensors);
-            session.verify(&path, &Tolerances::of(dsc_ir::artifact::Numerics::Exact))
+            session.verify(&path, &Tolerances::of(Numerics::Exact))
         };
 
         let logits = ("logits", "F32", &[40, 11][..], floats(&all.logits));

@@ -677,3 +677,251 @@ fn the_same_input_gives_the_same_bytes() {
     let target = CpuTarget::new(Level::V4);
     assert_eq!(target.compile(&kernels).unwrap(), target.compile(&kernels).unwrap());
 }
+
+/// Random programs on small whole numbers, where every sum and product is exact, so that both sides agree to the bit.
+struct Fuzz<'r> {
+    rng: &'r mut Rng,
+    b: Builder,
+    /// f32 tiles to draw from, by nesting: values of an inner region are not seen outside.
+    pool: Vec<(ValueId, Vec<u32>)>,
+    source: ValueId,
+    row: ValueId,
+}
+
+impl Fuzz<'_> {
+    fn tile(&mut self) -> (ValueId, Vec<u32>) {
+        let recent = self.pool.len().min(6);
+        let i = self.pool.len() - 1 - self.rng.below(recent as u32) as usize;
+        self.pool[i].clone()
+    }
+
+    fn shape(&mut self) -> Vec<u32> {
+        let sizes = [1, 2, 3, 4, 5, 8, 16, 19, 33];
+        (0..1 + self.rng.below(3)).map(|_| sizes[self.rng.below(sizes.len() as u32) as usize]).collect()
+    }
+
+    /// Keeps numbers small.
+    fn clamped(&mut self, x: ValueId) -> ValueId {
+        self.b.map(&[x], |m, v| {
+            let (lo, hi) = (m.f32(-9.0), m.f32(9.0));
+            let x = m.max(v[0], lo);
+            m.min(hi, x)
+        })
+    }
+
+    /// A tile of that shape, partly outside its view.
+    fn load(&mut self, shape: &[u32]) -> ValueId {
+        let n: u32 = shape.iter().product();
+        let at = self.rng.below(290) as i32 - (n.min(20) as i32 - 1);
+        let tile = self.b.load(self.source, &[self.row.into(), at.into()], &[1, n]);
+        self.b.reshape(tile, shape)
+    }
+
+    fn op(&mut self, depth: u32) {
+        let (x, shape) = self.tile();
+        let rank = shape.len() as u32;
+        let axis = self.rng.below(rank.max(1));
+        let new = match self.rng.below(if depth < 2 { 13 } else { 11 }) {
+            0 | 1 => {
+                // Another tile of the shape, of size 1 along an axis, or a scalar.
+                let mut other = shape.clone();
+                if rank > 0 && self.rng.below(2) == 0 {
+                    other[axis as usize] = 1;
+                }
+                let y = self.load(&other);
+                let kind = self.rng.below(4);
+                let z = self.b.map(&[x, y], |m, v| match kind {
+                    0 => m.add(v[0], v[1]),
+                    1 => m.mul(v[0], v[1]),
+                    2 => m.max(v[1], v[0]),
+                    _ => {
+                        let c = m.lt(v[0], v[1]);
+                        m.select(c, v[1], v[0])
+                    }
+                });
+                self.clamped(z)
+            }
+            2 if rank > 0 => {
+                let kind = if self.rng.below(2) == 0 { ReduceKind::Sum } else { ReduceKind::Max };
+                let r = self.b.reduce(x, axis, kind);
+                let r = self.clamped(r);
+                self.b.map(&[x, r], |m, v| m.sub(v[0], v[1]))
+            }
+            3 if rank > 0 => {
+                let s = self.b.scan(x, axis, ReduceKind::Sum);
+                self.clamped(s)
+            }
+            4 if rank > 0 => {
+                let offsets: Vec<u32> = shape.iter().map(|&n| self.rng.below(n)).collect();
+                let sizes: Vec<u32> =
+                    shape.iter().zip(&offsets).map(|(&n, &o)| 1 + self.rng.below(n - o)).collect();
+                self.b.slice(x, &offsets, &sizes)
+            }
+            5 if rank > 0 => {
+                let y = self.load(&shape);
+                let joined = self.b.concat(&[x, y, x], axis);
+                if self.b.shape(joined).iter().product::<u32>() > 4000 { x } else { joined }
+            }
+            6 if rank > 1 => {
+                let mut perm: Vec<u32> = (0..rank).collect();
+                perm.rotate_left(1 + self.rng.below(rank - 1) as usize);
+                self.b.permute(x, &perm)
+            }
+            7 => {
+                let n: u32 = shape.iter().product();
+                let split = (2..=n).find(|d| n.is_multiple_of(*d)).unwrap_or(1);
+                let to = if self.rng.below(2) == 0 { vec![n] } else { vec![split, 1, n / split] };
+                self.b.reshape(x, &to)
+            }
+            8 => {
+                let n: u32 = shape.iter().product();
+                let k = (1..=n.min(40)).rev().find(|d| n.is_multiple_of(*d)).unwrap_or(1);
+                let a = self.b.reshape(x, &[n / k, k]);
+                let wide = 1 + self.rng.below(20);
+                let trans = self.rng.below(2) == 0;
+                let w = self.load(&if trans { [wide, k] } else { [k, wide] });
+                let acc = self.load(&[n / k, wide]);
+                let acc = (self.rng.below(2) == 0).then_some(acc);
+                let d = if trans { self.b.dot_t(a, w, acc) } else { self.b.dot(a, w, acc) };
+                if self.b.shape(d).iter().product::<u32>() > 4000 { x } else { self.clamped(d) }
+            }
+            9 => {
+                let to = [DType::Bf16, DType::F16, DType::E4m3, DType::I32][self.rng.below(4) as usize];
+                let stored = self.b.cast(x, to);
+                self.b.cast(stored, DType::F32)
+            }
+            10 if rank > 0 => {
+                let i = self.b.iota(axis, &shape);
+                let i = self.b.cast(i, DType::F32);
+                let z = self.b.map(&[i, x], |m, v| m.add(v[0], v[1]));
+                self.clamped(z)
+            }
+            11 => {
+                let y = self.load(&shape);
+                let (low, high) = (self.rng.below(3), self.rng.below(5));
+                let pool = self.pool.clone();
+                let (rng, source, row) = (Rng(self.rng.next()), self.source, self.row);
+                let out = self.b.for_(low, high, 1, &[x, y], |b, i, v| {
+                    let mut rng = rng;
+                    let mut pool = pool.clone();
+                    pool.extend(v.iter().map(|&v| (v, shape.clone())));
+                    let taken = std::mem::replace(b, Builder::new("inner"));
+                    let mut inner = Fuzz { rng: &mut rng, b: taken, pool, source, row };
+                    for _ in 0..3 {
+                        inner.op(depth + 1);
+                    }
+                    let f = inner.b.cast(i, DType::F32);
+                    let sum = inner.b.map(&[v[0], v[1], f], |m, v| {
+                        let s = m.sub(v[0], v[1]);
+                        m.add(s, v[2])
+                    });
+                    let sum = inner.clamped(sum);
+                    let alike: Vec<ValueId> =
+                        inner.pool.iter().filter(|p| p.1 == shape).map(|p| p.0).collect();
+                    let other = alike[inner.rng.below(alike.len() as u32) as usize];
+                    let swap = inner.rng.below(2) == 0;
+                    *b = inner.b;
+                    if swap { vec![other, sum] } else { vec![sum, v[0]] }
+                });
+                let z = self.b.map(&[out[0], out[1]], |m, v| m.add(v[0], v[1]));
+                self.clamped(z)
+            }
+            12 => {
+                let odd = self.rng.below(3) as i32;
+                let cond = self.b.map(&[self.row], |m, v| {
+                    let c = m.i32(odd);
+                    m.lt(v[0], c)
+                });
+                let (y, pool) = (self.load(&shape), self.pool.clone());
+                let (seed, source, row) = (self.rng.next(), self.source, self.row);
+                let mut arm = |b: &mut Builder, seed: u64, start: ValueId| {
+                    let mut rng = Rng(seed);
+                    let mut arm_pool = pool.clone();
+                    arm_pool.push((start, shape.clone()));
+                    let taken = std::mem::replace(b, Builder::new("inner"));
+                    let mut inner = Fuzz { rng: &mut rng, b: taken, pool: arm_pool, source, row };
+                    for _ in 0..2 {
+                        inner.op(depth + 1);
+                    }
+                    let alike: Vec<ValueId> =
+                        inner.pool.iter().filter(|p| p.1 == shape).map(|p| p.0).collect();
+                    let out = alike[inner.rng.below(alike.len() as u32) as usize];
+                    *b = inner.b;
+                    vec![out, start]
+                };
+                // Both closures use `arm`, one after the other.
+                let arm = std::cell::RefCell::new(&mut arm);
+                let out = self.b.if_(cond, |b| (arm.borrow_mut())(b, seed, x), |b| (arm.borrow_mut())(b, seed ^ 1, y));
+                let z = self.b.map(&[out[0], out[1]], |m, v| m.add(v[0], v[1]));
+                self.clamped(z)
+            }
+            _ => x,
+        };
+        let shape = self.b.shape(new);
+        self.pool.push((new, shape));
+    }
+}
+
+fn random_program(seed: u64) -> Program {
+    let mut rng = Rng(seed);
+    let mut b = Builder::new("random");
+    let source = b.param("source", DType::F32, &[Sym::T.into(), c(300)], Access::Read);
+    let outs: Vec<ValueId> =
+        (0..3).map(|i| b.param(&format!("out{i}"), DType::F32, &[Sym::T.into(), c(2000)], Access::Write)).collect();
+    let row = b.grid(Sym::T, 1);
+    let mut fuzz = Fuzz { rng: &mut rng, b, pool: Vec::new(), source, row };
+    for _ in 0..2 {
+        let shape = fuzz.shape();
+        let tile = fuzz.load(&shape);
+        fuzz.pool.push((tile, shape));
+    }
+    let steps = 3 + fuzz.rng.below(10);
+    for _ in 0..steps {
+        fuzz.op(0);
+    }
+    for out in outs {
+        let (x, shape) = fuzz.tile();
+        let n: u32 = shape.iter().product();
+        let flat = fuzz.b.reshape(x, &[1, n]);
+        fuzz.b.store(out, &[row.into(), 3.into()], flat);
+    }
+    fuzz.b.finish().unwrap()
+}
+
+fn check_random(seed: u64) {
+    let program = random_program(seed);
+    let mut rng = Rng(seed ^ 0xabcd);
+    let rows = 3;
+    let source: Vec<u8> = (0..rows * 300).flat_map(|_| (rng.below(7) as f32 - 3.0).to_le_bytes()).collect();
+    let mut buffers = vec![source];
+    buffers.extend((0..3).map(|_| vec![0; rows * 8000]));
+    let bindings: Vec<Binding> = (0..4).map(|buffer| Binding { buffer, offset: 0 }).collect();
+    check_with(&program, t(rows as u32), buffers, &bindings, 0.0);
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 150, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn random_programs_agree_with_the_interpreter(seed: u64) {
+        check_random(seed);
+    }
+}
+
+#[test]
+#[ignore = "for debugging: DSC_SEED names the program"]
+fn one_random_program() {
+    if let Ok(n) = std::env::var("DSC_SEEDS") {
+        let mut best: Option<(usize, u64)> = None;
+        for seed in 0..n.parse().unwrap() {
+            let size = random_program(seed).to_string().len();
+            if best.is_none_or(|b| size < b.0) && std::panic::catch_unwind(|| check_random(seed)).is_err() {
+                best = Some((size, seed));
+            }
+        }
+        panic!("smallest: {best:?}");
+    }
+    let seed = std::env::var("DSC_SEED").unwrap().parse().unwrap();
+    eprintln!("{}", random_program(seed));
+    check_random(seed);
+}

@@ -1,8 +1,9 @@
 //! `dsc bench`.
 
-use super::{BundleArgs, Outcome, open, print_json, table};
+use super::{BundleArgs, Failure, Outcome, print, print_json, table};
 use dsc_runtime::{LogitsWanted, ProfileRow, SequenceInput, Session};
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -10,21 +11,21 @@ use std::time::Instant;
 pub struct Args {
     #[command(flatten)]
     bundle: BundleArgs,
-    /// Tokens of the prefill that is timed
-    #[arg(long, default_value_t = 1024, value_name = "N")]
-    prefill: usize,
-    /// Tokens in the context before decoding starts
-    #[arg(long, default_value_t = 384, value_name = "N")]
-    context: usize,
+    /// Tokens of the prefill that is timed [default: 1024, or what the artifact serves]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    prefill: Option<u32>,
+    /// Tokens in the context before decoding starts [default: 384, or what the artifact serves]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
     /// Sequences decoded together
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    batch: usize,
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    batch: u32,
     /// Decode steps that are timed
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    steps: usize,
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    steps: u32,
     /// Prefills that are timed
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    repeat: usize,
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    repeat: u32,
     /// Split steps by kernel
     #[arg(long)]
     profile: bool,
@@ -46,44 +47,88 @@ impl Summary {
     }
 }
 
-pub fn run(args: Args) -> Outcome {
-    if args.batch == 0 || args.steps == 0 || args.repeat == 0 || args.prefill == 0 || args.context == 0 {
-        return Err("--prefill, --context, --batch, --steps and --repeat must be at least 1".into());
+/// What is timed.
+struct Load {
+    prefill: usize,
+    context: usize,
+    batch: usize,
+    steps: usize,
+    repeat: usize,
+    profile: bool,
+}
+
+/// Decode steps before those that are timed.
+const WARM_UP: usize = 4;
+
+impl Load {
+    fn new(args: &Args, max_context: u32) -> Result<Load, Failure> {
+        let decoded = args.steps + WARM_UP as u32;
+        let load = Load {
+            prefill: args.prefill.unwrap_or(max_context.min(1024)) as usize,
+            context: args.context.unwrap_or(max_context.saturating_sub(decoded).clamp(1, 384)) as usize,
+            batch: args.batch as usize,
+            steps: args.steps as usize,
+            repeat: args.repeat as usize,
+            profile: args.profile,
+        };
+        let beyond = |what: String| {
+            Failure::new(format!("{what} are beyond the artifact's longest context, {max_context}"))
+                .help("give smaller numbers, or compile the model with a larger --max-context")
+        };
+        if load.prefill > max_context as usize {
+            return Err(beyond(format!("--prefill {} tokens", load.prefill)));
+        }
+        if load.sequence() > max_context as usize {
+            return Err(beyond(format!("--context {} and --steps {} with {WARM_UP} before", load.context, load.steps)));
+        }
+        Ok(load)
     }
-    let need = args.prefill.max((args.context + args.steps + 64).saturating_mul(args.batch));
-    let model = open(&args.bundle, Some(need))?;
+
+    /// Tokens of a decoded sequence at its end.
+    fn sequence(&self) -> usize {
+        self.context + self.steps + WARM_UP
+    }
+}
+
+pub fn run(args: Args) -> Outcome {
+    let facts = args.bundle.facts()?;
+    let load = Load::new(&args, facts.max_context)?;
+    let sequences = load.prefill.div_ceil(load.sequence()).max(load.batch);
+    let model = args.bundle.open(&facts, load.sequence(), sequences)?;
     let mut session = model.session()?;
-    let vocab = model.header().model.vocab;
-    let prefill = time_prefill(&mut session, &args, vocab)?;
+    let prefill = time_prefill(&mut session, &load, facts.vocab)?;
     let prefill_profile = session.take_profile();
-    let decode = time_decode(&mut session, &args, vocab)?;
+    let decode = time_decode(&mut session, &load, facts.vocab)?;
     let decode_profile = session.take_profile();
+    let per_s = |s: &Summary, tokens: usize| tokens as f64 / s.median_us * 1e6;
+    let (prefill_rate, decode_rate) = (per_s(&prefill, load.prefill), per_s(&decode, load.batch));
     if args.bundle.json {
         print_json(&serde_json::json!({
             "device": session.device(),
             "target": model.header().target,
             "numerics": model.header().numerics,
-            "prefill_tokens": args.prefill, "prefill": prefill,
-            "batch": args.batch, "context": args.context, "decode": decode,
+            "prefill_tokens": load.prefill, "prefill": prefill, "prefill_tokens_per_s": prefill_rate,
+            "batch": load.batch, "context": load.context, "decode": decode, "decode_tokens_per_s": decode_rate,
             "prefill_profile": by_kernel(&prefill_profile), "decode_profile": by_kernel(&decode_profile),
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{}", session.device());
-    let line = |what: String, s: &Summary, tokens: usize| {
-        let rate = tokens as f64 / s.median_us * 1e6;
-        vec![what, format!("{:.0}", s.median_us), format!("{:.0}", s.min_us), format!("{:.0}", s.max_us), format!("{rate:.0}")]
+    let line = |what: String, s: &Summary, rate: f64| {
+        let us = [s.median_us, s.min_us, s.max_us, rate].map(|x| format!("{x:.0}"));
+        [vec![what], us.to_vec()].concat()
     };
     let rows = [
-        line(format!("prefill of {}", args.prefill), &prefill, args.prefill),
-        line(format!("decode step, batch {}, context {}", args.batch, args.context), &decode, args.batch),
+        line(format!("prefill of {}", load.prefill), &prefill, prefill_rate),
+        line(format!("decode step, batch {}, context {}", load.batch, load.context), &decode, decode_rate),
     ];
-    println!("{}", table(&["", "median us", "min", "max", "tokens/s"], rows));
+    let mut text = format!("{}\n", session.device());
+    text += &table(&["", "median us", "min", "max", "tokens/s"], rows);
     for (name, profile) in [("prefill", &prefill_profile), ("decode", &decode_profile)] {
         if !profile.is_empty() {
-            show_profile(name, profile);
+            write!(text, "\n{}", profile_table(name, profile))?;
         }
     }
+    print(text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -93,10 +138,10 @@ fn tokens(n: usize, salt: u64, vocab: u32) -> Vec<u32> {
     (0..n as u64).map(|i| mix(i + salt * 1_000_003)).collect()
 }
 
-fn time_prefill(session: &mut Session, args: &Args, vocab: u32) -> Result<Summary, Box<dyn std::error::Error>> {
+fn time_prefill(session: &mut Session, load: &Load, vocab: u32) -> Result<Summary, Box<dyn std::error::Error>> {
     let mut us = Vec::new();
-    for round in 0..=args.repeat {
-        let ids = tokens(args.prefill, round as u64, vocab);
+    for round in 0..=load.repeat {
+        let ids = tokens(load.prefill, round as u64, vocab);
         let seq = session.add_sequence();
         let start = Instant::now();
         session.step(&[SequenceInput { seq, tokens: &ids }], LogitsWanted::Last, false)?;
@@ -104,7 +149,7 @@ fn time_prefill(session: &mut Session, args: &Args, vocab: u32) -> Result<Summar
         session.remove_sequence(seq);
         if round == 0 {
             us.clear(); // the first touches memory for the first time
-            if args.profile {
+            if load.profile {
                 session.start_profile();
             }
         }
@@ -112,19 +157,18 @@ fn time_prefill(session: &mut Session, args: &Args, vocab: u32) -> Result<Summar
     Ok(Summary::of(us))
 }
 
-fn time_decode(session: &mut Session, args: &Args, vocab: u32) -> Result<Summary, Box<dyn std::error::Error>> {
-    let seqs: Vec<_> = (0..args.batch).map(|_| session.add_sequence()).collect();
+fn time_decode(session: &mut Session, load: &Load, vocab: u32) -> Result<Summary, Box<dyn std::error::Error>> {
+    let seqs: Vec<_> = (0..load.batch).map(|_| session.add_sequence()).collect();
     for (i, &seq) in seqs.iter().enumerate() {
-        let ids = tokens(args.context, i as u64, vocab);
+        let ids = tokens(load.context, i as u64, vocab);
         session.step(&[SequenceInput { seq, tokens: &ids }], LogitsWanted::Last, false)?;
     }
     let mut us = Vec::new();
-    const WARM_UP: usize = 4;
-    for step in 0..args.steps + WARM_UP {
-        if step == WARM_UP && args.profile {
+    for step in 0..load.steps + WARM_UP {
+        if step == WARM_UP && load.profile {
             session.start_profile();
         }
-        let ids = tokens(args.batch, step as u64 + 77, vocab);
+        let ids = tokens(load.batch, step as u64 + 77, vocab);
         let inputs: Vec<_> =
             seqs.iter().zip(&ids).map(|(&seq, id)| SequenceInput { seq, tokens: std::slice::from_ref(id) }).collect();
         let start = Instant::now();
@@ -156,7 +200,7 @@ fn by_kernel(profile: &[ProfileRow]) -> BTreeMap<String, KernelShare> {
     shares
 }
 
-fn show_profile(name: &str, profile: &[ProfileRow]) {
+fn profile_table(name: &str, profile: &[ProfileRow]) -> String {
     let mut shares: Vec<_> = by_kernel(profile).into_iter().collect();
     shares.sort_by(|a, b| b.1.total_us.total_cmp(&a.1.total_us));
     let all: f64 = shares.iter().map(|(_, s)| s.total_us).sum();
@@ -164,5 +208,5 @@ fn show_profile(name: &str, profile: &[ProfileRow]) {
         let each = s.total_us / s.launches.max(1) as f64;
         vec![kernel.clone(), s.launches.to_string(), format!("{each:.1}"), format!("{:.1} %", 100.0 * s.total_us / all)]
     });
-    println!("\n{}", table(&[name, "launches", "us each", "share"], rows));
+    table(&[name, "launches", "us each", "share"], rows)
 }

@@ -1,6 +1,6 @@
 //! `dsc compile` and `dsc targets`.
 
-use super::{Outcome, bytes, print_json, progress, table, write_atomically};
+use super::{Failure, Outcome, bytes, check_destination, print, print_json, progress, table, tell, write_atomically};
 use crate::compile::{self, Compiled, Event, Options};
 use crate::passes;
 use dsc_ir::artifact::Numerics;
@@ -24,15 +24,15 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "deployed")]
     numerics: NumericsArg,
     /// Ranks of tensor parallelism
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     tp: u32,
     /// Longest context in tokens [default: the model's]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_context: Option<u32>,
     /// Tokens of a prefill step; longer prompts go in chunks
     #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
     chunk: u32,
-    /// Compile only these layers, for measurements: 0,3,4
+    /// Compile only these layers, for measurements: 0,3,4 in ascending order
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     layers: Option<Vec<usize>>,
     /// Also write these levels as text
@@ -44,7 +44,7 @@ pub struct Args {
     /// Print the graph after this pass, once a shape class, on stderr
     #[arg(long, value_name = "PASS", value_parser = clap::builder::PossibleValuesParser::new(passes::PASSES))]
     print_after: Vec<String>,
-    /// Print how long each pass and stage took
+    /// Print how long each pass and stage took, on stderr
     #[arg(long)]
     time_passes: bool,
     /// Print a JSON summary on stdout
@@ -76,9 +76,7 @@ enum Emit {
 
 pub fn run(args: Args) -> Outcome {
     let started = Instant::now();
-    if args.tp != 1 {
-        return Err(format!("--tp {}: tensor parallelism is not implemented; only --tp 1 is", args.tp).into());
-    }
+    check(&args)?;
     let options = Options {
         target: args.target.clone(),
         numerics: match args.numerics {
@@ -91,6 +89,7 @@ pub fn run(args: Args) -> Outcome {
         asm: args.emit.contains(&Emit::Asm),
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&args.model_dir));
+    check_destination(&output)?;
     let mut times: Vec<(String, Duration)> = Vec::new();
     let bar = progress::bar("Compiling", 0);
     let compiled = compile::compile_dir(&args.model_dir, &options, &mut |event| match event {
@@ -99,7 +98,7 @@ pub fn run(args: Args) -> Outcome {
             bar.tick();
             times.push((format!("{class}: {name}"), took));
             if args.print_after.iter().any(|p| p == name) {
-                bar.suspend(|| eprintln!("// {class}, after {name}\n{graph}"));
+                bar.suspend(|| tell(format_args!("// {class}, after {name}\n{graph}")));
             }
         }
         Event::Stage { name, took } => {
@@ -109,13 +108,28 @@ pub fn run(args: Args) -> Outcome {
         }
     })?;
     bar.finish_and_clear();
-    write_atomically(&output, &compiled.bytes)?;
     emit(&args, &compiled)?;
+    // Last: where the artifact is, all else is.
+    write_atomically(&output, &compiled.bytes)?;
     if args.time_passes {
         let rows = times.iter().map(|(name, took)| vec![name.clone(), format!("{:.2} ms", took.as_secs_f64() * 1e3)]);
-        eprintln!("{}", table(&["pass", "time"], rows));
+        tell(table(&["pass", "time"], rows));
     }
     summary(&args, &output, &compiled, started.elapsed())
+}
+
+/// Refuses what can be refused before any work.
+fn check(args: &Args) -> Result<(), Failure> {
+    if args.tp != 1 {
+        let message = format!("--tp {}: tensor parallelism is not implemented", args.tp);
+        return Err(Failure::new(message).help("leave --tp out; one device runs the whole model"));
+    }
+    if let Some(level) = args.emit.iter().find(|level| matches!(level, Emit::Mlir | Emit::Llvm)) {
+        let level = if *level == Emit::Mlir { "mlir" } else { "llvm" };
+        return Err(Failure::new(format!("--emit {level}: target {} is not lowered through it", args.target))
+            .help("--emit graph,tile,sched,asm works for every target"));
+    }
+    Ok(())
 }
 
 fn default_output(model_dir: &Path) -> PathBuf {
@@ -128,10 +142,11 @@ fn emit(args: &Args, compiled: &Compiled) -> Result<(), Box<dyn std::error::Erro
     if args.emit.is_empty() {
         return Ok(());
     }
-    fs::create_dir_all(&args.emit_dir).map_err(|e| format!("cannot create {}: {e}", args.emit_dir.display()))?;
+    fs::create_dir_all(&args.emit_dir)
+        .map_err(|e| Failure::new(format!("cannot make the folder {}: {e}", args.emit_dir.display())))?;
     let write = |name: String, text: &str| {
         let path = args.emit_dir.join(name);
-        fs::write(&path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
+        fs::write(&path, text).map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
     };
     for level in &args.emit {
         match level {
@@ -151,9 +166,7 @@ fn emit(args: &Args, compiled: &Compiled) -> Result<(), Box<dyn std::error::Erro
                 write("schedules.json".into(), &serde_json::to_string_pretty(&all)?)?;
             }
             Emit::Asm => write("kernels.asm".into(), compiled.module.asm.as_deref().unwrap_or_default())?,
-            Emit::Mlir | Emit::Llvm => {
-                return Err(format!("--emit mlir,llvm: target {} is not lowered through MLIR", args.target).into());
-            }
+            Emit::Mlir | Emit::Llvm => unreachable!("`check` refuses them"),
         }
     }
     Ok(())
@@ -178,21 +191,26 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!(
-        "{}: {}, {} kernels for {}, {:.2} s",
+    let rows = header.steps.iter().map(|s| {
+        vec![
+            format!("  {}", s.name),
+            format!("{} launches", s.launches.len()),
+            format!("{} of intermediate results", bytes(s.arena_bytes)),
+        ]
+    });
+    let mut text = format!(
+        "{}: {}, {} kernels for {}, {:.2} s\n{}",
         output.display(),
         bytes(compiled.bytes.len() as u64),
         header.kernels.len(),
         header.target,
-        took.as_secs_f64()
+        took.as_secs_f64(),
+        table(&[], rows)
     );
-    let rows = header.steps.iter().map(|s| {
-        vec![format!("  {}", s.name), format!("{} launches", s.launches.len()), format!("arena {} bytes", s.arena_bytes)]
-    });
-    eprintln!("{}", table(&[], rows));
     if !compile::has_weights(&args.model_dir) {
-        eprintln!("note: no weights in {}: their names and shapes were not checked", args.model_dir.display());
+        text += &format!("note: no weights in {}: their names and shapes were not checked\n", args.model_dir.display());
     }
+    tell(text.trim_end());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -203,6 +221,6 @@ pub fn targets(json: bool) -> Outcome {
         return Ok(ExitCode::SUCCESS);
     }
     let rows = all.iter().map(|t| [t.name, t.description, t.lowering, t.note].map(str::to_owned).to_vec());
-    println!("{}", table(&["target", "device", "code by", "state"], rows));
+    print(table(&["target", "device", "code by", "state"], rows))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,8 +1,11 @@
 //! `dsc inspect`.
 
-use super::{Outcome, bytes, print_json, table};
-use dsc_ir::artifact::{Header, WeightSource};
+use super::{Failure, Outcome, bytes, print, print_json, table};
+use dsc_ir::artifact::{Header, Numerics, WeightSource};
+use dsc_ir::graph::Elem;
 use dsc_runtime::Artifact;
+use std::error::Error;
+use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -10,7 +13,7 @@ use std::process::ExitCode;
 pub struct Args {
     /// The artifact that `dsc compile` wrote
     bundle: PathBuf,
-    /// Print its whole description as one JSON object
+    /// Print its whole description, or with --kernel that of one kernel, as one JSON object
     #[arg(long)]
     json: bool,
     /// Print the tile program of this kernel
@@ -31,7 +34,7 @@ pub fn run(args: Args) -> Outcome {
         artifact.section(&section.name)?;
     }
     if let Some(name) = &args.kernel {
-        print!("{}", kernel_text(&artifact, name)?);
+        show_kernel(&artifact, name, args.json)?;
         return Ok(ExitCode::SUCCESS);
     }
     if args.json {
@@ -39,20 +42,34 @@ pub fn run(args: Args) -> Outcome {
         return Ok(ExitCode::SUCCESS);
     }
     let m = &header.model;
-    println!("{} for {} ({:?} numerics), by dsc {}", m.model_type, header.target, header.numerics, header.compiler);
-    println!("{} layers, vocabulary {}, top-k {}, context up to {}", m.layers, m.vocab, m.index_topk, m.max_context);
-    println!("processor features: {}\n", header.features.join(" "));
-    show_steps(header, args.launches);
-    show_kernels(header);
-    show_memory(header, args.weights);
+    let numerics = match header.numerics {
+        Numerics::Exact => "exact",
+        Numerics::Deployed => "deployed",
+    };
+    let mut text = format!("{} for {}, {numerics} numerics, by dsc {}\n", m.model_type, header.target, header.compiler);
+    writeln!(text, "{} layers, vocabulary {}, top-k {}, context up to {}", m.layers, m.vocab, m.index_topk, m.max_context)?;
+    writeln!(text, "processor features: {}\n", header.features.join(" "))?;
+    text += &steps(header, args.launches);
+    text += &kernels(header);
+    text += &memory(header, args.weights);
+    print(text)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// The tile section's text of one kernel.
-fn kernel_text(artifact: &Artifact, name: &str) -> Result<String, Box<dyn std::error::Error>> {
-    if !artifact.header().kernels.iter().any(|k| k.name == name) {
-        return Err(format!("there is no kernel `{name}`; `dsc inspect` lists them").into());
+fn show_kernel(artifact: &Artifact, name: &str, json: bool) -> Result<(), Box<dyn Error>> {
+    let Some(kernel) = artifact.header().kernels.iter().find(|k| k.name == name) else {
+        let help = format!("`dsc inspect {}` lists the kernels", artifact.path().display());
+        return Err(Failure::new(format!("{} has no kernel `{name}`", artifact.path().display())).help(help).into());
+    };
+    let program = kernel_text(artifact, name)?;
+    if json {
+        return print_json(&serde_json::json!({ "kernel": kernel, "program": program }));
     }
+    Ok(print(program)?)
+}
+
+/// The tile section's text of one kernel.
+fn kernel_text(artifact: &Artifact, name: &str) -> Result<String, Box<dyn Error>> {
     let text = String::from_utf8_lossy(artifact.section("tile")?);
     let start = text.find(&format!("kernel {name} ")).ok_or("the artifact holds no text of its tile programs")?;
     let rest = &text[start..];
@@ -60,33 +77,39 @@ fn kernel_text(artifact: &Artifact, name: &str) -> Result<String, Box<dyn std::e
     Ok(rest[..end].to_owned())
 }
 
-fn show_steps(header: &Header, launches: bool) {
+fn steps(header: &Header, launches: bool) -> String {
     let rows = header.steps.iter().map(|s| {
         let max = dsc_ir::Sym::ALL.map(|sym| format!("{} <= {}", sym.name(), s.max.get(sym))).join(", ");
         vec![s.name.clone(), s.launches.len().to_string(), s.arena_bytes.to_string(), max]
     });
-    println!("{}\n", table(&["step", "launches", "arena bytes", "serves"], rows));
+    let mut text = table(&["step", "launches", "arena bytes", "serves"], rows) + "\n";
     for step in header.steps.iter().filter(|_| launches) {
         let rows = step.launches.iter().enumerate().map(|(i, l)| {
             vec![i.to_string(), l.node.clone(), header.kernels[l.kernel as usize].name.clone()]
         });
-        println!("{}\n", table(&[&step.name, "node", "kernel"], rows));
+        text += &table(&[&step.name, "node", "kernel"], rows);
+        text += "\n";
     }
+    text
 }
 
-fn show_kernels(header: &Header) {
+fn kernels(header: &Header) -> String {
     let rows = header.kernels.iter().map(|k| {
         let grid = k.grid.iter().map(ToString::to_string).collect::<Vec<_>>().join(" x ");
         vec![k.name.clone(), k.what.clone(), grid, k.code_bytes.to_string(), bytes(k.scratch_bytes)]
     });
-    println!("{}\n", table(&["kernel", "computes", "grid", "code bytes", "scratch"], rows));
+    table(&["kernel", "computes", "grid", "code bytes", "scratch"], rows) + "\n"
 }
 
-fn show_memory(header: &Header, weights: bool) {
+fn memory(header: &Header, weights: bool) -> String {
     let total: u64 = header.weights.iter().filter_map(|w| w.bytes(0)).sum();
-    println!("{} weights, {} in memory (rope tables not counted)", header.weights.len(), bytes(total));
     let per_token: u64 = header.states.iter().map(|s| u64::from(s.format.row_bytes())).sum();
-    println!("{} caches, {per_token} bytes a token", header.states.len());
+    let mut text = format!(
+        "{} weights, {} in memory (rope tables not counted)\n{} caches, {per_token} bytes a token\n",
+        header.weights.len(),
+        bytes(total),
+        header.states.len()
+    );
     if weights {
         let rows = header.weights.iter().map(|w| {
             let from = match &w.source {
@@ -95,8 +118,17 @@ fn show_memory(header: &Header, weights: bool) {
                 WeightSource::RopeTable { frequencies } => format!("rope table of {} frequencies", frequencies.len()),
                 WeightSource::Hadamard { n } => format!("Hadamard matrix of order {n}"),
             };
-            vec![w.name.clone(), format!("{:?}", w.shape), format!("{:?}", w.elem), from]
+            vec![w.name.clone(), format!("{:?}", w.shape), storage(&w.elem), from]
         });
-        println!("\n{}", table(&["weight", "shape", "storage", "from"], rows));
+        text += "\n";
+        text += &table(&["weight", "shape", "storage", "from"], rows);
+    }
+    text
+}
+
+fn storage(elem: &Elem) -> String {
+    match elem {
+        Elem::Plain(dtype) => dtype.to_string(),
+        Elem::Quant(q) => format!("e4m3, one scale for {} x {}", q.block[0], q.block[1]),
     }
 }

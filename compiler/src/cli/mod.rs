@@ -7,12 +7,19 @@ mod bench;
 #[cfg(feature = "compile")]
 mod compile;
 mod eval;
+mod failure;
 mod inspect;
+mod output;
 mod progress;
 mod run;
 mod verify;
 
+use failure::Failure;
+use output::{bytes, check_destination, print, print_json, table, tell, write_atomically};
+
 use clap::{CommandFactory, Parser, Subcommand};
+use dsc_ir::artifact::ModelFacts;
+use dsc_runtime::{Artifact, Model, Options, RequestError};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -61,15 +68,15 @@ struct BundleArgs {
     /// The model folder with the original weights
     #[arg(long, value_name = "MODEL_DIR")]
     weights: PathBuf,
-    /// Worker threads (default: all cores)
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
 
-/// What a subcommand ends with: an error that `main` prints with its causes and, if there is one, a remedy.
+/// What a subcommand ends with; `main` prints the error.
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
 
 /// Parses the command line, runs the subcommand, prints errors.
@@ -84,77 +91,64 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         #[cfg(feature = "compile")]
         Command::Targets { json } => compile::targets(json),
-        Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "dsc", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Completions { shell } => completions(shell),
     };
     outcome.unwrap_or_else(|error| {
-        // A reader that closed its end of the pipe wants no more; that is no failure to report.
-        let io = error.downcast_ref::<std::io::Error>();
-        if io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
-            return ExitCode::SUCCESS;
-        }
-        eprintln!("error: {error}");
-        let mut cause = error.source();
-        while let Some(e) = cause {
-            eprintln!("  caused by: {e}");
-            cause = e.source();
-        }
+        tell(failure::report(&*error));
         ExitCode::FAILURE
     })
 }
 
-/// Prints a value as one line of JSON.
-fn print_json(value: &impl serde::Serialize) -> Result<(), Box<dyn std::error::Error>> {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer(&mut out, value)?;
-    Ok(writeln!(out)?)
+fn completions(shell: clap_complete::Shell) -> Outcome {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "dsc", &mut script);
+    print(String::from_utf8_lossy(&script))?;
+    Ok(ExitCode::SUCCESS)
 }
 
-/// Writes beside the destination and renames, so that a failure leaves no half-written file.
-fn write_atomically(path: &std::path::Path, bytes: &[u8]) -> Result<(), String> {
-    use std::io::Write;
-    let temporary = path.with_extension(format!("tmp{}", std::process::id()));
-    let written = std::fs::File::create(&temporary).and_then(|mut f| {
-        f.write_all(bytes)?;
-        f.sync_all()
-    });
-    written.and_then(|()| std::fs::rename(&temporary, path)).map_err(|e| {
-        // Nothing more can be done about a leftover file than to try.
-        let _ = std::fs::remove_file(&temporary);
-        format!("cannot write {}: {e}", path.display())
-    })
+impl BundleArgs {
+    /// What the artifact says of its model, before weights are touched.
+    fn facts(&self) -> Result<ModelFacts, dsc_runtime::Error> {
+        Ok(Artifact::open(&self.bundle)?.header().model.clone())
+    }
+
+    /// Opens the artifact with its weights, showing progress; the cache has room for `sequences` of `tokens` tokens each, or of
+    /// as many as the artifact serves.
+    fn open(&self, facts: &ModelFacts, tokens: usize, sequences: usize) -> Result<Model, dsc_runtime::Error> {
+        let page = dsc_ir::graph::PAGE_TOKENS as usize;
+        let tokens = tokens.clamp(1, (facts.max_context as usize).max(1));
+        let capacity = tokens.next_multiple_of(page).saturating_mul(sequences);
+        let options = Options {
+            threads: self.threads.unwrap_or(0).into(),
+            context_tokens: Some(u32::try_from(capacity).unwrap_or(u32::MAX)),
+        };
+        let bar = progress::bar("Loading", 1);
+        let model = Model::open_with(&self.bundle, &self.weights, &options, &|done, total| {
+            bar.set_length(total.max(1));
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
+        model
+    }
 }
 
-/// Opens an artifact with its weights, showing progress; `need` is how many tokens of cache the request takes at most.
-fn open(args: &BundleArgs, need: Option<usize>) -> Result<dsc_runtime::Model, dsc_runtime::Error> {
-    let bar = progress::bar("Loading", 1);
-    let need = need.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-    let options = dsc_runtime::Options { threads: args.threads.unwrap_or(0), context_tokens: need };
-    let model = dsc_runtime::Model::open_with(&args.bundle, &args.weights, &options, &|done, total| {
-        bar.set_length(total.max(1));
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
-    model
+/// Refuses tokens that the model cannot take, before gigabytes are read for them.
+fn check_tokens(facts: &ModelFacts, tokens: &[u32]) -> Result<(), RequestError> {
+    let vocab = facts.vocab;
+    if let Some(place) = tokens.iter().position(|&t| t >= vocab) {
+        return Err(RequestError::Token { token: tokens[place], place, vocab });
+    }
+    check_context(facts, tokens.len())
 }
 
-/// A table for people: a header row and rows of cells.
-fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> comfy_table::Table {
-    let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING).set_header(header);
-    table.add_rows(rows);
-    table
-}
-
-/// Bytes for people.
-fn bytes(n: u64) -> String {
-    match n {
-        0..=9999 => format!("{n} B"),
-        10_000..=9_999_999 => format!("{:.1} KB", n as f64 / 1e3),
-        10_000_000..=9_999_999_999 => format!("{:.1} MB", n as f64 / 1e6),
-        _ => format!("{:.2} GB", n as f64 / 1e9),
+fn check_context(facts: &ModelFacts, tokens: usize) -> Result<(), RequestError> {
+    match tokens {
+        0 => Err(RequestError::Empty),
+        n if n as u64 > u64::from(facts.max_context) => Err(RequestError::Context {
+            wanted: n as u64,
+            limit: facts.max_context,
+            remedy: "shorten it, or compile the model with a larger --max-context".into(),
+        }),
+        _ => Ok(()),
     }
 }

@@ -1,8 +1,12 @@
 //! `dsc run`.
 
-use super::{BundleArgs, Outcome, open, print_json};
-use dsc_runtime::{GenerateOptions, LogitsWanted, Model, Sampler, SequenceInput, Session};
+use super::{BundleArgs, Failure, Outcome, check_destination, check_tokens, print_json, tell, write_atomically};
+use dsc_runtime::tokenizer::{Detokenizer, TokenizerError};
+use dsc_runtime::{
+    FinishReason, GenerateOptions, LogitsWanted, Sampler, SequenceInput, Session, Timings, Tokenizer,
+};
 use safetensors::tensor::{Dtype, TensorView};
+use std::error::Error;
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -22,14 +26,15 @@ pub struct Args {
     /// Tokens to generate at most
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_new_tokens: usize,
-    /// Choose the likeliest token each time [default, unless --temperature is given]
+    /// Choose the likeliest token each time; the default without --temperature
     #[arg(long, conflicts_with_all = ["temperature", "top_p", "seed"])]
     greedy: bool,
-    /// Sample, with the distribution sharpened (below 1) or flattened (above 1)
-    #[arg(long, value_name = "T")]
+    /// Sample, with the distribution sharpened (below 1) or flattened (above 1); 0 is greedy
+    #[arg(long, value_name = "T", value_parser = temperature, allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Sample only from the likeliest tokens that make up this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P", requires = "temperature")]
+    #[arg(long, default_value_t = 1.0, value_name = "P", requires = "temperature",
+          value_parser = top_p, allow_negative_numbers = true)]
     top_p: f32,
     /// Seed of the sampling: the same seed gives the same text
     #[arg(long, default_value_t = 0, value_name = "S", requires = "temperature")]
@@ -42,27 +47,48 @@ pub struct Args {
     dump_logits: Option<PathBuf>,
 }
 
+fn temperature(text: &str) -> Result<f32, String> {
+    let usable = |t: &f32| *t >= 0.0 && t.is_finite();
+    text.parse().ok().filter(usable).ok_or_else(|| "give a number of at least 0, such as 0.7".into())
+}
+
+fn top_p(text: &str) -> Result<f32, String> {
+    let usable = |p: &f32| *p > 0.0 && *p <= 1.0;
+    text.parse().ok().filter(usable).ok_or_else(|| "give a number above 0 and up to 1, such as 0.95".into())
+}
+
+/// What `--json` prints.
+#[derive(serde::Serialize)]
+struct Answer {
+    prompt_tokens: usize,
+    token_ids: Vec<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
+    finish_reason: FinishReason,
+    timings: Timings,
+}
+
 pub fn run(args: Args) -> Outcome {
     let sampler = match args.temperature {
         Some(temperature) => Sampler::new(temperature, args.top_p, args.seed)?,
         None => Sampler::Greedy,
     };
-    let ids = args.token_ids.as_deref().map(read_token_ids).transpose()?;
-    let prompt_hint = ids.as_ref().map_or(args.prompt.as_ref().map_or(0, String::len), Vec::len);
-    let model = open(&args.bundle, Some(prompt_hint + args.max_new_tokens))?;
-    let tokenizer = match (&args.prompt, model.tokenizer()) {
-        (_, Ok(tokenizer)) => Some(tokenizer),
-        (None, Err(_)) => None,
-        (Some(_), Err(e)) => return Err(format!("{e}\n  --prompt needs a tokenizer; give --token-ids instead").into()),
-    };
-    let prompt = match (ids, &args.prompt, &tokenizer) {
-        (Some(ids), _, _) => ids,
+    if let Some(path) = &args.dump_logits {
+        check_destination(path)?;
+    }
+    // Whatever can be wrong with the request is found before gigabytes of weights are read.
+    let facts = args.bundle.facts()?;
+    let tokenizer = tokenizer(&args)?;
+    let prompt = match (&args.token_ids, &args.prompt, &tokenizer) {
+        (Some(path), _, _) => read_token_ids(path)?,
         (None, Some(text), Some(tokenizer)) => tokenizer.encode(text)?,
         _ => unreachable!("clap requires one input, and a prompt has a tokenizer by now"),
     };
     if prompt.is_empty() {
-        return Err("the prompt has no tokens".into());
+        return Err(Failure::new("the prompt has no tokens").help("give at least one, such as the model's first-token marker").into());
     }
+    check_tokens(&facts, &prompt)?;
+    let model = args.bundle.open(&facts, prompt.len().saturating_add(args.max_new_tokens), 1)?;
     let mut session = model.session()?;
     if let Some(path) = &args.dump_logits {
         dump_logits(&mut session, &prompt, path)?;
@@ -73,49 +99,65 @@ pub fn run(args: Args) -> Outcome {
         ignore_eos: args.ignore_eos,
         ..GenerateOptions::default()
     };
-    let mut stream = Stream::new(&model, tokenizer.as_ref(), args.bundle.json);
-    if let (Some(text), false) = (&args.prompt, args.bundle.json) {
-        stream.text(text);
+    let mut stream = Stream::new(tokenizer.as_ref(), facts.eos, args.bundle.json);
+    if let Some(text) = &args.prompt {
+        stream.show(text);
     }
     let generation = session.generate(&prompt, &options, &mut |token| stream.token(token))?;
     let text = stream.finish()?;
     if args.bundle.json {
-        print_json(&serde_json::json!({
-            "prompt_tokens": prompt.len(),
-            "token_ids": generation.token_ids,
-            "text": text,
-            "finish_reason": generation.finish_reason,
-            "timings": generation.timings,
-        }))?;
+        print_json(&Answer {
+            prompt_tokens: prompt.len(),
+            token_ids: generation.token_ids,
+            text,
+            finish_reason: generation.finish_reason,
+            timings: generation.timings,
+        })?;
     } else {
         let t = &generation.timings;
-        eprintln!(
-            "[{} prompt tokens at {:.0}/s, {} new at {:.0}/s]",
+        let rate = if t.decode_tokens > 0 { format!(" at {:.0}/s", t.decode_tokens_per_s()) } else { String::new() };
+        tell(format_args!(
+            "[prompt of {} tokens at {:.0}/s, {} new{rate}]",
             t.prompt_tokens,
             t.prompt_tokens_per_s(),
             generation.token_ids.len(),
-            t.decode_tokens_per_s()
-        );
+        ));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn read_token_ids(path: &Path) -> Result<Vec<u32>, Box<dyn std::error::Error>> {
-    let mut text = String::new();
-    match path.to_str() {
-        Some("-") => std::io::stdin().read_to_string(&mut text).map_err(|e| format!("cannot read token ids: {e}"))?,
-        _ => {
-            text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
-            text.len()
+/// The tokenizer beside the weights. Token ids do without: then one that is missing or broken only costs the text.
+fn tokenizer(args: &Args) -> Result<Option<Tokenizer>, TokenizerError> {
+    match Tokenizer::load(&args.bundle.weights) {
+        Ok(tokenizer) => Ok(Some(tokenizer)),
+        Err(e) if args.prompt.is_some() => Err(e),
+        Err(TokenizerError::Missing { .. }) => Ok(None),
+        Err(e) => {
+            tell(format_args!("note: {e}; the answer comes as token ids"));
+            Ok(None)
         }
-    };
-    let parse = |(place, word): (usize, &str)| {
-        word.parse().map_err(|_| format!("{}: `{word}` (number {}) is not a token id", path.display(), place + 1))
-    };
-    Ok(text.split_whitespace().enumerate().map(parse).collect::<Result<_, _>>()?)
+    }
 }
 
-fn dump_logits(session: &mut Session, prompt: &[u32], path: &Path) -> Result<(), Box<dyn std::error::Error>> {
+fn read_token_ids(path: &Path) -> Result<Vec<u32>, Failure> {
+    let (name, text) = if path.as_os_str() == "-" {
+        let mut text = String::new();
+        ("standard input".into(), std::io::stdin().read_to_string(&mut text).map(|_| text))
+    } else {
+        (path.display().to_string(), std::fs::read_to_string(path))
+    };
+    let text = text.map_err(|e| Failure::new(format!("cannot read token ids from {name}: {e}")))?;
+    let parse = |(place, word): (usize, &str)| {
+        word.parse().map_err(|_| {
+            let shown: String = word.chars().take(40).collect();
+            Failure::new(format!("{name}: `{shown}`, word {} of it, is not a token id", place + 1))
+                .help("give whole numbers from 0, separated by white space")
+        })
+    };
+    text.split_whitespace().enumerate().map(parse).collect()
+}
+
+fn dump_logits(session: &mut Session, prompt: &[u32], path: &Path) -> Result<(), Box<dyn Error>> {
     let seq = session.add_sequence();
     let output = session.step(&[SequenceInput { seq, tokens: prompt }], LogitsWanted::All, false)?;
     session.remove_sequence(seq);
@@ -123,71 +165,74 @@ fn dump_logits(session: &mut Session, prompt: &[u32], path: &Path) -> Result<(),
     let vocab = output.logits.len() / output.rows.max(1);
     let view = TensorView::new(Dtype::F32, vec![output.rows, vocab], &bytes)?;
     let file = safetensors::serialize([("logits", view)], None)?;
-    Ok(super::write_atomically(path, &file)?)
+    Ok(write_atomically(path, &file)?)
 }
 
 /// Shows tokens as they come: text where there is a tokenizer, ids otherwise; nothing with `--json`.
 struct Stream<'a> {
-    decoder: Option<dsc_runtime::tokenizer::Detokenizer<'a>>,
+    decoder: Option<Detokenizer<'a>>,
+    eos: Vec<u32>,
     json: bool,
     text: String,
-    eos: Vec<u32>,
-    broken: Option<String>,
+    /// Why showing ended early.
+    broken: Option<Broken>,
+}
+
+enum Broken {
+    /// The reader closed its end of the pipe: it has seen enough.
+    Pipe,
+    Stdout(std::io::Error),
+    Decode(TokenizerError),
 }
 
 impl<'a> Stream<'a> {
-    fn new(model: &Model, tokenizer: Option<&'a dsc_runtime::Tokenizer>, json: bool) -> Stream<'a> {
-        let decoder = tokenizer.map(|t| t.detokenizer(true));
-        Stream { decoder, json, text: String::new(), eos: model.header().model.eos.clone(), broken: None }
+    fn new(tokenizer: Option<&'a Tokenizer>, eos: Vec<u32>, json: bool) -> Stream<'a> {
+        Stream { decoder: tokenizer.map(|t| t.detokenizer(true)), eos, json, text: String::new(), broken: None }
     }
 
-    /// Prints a piece of text; a closed pipe is not worth a word.
-    fn text(&mut self, piece: &str) {
-        if !self.json {
-            let mut out = std::io::stdout().lock();
-            let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
+    /// Shows a piece at once.
+    fn show(&mut self, piece: &str) {
+        if self.json || self.broken.is_some() {
+            return;
+        }
+        let mut out = std::io::stdout().lock();
+        if let Err(e) = out.write_all(piece.as_bytes()).and_then(|()| out.flush()) {
+            let closed = e.kind() == std::io::ErrorKind::BrokenPipe;
+            self.broken = Some(if closed { Broken::Pipe } else { Broken::Stdout(e) });
         }
     }
 
     fn token(&mut self, token: u32) -> ControlFlow<()> {
-        let Some(decoder) = &mut self.decoder else {
-            self.text(&format!("{token} "));
-            return ControlFlow::Continue(());
-        };
-        if self.eos.contains(&token) {
-            return ControlFlow::Continue(());
+        match &mut self.decoder {
+            None => self.show(&format!("{token} ")),
+            Some(_) if self.eos.contains(&token) => {}
+            Some(decoder) => match decoder.push(token) {
+                Ok(piece) => self.piece(piece),
+                Err(e) => self.broken = Some(Broken::Decode(e)),
+            },
         }
-        match decoder.push(token) {
-            Ok(Some(piece)) => {
-                self.text.push_str(&piece);
-                self.text(&piece);
-                ControlFlow::Continue(())
-            }
-            Ok(None) => ControlFlow::Continue(()),
-            Err(e) => {
-                self.broken = Some(e.to_string());
-                ControlFlow::Break(())
-            }
+        if self.broken.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn piece(&mut self, piece: Option<String>) {
+        if let Some(piece) = piece {
+            self.show(&piece);
+            self.text.push_str(&piece);
         }
     }
 
     /// The whole text, if there is a tokenizer.
-    fn finish(mut self) -> Result<Option<String>, Box<dyn std::error::Error>> {
-        if let Some(message) = self.broken {
-            return Err(message.into());
+    fn finish(mut self) -> Result<Option<String>, Box<dyn Error>> {
+        let decodes = self.decoder.is_some();
+        if let Some(decoder) = self.decoder.take() {
+            let tail = decoder.finish()?;
+            self.piece(tail);
         }
-        let tail = match self.decoder.take() {
-            Some(decoder) => decoder.finish()?,
-            None => {
-                self.text("\n");
-                return Ok(None);
-            }
-        };
-        if let Some(tail) = tail {
-            self.text.push_str(&tail);
-            self.text(&tail);
+        self.show("\n");
+        match self.broken {
+            Some(Broken::Decode(e)) => Err(e.into()),
+            Some(Broken::Stdout(e)) => Err(Failure::new(format!("cannot write to stdout: {e}")).into()),
+            Some(Broken::Pipe) | None => Ok(decodes.then_some(self.text)),
         }
-        self.text("\n");
-        Ok(Some(self.text))
     }
 }

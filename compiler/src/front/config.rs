@@ -18,14 +18,27 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-/// Largest value of any one size.
+/// Largest vocabulary, context or scale block.
 const MAX_DIM: usize = 1 << 24;
+/// Largest width of the residual stream, of an MLP or of the query latent, and largest selection. Times [`MAX_EXPERTS_PER_TOKEN`]
+/// it is what one tile may hold.
+const MAX_WIDTH: usize = 1 << 20;
+/// Most heads, and largest part of a head: together what one tile may hold.
+const MAX_HEADS: usize = 1 << 12;
+/// Largest key/value latent.
+const MAX_LATENT: usize = 1 << 14;
+/// Largest rotated part of a head: its table has a row for each position.
+const MAX_ROPE_DIM: usize = 1 << 9;
 /// Largest number of layers.
 const MAX_LAYERS: usize = 1 << 10;
 /// Largest number of experts.
 const MAX_EXPERTS: usize = 1 << 12;
+/// Most experts a token passes through.
+const MAX_EXPERTS_PER_TOKEN: usize = 1 << 6;
 /// Largest number of parameters: below it no tensor's size in bytes overflows.
 const MAX_PARAMETERS: u128 = 1 << 48;
+/// Largest number of elements of one weight in device memory.
+const MAX_WEIGHT: u128 = 1 << 38;
 /// Largest weight of ln(factor) in the softmax scale.
 const MAX_MSCALE: f64 = 100.0;
 
@@ -318,6 +331,21 @@ impl ModelConfig {
             + vocab_matrices * wide(self.vocab) * hidden
             + hidden
     }
+
+    /// An upper bound of the elements of one weight: of the experts stacked, or of projections of one activation.
+    fn largest_weight(&self) -> u128 {
+        let wide = |size: usize| size as u128;
+        let experts = 2 * wide(self.n_routed_experts) * wide(self.moe_intermediate) * wide(self.hidden);
+        let mlp = 2 * wide(self.intermediate.max(self.n_shared_experts * self.moe_intermediate)) * wide(self.hidden);
+        let from_hidden =
+            self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim + self.index_head_dim + self.index_n_heads;
+        let from_query = self.heads * self.qk_head_dim() + self.index_n_heads * self.index_head_dim;
+        let values = wide(self.heads) * wide(self.qk_nope_head_dim + self.v_head_dim) * wide(self.kv_lora_rank);
+        let out = wide(self.hidden) * wide(self.heads) * wide(self.v_head_dim);
+        let head = wide(self.vocab) * wide(self.hidden);
+        let products = [wide(from_hidden) * wide(self.hidden), wide(from_query) * wide(self.q_lora_rank)];
+        [experts, mlp, values, out, head].into_iter().chain(products).max().unwrap_or(0)
+    }
 }
 
 fn parse_object(file: &'static str, text: &str) -> Result<Map<String, Value>, ConfigError> {
@@ -369,28 +397,28 @@ fn read_fields(fields: &Fields) -> ModelConfig {
     let vocab = fields.dim("vocab_size");
     ModelConfig {
         family,
-        hidden: fields.dim("hidden_size"),
+        hidden: fields.size("hidden_size", MAX_WIDTH),
         layers,
         mlps: read_mlps(fields, layers),
         indexers: read_indexers(fields, layers),
-        intermediate: fields.dim("intermediate_size"),
-        moe_intermediate: fields.dim("moe_intermediate_size"),
+        intermediate: fields.size("intermediate_size", MAX_WIDTH),
+        moe_intermediate: fields.size("moe_intermediate_size", MAX_WIDTH),
         n_routed_experts: fields.size("n_routed_experts", MAX_EXPERTS),
-        n_shared_experts: fields.count_or("n_shared_experts", 0, MAX_EXPERTS),
-        experts_per_token: fields.size("num_experts_per_tok", MAX_EXPERTS),
+        n_shared_experts: fields.count_or("n_shared_experts", 0, MAX_EXPERTS_PER_TOKEN),
+        experts_per_token: fields.size("num_experts_per_tok", MAX_EXPERTS_PER_TOKEN),
         n_group: fields.size("n_group", MAX_EXPERTS),
         topk_group: fields.size("topk_group", MAX_EXPERTS),
         routed_scaling_factor: fields.positive_or("routed_scaling_factor", 1.0),
         norm_topk_prob: fields.flag_or("norm_topk_prob", true),
-        heads: fields.dim("num_attention_heads"),
-        q_lora_rank: fields.dim("q_lora_rank"),
-        kv_lora_rank: fields.dim("kv_lora_rank"),
-        qk_nope_head_dim: fields.dim("qk_nope_head_dim"),
-        qk_rope_head_dim: fields.dim("qk_rope_head_dim"),
-        v_head_dim: fields.dim("v_head_dim"),
-        index_n_heads: fields.dim("index_n_heads"),
-        index_head_dim: fields.dim("index_head_dim"),
-        index_topk: fields.dim("index_topk"),
+        heads: fields.size("num_attention_heads", MAX_HEADS),
+        q_lora_rank: fields.size("q_lora_rank", MAX_WIDTH),
+        kv_lora_rank: fields.size("kv_lora_rank", MAX_LATENT),
+        qk_nope_head_dim: fields.size("qk_nope_head_dim", MAX_HEADS),
+        qk_rope_head_dim: fields.size("qk_rope_head_dim", MAX_ROPE_DIM),
+        v_head_dim: fields.size("v_head_dim", MAX_HEADS),
+        index_n_heads: fields.size("index_n_heads", MAX_HEADS),
+        index_head_dim: fields.size("index_head_dim", MAX_HEADS),
+        index_topk: fields.size("index_topk", MAX_WIDTH),
         indexer_rope_interleaved: fields.flag_or("indexer_rope_interleave", family == Family::GlmMoeDsa),
         vocab,
         rms_norm_eps: fields.positive("rms_norm_eps"),
@@ -616,6 +644,13 @@ fn check_sizes(fields: &Fields, config: &ModelConfig) {
         fields.problem(
             "hidden_size",
             format!("with the other sizes makes {parameters} parameters, at most {MAX_PARAMETERS}"),
+        );
+    }
+    let largest = config.largest_weight();
+    if largest > MAX_WEIGHT {
+        fields.problem(
+            "hidden_size",
+            format!("with the other sizes makes a weight of {largest} elements, at most {MAX_WEIGHT}"),
         );
     }
 }
@@ -945,6 +980,12 @@ mod tests {
             ("vocab_size", json!((1u64 << 24) + 1), "16777216"),
             ("vocab_size", json!(u64::MAX), "16777216"),
             ("num_hidden_layers", json!(1 << 20), "to 1024"),
+            ("hidden_size", json!((1 << 20) + 1), "to 1048576"),
+            ("num_experts_per_tok", json!(65), "to 64"),
+            ("qk_nope_head_dim", json!(4097), "to 4096"),
+            ("v_head_dim", json!(4097), "to 4096"),
+            ("kv_lora_rank", json!(16385), "to 16384"),
+            ("qk_rope_head_dim", json!(514), "to 512"),
             ("q_lora_rank", json!(null), "whole number"),
             ("n_group", json!(7), "must divide `n_routed_experts`, 256"),
             ("n_group", json!(256), "fewer than two experts"),
@@ -1007,10 +1048,11 @@ mod tests {
 
     #[test]
     fn absurd_products_and_empty_files() {
-        let huge = json!(1 << 24);
-        let sizes =
-            [("hidden_size", huge.clone()), ("moe_intermediate_size", huge.clone()), ("num_attention_heads", huge)];
+        let huge = json!(1 << 20);
+        let sizes = [("hidden_size", huge.clone()), ("moe_intermediate_size", huge)];
         assert!(problems(V32, &sizes)[0].expected.contains("parameters, at most"));
+        let wide = [("moe_intermediate_size", json!(1 << 17)), ("first_k_dense_replace", json!(60))];
+        assert!(problems(V32, &wide)[0].expected.contains("weight of 481036337152 elements"));
         assert!(matches!(ModelConfig::from_json("{}"), Err(ConfigError::Invalid(problems)) if problems.len() > 15));
         for text in ["", "[]", "null", "{\"hidden_size\": 1", "{\"a\": NaN}", &"[".repeat(100_000)] {
             assert!(matches!(ModelConfig::from_json(text), Err(ConfigError::Json { .. })));

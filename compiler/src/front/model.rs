@@ -22,7 +22,8 @@
 //! stacked too: `[experts, 2 · width, hidden]`. Stacking that would cut scale blocks gives a plain weight instead.
 //!
 //! Outputs: `logits`; `hidden.i`, the residual stream into layer `i`, and after the last layer the final norm's result;
-//! `topk.i` of each layer with an indexer; each cache, by its name.
+//! `topk.i` of each layer with an indexer; each cache, by its name; and in `exact` numerics `index_q.i` and `index_w.i`, from which and
+//! the cached keys `dsc verify` makes index scores to judge ties. Kernels read both from memory anyway.
 
 use super::config::{IndexerKind, MlpKind, ModelConfig};
 use dsc_ir::artifact::{Numerics, TensorPart, WeightSource};
@@ -241,6 +242,10 @@ impl<'c> Builder<'c> {
         let weight = self.like(&format!("{name}.weights_scale"), Op::Scale { factor }, &[weight], DType::F32);
         let [positions, seqs, pages] =
             [StepInput::Positions, StepInput::Seqs, StepInput::PageTable].map(|i| self.input(i));
+        if !self.deployed() {
+            self.output(format!("index_q.{layer}"), q);
+            self.output(format!("index_w.{layer}"), weight);
+        }
         let from = [q, weight, cache, positions, seqs, pages];
         let logits =
             self.op(&format!("{name}.logits"), Op::IndexerLogits, &from, DType::F32, &[Sym::T.into(), Sym::C.into()]);
@@ -586,5 +591,19 @@ mod tests {
         let graph = checked(&config, Numerics::Exact, Some(vec![0, 3, 5, 99]));
         let names: Vec<&str> = graph.outputs.iter().map(|(n, _)| n.as_str()).collect();
         assert!(names.contains(&"topk.3") && names.contains(&"hidden.6") && names.contains(&"topk.5"), "{names:?}");
+    }
+
+    #[test]
+    fn exact_indexers_show_what_scores_are_made_of() {
+        let config = config("tests/golden/glm-tiny");
+        let named = |numerics, prefix: &str| {
+            let graph = checked(&config, numerics, None);
+            let names = graph.outputs.iter().map(|(name, _)| name.as_str());
+            names.filter_map(|n| n.strip_prefix(prefix).map(str::to_string)).collect::<Vec<_>>()
+        };
+        for prefix in ["index_q.", "index_w."] {
+            assert_eq!(named(Numerics::Exact, prefix), named(Numerics::Exact, "topk."));
+            assert!(named(Numerics::Deployed, prefix).is_empty());
+        }
     }
 }

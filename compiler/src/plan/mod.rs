@@ -141,20 +141,27 @@ pub fn launch_order(graph: &Graph) -> Vec<NodeId> {
     graph.order().into_iter().filter(|&n| launches(&graph.dag[n].op)).collect()
 }
 
-/// Where taps can be read: right after the launch that makes them.
+/// Where taps can be read: right after the launch that makes them. `[T, heads, width]` is read as `[T, heads · width]`.
 fn taps(graph: &Graph, launches: &[NodeId], memory: &memory::Placement) -> Vec<Tap> {
     let mut taps = Vec::new();
     for (name, value) in &graph.outputs {
         let (root, _) = memory::root(graph, *value);
         let Some(after) = launches.iter().position(|&n| n == root.node) else { continue };
         let (Some(&at), ValueType::Tensor(ty)) = (memory.offsets.get(&root), graph.ty(*value)) else { continue };
-        if let (Elem::Plain(dtype), [rows, columns]) = (ty.elem, &ty.shape[..])
-            && let (Some(Sym::T), Some(columns)) = (rows.sym, columns.constant())
-        {
+        let (Elem::Plain(dtype), Some(columns)) = (ty.elem, row_elements(ty)) else { continue };
+        // A slice of wider rows is no matrix in memory.
+        if graph.ty(root).tensor().and_then(row_elements) == Some(columns) {
             taps.push(Tap { name: name.clone(), after: after as u32 + 1, at, columns, dtype });
         }
     }
     taps
+}
+
+/// Elements of a row of `[T, ..]`.
+fn row_elements(ty: &TensorType) -> Option<u32> {
+    let (rows, columns) = ty.shape.split_first()?;
+    let elements = columns.iter().map(|e| e.constant()).try_fold(1u32, |n, e| n.checked_mul(e?))?;
+    (rows.sym == Some(Sym::T) && rows.factor == 1 && !columns.is_empty()).then_some(elements)
 }
 
 fn intern_weight(plan: &mut Plan, interned: &mut Interned, weight: &dsc_ir::graph::Weight) -> u32 {

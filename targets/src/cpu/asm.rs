@@ -155,6 +155,8 @@ pub(crate) const PMOVDB: Op = op(2, 2, 0x31, 0, 16, true);
 pub(crate) const PMOVZXBD: Op = op(2, 1, 0x31, 0, 16, true);
 /// The register is the source; immediate 0 rounds to nearest even.
 pub(crate) const CVTPS2PH: Op = op(3, 1, 0x1d, 0, 32, true);
+pub(crate) const MOVDQU8_LOAD: Op = op(1, 3, 0x6f, 0, 64, true);
+pub(crate) const MOVDQU8_STORE: Op = op(1, 3, 0x7f, 0, 64, true);
 pub(crate) const PBROADCASTD: Op = op(2, 1, 0x58, 0, 4, false);
 
 /// A place in the code that jumps may name before it is bound.
@@ -163,8 +165,12 @@ pub(crate) struct Label(usize);
 
 /// Condition of a jump after `sub`/`dec`.
 pub(crate) const NOT_ZERO: u8 = 5;
-/// Condition of a jump after `cmp`, unsigned.
+/// Conditions of a jump after `cmp`, unsigned and signed.
 pub(crate) const BELOW: u8 = 2;
+pub(crate) const ZERO: u8 = 4;
+pub(crate) const LESS: u8 = 12;
+pub(crate) const GREATER_EQUAL: u8 = 13;
+pub(crate) const LESS_EQUAL: u8 = 14;
 
 /// Bytes under construction.
 #[derive(Default)]
@@ -367,6 +373,28 @@ impl Asm {
         self.code.push((reg & 7) << 3 | 5);
         self.fixups.push((self.code.len(), label));
         self.code.extend_from_slice(&[0; 4]);
+    }
+
+    /// `k =` the lowest `count` bits set, up to 64; clobbers `temp`.
+    pub(crate) fn k_low_bits(&mut self, k: u8, count: Gpr, temp: Gpr) {
+        // or temp, -1; bzhi temp, temp, count; kmovq k, temp
+        self.rex_w(0, 0, temp);
+        self.code.push(0x83);
+        self.modrm(1, Rm::Reg(temp), 1);
+        self.code.push(0xff);
+        let p0 = (!temp >> 3 & 1) << 7 | 0x40 | (!temp >> 3 & 1) << 5 | 2;
+        self.code.extend_from_slice(&[0xc4, p0, 0x80 | (!count & 15) << 3, 0xf5]);
+        self.modrm(temp, Rm::Reg(temp), 1);
+        let p0 = 0x80 | 0x40 | (!temp >> 3 & 1) << 5 | 1;
+        self.code.extend_from_slice(&[0xc4, p0, 0xfb, 0x92, 0xc0 | k << 3 | (temp & 7)]);
+    }
+
+    /// `dst &= imm`, 64 bits.
+    pub(crate) fn and_imm(&mut self, dst: Gpr, imm: i8) {
+        self.rex_w(0, 0, dst);
+        self.code.push(0x83);
+        self.modrm(4, Rm::Reg(dst), 1);
+        self.code.push(imm as u8);
     }
 
     /// `dst = src * imm`, 64 bits.

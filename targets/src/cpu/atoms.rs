@@ -688,3 +688,57 @@ fn emit_cast(g: &mut Gen, rows: u32, cols: u32, from: DType) {
     });
     g.epilogue();
 }
+
+/// `fn(dst, ld_dst, src, ld_src, rows, row_bytes)` in 512 bits: four registers at a time, then one, then what is left under
+/// a mask. The rows do not overlap.
+pub(crate) fn assemble_copy() -> Vec<u8> {
+    let mut a = Asm::default();
+    emit_copy(&mut a);
+    a.finish()
+}
+
+fn emit_copy(a: &mut Asm) {
+    let (dst, ld_dst, src, ld_src, rows, bytes) = (RDI, RSI, RDX, RCX, R8, R9);
+    let (to, from, left) = (R10, R11, RAX);
+    let (done, row_done) = (a.label(), a.label());
+    a.cmp_imm(rows, 0);
+    a.jump_if(LESS_EQUAL, done);
+    a.mov(left, bytes);
+    a.and_imm(left, 63);
+    a.k_low_bits(K_TAIL, left, to);
+    let row_start = a.here_aligned();
+    a.mov(to, dst);
+    a.mov(from, src);
+    a.mov(left, bytes);
+    for registers in [4, 1] {
+        let length = registers * 64;
+        let end = a.label();
+        a.cmp_imm(left, length);
+        a.jump_if(LESS, end);
+        let top = a.here_aligned();
+        for r in 0..registers {
+            a.v(Width::Z, MOVUPS_LOAD, r as u8, 0, at(from, r * 64));
+        }
+        for r in 0..registers {
+            a.v(Width::Z, MOVUPS_STORE, r as u8, 0, at(to, r * 64));
+        }
+        a.add_imm(to, length);
+        a.add_imm(from, length);
+        a.add_imm(left, -length);
+        a.cmp_imm(left, length);
+        a.jump_if(GREATER_EQUAL, top);
+        a.bind(end);
+    }
+    a.cmp_imm(left, 0);
+    a.jump_if(ZERO, row_done);
+    a.v_zeroing(Width::Z, MOVDQU8_LOAD, 0, at(from, 0), K_TAIL);
+    a.v_merging(Width::Z, MOVDQU8_STORE, 0, at(to, 0), K_TAIL);
+    a.bind(row_done);
+    a.add(dst, ld_dst);
+    a.add(src, ld_src);
+    a.dec(rows);
+    a.jump_if(NOT_ZERO, row_start);
+    a.bind(done);
+    a.vzeroupper();
+    a.ret();
+}

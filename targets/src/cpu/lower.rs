@@ -56,6 +56,10 @@ pub(crate) struct Cg<'a> {
     /// Where the arguments of [`Routine::Wide`] are put.
     pub(crate) wide_args: Option<StackSlot>,
     env: Vec<Option<Val>>,
+    /// The region each value is defined in, and the one being lowered.
+    home: Vec<u32>,
+    here: u32,
+    regions: u32,
     live: Liveness,
     /// Number of the instruction being lowered.
     at: u32,
@@ -86,6 +90,9 @@ pub(crate) fn lower(f: Fun, program: &Program, width: Width) -> (u64, Vec<Routin
         blocks: Vec::new(),
         wide_args: None,
         env: vec![None; program.types.len()],
+        home: vec![0; program.types.len()],
+        here: 0,
+        regions: 0,
         live: Liveness::new(program),
         at: 0,
         next: 0,
@@ -176,6 +183,15 @@ impl Cg<'_> {
 
     pub(crate) fn set(&mut self, v: ValueId, val: Val) {
         self.env[v.0 as usize] = Some(val);
+        self.home[v.0 as usize] = self.here;
+    }
+
+    /// Replaces a value by an equal one that is cheaper to use. Only where it is defined: what an arm or a loop's body learns
+    /// of an outer value does not hold outside, where the code may not have run.
+    pub(crate) fn improve(&mut self, v: ValueId, val: Val) {
+        if self.home[v.0 as usize] == self.here {
+            self.env[v.0 as usize] = Some(val);
+        }
     }
 
     pub(crate) fn peek(&self, v: ValueId) -> Option<&Val> {
@@ -295,6 +311,12 @@ impl Cg<'_> {
         self.next += 1;
     }
 
+    /// Goes into a new region; gives the one that is left.
+    fn enter(&mut self) -> u32 {
+        self.regions += 1;
+        std::mem::replace(&mut self.here, self.regions)
+    }
+
     /// Lowers a region; afterwards its own number is current and its yields are still defined.
     fn region(&mut self, region: &Region) {
         for inst in &region.insts {
@@ -411,7 +433,7 @@ impl Cg<'_> {
                         Expr::Map(..) => {
                             let m = self.materialise(&tile);
                             let memory = self.tile_value(m.clone(), &tile.shape);
-                            self.set(id, memory);
+                            self.improve(id, memory);
                             Expr::Leaf(Leaf::Mem(m))
                         }
                         leaf => leaf.clone(),
@@ -477,7 +499,7 @@ impl Cg<'_> {
             _ => {
                 let m = self.materialise(&tile);
                 let memory = self.tile_value(m.clone(), &tile.shape);
-                self.set(x, memory);
+                self.improve(x, memory);
                 Expr::Leaf(Leaf::Mem(MemTile { coefs: dense_coefs(m.dtype, shape), ..m }))
             }
         };
@@ -706,6 +728,7 @@ impl Cg<'_> {
         };
         let l = self.f.begin_loop(lo, bound, step.into(), &scalars);
         let counter = self.f.b.ins().ireduce(types::I32, l.i);
+        let outside = self.enter();
         self.set(body.args[0], Val::Scalar(counter, DType::I32));
         self.bind(&body.args[1..], &carried, &l.accs.clone());
         self.region(body);
@@ -713,6 +736,7 @@ impl Cg<'_> {
         let results = self.f.end_loop(l, &next);
         self.number();
         self.forget(body);
+        self.here = outside;
         self.bind(&inst.results, &carried, &results);
     }
 
@@ -811,6 +835,7 @@ impl Cg<'_> {
         self.f.branch(cond, yes, &[], no, &[]);
         self.f.switch(yes);
         let before = self.env.clone();
+        let outside = self.enter();
         self.excluded.push(nested.otherwise);
         self.region(then);
         let slots = self.result_slots(&then.yields);
@@ -818,11 +843,13 @@ impl Cg<'_> {
         self.excluded.pop();
         self.f.jump(meet, &scalars);
         self.env = before;
+        self.enter();
         self.f.switch(no);
         self.region(otherwise);
         let scalars = self.yield_into(&otherwise.yields, &slots);
         self.f.jump(meet, &scalars);
         self.forget(otherwise);
+        self.here = outside;
         let results = self.f.switch(meet);
         self.bind(&inst.results, &slots, &results);
     }

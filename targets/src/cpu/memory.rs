@@ -425,7 +425,7 @@ impl Cg<'_> {
                 let tile = tile.clone();
                 let m = self.materialise(&tile);
                 let settled = self.tile_value(m, &tile.shape);
-                self.set(id, settled);
+                self.improve(id, settled);
             }
         }
     }

@@ -273,6 +273,7 @@ fn compile_routines(
         }
         let piece = match routine {
             Routine::Atom(atom) => Piece { code: atoms::assemble(atom, width), calls: Vec::new() },
+            Routine::CopyRows if width == Width::Z => Piece { code: atoms::assemble_copy(), calls: Vec::new() },
             Routine::Wide(ref code) => Piece { code: code.0.to_vec(), calls: Vec::new() },
             _ => compile_routine(isa, &routine)?,
         };

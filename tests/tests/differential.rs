@@ -1,0 +1,462 @@
+//! Every kernel of some compiled models: as machine code against the tile interpreter, on the same random memory.
+//!
+//! Models are compiled whole, for all shape classes, so kernels have the shapes and schedules that run; but each kernel is run by
+//! itself. Its buffers hold random numbers of the types of its views, and integers that are mostly good indices, some −1, and some
+//! beyond every table: bounds are part of what a tile program means. Sizes are small and ragged.
+
+use dsc::compile::{Compiled, Options, compile_dir};
+use dsc_ir::artifact::{Arg, Numerics};
+use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
+use dsc_ir::graph::{PAGE_TOKENS, StepInput};
+use dsc_ir::tile::interp::{self, Binding, run_blocks};
+use dsc_ir::tile::{Access, Op, Program, ViewType};
+use dsc_ir::{DType, Sym, SymValues};
+use dsc_targets::Module;
+use std::collections::HashMap;
+use std::path::Path;
+
+/// A module in executable memory.
+struct Mapped {
+    base: *mut libc::c_void,
+    bytes: usize,
+}
+
+type Entry = unsafe extern "C" fn(*const *mut u8, *const i32, *mut u8, u64, u64);
+
+/// Bytes around buffers and scratch that must stay as they are.
+const GUARD: usize = 256;
+const GUARD_BYTE: u8 = 0x5a;
+
+impl Mapped {
+    fn new(module: &Module) -> Mapped {
+        let bytes = module.code.len().max(1);
+        // SAFETY: a fresh private mapping, written within its size before it becomes executable.
+        let base = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let base = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            assert_ne!(base, libc::MAP_FAILED);
+            std::ptr::copy_nonoverlapping(module.code.as_ptr(), base.cast(), module.code.len());
+            assert_eq!(libc::mprotect(base, bytes, libc::PROT_READ | libc::PROT_EXEC), 0);
+            base
+        };
+        Mapped { base, bytes }
+    }
+
+    /// Runs blocks of a kernel. `buffers` have [`GUARD`] bytes before and after what is bound.
+    fn call(
+        &self,
+        module: &Module,
+        kernel: usize,
+        buffers: &mut [Vec<u8>],
+        bindings: &[Binding],
+        syms: &SymValues,
+        blocks: std::ops::Range<u64>,
+    ) {
+        let code = &module.kernels[kernel];
+        let mut scratch = vec![0xa5u8; code.scratch_bytes as usize + 64 + GUARD];
+        let skip = scratch.as_ptr().align_offset(64);
+        let end = skip + code.scratch_bytes as usize;
+        let syms: Vec<i32> = syms.0.iter().map(|&s| s as i32).collect();
+        let starts: Vec<*mut u8> = buffers.iter_mut().map(|b| b.as_mut_ptr()).collect();
+        let args: Vec<*mut u8> =
+            bindings.iter().map(|b| starts[b.buffer].wrapping_add(GUARD + b.offset)).collect();
+        // SAFETY: the entry is a function of this signature in the mapping; each argument has the bytes that its view spans at
+        // these symbols, checked by the interpreter's run of the same launch, and the scratch has what the kernel asks for.
+        unsafe {
+            let entry: Entry = std::mem::transmute(self.base.cast::<u8>().add(code.entry as usize));
+            entry(args.as_ptr(), syms.as_ptr(), scratch[skip..].as_mut_ptr(), blocks.start, blocks.end);
+        }
+        assert!(scratch[end..].iter().all(|&b| b == 0xa5), "{} wrote behind its scratch", code.name);
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing runs in it any more.
+        unsafe {
+            libc::munmap(self.base, self.bytes);
+        }
+    }
+}
+
+/// splitmix64.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+
+    /// Even in −1..1.
+    fn real(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// `n` different numbers below `of`.
+    fn distinct(&mut self, n: usize, of: u64) -> Vec<i32> {
+        let mut all: Vec<i32> = (0..of as i32).collect();
+        for i in 0..n.min(all.len()) {
+            let j = i + self.below((all.len() - i) as u64) as usize;
+            all.swap(i, j);
+        }
+        all.truncate(n);
+        all
+    }
+}
+
+/// Bytes from the bound address that a view spans at these symbols.
+fn span(view: &ViewType, syms: &SymValues) -> usize {
+    let mut end = view.offset as i64;
+    for (extent, stride) in view.shape.iter().zip(&view.strides) {
+        let count = extent.eval(syms) as i64;
+        if count == 0 {
+            return 0;
+        }
+        assert!(stride.bytes >= 0, "views of kernels go upwards");
+        end += (count - 1) * stride.bytes * stride.sym.map_or(1, |s| i64::from(syms.get(s)));
+    }
+    end as usize + view.dtype.bytes()
+}
+
+fn encode(dtype: DType, x: f32) -> Vec<u8> {
+    match dtype {
+        DType::F32 => x.to_le_bytes().to_vec(),
+        DType::Bf16 => half::bf16::from_f32(x).to_le_bytes().to_vec(),
+        DType::F16 => half::f16::from_f32(x).to_le_bytes().to_vec(),
+        DType::E4m3 => vec![f32_to_e4m3(x)],
+        DType::I32 | DType::Bool => panic!("not real"),
+    }
+}
+
+fn decode(dtype: DType, bytes: &[u8]) -> f64 {
+    f64::from(match dtype {
+        DType::F32 => f32::from_le_bytes(bytes.try_into().expect("4 bytes")),
+        DType::Bf16 => half::bf16::from_le_bytes(bytes.try_into().expect("2 bytes")).to_f32(),
+        DType::F16 => half::f16::from_le_bytes(bytes.try_into().expect("2 bytes")).to_f32(),
+        DType::E4m3 => e4m3_to_f32(bytes[0]),
+        DType::I32 => return f64::from(i32::from_le_bytes(bytes.try_into().expect("4 bytes"))),
+        DType::Bool => panic!("never in memory"),
+    })
+}
+
+/// Every element of a view: its coordinates' byte in the buffer.
+fn for_each(view: &ViewType, syms: &SymValues, base: usize, f: &mut dyn FnMut(usize)) {
+    fn go(view: &ViewType, syms: &SymValues, d: usize, at: usize, f: &mut dyn FnMut(usize)) {
+        let Some(extent) = view.shape.get(d) else { return f(at) };
+        let stride = view.strides[d];
+        let step = stride.bytes as usize * stride.sym.map_or(1, |s| syms.get(s) as usize);
+        for i in 0..extent.eval(syms) as usize {
+            go(view, syms, d + 1, at + i * step, f);
+        }
+    }
+    go(view, syms, 0, base + view.offset as usize, f);
+}
+
+/// Sizes of a step.
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: u32,
+    seqs: u32,
+    /// Positions before the step's.
+    before: u32,
+}
+
+/// A launch: buffers with what they are bound to.
+struct Launch<'a> {
+    program: &'a Program,
+    syms: SymValues,
+    buffers: Vec<Vec<u8>>,
+    bindings: Vec<Binding>,
+}
+
+/// What an integer parameter holds. `wild`: whether some of them may lead nowhere.
+fn integers(rng: &mut Rng, arg: &Arg, sizes: Sizes, syms: &SymValues, n: usize, wild: bool) -> Vec<i32> {
+    let (t, s, pages) = (u64::from(sizes.tokens), u64::from(sizes.seqs), u64::from(syms.get(Sym::N)));
+    let odd = |rng: &mut Rng, good: i32| match rng.below(24) {
+        0 if wild => -1,
+        1 if wild => 1 << 24,
+        2 if wild => i32::MIN,
+        _ => good,
+    };
+    match arg {
+        Arg::Input(StepInput::Tokens) => (0..n).map(|_| { let v = rng.below(200) as i32; odd(rng, v) }).collect(),
+        Arg::Input(StepInput::Positions) => {
+            // One after another in each sequence, as pages of a session are filled.
+            let each = t.div_ceil(s);
+            (0..n as u64).map(|i| (u64::from(sizes.before) + i % each) as i32).collect()
+        }
+        Arg::Input(StepInput::Seqs) => {
+            let each = t.div_ceil(s);
+            (0..n as u64).map(|i| { let v = (i / each) as i32; odd(rng, v) }).collect()
+        }
+        // Different ones, as rows of one scatter are; some that are dropped.
+        Arg::Input(StepInput::Slots) => {
+            let slots = rng.distinct(n, pages * u64::from(PAGE_TOKENS));
+            let mut next = 1 << 24;
+            slots
+                .into_iter()
+                .map(|v| match rng.below(12) {
+                    0 if wild => { next += 1; next }
+                    1 if wild => -(next - (1 << 23)) - rng.below(1) as i32 - v - 1,
+                    _ => v,
+                })
+                .collect()
+        }
+        Arg::Input(StepInput::PageTable) => (0..n).map(|_| { let v = rng.below(pages) as i32; odd(rng, v) }).collect(),
+        Arg::Input(StepInput::LogitRows) => (0..n).map(|_| { let v = rng.below(t) as i32; odd(rng, v) }).collect(),
+        // Selected positions, or experts.
+        _ => (0..n).map(|_| { let v = rng.below(6) as i32; odd(rng, v) }).collect(),
+    }
+}
+
+/// A launch of a kernel as some step of the model has it, on random memory.
+fn launch<'a>(compiled: &'a Compiled, step: usize, index: usize, sizes: Sizes, seed: u64, wild: bool) -> Launch<'a> {
+    let step = &compiled.plan.steps[step];
+    let launch = &step.launches[index];
+    let program = &compiled.plan.kernels[launch.kernel as usize].program;
+    let context = sizes.before + sizes.tokens.div_ceil(sizes.seqs);
+    let most = |sym, n: u32| n.min(step.max.get(sym));
+    let syms = SymValues::default()
+        .with(Sym::T, sizes.tokens)
+        .with(Sym::S, sizes.seqs)
+        .with(Sym::P, most(Sym::P, context.div_ceil(PAGE_TOKENS)))
+        .with(Sym::L, sizes.tokens.div_ceil(2))
+        .with(Sym::N, 5)
+        .with(Sym::C, most(Sym::C, context));
+    let mut rng = Rng(seed);
+    let view = |i: usize| program.view(program.params[i].value).expect("parameters are views");
+    // Parameters of one tensor share its buffer: cells of a cache, outputs that are read again.
+    let mut places: HashMap<String, usize> = HashMap::new();
+    let mut buffers: Vec<Vec<u8>> = Vec::new();
+    let mut bindings = Vec::new();
+    for (i, arg) in launch.args.iter().enumerate() {
+        let buffer = *places.entry(format!("{arg:?}")).or_insert_with(|| {
+            buffers.push(Vec::new());
+            buffers.len() - 1
+        });
+        let bytes = span(view(i), &syms).max(buffers[buffer].len());
+        buffers[buffer].resize(bytes, 0x11);
+        bindings.push(Binding { buffer, offset: 0 });
+    }
+    for (i, arg) in launch.args.iter().enumerate() {
+        let (view, buffer) = (view(i), bindings[i].buffer);
+        let mut places = Vec::new();
+        for_each(view, &syms, 0, &mut |at| places.push(at));
+        if view.dtype == DType::I32 {
+            let values = integers(&mut rng, arg, sizes, &syms, places.len(), wild);
+            for (at, v) in places.into_iter().zip(values) {
+                buffers[buffer][at..at + 4].copy_from_slice(&v.to_le_bytes());
+            }
+            continue;
+        }
+        // Scales, weights and activations of one size each; scales of quantised values are positive.
+        let scale = program.params[i].name.contains("scale");
+        for at in places {
+            let x = rng.real();
+            let x = if scale { (x + 1.5) * 0.02 } else if view.dtype == DType::E4m3 { x * 100.0 } else { x };
+            buffers[buffer][at..at + view.dtype.bytes()].copy_from_slice(&encode(view.dtype, x));
+        }
+    }
+    Launch { program, syms, buffers, bindings }
+}
+
+/// Whether sums or comparisons of a program choose something: integers that come out of reals.
+fn chooses(program: &Program) -> bool {
+    program.to_string().contains("topk")
+}
+
+/// The worst element of all written parameters: relative to the larger of itself and a tenth of its tensor's largest.
+#[derive(Clone, Debug, Default)]
+struct Worst {
+    error: f64,
+    what: String,
+}
+
+/// Compares what a launch has written. Integers and NaNs must be equal.
+fn compare(launch: &Launch, got: &[Vec<u8>], wanted: &[Vec<u8>]) -> Result<HashMap<DType, Worst>, String> {
+    let mut all: HashMap<DType, Worst> = HashMap::new();
+    for (param, binding) in launch.program.params.iter().zip(&launch.bindings) {
+        if param.access == Access::Read {
+            continue;
+        }
+        let view = launch.program.view(param.value).expect("a view");
+        let (dtype, bytes) = (view.dtype, view.dtype.bytes());
+        let (got, wanted) = (&got[binding.buffer], &wanted[binding.buffer]);
+        let mut places = Vec::new();
+        for_each(view, &launch.syms, binding.offset, &mut |at| places.push(at));
+        let value = |b: &[u8], at: usize| decode(dtype, &b[at..at + bytes]);
+        let largest = places.iter().map(|&at| value(wanted, at).abs()).filter(|x| x.is_finite()).fold(0.0, f64::max);
+        for (i, at) in places.into_iter().enumerate() {
+            let (g, w) = (value(got, at), value(wanted, at));
+            let say = || format!("%{}[element {i}, byte {at}] is {g:?}, the interpreter has {w:?}", param.name);
+            if g.is_nan() != w.is_nan() || (dtype == DType::I32 && g != w) || (g.is_infinite() || w.is_infinite()) && g != w {
+                return Err(say());
+            }
+            if g == w || g.is_nan() {
+                continue;
+            }
+            let error = (g - w).abs() / w.abs().max(0.1 * largest);
+            let worst = all.entry(dtype).or_default();
+            if error > worst.error {
+                *worst = Worst { error, what: say() };
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Largest error that another order of sums explains. Elements of small types may round the other way: one unit.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-5,
+        DType::Bf16 => 1e-2,
+        DType::F16 => 2e-3,
+        _ => 0.13,
+    }
+}
+
+/// Runs a launch both ways.
+fn check(module: &Module, mapped: &Mapped, kernel: usize, launch: &Launch) -> Result<HashMap<DType, Worst>, String> {
+    let blocks = interp::block_count(launch.program, &launch.syms).expect("a small grid");
+    let mut wanted = launch.buffers.clone();
+    let options = interp::Options::default();
+    run_blocks(launch.program, &launch.syms, &mut wanted, &launch.bindings, 0..blocks, options)
+        .map_err(|e| e.to_string())?;
+    let mut guarded: Vec<Vec<u8>> = launch
+        .buffers
+        .iter()
+        .map(|b| [vec![GUARD_BYTE; GUARD], b.clone(), vec![GUARD_BYTE; GUARD]].concat())
+        .collect();
+    // In two calls, the later blocks first.
+    for range in [blocks / 2..blocks, 0..blocks / 2] {
+        mapped.call(module, kernel, &mut guarded, &launch.bindings, &launch.syms, range);
+    }
+    for (i, b) in guarded.iter_mut().enumerate() {
+        if b[..GUARD].iter().chain(&b[b.len() - GUARD..]).any(|&x| x != GUARD_BYTE) {
+            return Err(format!("it wrote outside of buffer {i}"));
+        }
+        b.drain(..GUARD);
+        b.truncate(b.len() - GUARD);
+    }
+    let result = compare(launch, &guarded, &wanted)?;
+    // What no parameter writes is as it was.
+    for (i, (a, b)) in guarded.iter().zip(&launch.buffers).enumerate() {
+        let written = launch.program.params.iter().zip(&launch.bindings).any(|(p, b)| p.access != Access::Read && b.buffer == i);
+        if !written && a != b {
+            return Err(format!("it wrote to buffer {i}, which it only reads"));
+        }
+    }
+    Ok(result)
+}
+
+/// Sizes that fit a class, ragged and small.
+fn sizes(max: &SymValues) -> Vec<Sizes> {
+    let all = [
+        Sizes { tokens: 1, seqs: 1, before: 0 },
+        Sizes { tokens: 1, seqs: 1, before: 130 },
+        Sizes { tokens: 7, seqs: 1, before: 3 },
+        Sizes { tokens: 19, seqs: 1, before: 70 },
+        Sizes { tokens: 5, seqs: 5, before: 67 },
+        Sizes { tokens: 3, seqs: 3, before: 0 },
+    ];
+    let fits = |s: &Sizes| {
+        s.tokens <= max.get(Sym::T)
+            && s.seqs <= max.get(Sym::S)
+            && s.before + s.tokens.div_ceil(s.seqs) <= max.get(Sym::C)
+            // The largest class of tokens is the only one with two.
+            && (max.get(Sym::T) < 32 || s.tokens > 1)
+    };
+    all.into_iter().filter(fits).collect()
+}
+
+/// Every kernel of a model, in the first launch that has it, in steps of several sizes.
+fn check_model(folder: &str, numerics: Numerics) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let options = Options { numerics, max_context: Some(1024), ..Options::default() };
+    let compiled = compile_dir(&dir, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{folder}: {e}"));
+    let mapped = Mapped::new(&compiled.module);
+    let mut seen = vec![false; compiled.plan.kernels.len()];
+    let (mut launches, mut failures) = (0, Vec::new());
+    let mut worst: HashMap<DType, Worst> = HashMap::new();
+    for (s, step) in compiled.plan.steps.iter().enumerate() {
+        for (l, planned) in step.launches.iter().enumerate() {
+            if std::mem::replace(&mut seen[planned.kernel as usize], true) {
+                continue;
+            }
+            for (i, sizes) in sizes(&step.max).into_iter().enumerate() {
+                for wild in [false, true] {
+                    let seed = u64::from(planned.kernel) * 100 + 2 * i as u64 + u64::from(wild);
+                    let launch = launch(&compiled, s, l, sizes, seed, wild);
+                    launches += 1;
+                    let name = format!(
+                        "{} in {} of {} tokens, {} sequences after {} (wild: {wild})",
+                        launch.program.name, step.name, sizes.tokens, sizes.seqs, sizes.before
+                    );
+                    match check(&compiled.module, &mapped, planned.kernel as usize, &launch) {
+                        Err(e) => failures.push(format!("{name}: {e}")),
+                        Ok(errors) => {
+                            for (dtype, w) in errors {
+                                if w.error > tolerance(dtype) {
+                                    failures.push(format!("{name}: {:.1e}: {}", w.error, w.what));
+                                }
+                                let all = worst.entry(dtype).or_default();
+                                if w.error > all.error {
+                                    *all = Worst { error: w.error, what: format!("{name}: {}", w.what) };
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    println!("{folder} {numerics:?}: {} kernels, {launches} launches", seen.len());
+    for (dtype, w) in &worst {
+        println!("  worst {dtype}: {:.1e}: {}", w.error, w.what);
+    }
+    assert!(seen.iter().all(|s| *s), "a kernel has no launch");
+    assert!(failures.is_empty(), "{} of {launches}:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn v32_odd_exact() {
+    check_model("golden/v32-odd", Numerics::Exact);
+}
+
+#[test]
+fn v32_odd_deployed() {
+    check_model("golden/v32-odd", Numerics::Deployed);
+}
+
+#[test]
+fn glm_odd_exact() {
+    check_model("golden/glm-odd", Numerics::Exact);
+}
+
+#[test]
+fn glm_odd_deployed() {
+    check_model("golden/glm-odd", Numerics::Deployed);
+}
+
+#[test]
+fn v32_heads_fp8_exact() {
+    check_model("golden/v32-heads-fp8", Numerics::Exact);
+}
+
+#[test]
+fn v32_heads_fp8_deployed() {
+    check_model("golden/v32-heads-fp8", Numerics::Deployed);
+}
+
+#[test]
+fn tiny_model_deployed() {
+    check_model("../examples/tiny-model", Numerics::Deployed);
+}
