@@ -152,10 +152,8 @@ pub fn compile(
     let max_context = max_context(config, options)?;
     check_layers(config, options)?;
     let stage = Instant::now();
-    let graph = model::build(
-        config,
-        &BuildOptions { numerics: options.numerics, layers: options.layers.clone(), max_context },
-    );
+    let graph =
+        model::build(config, &BuildOptions { numerics: options.numerics, layers: options.layers.clone(), max_context });
     observe(Event::Stage { name: "build graph", took: stage.elapsed() });
 
     let bf16_weights = checkpoint.is_some_and(|c| dsc_runtime::weights::bf16_exact(&graph.weights, c));
@@ -180,11 +178,8 @@ pub fn compile(
     observe(Event::Stage { name: "plan", took: stage.elapsed() });
 
     let stage = Instant::now();
-    let kernels: Vec<Kernel> = plan
-        .kernels
-        .iter()
-        .map(|k| Kernel { program: k.program.clone(), schedule: k.schedule.clone() })
-        .collect();
+    let kernels: Vec<Kernel> =
+        plan.kernels.iter().map(|k| Kernel { program: k.program.clone(), schedule: k.schedule.clone() }).collect();
     let module = target.compile(&kernels)?;
     observe(Event::Stage { name: "generate code", took: stage.elapsed() });
 

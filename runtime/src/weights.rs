@@ -125,7 +125,14 @@ pub fn bf16_exact(weights: &[Weight], checkpoint: &Checkpoint) -> bool {
 }
 
 /// Finds a weight that would be rounded on its way to bf16, which an artifact of exact numerics must not do.
+///
+/// # Errors
+/// The first problem of [`check`]; then [`WeightError::Rounded`].
 pub fn check_exact(entries: &[WeightEntry], checkpoint: &Checkpoint) -> Result<(), WeightError> {
+    // Of a tensor that is missing or of another shape nothing can be said, least of all this.
+    if let Some(problem) = check(entries, checkpoint).into_iter().next() {
+        return Err(problem);
+    }
     for entry in entries.iter().filter(|e| e.elem == Elem::Plain(DType::Bf16)) {
         for part in parts_of(&entry.source).into_iter().flatten() {
             if !part_is_bf16_exact(part, checkpoint) {

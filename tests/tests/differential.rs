@@ -400,6 +400,7 @@ fn check_model(folder: &str, numerics: Numerics) {
                         "{} in {} of {} tokens, {} sequences after {} (wild: {wild})",
                         launch.program.name, step.name, sizes.tokens, sizes.seqs, sizes.before
                     );
+                    if std::env::var_os("DSC_TRACE").is_some() { eprintln!("{name}"); }
                     match check(&compiled.module, &mapped, planned.kernel as usize, &launch) {
                         Err(e) => failures.push(format!("{name}: {e}")),
                         Ok(errors) => {

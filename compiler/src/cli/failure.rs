@@ -65,7 +65,19 @@ pub fn report(error: &(dyn Error + 'static)) -> String {
 
 /// What remedies start with.
 const IMPERATIVES: [&str; 13] = [
-    "ask", "compile", "copy", "did you mean", "download", "end", "feed", "give", "open", "run", "shorten", "update", "use",
+    "ask",
+    "compile",
+    "copy",
+    "did you mean",
+    "download",
+    "end",
+    "feed",
+    "give",
+    "open",
+    "run",
+    "shorten",
+    "update",
+    "use",
 ];
 
 /// Cuts the remedy off a message of one line.
@@ -112,7 +124,10 @@ mod tests {
                 Some(&self.1)
             }
         }
-        assert_eq!(report(&Outer("cannot read x: gone; give y", Failure::new("gone"))), "error: cannot read x: gone\nhelp: give y");
+        assert_eq!(
+            report(&Outer("cannot read x: gone; give y", Failure::new("gone"))),
+            "error: cannot read x: gone\nhelp: give y"
+        );
         assert_eq!(report(&Outer("cannot start", Failure::new("gone"))), "error: cannot start\n  caused by: gone");
         assert_eq!(report(&Failure::new("bad").help("do better")), "error: bad\nhelp: do better");
     }

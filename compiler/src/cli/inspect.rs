@@ -47,7 +47,11 @@ pub fn run(args: Args) -> Outcome {
         Numerics::Deployed => "deployed",
     };
     let mut text = format!("{} for {}, {numerics} numerics, by dsc {}\n", m.model_type, header.target, header.compiler);
-    writeln!(text, "{} layers, vocabulary {}, top-k {}, context up to {}", m.layers, m.vocab, m.index_topk, m.max_context)?;
+    writeln!(
+        text,
+        "{} layers, vocabulary {}, top-k {}, context up to {}",
+        m.layers, m.vocab, m.index_topk, m.max_context
+    )?;
     writeln!(text, "processor features: {}\n", header.features.join(" "))?;
     text += &steps(header, args.launches);
     text += &kernels(header);
@@ -84,9 +88,11 @@ fn steps(header: &Header, launches: bool) -> String {
     });
     let mut text = table(&["step", "launches", "arena bytes", "serves"], rows) + "\n";
     for step in header.steps.iter().filter(|_| launches) {
-        let rows = step.launches.iter().enumerate().map(|(i, l)| {
-            vec![i.to_string(), l.node.clone(), header.kernels[l.kernel as usize].name.clone()]
-        });
+        let rows = step
+            .launches
+            .iter()
+            .enumerate()
+            .map(|(i, l)| vec![i.to_string(), l.node.clone(), header.kernels[l.kernel as usize].name.clone()]);
         text += &table(&[&step.name, "node", "kernel"], rows);
         text += "\n";
     }

@@ -2,9 +2,7 @@
 
 use super::{BundleArgs, Failure, Outcome, check_destination, check_tokens, print_json, tell, write_atomically};
 use dsc_runtime::tokenizer::{Detokenizer, TokenizerError};
-use dsc_runtime::{
-    FinishReason, GenerateOptions, LogitsWanted, Sampler, SequenceInput, Session, Timings, Tokenizer,
-};
+use dsc_runtime::{FinishReason, GenerateOptions, LogitsWanted, Sampler, SequenceInput, Session, Timings, Tokenizer};
 use safetensors::tensor::{Dtype, TensorView};
 use std::error::Error;
 use std::io::{Read, Write};
@@ -85,7 +83,9 @@ pub fn run(args: Args) -> Outcome {
         _ => unreachable!("clap requires one input, and a prompt has a tokenizer by now"),
     };
     if prompt.is_empty() {
-        return Err(Failure::new("the prompt has no tokens").help("give at least one, such as the model's first-token marker").into());
+        return Err(Failure::new("the prompt has no tokens")
+            .help("give at least one, such as the model's first-token marker")
+            .into());
     }
     check_tokens(&facts, &prompt)?;
     let model = args.bundle.open(&facts, prompt.len().saturating_add(args.max_new_tokens), 1)?;

@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 const MAX_DIM: usize = 1 << 24;
 /// Largest width of the residual stream, of an MLP or of the query latent, and largest selection. Times [`MAX_EXPERTS_PER_TOKEN`]
 /// it is what one tile may hold.
-const MAX_WIDTH: usize = 1 << 20;
+const MAX_WIDTH: usize = 1 << 18;
 /// Most heads, and largest part of a head: together what one tile may hold.
 const MAX_HEADS: usize = 1 << 12;
 /// Largest key/value latent.
@@ -34,7 +34,7 @@ const MAX_LAYERS: usize = 1 << 10;
 /// Largest number of experts.
 const MAX_EXPERTS: usize = 1 << 12;
 /// Most experts a token passes through.
-const MAX_EXPERTS_PER_TOKEN: usize = 1 << 6;
+const MAX_EXPERTS_PER_TOKEN: usize = 1 << 8;
 /// Largest number of parameters: below it no tensor's size in bytes overflows.
 const MAX_PARAMETERS: u128 = 1 << 48;
 /// Largest number of elements of one weight in device memory.
@@ -980,8 +980,8 @@ mod tests {
             ("vocab_size", json!((1u64 << 24) + 1), "16777216"),
             ("vocab_size", json!(u64::MAX), "16777216"),
             ("num_hidden_layers", json!(1 << 20), "to 1024"),
-            ("hidden_size", json!((1 << 20) + 1), "to 1048576"),
-            ("num_experts_per_tok", json!(65), "to 64"),
+            ("hidden_size", json!((1 << 18) + 1), "to 262144"),
+            ("num_experts_per_tok", json!(257), "to 256"),
             ("qk_nope_head_dim", json!(4097), "to 4096"),
             ("v_head_dim", json!(4097), "to 4096"),
             ("kv_lora_rank", json!(16385), "to 16384"),
@@ -1048,7 +1048,7 @@ mod tests {
 
     #[test]
     fn absurd_products_and_empty_files() {
-        let huge = json!(1 << 20);
+        let huge = json!(1 << 18);
         let sizes = [("hidden_size", huge.clone()), ("moe_intermediate_size", huge)];
         assert!(problems(V32, &sizes)[0].expected.contains("parameters, at most"));
         let wide = [("moe_intermediate_size", json!(1 << 17)), ("first_k_dense_replace", json!(60))];

@@ -159,6 +159,19 @@ pub(crate) const MOVDQU8_LOAD: Op = op(1, 3, 0x6f, 0, 64, true);
 pub(crate) const MOVDQU8_STORE: Op = op(1, 3, 0x7f, 0, 64, true);
 pub(crate) const PBROADCASTD: Op = op(2, 1, 0x58, 0, 4, false);
 
+/// Which lanes an EVEX instruction touches.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Mask {
+    /// The mask register; 0 means all lanes.
+    k: u8,
+    /// Whether other lanes are cleared instead of kept.
+    zeroing: bool,
+}
+
+impl Mask {
+    const NONE: Mask = Mask { k: 0, zeroing: false };
+}
+
 /// A place in the code that jumps may name before it is bound.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Label(usize);
@@ -211,7 +224,7 @@ impl Asm {
             &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
             &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
         ];
-        while self.code.len() % 32 != 0 {
+        while !self.code.len().is_multiple_of(32) {
             let gap = (32 - self.code.len() % 32).min(7);
             self.code.extend_from_slice(NOPS[gap]);
         }
@@ -267,14 +280,14 @@ impl Asm {
     }
 
     /// `op reg, vvvv, rm` with an optional mask register (0: none) that zeroes when `zeroing`.
-    fn vector_masked(&mut self, width: Width, op: Op, reg: u8, vvvv: u8, rm: Rm, mask: u8, zeroing: bool) {
+    fn vector_masked(&mut self, width: Width, op: Op, reg: u8, vvvv: u8, rm: Rm, mask: Mask) {
         let (index, base, rm_high) = match rm {
             Rm::Reg(r) => (r >> 1 & 8, r & 15, r >= 16),
             Rm::Mem(m) => (m.index.map_or(0, |i| i.0), m.base, false),
         };
-        let evex = width == Width::Z || reg >= 16 || vvvv >= 16 || rm_high || mask != 0;
+        let evex = width == Width::Z || reg >= 16 || vvvv >= 16 || rm_high || mask != Mask::NONE;
         if evex {
-            self.evex(width, op, reg, vvvv, rm, mask, zeroing);
+            self.evex(width, op, reg, vvvv, rm, mask);
         } else {
             // W is ignored or zero in every VEX form used here but those that EVEX alone has.
             let w = if op.map == 3 { op.w } else { 0 };
@@ -285,26 +298,23 @@ impl Asm {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn evex(&mut self, width: Width, op: Op, reg: u8, vvvv: u8, rm: Rm, mask: u8, zeroing: bool) {
+    fn evex(&mut self, width: Width, op: Op, reg: u8, vvvv: u8, rm: Rm, mask: Mask) {
         let (index, base, rm_high) = match rm {
             Rm::Reg(r) => (0, r & 15, r >= 16),
             Rm::Mem(m) => (m.index.map_or(0, |i| i.0), m.base, false),
         };
-        {
-            let x = if matches!(rm, Rm::Reg(_)) { u8::from(rm_high) } else { index >> 3 };
-            let p0 = (!reg >> 3 & 1) << 7 | (x ^ 1) << 6 | (!base >> 3 & 1) << 5 | (!reg >> 4 & 1) << 4 | op.map;
-            let p1 = op.w << 7 | (!vvvv & 15) << 3 | 4 | op.pp;
-            let p2 = u8::from(zeroing) << 7 | (width as u8) << 5 | (!vvvv >> 4 & 1) << 3 | mask;
-            self.code.extend_from_slice(&[0x62, p0, p1, p2, op.opcode]);
-            let shrink = if op.scales { 2 - width as u8 } else { 0 };
-            self.modrm(reg, rm, i32::from(op.tuple >> shrink));
-        }
+        let x = if matches!(rm, Rm::Reg(_)) { u8::from(rm_high) } else { index >> 3 };
+        let p0 = (!reg >> 3 & 1) << 7 | (x ^ 1) << 6 | (!base >> 3 & 1) << 5 | (!reg >> 4 & 1) << 4 | op.map;
+        let p1 = op.w << 7 | (!vvvv & 15) << 3 | 4 | op.pp;
+        let p2 = u8::from(mask.zeroing) << 7 | (width as u8) << 5 | (!vvvv >> 4 & 1) << 3 | mask.k;
+        self.code.extend_from_slice(&[0x62, p0, p1, p2, op.opcode]);
+        let shrink = if op.scales { 2 - width as u8 } else { 0 };
+        self.modrm(reg, rm, i32::from(op.tuple >> shrink));
     }
 
     /// `op reg, vvvv, rm`; two-operand instructions take `vvvv` 0.
     pub(crate) fn v(&mut self, width: Width, op: Op, reg: u8, vvvv: u8, rm: impl Into<Rm>) {
-        self.vector_masked(width, op, reg, vvvv, rm.into(), 0, false);
+        self.vector_masked(width, op, reg, vvvv, rm.into(), Mask::NONE);
     }
 
     /// `op reg, vvvv, [label]`, for constants behind the code.
@@ -325,7 +335,7 @@ impl Asm {
     /// The same under a mask that keeps the register's other lanes.
     pub(crate) fn v_masked_splat_const(&mut self, op: Op, reg: u8, vvvv: u8, label: Label, mask: u8) {
         let start = self.code.len();
-        self.evex(Width::Z, op, reg, vvvv, at(RBP, 0).into(), mask, false);
+        self.evex(Width::Z, op, reg, vvvv, at(RBP, 0).into(), Mask { k: mask, zeroing: false });
         self.code[start + 3] |= 0x10;
         self.code.truncate(self.code.len() - 2);
         self.code.push((reg & 7) << 3 | 5);
@@ -335,12 +345,12 @@ impl Asm {
 
     /// `op reg{mask}, vvvv, rm`, 512 bits; lanes that the mask excludes keep what `reg` has.
     pub(crate) fn z_merging(&mut self, op: Op, reg: u8, vvvv: u8, rm: impl Into<Rm>, mask: u8) {
-        self.evex(Width::Z, op, reg, vvvv, rm.into(), mask, false);
+        self.evex(Width::Z, op, reg, vvvv, rm.into(), Mask { k: mask, zeroing: false });
     }
 
     /// Compares into mask register `k`.
     pub(crate) fn z_compare(&mut self, op: Op, k: u8, a: u8, b: u8, predicate: u8) {
-        self.evex(Width::Z, op, k, a, b.into(), 0, false);
+        self.evex(Width::Z, op, k, a, b.into(), Mask::NONE);
         self.code.push(predicate);
     }
 
@@ -361,13 +371,13 @@ impl Asm {
 
     /// Words of two 256-bit registers that are equal, into mask register `k`.
     pub(crate) fn y_compare_words(&mut self, k: u8, a: u8, b: u8) {
-        self.evex(Width::Y, PCMPEQW, k, a, b.into(), 0, false);
+        self.evex(Width::Y, PCMPEQW, k, a, b.into(), Mask::NONE);
     }
 
     /// The dword at `label` into the lanes that the mask names; the others stay.
     pub(crate) fn v_masked_splat_const_load(&mut self, reg: u8, label: Label, mask: u8) {
         let start = self.code.len();
-        self.evex(Width::Z, BROADCASTSS, reg, 0, at(RBP, 0).into(), mask, false);
+        self.evex(Width::Z, BROADCASTSS, reg, 0, at(RBP, 0).into(), Mask { k: mask, zeroing: false });
         debug_assert_eq!(self.code.len() - start, 7);
         self.code.truncate(self.code.len() - 2);
         self.code.push((reg & 7) << 3 | 5);
@@ -472,12 +482,12 @@ impl Asm {
 
     /// A load that leaves zero where the mask register is clear.
     pub(crate) fn v_zeroing(&mut self, width: Width, op: Op, reg: u8, rm: Mem, mask: u8) {
-        self.vector_masked(width, op, reg, 0, rm.into(), mask, true);
+        self.vector_masked(width, op, reg, 0, rm.into(), Mask { k: mask, zeroing: true });
     }
 
     /// A store that leaves memory alone where the mask register is clear.
     pub(crate) fn v_merging(&mut self, width: Width, op: Op, reg: u8, rm: Mem, mask: u8) {
-        self.vector_masked(width, op, reg, 0, rm.into(), mask, false);
+        self.vector_masked(width, op, reg, 0, rm.into(), Mask { k: mask, zeroing: false });
     }
 
     /// `dst = src << imm` (or another shift by its `/digit`) of words or dwords.
@@ -496,7 +506,7 @@ impl Asm {
 
     /// `k = low bits of r32`.
     pub(crate) fn kmovw(&mut self, k: u8, r: Gpr) {
-        let p0 = (!0u8 & 1) << 7 | 0x40 | (!r >> 3 & 1) << 5 | 1;
+        let p0 = 0xc0 | (!r >> 3 & 1) << 5 | 1;
         self.code.extend_from_slice(&[0xc4, p0, 0x78, 0x92, 0xc0 | k << 3 | (r & 7)]);
     }
 

@@ -47,7 +47,7 @@ pub(crate) fn packed_bytes(width: Width, n: u32, k: u32) -> u64 {
 pub(crate) fn decodes(width: Width, from: DType, cols: u32) -> bool {
     match from {
         DType::F32 => true,
-        DType::Bf16 | DType::F16 | DType::E4m3 => width == Width::Z || cols % width.lanes() == 0,
+        DType::Bf16 | DType::F16 | DType::E4m3 => width == Width::Z || cols.is_multiple_of(width.lanes()),
         DType::I32 | DType::Bool => false,
     }
 }
@@ -265,7 +265,7 @@ impl Nn {
     fn emit(&self, g: &mut Gen) {
         let (panel, mask) = (self.vectors * self.lanes(), 3);
         g.prologue();
-        if self.n % self.lanes() != 0 {
+        if !self.n.is_multiple_of(self.lanes()) {
             g.set_tail(mask, self.n % self.lanes());
         }
         g.repeat(RBX, self.n / panel, |g| {
@@ -276,7 +276,7 @@ impl Nn {
         });
         let rest = self.n % panel;
         if rest != 0 {
-            let tail = (rest % self.lanes() != 0).then_some(mask);
+            let tail = (!rest.is_multiple_of(self.lanes())).then_some(mask);
             self.panel(g, rest.div_ceil(self.lanes()), tail);
         }
         g.epilogue();
@@ -286,7 +286,7 @@ impl Nn {
         g.a.mov(R11, RDI);
         g.a.mov(R15, R8);
         g.repeat(RBP, self.m / self.rows, |g| self.block(g, self.rows, vectors, tail));
-        if self.m % self.rows != 0 {
+        if !self.m.is_multiple_of(self.rows) {
             self.block(g, self.m % self.rows, vectors, tail);
         }
     }
@@ -433,7 +433,7 @@ impl Nt {
                 g.a.lea(RDX, Mem { base: RDX, index: Some((ldb, 2)), disp: 0 });
             }
         });
-        if self.n % self.cols != 0 {
+        if !self.n.is_multiple_of(self.cols) {
             self.panel(g, self.n % self.cols);
         }
         g.epilogue();
@@ -443,7 +443,7 @@ impl Nt {
         g.a.mov(R11, RDI);
         g.a.mov(R15, R8);
         g.repeat(RBP, self.m / self.rows, |g| self.block(g, self.rows, cols));
-        if self.m % self.rows != 0 {
+        if !self.m.is_multiple_of(self.rows) {
             self.block(g, self.m % self.rows, cols);
         }
     }
@@ -497,7 +497,7 @@ impl Nt {
         for u in 0..rest {
             step(g, u, None);
         }
-        if self.k % lanes != 0 {
+        if !self.k.is_multiple_of(lanes) {
             step(g, rest, Some(Self::MASK));
         }
         for r in 0..rows {
@@ -564,7 +564,7 @@ fn emit_pack(g: &mut Gen, n: u32, k: u32, from: DType) {
         g.a.v_const(g.w, PBROADCASTD, PACK_MASK, label);
     }
     g.repeat(RBX, n / panel, |g| pack_panel(g, panel, k, from));
-    if n % panel != 0 {
+    if !n.is_multiple_of(panel) {
         pack_panel(g, n % panel, k, from);
     }
     g.epilogue();
@@ -652,7 +652,7 @@ fn emit_cast(g: &mut Gen, rows: u32, cols: u32, from: DType) {
     let vectors = cols / lanes;
     let unroll = 2.min(vectors.max(1));
     g.prologue();
-    if cols % lanes != 0 {
+    if !cols.is_multiple_of(lanes) {
         g.set_tail(0, cols % lanes);
     }
     g.decode_constants(from, &REGS);
@@ -680,7 +680,7 @@ fn emit_cast(g: &mut Gen, rows: u32, cols: u32, from: DType) {
         for u in 0..vectors % unroll {
             step(g, u, None);
         }
-        if cols % lanes != 0 {
+        if !cols.is_multiple_of(lanes) {
             step(g, vectors % unroll, Some(0));
         }
         g.a.add(RDX, RCX);

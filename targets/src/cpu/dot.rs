@@ -40,8 +40,7 @@ impl Cg<'_> {
             self.gemm(atom, [a_at, lda, b_at, ldb], &c, size);
         } else if size.m < PACK_ROWS {
             let formats = [DType::F32, DType::Bf16, DType::F16, DType::E4m3];
-            let native: Vec<DType> =
-                formats.into_iter().filter(|&d| atoms::decodes(self.width(), d, size.k)).collect();
+            let native: Vec<DType> = formats.into_iter().filter(|&d| atoms::decodes(self.width(), d, size.k)).collect();
             let b_mem = self.rows_of(b, &b_shape, &native);
             let (b_at, ldb) = self.rows(&b_mem);
             let atom = Atom::GemmNt { m: size.m, n: size.n, k: size.k, b: b_mem.dtype, zero };
@@ -81,22 +80,20 @@ impl Cg<'_> {
                 Tile { dtype: m.dtype, shape: shape.to_vec(), expr: Expr::Leaf(Leaf::Mem(m)) }
             }
         };
-        let memory = tile.expr.memory().filter(|m| {
-            shape[1] == 1 || m.coefs[1] == Coef::Const(element_bytes(m.dtype))
-        });
+        let memory = tile.expr.memory().filter(|m| shape[1] == 1 || m.coefs[1] == Coef::Const(element_bytes(m.dtype)));
         match memory {
             Some(m) if formats.contains(&m.dtype) => m.clone(),
             Some(m) => {
                 let m = m.clone();
-                self.to_f32(&tile, Some(&m))
+                self.converted(&tile, Some(&m))
             }
             None if formats.contains(&tile.dtype) => self.materialise(&tile),
-            None => self.to_f32(&tile, None),
+            None => self.converted(&tile, None),
         }
     }
 
     /// A matrix converted to f32 in a slot.
-    fn to_f32(&mut self, tile: &Tile, memory: Option<&MemTile>) -> MemTile {
+    fn converted(&mut self, tile: &Tile, memory: Option<&MemTile>) -> MemTile {
         let slot = self.slot_for(DType::F32, &tile.shape);
         let dst = MemTile::dense(&slot, DType::F32, &tile.shape);
         let (rows, cols) = (tile.shape[0], tile.shape[1]);

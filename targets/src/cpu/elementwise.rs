@@ -13,21 +13,33 @@ use super::asm::Width;
 use super::emit::{Routine, mem};
 use super::lower::Cg;
 use super::math::{Lanes, Math, scalar_const, splat};
-use super::wide::{self, Form};
 use super::tile::{Base, Coef, Expr, Leaf, MemTile, Tile, dense_coefs, element_bytes};
+use super::wide::{self, Form};
 use cranelift_codegen::ir::{InstBuilder, StackSlotData, StackSlotKind, Value, types};
 use dsc_ir::DType;
 use dsc_ir::tile::{ReduceKind, Scalar, ScalarOp};
-use std::vec::IntoIter;
 
 /// Where one access stands inside a nest.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Cursor {
-    Mem { at: Value, dtype: DType, inner: Coef },
-    Iota { at: Value, inner: i64 },
+    Mem {
+        at: Value,
+        dtype: DType,
+        inner: Coef,
+    },
+    Iota {
+        at: Value,
+        inner: i64,
+    },
     /// A value alone and in all lanes.
-    Fixed { one: Value, four: Value },
+    Fixed {
+        one: Value,
+        four: Value,
+    },
 }
+
+/// The accesses of an expression's leaves, in order.
+type Cursors<'c> = std::iter::Copied<std::slice::Iter<'c, Cursor>>;
 
 /// An element of the innermost axis: `i + c`, `i` a loop's counter.
 #[derive(Clone, Copy, Debug)]
@@ -382,7 +394,7 @@ impl Cg<'_> {
     }
 
     /// The value of an expression at one position; `cursors` are those of its leaves, in order.
-    fn value(&mut self, expr: &Expr, cursors: &mut IntoIter<Cursor>, pos: Pos, lanes: Lanes) -> Value {
+    fn value(&mut self, expr: &Expr, cursors: &mut Cursors, pos: Pos, lanes: Lanes) -> Value {
         match expr {
             Expr::Leaf(_) => {
                 let cursor = cursors.next().expect("one cursor a leaf");
@@ -396,7 +408,7 @@ impl Cg<'_> {
     }
 
     fn value_at(&mut self, expr: &Expr, cursors: &[Cursor], pos: Pos, lanes: Lanes) -> Value {
-        self.value(expr, &mut cursors.to_vec().into_iter(), pos, lanes)
+        self.value(expr, &mut cursors.iter().copied(), pos, lanes)
     }
 
     /// Evaluates a tile into memory of its shape.
@@ -564,10 +576,8 @@ impl Cg<'_> {
                 four = self.combine(kind, dtype, Lanes::Four, four, acc);
             }
             let l: Vec<Value> = (0..4).map(|lane| self.f.b.ins().extractlane(four, lane)).collect();
-            let (a, b) = (
-                self.combine(kind, dtype, Lanes::One, l[0], l[2]),
-                self.combine(kind, dtype, Lanes::One, l[1], l[3]),
-            );
+            let (a, b) =
+                (self.combine(kind, dtype, Lanes::One, l[0], l[2]), self.combine(kind, dtype, Lanes::One, l[1], l[3]));
             total = self.combine(kind, dtype, Lanes::One, a, b);
         }
         for c in vectors * 4..n {

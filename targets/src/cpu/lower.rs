@@ -15,9 +15,7 @@ use super::memory::{Count, View};
 use super::tile::{Arena, Base, Coef, Expr, Leaf, MapNode, MemTile, Slot, Tile, dense_coefs, element_bytes};
 use super::topk;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, Value, types};
-use dsc_ir::tile::{
-    Index, Inst, MapFn, Op, Program, ReduceKind, Region, Type, ValueId,
-};
+use dsc_ir::tile::{Index, Inst, MapFn, Op, Program, ReduceKind, Region, Type, ValueId};
 use dsc_ir::{DType, Extent};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -272,9 +270,8 @@ impl Cg<'_> {
                 _ => None,
             })
             .collect();
-        let free = slots
-            .into_iter()
-            .find(|s| tile.expr.aligned_with(s, &tile.shape, tile.dtype) && self.exclusive(s, id));
+        let free =
+            slots.into_iter().find(|s| tile.expr.aligned_with(s, &tile.shape, tile.dtype) && self.exclusive(s, id));
         let in_place = free.is_some();
         let slot = free.unwrap_or_else(|| self.slot_for(tile.dtype, &tile.shape));
         let dst = MemTile::dense(&slot, tile.dtype, &tile.shape);

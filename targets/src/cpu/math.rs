@@ -17,7 +17,8 @@ pub(crate) const EXP2_MAGIC: f32 = 12_582_912.0;
 
 /// `(2^t - 1) / t`, interpolated at Chebyshev nodes of [-1/2, 1/2]: relative error 9.2e-9 before rounding. The constant term of
 /// `2^t` is one, so that 2^0 is exact.
-pub(crate) const EXP2: [f32; 6] = [0.693_147_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_3, 0.000_154_531_63];
+pub(crate) const EXP2: [f32; 6] =
+    [std::f32::consts::LN_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_3, 0.000_154_531_63];
 
 /// One element, or a vector of four.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,7 +153,7 @@ impl Math<'_, '_> {
         self.f.cast_bits(ty, v)
     }
 
-    fn from_bits(&mut self, v: Value) -> Value {
+    fn as_float(&mut self, v: Value) -> Value {
         let ty = self.lanes.float();
         self.f.cast_bits(ty, v)
     }
@@ -228,7 +229,7 @@ impl Math<'_, '_> {
             ScalarOp::Eq => self.icmp(IntCC::Equal, v(0), v(1)),
             ScalarOp::Select => self.select(v(0), v(1), v(2)),
             ScalarOp::Cast(to) => self.convert(v(0), dtype, to),
-            ScalarOp::Bitcast(DType::F32) => self.from_bits(v(0)),
+            ScalarOp::Bitcast(DType::F32) => self.as_float(v(0)),
             ScalarOp::Bitcast(_) => self.bits(v(0)),
         }
     }
@@ -317,7 +318,7 @@ impl Math<'_, '_> {
         let exponent = self.shl(shifted, 23);
         let p = self.bits(p);
         let scaled = self.f.b.ins().iadd(p, exponent);
-        let scaled = self.from_bits(scaled);
+        let scaled = self.as_float(scaled);
         let (low, high) = (self.float(-126.0), self.float(128.0));
         let (zero, infinity) = (self.float(0.0), self.float(f32::INFINITY));
         let inside = self.fcmp(FloatCC::LessThan, x, high);
@@ -334,7 +335,7 @@ impl Math<'_, '_> {
             _ if from == to => x,
             (DType::Bf16, DType::F32) => {
                 let bits = self.shl(x, 16);
-                self.from_bits(bits)
+                self.as_float(bits)
             }
             (DType::F16, DType::F32) => self.f16_to_f32(x),
             (DType::E4m3, DType::F32) => self.e4m3_to_f32(x),
@@ -388,7 +389,7 @@ impl Math<'_, '_> {
         let normal = self.f.b.ins().smin(rebias, infinite);
         // Below 2^-14: multiples of 2^-24, the ulp of 1/2.
         let half = self.float(0.5);
-        let a = self.from_bits(magnitude);
+        let a = self.as_float(magnitude);
         let small = self.f.b.ins().fadd(a, half);
         let small = self.bits(small);
         let small = self.add(small, -(0.5f32.to_bits() as i32));
@@ -416,7 +417,7 @@ impl Math<'_, '_> {
         let normal = self.select(is_infinite, infinite, normal);
         let code = self.subnormal(magnitude, 0x400, 2f32.powi(-24), normal);
         let code = self.f.b.ins().bor(code, sign);
-        self.from_bits(code)
+        self.as_float(code)
     }
 
     /// Bits of `code * ulp` where `code < first_normal`, else `normal`. The integer is converted, so nothing is denormal.
@@ -443,7 +444,7 @@ impl Math<'_, '_> {
         let nan = self.int(0x7fc0_0000);
         let code = self.select(is_nan, nan, code);
         let code = self.f.b.ins().bor(code, sign);
-        self.from_bits(code)
+        self.as_float(code)
     }
 
     fn f32_to_e4m3(&mut self, x: Value) -> Value {
@@ -457,7 +458,7 @@ impl Math<'_, '_> {
         let rounded = self.round_bits(magnitude, 20);
         let normal = self.add(rounded, -(120 << 3));
         let base = self.float(16384.0);
-        let a = self.from_bits(magnitude);
+        let a = self.as_float(magnitude);
         let small = self.f.b.ins().fadd(a, base);
         let small = self.bits(small);
         let small = self.add(small, -(16384f32.to_bits() as i32));

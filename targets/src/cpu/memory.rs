@@ -292,9 +292,8 @@ impl Cg<'_> {
             Val::Tile(tile) => {
                 let source = self.in_scratch(value, &tile);
                 let at = self.offset(view.base, &starts, &view.strides);
-                let ranges: Vec<Range> = (0..starts.len())
-                    .map(|d| self.clip(starts[d], tile.shape[d].into(), view.dims[d]))
-                    .collect();
+                let ranges: Vec<Range> =
+                    (0..starts.len()).map(|d| self.clip(starts[d], tile.shape[d].into(), view.dims[d])).collect();
                 let from = self.address(&source.base);
                 self.copy_box(view.dtype, (at, &view.strides), (from, &source.coefs), &tile.shape, &ranges);
             }
@@ -305,8 +304,7 @@ impl Cg<'_> {
     /// A tile in scratch, for a copy out: as it is if it is there with contiguous rows.
     fn in_scratch(&mut self, id: ValueId, tile: &Tile) -> MemTile {
         let row = (0..tile.shape.len()).rev().find(|&d| tile.shape[d] != 1);
-        let contiguous =
-            |m: &MemTile| row.is_none_or(|d| m.coefs[d] == Coef::Const(element_bytes(m.dtype)));
+        let contiguous = |m: &MemTile| row.is_none_or(|d| m.coefs[d] == Coef::Const(element_bytes(m.dtype)));
         match tile.expr.memory() {
             Some(m) if matches!(m.base, Base::Slot(..)) && contiguous(m) => m.clone(),
             _ => self.materialise_over(id, tile),

@@ -43,7 +43,6 @@ mod topk;
 mod wide;
 
 use crate::{Kernel, KernelCode, Module, Target, TargetError};
-use dsc_ir::schedule::{KernelShape, Schedule};
 use asm::Width;
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::{AbiParam, ExternalName, Function, Signature, UserFuncName, types};
@@ -51,6 +50,7 @@ use cranelift_codegen::isa::{CallConv, OwnedTargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{Context, FinalizedRelocTarget, binemit::Reloc, isa};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+use dsc_ir::schedule::{KernelShape, Schedule};
 use emit::{Fun, Routine};
 use link::Piece;
 use std::collections::{BTreeMap, BTreeSet};
@@ -142,8 +142,17 @@ impl CpuTarget {
         }
         let mut builder = isa::lookup_by_name("x86_64-unknown-linux-gnu").map_err(|e| setup(e.to_string()))?;
         for feature in [
-            "has_sse3", "has_ssse3", "has_sse41", "has_sse42", "has_popcnt", "has_avx", "has_avx2", "has_fma", "has_bmi1",
-            "has_bmi2", "has_lzcnt",
+            "has_sse3",
+            "has_ssse3",
+            "has_sse41",
+            "has_sse42",
+            "has_popcnt",
+            "has_avx",
+            "has_avx2",
+            "has_fma",
+            "has_bmi1",
+            "has_bmi2",
+            "has_lzcnt",
         ] {
             builder.enable(feature).map_err(|e| setup(e.to_string()))?;
         }
@@ -187,7 +196,8 @@ impl Target for CpuTarget {
         let isa = self.isa()?;
         let compiled = in_parallel(kernels, |k| compile_kernel(&isa, k, self.level.width(), self.asm));
         let compiled = compiled.into_iter().collect::<Result<Vec<_>, _>>()?;
-        let wanted: BTreeSet<Routine> = compiled.iter().flat_map(|k| k.piece.calls.iter().map(|c| c.2.clone())).collect();
+        let wanted: BTreeSet<Routine> =
+            compiled.iter().flat_map(|k| k.piece.calls.iter().map(|c| c.2.clone())).collect();
         let routines = compile_routines(&isa, wanted, self.level.width())?;
         let pieces: Vec<Piece> = compiled.iter().map(|k| k.piece.clone()).collect();
         let (code, starts) = link::link(&pieces, &routines);
@@ -198,12 +208,7 @@ impl Target for CpuTarget {
             code_bytes: c.piece.code.len() as u64,
             scratch_bytes: c.scratch_bytes,
         });
-        Ok(Module {
-            code,
-            kernels: kernel_code.collect(),
-            asm,
-            features: self.level.features(),
-        })
+        Ok(Module { code, kernels: kernel_code.collect(), asm, features: self.level.features() })
     }
 }
 

@@ -487,7 +487,8 @@ impl Gen<'_> {
     /// A vector a row, over `count` steps of the middle axis.
     fn reduce_columns(&mut self, kind: ReduceKind, count: u32) -> Option<()> {
         let acc = self.reg()?;
-        let coordinates = self.spec.accesses.iter().any(|a| matches!(a.kind, Kind::Coordinate(_)) && a.middle != Step::Const(0));
+        let coordinates =
+            self.spec.accesses.iter().any(|a| matches!(a.kind, Kind::Coordinate(_)) && a.middle != Step::Const(0));
         if coordinates {
             return None;
         }
@@ -921,15 +922,15 @@ impl Gen<'_> {
                 self.z(CVTDQ2PS, r, 0, a);
                 Some(r)
             }
-            (DType::F32, DType::Bf16) => self.to_bf16(a),
+            (DType::F32, DType::Bf16) => self.encode_bf16(a),
             (DType::F32, DType::F16) => {
                 let r = self.reg()?;
                 self.a.vi(Width::Z, CVTPS2PH, a, 0, r, 0);
                 self.z(PMOVZXWD, r, 0, r);
                 Some(r)
             }
-            (DType::F32, DType::E4m3) => self.to_e4m3(a),
-            (DType::F32, DType::I32) => self.to_i32(a),
+            (DType::F32, DType::E4m3) => self.encode_e4m3(a),
+            (DType::F32, DType::I32) => self.encode_i32(a),
             (DType::F32, DType::Bool) => {
                 let (r, zero) = (self.reg()?, self.reg()?);
                 self.a.zero(zero);
@@ -958,7 +959,7 @@ impl Gen<'_> {
         self.a.shift(Width::Z, PSHIFTD_IMM, 2, r, r, by);
     }
 
-    fn to_bf16(&mut self, a: u8) -> Option<u8> {
+    fn encode_bf16(&mut self, a: u8) -> Option<u8> {
         let (r, t) = (self.reg()?, self.reg()?);
         self.round_bits(r, a, 16);
         self.a.z_compare(CMPPS, K_TEMP, a, a, 3);
@@ -969,7 +970,7 @@ impl Gen<'_> {
         Some(r)
     }
 
-    fn to_e4m3(&mut self, a: u8) -> Option<u8> {
+    fn encode_e4m3(&mut self, a: u8) -> Option<u8> {
         let (r, t, m) = (self.reg()?, self.reg()?, self.reg()?);
         self.zc(PAND, m, a, 0x7fff_ffff);
         self.zc(PMINSD, m, m, 448f32.to_bits());
@@ -993,7 +994,7 @@ impl Gen<'_> {
     }
 
     /// Truncates and saturates; NaN gives 0. The conversion itself gives 0x80000000 for all that do not fit.
-    fn to_i32(&mut self, a: u8) -> Option<u8> {
+    fn encode_i32(&mut self, a: u8) -> Option<u8> {
         let (r, t) = (self.reg()?, self.reg()?);
         self.z(CVTTPS2DQ, r, 0, a);
         self.splat_constant(t, 2_147_483_648f32.to_bits());
@@ -1013,7 +1014,13 @@ pub(crate) fn scalar_bits(c: Scalar) -> u32 {
     match c {
         Scalar::F32(x) => x.to_bits(),
         Scalar::I32(x) => x as u32,
-        Scalar::Bool(x) => if x { u32::MAX } else { 0 },
+        Scalar::Bool(x) => {
+            if x {
+                u32::MAX
+            } else {
+                0
+            }
+        }
     }
 }
 

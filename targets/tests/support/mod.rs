@@ -41,7 +41,15 @@ impl Mapped {
     }
 
     /// The same with the caller's scratch.
-    pub fn call_with(&self, kernel: usize, args: &[*mut u8], syms: &SymValues, scratch: *mut u8, first: u64, last: u64) {
+    pub fn call_with(
+        &self,
+        kernel: usize,
+        args: &[*mut u8],
+        syms: &SymValues,
+        scratch: *mut u8,
+        first: u64,
+        last: u64,
+    ) {
         let syms: Vec<i32> = syms.0.iter().map(|&s| s as i32).collect();
         // SAFETY: the entry is a function of this signature in the mapping, and the caller's buffers are as the views say.
         unsafe {

@@ -6,7 +6,7 @@ use crate::passes::fuse_rows::is_row_op;
 use crate::passes::*;
 use dsc_ir::DType;
 use dsc_ir::graph::verify::verify;
-use dsc_ir::graph::{Elem, Fused, FusedKind, NodeId, StepInput, Value};
+use dsc_ir::graph::{Elem, Fused, FusedKind, NodeId, State, StateFormat, StepInput, Value};
 use expect_test::{Expect, expect};
 
 fn after(mut graph: Graph, cx: &Cx, passes: &[fn(&mut Graph, &Cx) -> usize]) -> Graph {
@@ -121,7 +121,7 @@ fn absorption_leaves_no_expanded_cache() {
 }
 
 #[test]
-fn fp8_operands_are_expanded_but_caches_are_not() {
+fn fp8_operands_and_caches_are_expanded() {
     let cx = cx(Numerics::Deployed, false, false);
     let graph = after(Mini::model(Numerics::Deployed), &cx, &[share_repeats, absorb_mla, expand_fp8]);
     assert!(graph.weights.iter().all(|w| matches!(w.ty.elem, Elem::Plain(_))));
@@ -131,8 +131,12 @@ fn fp8_operands_are_expanded_but_caches_are_not() {
         }
     }
     for n in find(&graph, "CacheWrite") {
-        assert!(matches!(graph.tensor(graph.inputs(n)[2]).elem, Elem::Quant(_)));
+        for part in graph.inputs(n).into_iter().skip(2) {
+            assert_eq!(graph.tensor(part).elem, Elem::Plain(DType::F32));
+        }
     }
+    let plain = |s: &State| matches!(s.format, StateFormat::Latent { .. } | StateFormat::Index { .. });
+    assert!(graph.states.iter().all(plain));
     for n in find(&graph, "Quantize") {
         let dequantized =
             graph.users(Value { node: n, output: 0 }).into_iter().filter(|(u, _)| graph.dag[*u].op == Op::Dequantize);
