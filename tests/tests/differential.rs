@@ -9,7 +9,7 @@ use dsc_ir::artifact::{Arg, Numerics};
 use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
 use dsc_ir::graph::{PAGE_TOKENS, StepInput};
 use dsc_ir::tile::interp::{self, Binding, run_blocks};
-use dsc_ir::tile::{Access, Op, Program, ViewType};
+use dsc_ir::tile::{Access, Program, ViewType};
 use dsc_ir::{DType, Sym, SymValues};
 use dsc_targets::Module;
 use std::collections::HashMap;
@@ -177,43 +177,50 @@ struct Launch<'a> {
     bindings: Vec<Binding>,
 }
 
-/// What an integer parameter holds. `wild`: whether some of them may lead nowhere.
-fn integers(rng: &mut Rng, arg: &Arg, sizes: Sizes, syms: &SymValues, n: usize, wild: bool) -> Vec<i32> {
+/// What an integer parameter of `n` elements holds. `wild`: whether some of them lead nowhere.
+fn integers(rng: &mut Rng, name: &str, arg: &Arg, sizes: Sizes, syms: &SymValues, n: usize, wild: bool) -> Vec<i32> {
     let (t, s, pages) = (u64::from(sizes.tokens), u64::from(sizes.seqs), u64::from(syms.get(Sym::N)));
-    let odd = |rng: &mut Rng, good: i32| match rng.below(24) {
+    let each = t.div_ceil(s);
+    let below = |rng: &mut Rng, of: u64| match rng.below(24) {
         0 if wild => -1,
         1 if wild => 1 << 24,
         2 if wild => i32::MIN,
-        _ => good,
+        3 if wild => i32::MAX,
+        _ => rng.below(of) as i32,
     };
-    match arg {
-        Arg::Input(StepInput::Tokens) => (0..n).map(|_| { let v = rng.below(200) as i32; odd(rng, v) }).collect(),
-        Arg::Input(StepInput::Positions) => {
-            // One after another in each sequence, as pages of a session are filled.
-            let each = t.div_ceil(s);
-            (0..n as u64).map(|i| (u64::from(sizes.before) + i % each) as i32).collect()
+    // Rows of one scatter, which are different; those that lead nowhere too.
+    let rows = |rng: &mut Rng, of: u64| -> Vec<i32> {
+        let mut rows = rng.distinct(n, of);
+        for (i, row) in rows.iter_mut().enumerate() {
+            match rng.below(12) {
+                0 if wild => *row = -1 - i as i32,
+                1 if wild => *row = (1 << 24) + i as i32,
+                _ => {}
+            }
         }
-        Arg::Input(StepInput::Seqs) => {
-            let each = t.div_ceil(s);
-            (0..n as u64).map(|i| { let v = (i / each) as i32; odd(rng, v) }).collect()
+        rows
+    };
+    match (arg, name) {
+        (Arg::Input(StepInput::Tokens), _) => (0..n).map(|_| below(rng, 131)).collect(),
+        // One after another in each sequence, as a session numbers them.
+        (Arg::Input(StepInput::Positions), _) => (0..n as u64).map(|i| sizes.before as i32 + (i % each) as i32).collect(),
+        (Arg::Input(StepInput::Seqs), _) => {
+            (0..n as u64).map(|i| if wild && rng.below(8) == 0 { below(rng, s) } else { (i / each) as i32 }).collect()
         }
-        // Different ones, as rows of one scatter are; some that are dropped.
-        Arg::Input(StepInput::Slots) => {
-            let slots = rng.distinct(n, pages * u64::from(PAGE_TOKENS));
-            let mut next = 1 << 24;
-            slots
-                .into_iter()
-                .map(|v| match rng.below(12) {
-                    0 if wild => { next += 1; next }
-                    1 if wild => -(next - (1 << 23)) - rng.below(1) as i32 - v - 1,
-                    _ => v,
-                })
-                .collect()
+        (Arg::Input(StepInput::Slots), _) => rows(rng, pages * u64::from(PAGE_TOKENS)),
+        (Arg::Input(StepInput::PageTable), _) => (0..n).map(|_| below(rng, pages)).collect(),
+        (Arg::Input(StepInput::LogitRows), _) => (0..n).map(|_| below(rng, t)).collect(),
+        (_, "order") => rows(rng, n as u64),
+        // Where each expert's rows begin and the last one's end; the bounds of a loop, which a kernel of ours has counted.
+        (_, "offsets") => {
+            let mut ends: Vec<i32> = (0..n).map(|_| rng.below(t + 1) as i32).collect();
+            ends.sort_unstable();
+            ends
         }
-        Arg::Input(StepInput::PageTable) => (0..n).map(|_| { let v = rng.below(pages) as i32; odd(rng, v) }).collect(),
-        Arg::Input(StepInput::LogitRows) => (0..n).map(|_| { let v = rng.below(t) as i32; odd(rng, v) }).collect(),
-        // Selected positions, or experts.
-        _ => (0..n).map(|_| { let v = rng.below(6) as i32; odd(rng, v) }).collect(),
+        // Selected positions, ascending with -1 behind them.
+        (_, "selected") => (0..n).map(|_| below(rng, u64::from(sizes.before) + each)).collect(),
+        // Experts.
+        _ => (0..n).map(|_| below(rng, 6)).collect(),
     }
 }
 
@@ -251,7 +258,7 @@ fn launch<'a>(compiled: &'a Compiled, step: usize, index: usize, sizes: Sizes, s
         let mut places = Vec::new();
         for_each(view, &syms, 0, &mut |at| places.push(at));
         if view.dtype == DType::I32 {
-            let values = integers(&mut rng, arg, sizes, &syms, places.len(), wild);
+            let values = integers(&mut rng, &program.params[i].name, arg, sizes, &syms, places.len(), wild);
             for (at, v) in places.into_iter().zip(values) {
                 buffers[buffer][at..at + 4].copy_from_slice(&v.to_le_bytes());
             }
@@ -266,11 +273,6 @@ fn launch<'a>(compiled: &'a Compiled, step: usize, index: usize, sizes: Sizes, s
         }
     }
     Launch { program, syms, buffers, bindings }
-}
-
-/// Whether sums or comparisons of a program choose something: integers that come out of reals.
-fn chooses(program: &Program) -> bool {
-    program.to_string().contains("topk")
 }
 
 /// The worst element of all written parameters: relative to the larger of itself and a tenth of its tensor's largest.

@@ -107,8 +107,12 @@ fn completions(shell: clap_complete::Shell) -> Outcome {
 }
 
 impl BundleArgs {
-    /// What the artifact says of its model, before weights are touched.
-    fn facts(&self) -> Result<ModelFacts, dsc_runtime::Error> {
+    /// What the artifact says of its model, before weights are read.
+    fn facts(&self) -> Result<ModelFacts, Box<dyn std::error::Error>> {
+        if !self.weights.is_dir() {
+            let message = format!("there is no folder {} to read weights from", self.weights.display());
+            return Err(Failure::new(message).help("give the Hugging Face model folder").into());
+        }
         Ok(Artifact::open(&self.bundle)?.header().model.clone())
     }
 

@@ -451,6 +451,12 @@ fn requests() -> Vec<Case> {
         case("unknown subcommand", nothing, "serve", 2, &["'serve'"]),
         c("no input", "run $BUNDLE --weights $TINY", 2, &["--prompt", "--token-ids"]),
         c("both inputs", "run $BUNDLE --weights $TINY --prompt a --token-ids ids", 2, &["cannot be used with"]),
+        c(
+            "weights folder missing",
+            "run $BUNDLE --weights no --prompt a",
+            1,
+            &["there is no folder no", "help: give the"],
+        ),
         c("no --weights", "run $BUNDLE --token-ids ids", 2, &["--weights"]),
         token("bad token id", "1 two 3", &["ids: `two`, word 2", "help:"]),
         token("negative token id", "1 -2", &["`-2`"]),

@@ -23,14 +23,23 @@ use dsc_ir::DType;
 /// A leaf routine by what it computes; equal atoms share one copy in a module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Atom {
-    /// `fn(a, lda, b, ldb, c, ldc)`. `packed`: `b` is in panels and `ldb` is not used. `zero`: `c` is written, not added to.
-    GemmNn { m: u32, n: u32, k: u32, packed: bool, zero: bool },
+    /// `fn(a, lda, b, ldb, c, ldc)`. `zero`: `c` is written, not added to.
+    GemmNn { m: u32, n: u32, k: u32, b: Right, zero: bool },
     /// `fn(a, lda, b, ldb, c, ldc)`.
     GemmNt { m: u32, n: u32, k: u32, b: DType, zero: bool },
     /// `fn(dst, src, ld_src)`. `from` is f32 or bf16.
     Pack { n: u32, k: u32, from: DType },
     /// `fn(dst, ld_dst, src, ld_src)`.
     Cast { rows: u32, cols: u32, from: DType },
+}
+
+/// The right operand of [`Atom::GemmNn`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Right {
+    /// Panels as [`Atom::Pack`] makes them; `ldb` is not used.
+    Packed,
+    /// Rows of f32, bf16 or f16.
+    Rows(DType),
 }
 
 /// Lanes of a packed panel, for vectors of `width`.
@@ -56,7 +65,7 @@ pub(crate) fn decodes(width: Width, from: DType, cols: u32) -> bool {
 pub(crate) fn assemble(atom: Atom, width: Width) -> Vec<u8> {
     let mut g = Gen { a: Asm::default(), w: width, consts: Vec::new() };
     match atom {
-        Atom::GemmNn { m, n, k, packed, zero } => Nn::new(width, m, n, k, packed, zero).emit(&mut g),
+        Atom::GemmNn { m, n, k, b, zero } => Nn::new(width, [m, n, k], b, zero).emit(&mut g),
         Atom::GemmNt { m, n, k, b, zero } => Nt::new(width, m, n, k, b, zero).emit(&mut g),
         Atom::Pack { n, k, from } => emit_pack(&mut g, n, k, from),
         Atom::Cast { rows, cols, from } => emit_cast(&mut g, rows, cols, from),
@@ -230,6 +239,7 @@ struct Nn {
     n: u32,
     k: u32,
     packed: bool,
+    b: DType,
     zero: bool,
     /// Rows and vectors of a register block.
     rows: u32,
@@ -239,18 +249,23 @@ struct Nn {
 impl Nn {
     const A: [Gpr; 4] = [R11, R12, R13, R14];
 
-    fn new(w: Width, m: u32, n: u32, k: u32, packed: bool, zero: bool) -> Nn {
+    fn new(w: Width, [m, n, k]: [u32; 3], right: Right, zero: bool) -> Nn {
+        let (packed, b) = match right {
+            Right::Packed => (true, DType::F32),
+            Right::Rows(b) => (false, b),
+        };
         let (most, vectors) = match (w, m) {
             _ if packed => (if w == Width::Z { 12 } else { 6 }, 2),
             (Width::Z, 1 | 2) => (2, 8),
             (Width::Z, 3 | 4) => (4, 4),
+            (Width::Z, 5..=8) => (8, 3),
             (Width::Z, _) => (12, 2),
             (_, 1) => (1, 8),
             (_, 2) => (2, 4),
             _ => (6, 2),
         };
         let rows = m.div_ceil(m.div_ceil(most));
-        Nn { w, m, n, k, packed, zero, rows, vectors }
+        Nn { w, m, n, k, packed, b, zero, rows, vectors }
     }
 
     fn lanes(&self) -> u32 {
@@ -271,7 +286,8 @@ impl Nn {
         g.repeat(RBX, self.n / panel, |g| {
             self.panel(g, self.vectors, None);
             g.a.add_imm(R8, (panel * 4) as i32);
-            let step = if self.packed { self.k * panel_lanes(self.w) * 4 } else { panel * 4 };
+            let row_bytes = panel * self.b.bytes() as u32;
+            let step = if self.packed { self.k * panel_lanes(self.w) * 4 } else { row_bytes };
             g.a.add_imm(RDX, step as i32);
         });
         let rest = self.n % panel;
@@ -317,15 +333,21 @@ impl Nn {
         let unroll = if rows * vectors > 12 { 2 } else { 4 }.min(self.k);
         let rounds = self.k / unroll;
         let pitch = (panel_lanes(self.w) * 4) as i32;
+        let b_vector = (self.lanes() * self.b.bytes() as u32) as i32;
         let step = |g: &mut Gen, u: u32| {
-            let b = |v: u32| at(R10, v as i32 * bytes + if self.packed { u as i32 * pitch } else { 0 });
+            let b = |v: u32| at(R10, v as i32 * b_vector + if self.packed { u as i32 * pitch } else { 0 });
             let b_tail = |v: u32| if self.packed { None } else { tail_of(v) };
-            if vectors <= 2 {
+            // Loading bf16 and f16 takes no constants.
+            let decode = |g: &mut Gen, v: u32, x: u8| g.decode(self.b, x, b(v), b_tail(v), &Nt::DECODE);
+            if vectors <= 3 && (rows > 4 || vectors <= 2) {
                 for v in 0..vectors {
-                    g.load(v as u8, b(v), b_tail(v));
+                    decode(g, v, v as u8);
                 }
                 for r in 0..rows {
-                    let x = if self.w == Width::Z { 2 + (r % 6) as u8 } else { 2 };
+                    let x = match self.w {
+                        Width::Z => (vectors + r % (8 - vectors)) as u8,
+                        _ => 2,
+                    };
                     g.a.v(self.w, BROADCASTSS, x, 0, row(a, lda, r, u as i32 * 4));
                     for v in 0..vectors {
                         g.a.v(self.w, FMADD231PS, self.acc(r, v, vectors), x, v as u8);
@@ -337,7 +359,7 @@ impl Nn {
                 }
                 for v in 0..vectors {
                     let x = if self.w == Width::Z { 4 + (v % 4) as u8 } else { 2 };
-                    g.load(x, b(v), b_tail(v));
+                    decode(g, v, x);
                     for r in 0..rows {
                         g.a.v(self.w, FMADD231PS, self.acc(r, v, vectors), r as u8, x);
                     }

@@ -4,7 +4,7 @@
 //! rearrangement costs about a sixth of a cycle an element, the products `m / 32`. Below, the `[n, k]` form reads `b`
 //! where it is, decoding on the way; that is the case of decode, where every weight is used once or a few times.
 
-use super::atoms::{self, Atom};
+use super::atoms::{self, Atom, Right};
 use super::emit::Routine;
 use super::lower::{Cg, Val};
 use super::tile::{Base, Coef, Expr, Leaf, MapNode, MemTile, Slot, Tile, element_bytes};
@@ -34,9 +34,13 @@ impl Cg<'_> {
         let zero = acc.is_none();
         let (a_at, lda) = self.rows(&a_mem);
         if !trans_b {
-            let b_mem = self.rows_of(b, &b_shape, &[DType::F32]);
+            // Few rows: decoded on the way, since each vector of `b` is used about once.
+            let formats = if size.m <= 8 { vec![DType::F32, DType::Bf16, DType::F16] } else { vec![DType::F32] };
+            let native: Vec<DType> = formats.into_iter().filter(|&d| atoms::decodes(self.width(), d, size.n)).collect();
+            let b_mem = self.rows_of(b, &b_shape, &native);
             let (b_at, ldb) = self.rows(&b_mem);
-            let atom = Atom::GemmNn { m: size.m, n: size.n, k: size.k, packed: false, zero };
+            let right = Right::Rows(b_mem.dtype);
+            let atom = Atom::GemmNn { m: size.m, n: size.n, k: size.k, b: right, zero };
             self.gemm(atom, [a_at, lda, b_at, ldb], &c, size);
         } else if size.m < PACK_ROWS {
             let formats = [DType::F32, DType::Bf16, DType::F16, DType::E4m3];
@@ -51,7 +55,7 @@ impl Cg<'_> {
             let packed = Slot::new(&self.arena, atoms::packed_bytes(self.width(), size.n, size.k));
             let packed_at = self.address(&Base::Slot(packed.clone(), 0));
             self.f.call(Routine::Atom(Atom::Pack { n: size.n, k: size.k, from: b_mem.dtype }), &[packed_at, b_at, ldb]);
-            let atom = Atom::GemmNn { m: size.m, n: size.n, k: size.k, packed: true, zero };
+            let atom = Atom::GemmNn { m: size.m, n: size.n, k: size.k, b: Right::Packed, zero };
             self.gemm(atom, [a_at, lda, packed_at, ldb], &c, size);
         }
         self.tile_value(c, out)

@@ -75,7 +75,8 @@ fn check(config: &ModelConfig, numerics: Numerics, plan: Plan) {
     let kernels = plan.kernels.iter().map(|k| {
         assert_eq!(tile::verify(&k.program), []);
         let view = |p: &tile::Param| k.program.view(p.value).expect("verified: parameters are views").clone();
-        let param = |p: &tile::Param| ParamEntry { name: p.name.clone(), view: view(p), write: p.access != Access::Read };
+        let param =
+            |p: &tile::Param| ParamEntry { name: p.name.clone(), view: view(p), write: p.access != Access::Read };
         KernelEntry {
             name: k.program.name.clone(),
             what: k.what.clone(),

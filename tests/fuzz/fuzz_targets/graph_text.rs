@@ -1,14 +1,14 @@
 //! Text of graphs: nothing panics, and what verifies prints to text that parses to the same graph.
 #![no_main]
 
+use dsc_fuzz::texts;
 use dsc_ir::graph::text::parse;
 use dsc_ir::graph::verify::verify;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = str::from_utf8(data) else { return };
-    // The file tests are seeds: texts between lines of their harness.
-    text.split('\n').collect::<Vec<_>>().split(|line| line.starts_with(';')).for_each(|lines| read(&lines.join("\n")));
+    texts(text).iter().for_each(|text| read(text));
 });
 
 fn read(text: &str) {

@@ -145,24 +145,37 @@ fn bench(extra: &[String]) -> Outcome {
     run("python3", &args)
 }
 
+/// Runs every fuzz target on its seeds (`tests/fuzz/corpus`, and the file tests of its IR) and on what earlier runs found; an input
+/// that breaks one is left in `target/fuzz`. Stable Rust: the counters that libFuzzer steers by come from an LLVM pass by name.
 fn fuzz(seconds: Option<&String>) -> Outcome {
     let seconds = seconds.map_or("60", String::as_str);
     need("c++", "g++", "to build libFuzzer")?;
     let coverage = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
         -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
         -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing -Ccodegen-units=1";
-    let targets = ["artifact", "checkpoint", "config", "graph_text", "tile_text"];
-    let manifest = "tests/fuzz/Cargo.toml";
-    let build = ["build", "--release", "--manifest-path", manifest, "--target", "x86_64-unknown-linux-gnu"];
+    let targets = [
+        ("artifact", None),
+        ("checkpoint", None),
+        ("config", None),
+        ("graph_text", Some("tests/filetests/graph")),
+        ("tile_text", Some("tests/filetests/tile")),
+    ];
+    let (manifest, built) = ("tests/fuzz/Cargo.toml", "tests/fuzz/target");
+    // Naming a target keeps the counters out of build scripts.
+    let triple = "x86_64-unknown-linux-gnu";
+    let build = ["build", "--release", "--manifest-path", manifest, "--target", triple, "--target-dir", built];
     run_with(env!("CARGO"), &build, &[("RUSTFLAGS", coverage)])?;
-    for target in targets {
-        let binary = root().join("tests/fuzz/target/x86_64-unknown-linux-gnu/release").join(target);
-        let corpus = root().join("tests/fuzz/corpus").join(target);
+    for (target, more_seeds) in targets {
+        let binary = root().join(built).join(triple).join("release").join(target);
         let work = root().join("target/fuzz").join(target);
         std::fs::create_dir_all(&work).map_err(|e| format!("{}: {e}", work.display()))?;
+        let work = work.to_string_lossy().into_owned();
         let limit = format!("-max_total_time={seconds}");
-        let (work, corpus) = (work.to_string_lossy().into_owned(), corpus.to_string_lossy().into_owned());
-        run(&binary.to_string_lossy(), &[&limit, "-rss_limit_mb=4096", "-timeout=10", &work, &corpus])?;
+        let (words, found) = (format!("-dict=tests/fuzz/{target}.dict"), format!("-artifact_prefix={work}-"));
+        let corpus = format!("tests/fuzz/corpus/{target}");
+        let mut args = vec![limit.as_str(), "-rss_limit_mb=4096", "-timeout=10", &words, &found, &work, &corpus];
+        args.extend(more_seeds);
+        run(&binary.to_string_lossy(), &args)?;
     }
     Ok(())
 }
