@@ -143,7 +143,8 @@ mod tests {
     #[test]
     fn power_of_two_scales() {
         let scale = |amax: f32| pow2_ceil(amax.max(1e-4) * (1.0 / 448.0f32));
-        for (amax, exponent) in [(0.0, -22), (0.4375, -10), (1.0, -8), (3.5, -7), (448.0, 0), (449.0, 1), (28672.0, 6)] {
+        for (amax, exponent) in [(0.0, -22), (0.4375, -10), (1.0, -8), (3.5, -7), (448.0, 0), (449.0, 1), (28672.0, 6)]
+        {
             assert_eq!(scale(amax), 2f32.powi(exponent), "{amax}");
         }
     }

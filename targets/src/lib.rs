@@ -100,6 +100,7 @@ pub trait Target {
 /// # Errors
 /// [`TargetError::Setup`] if there is none, if it is not implemented, or if this build lacks it.
 pub fn target(name: &str, asm: bool) -> Result<Box<dyn Target>, TargetError> {
+    let _ = asm;
     let refuse = |reason: &str| Err(TargetError::Setup { target: name.to_owned(), reason: reason.to_owned() });
     match name {
         #[cfg(feature = "cpu")]

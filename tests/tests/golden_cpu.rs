@@ -14,8 +14,8 @@ use dsc_ir::graph::interp::{Interp, StepInputs};
 use dsc_ir::graph::weights::{Real, Stored, TensorData, materialize};
 use dsc_ir::graph::{Graph, Weight};
 use dsc_runtime::{
-    Error, GenerateOptions, LogitsWanted, Model, Options, RequestError, Sampler, SeqId, SequenceInput, Session, StepOutput,
-    TapData, Tokenizer,
+    Error, GenerateOptions, LogitsWanted, Model, Options, RequestError, Sampler, SeqId, SequenceInput, Session,
+    StepOutput, TapData, Tokenizer,
 };
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeSet, HashMap};
@@ -39,7 +39,8 @@ struct Built {
 impl Built {
     fn new(case: &str, numerics: Numerics, chunk: u32, max_context: u32) -> Built {
         let dir = case_dir(case);
-        let options = compile::Options { numerics, chunk, max_context: Some(max_context), ..compile::Options::default() };
+        let options =
+            compile::Options { numerics, chunk, max_context: Some(max_context), ..compile::Options::default() };
         let compiled = compile_dir(&dir, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{case}: {e}"));
         Built { dir, bytes: compiled.bytes }
     }
@@ -60,8 +61,7 @@ impl Built {
 
 static ODD: LazyLock<Built> = LazyLock::new(|| Built::exact("v32-odd", ONE_STEP));
 static TINY: LazyLock<Built> = LazyLock::new(|| Built::exact("tiny-model", ONE_STEP));
-static TINY_DEPLOYED: LazyLock<Built> =
-    LazyLock::new(|| Built::new("tiny-model", Numerics::Deployed, ONE_STEP, 2048));
+static TINY_DEPLOYED: LazyLock<Built> = LazyLock::new(|| Built::new("tiny-model", Numerics::Deployed, ONE_STEP, 2048));
 
 struct Golden(Vec<u8>);
 
@@ -375,7 +375,8 @@ fn prefixes(case: &str, built: &Built) {
     let seq = session.add_sequence();
     let input = [SequenceInput { seq, tokens: &text }];
     let got = session.step(&input, LogitsWanted::Rows(&[0, 63, 64, 299]), false).expect("a step").logits;
-    let rows: Vec<f32> = [0, 63, 64, 299].iter().flat_map(|&r: &usize| &wanted[r * vocab..][..vocab]).copied().collect();
+    let rows: Vec<f32> =
+        [0, 63, 64, 299].iter().flat_map(|&r: &usize| &wanted[r * vocab..][..vocab]).copied().collect();
     assert!(got == rows, "{case}: some rows are not those of all");
 }
 
@@ -468,12 +469,10 @@ fn batch(case: &str, built: &Built) {
         step(&mut session, seqs[i], &text[i * 3..][..n]);
     }
     for s in 0..STEPS {
-        let inputs: Vec<SequenceInput> = (0..5)
-            .map(|i| SequenceInput { seq: seqs[i], tokens: &text[i * 3 + starts[i] + s..][..1] })
-            .collect();
+        let inputs: Vec<SequenceInput> =
+            (0..5).map(|i| SequenceInput { seq: seqs[i], tokens: &text[i * 3 + starts[i] + s..][..1] }).collect();
         let got = session.step(&inputs, LogitsWanted::Last, false).expect("a step").logits;
-        let rows: Vec<f32> =
-            (0..5).flat_map(|i| &wanted[i][(starts[i] + s) * vocab..][..vocab]).copied().collect();
+        let rows: Vec<f32> = (0..5).flat_map(|i| &wanted[i][(starts[i] + s) * vocab..][..vocab]).copied().collect();
         same(&format!("{case}: five together, step {s}"), &got, &rows, 5, 1e-5);
     }
 }

@@ -861,7 +861,8 @@ fn model(config: &ModelConfig, numerics: Numerics, target_fp8: bool, class: &Cla
     let options = BuildOptions { numerics, layers: None, max_context: 512 };
     let mut lab = Lab::new(seed);
     lab.g = front::model::build(config, &options);
-    let cx = Cx { class: class.clone(), target_fp8, bf16_weights: false, numerics, index_topk: config.index_topk as u32 };
+    let cx =
+        Cx { class: class.clone(), target_fp8, bf16_weights: false, numerics, index_topk: config.index_topk as u32 };
     passes::run(&mut lab.g, &cx, &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e}"));
     for weight in lab.g.weights.clone() {
         let shape = weight.ty.shape.iter().map(|e| e.constant().unwrap_or(512) as usize).collect::<Vec<_>>();
@@ -958,7 +959,13 @@ fn every_launch_of_full_models_has_a_program() {
                 let max = SymValues([tokens, seqs, 2560, tokens, 1 << 24, context]);
                 let class = Class { name: "test".into(), max, keep_mha };
                 let mut g = graph.clone();
-                let cx = Cx { class: class.clone(), target_fp8, bf16_weights: false, numerics, index_topk: config.index_topk as u32 };
+                let cx = Cx {
+                    class: class.clone(),
+                    target_fp8,
+                    bf16_weights: false,
+                    numerics,
+                    index_topk: config.index_topk as u32,
+                };
                 passes::run(&mut g, &cx, &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e}"));
                 for node in g.dag.node_indices().filter(|&n| launches(&g, n)) {
                     let schedule = default_schedule(&shape_of(&g, node, &class), &class);

@@ -225,10 +225,11 @@ fn intern_kernel(
 /// Bytes of a tensor's data when symbols have these values, without the scales of a quantised one.
 pub fn data_bytes(ty: &TensorType, max: &SymValues) -> u64 {
     let elements: u64 = ty.shape.iter().map(|e| e.eval(max)).product();
-    elements * match ty.elem {
-        Elem::Plain(dtype) => dtype.bytes() as u64,
-        Elem::Quant(_) => DType::E4m3.bytes() as u64,
-    }
+    elements
+        * match ty.elem {
+            Elem::Plain(dtype) => dtype.bytes() as u64,
+            Elem::Quant(_) => DType::E4m3.bytes() as u64,
+        }
 }
 
 /// Bytes of a tensor with its scales, which start at the next multiple of [`ALIGN`].

@@ -507,7 +507,8 @@ impl Graph {
 
     /// Feeds input number `input` of `node` from `value` instead.
     pub fn set_input(&mut self, node: NodeId, input: u32, value: Value) {
-        let old = self.dag.edges_directed(node, Direction::Incoming).find(|e| e.weight().input == input).map(|e| e.id());
+        let old =
+            self.dag.edges_directed(node, Direction::Incoming).find(|e| e.weight().input == input).map(|e| e.id());
         if let Some(edge) = old {
             self.dag.remove_edge(edge);
         }

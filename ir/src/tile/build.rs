@@ -17,8 +17,8 @@
 //! ```
 
 use super::{
-    Access, Index, Inst, MapArg, MapFn, MapInst, Op, Param, Program, ReduceKind, Region, Scalar, ScalarOp, Type, ValueId,
-    ViewType, infer,
+    Access, Index, Inst, MapArg, MapFn, MapInst, Op, Param, Program, ReduceKind, Region, Scalar, ScalarOp, Type,
+    ValueId, ViewType, infer,
 };
 use crate::dtype::DType;
 use crate::extent::{Extent, GridDim, Sym};

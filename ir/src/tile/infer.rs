@@ -202,7 +202,8 @@ pub(crate) fn map_types(body: &MapFn, inputs: &[DType]) -> Result<Vec<DType>, St
     for inst in &body.insts {
         let args = inst.args.iter().map(|&a| arg_type(&types, a)).collect::<Result<Vec<_>, _>>()?;
         types.push(scalar_type(inst.op, &args).ok_or_else(|| format!("{:?} does not take {args:?}", inst.op))?);
-        if matches!(inst.op, ScalarOp::Div | ScalarOp::Rem) && args[0] == DType::I32 && !divisor_ok(body, inst.args[1]) {
+        if matches!(inst.op, ScalarOp::Div | ScalarOp::Rem) && args[0] == DType::I32 && !divisor_ok(body, inst.args[1])
+        {
             return Err("an i32 divisor is a positive constant".into());
         }
     }
@@ -233,7 +234,9 @@ fn scalar_type(op: ScalarOp, args: &[DType]) -> Option<DType> {
         (And | Or | Xor, [a, b]) if a == b && (*a == I32 || *a == Bool) => Some(*a),
         (Lt | Le | Eq, [a, b]) if a == b && number(*a) => Some(Bool),
         (Select, [Bool, a, b]) if a == b => Some(*a),
-        (Cast(to), [from]) => (from.is_float() || to.is_float() || *from == to).then_some(to).filter(|_| cast_ok(*from, to)),
+        (Cast(to), [from]) => {
+            (from.is_float() || to.is_float() || *from == to).then_some(to).filter(|_| cast_ok(*from, to))
+        }
         (Bitcast(to), [from]) if number(*from) && number(to) => Some(to),
         _ => None,
     }
@@ -258,7 +261,11 @@ impl<'a> Cx<'a, '_> {
 
     fn number(&self, v: ValueId) -> Result<&'a TileType, String> {
         let t = self.tile(v)?;
-        if t.dtype == DType::F32 || t.dtype == DType::I32 { Ok(t) } else { Err(format!("expected f32 or i32, found {t}")) }
+        if t.dtype == DType::F32 || t.dtype == DType::I32 {
+            Ok(t)
+        } else {
+            Err(format!("expected f32 or i32, found {t}"))
+        }
     }
 
     fn view(&self, v: ValueId) -> Result<&'a ViewType, String> {
@@ -277,7 +284,11 @@ impl<'a> Cx<'a, '_> {
 
     fn scalar(&self, v: ValueId, dtype: DType) -> Result<(), String> {
         let t = self.tile(v)?;
-        if t.shape.is_empty() && t.dtype == dtype { Ok(()) } else { Err(format!("expected a scalar {dtype}, found {t}")) }
+        if t.shape.is_empty() && t.dtype == dtype {
+            Ok(())
+        } else {
+            Err(format!("expected a scalar {dtype}, found {t}"))
+        }
     }
 
     fn index(&self, index: &Index) -> Result<(), String> {

@@ -1,24 +1,24 @@
 //! The CPU target: tile programs to x86-64 code.
 //!
 //! One function a kernel, made by Cranelift, which walks the blocks it is given; inside a block a tile program becomes loops
-//! over 128-bit vectors ([`elementwise`]), masked copies ([`memory`]) and calls of routines. Dot products and the decoding of weights are
-//! assembled by us in 256- or 512-bit vectors ([`atoms`]), since Cranelift has neither. Nothing is resolved
+//! over 128-bit vectors (`elementwise`), masked copies (`memory`) and calls of routines. Dot products and the decoding of weights are
+//! assembled by us in 256- or 512-bit vectors (`atoms`), since Cranelift has neither. Nothing is resolved
 //! at load time: the blob has no relocation left and calls no library.
 //!
 //! The way down, one file a step:
 //!
 //! | file | does |
 //! |---|---|
-//! | [`liveness`] | when each value is last used |
-//! | [`lower`] | block loop, control flow, which slot a value lives in, what is fused |
-//! | [`tile`] | late tiles: expressions over strided leaves; the scratch arena |
-//! | [`memory`] | views, bounds, loads, stores, gathers, scatters |
-//! | [`elementwise`] | loop nests: maps, reductions, scans |
-//! | [`math`] | scalar operations and conversions |
-//! | [`wide`] | the hot loop nests again, in 512-bit vectors |
-//! | [`dot`], [`atoms`], [`asm`] | dot products: choice, inner loops, encoding |
-//! | [`topk`], [`routines`] | streaming selection; copies |
-//! | [`link`] | one blob |
+//! | `liveness` | when each value is last used |
+//! | `lower` | block loop, control flow, which slot a value lives in, what is fused |
+//! | `tile` | late tiles: expressions over strided leaves; the scratch arena |
+//! | `memory` | views, bounds, loads, stores, gathers, scatters |
+//! | `elementwise` | loop nests: maps, reductions, scans |
+//! | `math` | scalar operations and conversions |
+//! | `wide` | the hot loop nests again, in 512-bit vectors |
+//! | `dot`, `atoms`, `asm` | dot products: choice, inner loops, encoding |
+//! | `topk`, `routines` | streaming selection; copies |
+//! | `link` | one blob |
 //!
 //! A kernel is called as `extern "C" fn(args: *const *mut u8, syms: *const i32, scratch: *mut u8, first: u64, last: u64)`: the base
 //! address of each parameter's buffer, the six values of [`dsc_ir::SymValues`], the worker's scratch (aligned to 64 bytes), and the range of

@@ -479,7 +479,7 @@ impl Gen<'_> {
         let skip = self.a.label();
         self.a.kmovw_out(RAX, K_NAN);
         self.a.test32(RAX);
-        self.a.jump_if(4, skip);
+        self.a.jump_if(ZERO, skip);
         self.splat_constant(acc, f32::NAN.to_bits());
         self.a.bind(skip);
     }

@@ -90,8 +90,20 @@ fn demo() -> Outcome {
     run(
         &dsc,
         &[
-            "run", &bundle, "--weights", "examples/tiny-model", "--prompt", prompt, "--max-new-tokens", "120",
-            "--temperature", "0.7", "--top-p", "0.95", "--seed", "1",
+            "run",
+            &bundle,
+            "--weights",
+            "examples/tiny-model",
+            "--prompt",
+            prompt,
+            "--max-new-tokens",
+            "120",
+            "--temperature",
+            "0.7",
+            "--top-p",
+            "0.95",
+            "--seed",
+            "1",
         ],
     )
 }
