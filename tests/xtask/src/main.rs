@@ -165,26 +165,28 @@ fn fuzz(seconds: Option<&String>) -> Outcome {
     let coverage = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
         -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
         -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing -Ccodegen-units=1";
+    // The target, its seeds and words, and more seeds.
     let targets = [
-        ("artifact", None),
-        ("checkpoint", None),
-        ("config", None),
-        ("graph_text", Some("tests/filetests/graph")),
-        ("tile_text", Some("tests/filetests/tile")),
+        ("artifact", "artifact", None),
+        ("checkpoint", "checkpoint", None),
+        ("config", "config", None),
+        ("graph_text", "graph_text", Some("tests/filetests/graph")),
+        ("tile_text", "tile_text", Some("tests/filetests/tile")),
+        ("tile_cpu", "tile_text", Some("tests/filetests/tile")),
     ];
     let (manifest, built) = ("tests/fuzz/Cargo.toml", "tests/fuzz/target");
     // Naming a target keeps the counters out of build scripts.
     let triple = "x86_64-unknown-linux-gnu";
     let build = ["build", "--release", "--manifest-path", manifest, "--target", triple, "--target-dir", built];
     run_with(env!("CARGO"), &build, &[("RUSTFLAGS", coverage)])?;
-    for (target, more_seeds) in targets {
+    for (target, seeds, more_seeds) in targets {
         let binary = root().join(built).join(triple).join("release").join(target);
         let work = root().join("target/fuzz").join(target);
         std::fs::create_dir_all(&work).map_err(|e| format!("{}: {e}", work.display()))?;
         let work = work.to_string_lossy().into_owned();
         let limit = format!("-max_total_time={seconds}");
-        let (words, found) = (format!("-dict=tests/fuzz/{target}.dict"), format!("-artifact_prefix={work}-"));
-        let corpus = format!("tests/fuzz/corpus/{target}");
+        let (words, found) = (format!("-dict=tests/fuzz/{seeds}.dict"), format!("-artifact_prefix={work}-"));
+        let corpus = format!("tests/fuzz/corpus/{seeds}");
         let mut args = vec![limit.as_str(), "-rss_limit_mb=4096", "-timeout=10", &words, &found, &work, &corpus];
         args.extend(more_seeds);
         run(&binary.to_string_lossy(), &args)?;
