@@ -145,9 +145,11 @@ impl Cg<'_> {
         ranges: &[Range],
     ) {
         let mut any = None;
-        for (r, _) in ranges.iter().zip(shape).filter(|(r, n)| **n == 1 && r.hi != Count::Const(1)) {
-            let hi = self.count(r.hi);
-            let some = self.f.b.ins().icmp_imm_s(IntCC::NotEqual, hi, 0);
+        // An axis of one element has no loop to skip: below the view its range is 1..1, above it 0..0.
+        let whole = |r: &Range| r.lo == Count::Const(0) && r.hi == Count::Const(1);
+        for (r, _) in ranges.iter().zip(shape).filter(|(r, n)| **n == 1 && !whole(r)) {
+            let (lo, hi) = (self.count(r.lo), self.count(r.hi));
+            let some = self.f.b.ins().icmp(IntCC::SignedLessThan, lo, hi);
             any = self.both(any, Some(some));
         }
         let axes: Vec<usize> = (0..shape.len()).filter(|&d| shape[d] != 1).collect();

@@ -116,8 +116,8 @@ fn test(extra: &[String]) -> Outcome {
 }
 
 fn ci() -> Outcome {
-    test(&[])?;
     cargo(&["fmt", "--all", "--check"])?;
+    test(&[])?;
     cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     run_with(env!("CARGO"), &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
     runtime_only_is_small()?;
