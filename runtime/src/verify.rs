@@ -3,7 +3,7 @@
 //! Two layouts of `golden.safetensors` are known: `input_ids`, `logits`, `hidden.i`, `topk.i`, `greedy_ids`; and `prompt_ids`,
 //! `logits`, `topk.i`, `greedy.long.ids` with further `greedy.i.prompt_ids` and `greedy.i.ids`.
 //!
-//! In `exact` numerics selections must be the expected ones, except where scores tie; positions that follow a tie ([`ties`]) are left
+//! In `exact` numerics selections must be the expected ones, except where scores tie; positions that follow a tie (`ties`) are left
 //! out of what is compared after it, and all others must agree to rounding. In `deployed` numerics rounding moves scores, and
 //! selections with them. A trained model hardly cares; one of random weights has no reason to give others at all similar outputs. So
 //! there, once a layer's selections agree too little, what comes after it is reported and not judged.

@@ -5,7 +5,7 @@
 //!
 //! **Invariants.** A pass never changes what a graph output means (its rounding, at most, and then its file says so). After every
 //! pass the graph verifies. Passes know the class of steps they compile for and two facts about the target ([`Cx`]): they never
-//! name a target. Fused bodies are made by [`outline`] only, and only of sets that it found convex.
+//! name a target. Fused bodies are made by `outline` only, and only of sets that it found convex.
 
 mod absorb_mla;
 mod compact_tables;
