@@ -197,8 +197,10 @@ fn tile_test(section: &mut Section, test: &str) -> Outcome {
         ("verify", Err(e)) => section.expect_errors([e]),
         ("run", Ok(programs)) => {
             let [program] = programs.as_slice() else { return Err("launches follow one kernel".into()) };
-            let starts = |n: &String| n.starts_with("run");
-            let launches: Vec<&[String]> = section.notes.chunk_by(|_, next| !starts(next)).collect();
+            let launches: Vec<&[String]> = section.notes.chunk_by(|_, next| !next.starts_with("run")).collect();
+            if launches.is_empty() {
+                return Err(format!("kernel {} has no `; run`", program.name).into());
+            }
             let ran = launches.iter().map(|notes| launch(program, notes)).collect::<Outcome<Vec<_>>>()?;
             section.notes = ran.concat();
         }

@@ -54,11 +54,11 @@ pub fn launch(program: &Program, notes: &[String]) -> Outcome<Vec<String>> {
     let result = run_blocks(program, &syms, &mut left, &bindings, blocks, Options { check_races: true });
     let mut new = notes[..1].to_vec();
     for group in groups {
-        let out = entries.iter().zip(&left).find(|(p, _)| group[0].starts_with(&format!("out %{} =", p.name)));
-        match out {
-            Some((p, bytes)) if result.is_ok() => new.extend(print(p, &decode(p.view.dtype, bytes))),
-            _ if group[0].starts_with("in %") => new.extend_from_slice(group),
-            _ if group[0].starts_with("error:") || out.is_some() => {}
+        let of = |word| entries.iter().position(|p| group[0].starts_with(&format!("{word} %{} =", p.name)));
+        match (of("in"), of("out")) {
+            (Some(_), _) => new.extend_from_slice(group),
+            (_, Some(i)) if result.is_ok() => new.extend(print(&entries[i], &decode(entries[i].view.dtype, &left[i]))),
+            (_, out) if out.is_some() || group[0].starts_with("error:") => {}
             _ => return Err(format!("`{}` means nothing here", group[0]).into()),
         }
     }
