@@ -187,7 +187,8 @@ pub fn compile(
     let facts = facts(config, config_hash, options, max_context);
     let mut header = header(facts, options, &plan, &module, target.name());
     let tile_text: String = plan.kernels.iter().map(|k| format!("// {}\n{}\n", k.what, k.program)).collect();
-    let sections = [("code", module.code.as_slice()), ("tile", tile_text.as_bytes())];
+    let mut sections = vec![("code", module.code.as_slice()), ("tile", tile_text.as_bytes())];
+    sections.extend(module.portable.as_deref().map(|asm| ("asm", asm)));
     let bytes = artifact::write(&mut header, &sections);
     header.check().map_err(|problems| CompileError::Artifact(problems.join("\n")))?;
     observe(Event::Stage { name: "write artifact", took: stage.elapsed() });
@@ -280,6 +281,7 @@ fn header(model: ModelFacts, options: &Options, plan: &Plan, module: &Module, ta
             grid: program.grid.clone(),
             params: program.params.iter().map(param).collect(),
             schedule: planned.schedule.clone(),
+            gpu: code.gpu.clone(),
         }
     });
     Header {

@@ -126,6 +126,57 @@ pub struct KernelEntry {
     pub params: Vec<ParamEntry>,
     /// The schedule, for people and tools.
     pub schedule: crate::schedule::Schedule,
+    /// How a GPU launches it; none on a CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuKernel>,
+}
+
+/// What a launch on a GPU needs besides grid and arguments.
+///
+/// The kernel's parameters are, in order: the address of each argument (64 bits each); the address of the six symbols (i32, in the
+/// order of [`Sym::ALL`]), which lie in device memory so that a captured graph serves steps of any size; and each of
+/// [`GpuKernel::maps`] by value (128 bytes, 64-aligned). Axis 0, 1 and 2 of the grid are x, y and z; blocks beyond the grid at
+/// the symbols' values return at once, so a launch may have more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GpuKernel {
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// Blocks of a cluster along x; 1 without clusters.
+    pub cluster: u32,
+    /// Tensor maps, for hardware that copies tiles by descriptor.
+    pub maps: Vec<TensorMap>,
+    /// Bytes of the kernel's portable assembly in section `asm` (PTX), first and past-the-end.
+    pub asm: [u64; 2],
+    /// Bytes of machine code are in section `code` at [`KernelEntry::entry`]; what its assembler reported, or none if there is
+    /// no machine code and the driver has to make it from `asm`.
+    pub resources: Option<Resources>,
+}
+
+/// A descriptor of a parameter's view: the driver encodes it when arguments are bound.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorMap {
+    /// Which parameter; its view at the binding's limits gives dims and strides.
+    pub param: u32,
+    /// Elements of the box along each dim of the view, outermost first.
+    pub tile: Vec<u32>,
+    /// Bytes of the shared-memory swizzle: 0, 32, 64 or 128.
+    pub swizzle: u32,
+}
+
+/// What a kernel takes of a multiprocessor, from its assembler.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes a thread spills: stores and loads.
+    pub spill_bytes: [u32; 2],
+    /// Bytes of a thread's stack frame.
+    pub stack_bytes: u32,
+    /// Bytes of static shared memory of a block.
+    pub static_shared_bytes: u32,
 }
 
 /// What a kernel parameter is bound to.
@@ -257,6 +308,8 @@ const MAX_ENTRIES: usize = 1 << 20;
 const MAX_ROW: u32 = 1 << 16;
 /// Scratch bytes a worker may need.
 const MAX_SCRATCH_BYTES: u64 = 1 << 32;
+/// Shared memory of a block; no hardware has as much.
+const MAX_SHARED_BYTES: u32 = 1 << 20;
 /// Blocks of one launch.
 const MAX_BLOCKS: u64 = 1 << 48;
 /// Bytes before the header.
@@ -637,14 +690,31 @@ impl<'a> Check<'a> {
     fn kernels(&mut self) {
         self.names("kernel", self.header.kernels.iter().map(|k| k.name.as_str()));
         let code = self.header.section("code").map_or(0, |s| s.bytes);
+        let asm = self.header.section("asm").map_or(0, |s| s.bytes);
         for k in &self.header.kernels {
             let mut fault = |ok: bool, what: &dyn Fn() -> String| {
                 self.expect(ok, || format!("kernel {}: {}", k.name, what()));
             };
             let end = k.entry.checked_add(k.code_bytes);
-            fault(k.code_bytes > 0 && end.is_some_and(|end| end <= code), &|| {
+            // Without machine code, the driver makes it from assembly.
+            let portable = k.gpu.as_ref().is_some_and(|g| g.resources.is_none() && g.asm[0] < g.asm[1]);
+            fault((k.code_bytes > 0 || portable) && end.is_some_and(|end| end <= code), &|| {
                 format!("its {} bytes at {} are not inside the code section of {code}", k.code_bytes, k.entry)
             });
+            if let Some(gpu) = &k.gpu {
+                fault((1..=1024).contains(&gpu.threads), &|| format!("{} threads a block", gpu.threads));
+                fault(gpu.shared_bytes <= MAX_SHARED_BYTES, &|| format!("{} bytes of shared memory", gpu.shared_bytes));
+                fault((1..=16).contains(&gpu.cluster), &|| format!("clusters of {} blocks", gpu.cluster));
+                fault(gpu.asm[0] <= gpu.asm[1] && gpu.asm[1] <= asm, &|| "its assembly is outside its section".into());
+                for map in &gpu.maps {
+                    let rank = k.params.get(map.param as usize).map_or(0, |p| p.view.shape.len());
+                    let boxed = rank == map.tile.len() && (1..=5).contains(&rank);
+                    fault(boxed && map.tile.iter().all(|n| (1..=256).contains(n)), &|| {
+                        format!("a tensor map of parameter {} with box {:?}", map.param, map.tile)
+                    });
+                    fault([0, 32, 64, 128].contains(&map.swizzle), &|| format!("a swizzle of {} bytes", map.swizzle));
+                }
+            }
             fault(k.scratch_bytes <= MAX_SCRATCH_BYTES, &|| {
                 format!("{} scratch bytes are beyond reason", k.scratch_bytes)
             });
@@ -883,6 +953,7 @@ mod tests {
                     param("logits", true, DType::F32, &[Sym::L.into(), 512.into()]),
                 ],
                 schedule: Default::default(),
+                gpu: None,
             }],
             steps: vec![Step {
                 name: "all".into(),

@@ -9,6 +9,7 @@
 #[cfg(feature = "cpu")]
 pub mod cpu;
 
+use dsc_ir::artifact::GpuKernel;
 use dsc_ir::schedule::{KernelShape, Schedule};
 use dsc_ir::tile::Program;
 
@@ -32,6 +33,8 @@ pub struct KernelCode {
     pub code_bytes: u64,
     /// Bytes of scratch each worker must hand to a call, aligned to 64.
     pub scratch_bytes: u64,
+    /// How a GPU launches it.
+    pub gpu: Option<GpuKernel>,
 }
 
 /// Compiled kernels: one position-independent blob.
@@ -41,6 +44,8 @@ pub struct Module {
     pub code: Vec<u8>,
     /// The kernels in the order given to [`Target::compile`].
     pub kernels: Vec<KernelCode>,
+    /// Section `asm` of the artifact: portable assembly of all kernels, where a target has such.
+    pub portable: Option<Vec<u8>>,
     /// Readable code, if it was asked for.
     pub asm: Option<String>,
     /// What the processor must have, by the names of `/proc/cpuinfo`.

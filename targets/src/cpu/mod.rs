@@ -207,8 +207,9 @@ impl Target for CpuTarget {
             entry,
             code_bytes: c.piece.code.len() as u64,
             scratch_bytes: c.scratch_bytes,
+            gpu: None,
         });
-        Ok(Module { code, kernels: kernel_code.collect(), asm, features: self.level.features() })
+        Ok(Module { code, kernels: kernel_code.collect(), portable: None, asm, features: self.level.features() })
     }
 }
 

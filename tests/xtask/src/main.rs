@@ -169,6 +169,7 @@ fn fuzz(seconds: Option<&String>) -> Outcome {
     let targets = [
         ("artifact", "artifact", None),
         ("checkpoint", "checkpoint", None),
+        ("weights", "weights", None),
         ("config", "config", None),
         ("graph_text", "graph_text", Some("tests/filetests/graph")),
         ("tile_text", "tile_text", Some("tests/filetests/tile")),
