@@ -15,6 +15,7 @@ pub mod dtype;
 pub mod extent;
 pub mod graph;
 pub mod layout;
+pub mod sched;
 pub mod schedule;
 pub mod tile;
 

@@ -1,0 +1,238 @@
+//! Scheduled tile IR: a tile program with every decision of its schedule made explicit.
+//!
+//! A [`Scheduled`] kernel says who computes what and where it lies: threads and their [`Role`]s, shared memory as [`Buffer`]s at fixed
+//! offsets, [`Channel`]s (rings of buffers that one role fills and others empty), barriers, and a [`Place`] for every value. A target
+//! lowers it instruction by instruction and decides nothing more.
+//!
+//! **Execution.** All threads run [`Scheduled::common`]; then the threads of each role run its body, roles at once and in any
+//! interleaving that channels allow. Within a role instructions run in order; a value of place [`Place::Lazy`] is computed where it
+//! is used, so its inputs must be valid there. Reading a shared buffer that other threads wrote needs a [`Op::Barrier`] between, and
+//! so does overwriting one that others may still read.
+//!
+//! **Channels.** A channel has `stages` copies of its slots. Its producer acquires the next free stage, fills the slots and
+//! commits; each consumer waits for the next full stage, takes its slots and releases it. Stages go round in order. Counters are implicit:
+//! the n-th acquire of a role and the n-th wait of another mean the same stage.
+//!
+//! **Invariants** ([`verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
+//! buffers that live at once do not overlap, and budgets (shared memory, registers, barriers, threads) hold.
+
+use crate::dtype::DType;
+use crate::extent::GridDim;
+use crate::tile::{self, Index, Param, Type, ValueId};
+
+/// Number of a [`Buffer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BufferId(pub u32);
+
+/// Number of a [`Channel`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ChannelId(pub u32);
+
+/// A kernel with its schedule applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scheduled {
+    /// Name: a C identifier.
+    pub name: String,
+    /// Blocks along each axis.
+    pub grid: Vec<GridDim>,
+    /// Parameters, as of the tile program.
+    pub params: Vec<Param>,
+    /// Types of all values, by [`ValueId`].
+    pub types: Vec<Type>,
+    /// Where each value lies, by [`ValueId`]; views have [`Place::View`].
+    pub places: Vec<Place>,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Shared memory.
+    pub buffers: Vec<Buffer>,
+    /// Rings.
+    pub channels: Vec<Channel>,
+    /// Run by every thread before the roles.
+    pub common: Block,
+    /// Disjoint ranges of warps and what they run; none if `common` is all.
+    pub roles: Vec<Role>,
+}
+
+/// A range of warps with a body of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Role {
+    /// Such as `producer`.
+    pub name: String,
+    /// First warp and past-the-end.
+    pub warps: [u32; 2],
+    /// Registers of a thread, if they are redistributed between roles.
+    pub registers: Option<u32>,
+    /// Whether a single thread of the role runs the body (a copy engine's driver).
+    pub elected: bool,
+    /// What it runs.
+    pub body: Block,
+}
+
+/// A ring of stages, each with a copy of every slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Channel {
+    /// Name, for people.
+    pub name: String,
+    /// Depth of the ring.
+    pub stages: u32,
+    /// One buffer a slot; a buffer of a slot holds `stages` copies one after another.
+    pub slots: Vec<BufferId>,
+}
+
+/// A range of shared memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Name, for people.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Rows and columns of one copy; a tile of another rank is flattened to its last axis.
+    pub shape: [u32; 2],
+    /// Bytes from row to row.
+    pub pitch: u32,
+    /// Bytes of the XOR swizzle: 16-byte chunk `c` of row `r` is stored at chunk `c ^ (r mod swizzle/16)` of its swizzle-wide span;
+    /// 0 for none.
+    pub swizzle: u32,
+    /// Copies one after another: a channel's stages, else 1.
+    pub copies: u32,
+    /// First byte, from the start of the block's shared memory.
+    pub offset: u32,
+}
+
+impl Buffer {
+    /// Bytes of one copy.
+    pub fn copy_bytes(&self) -> u32 {
+        self.shape[0] * self.pitch
+    }
+
+    /// Bytes of all copies.
+    pub fn bytes(&self) -> u32 {
+        self.copy_bytes() * self.copies
+    }
+}
+
+/// Where a value lies.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// A view: a parameter.
+    View,
+    /// The same in every thread, in a register.
+    Uniform,
+    /// Nowhere: computed where it is used, element by element.
+    Lazy,
+    /// In shared memory, elements in row-major order over the buffer's rows.
+    Shared(BufferId),
+    /// A slot of the stage taken last.
+    Slot(ChannelId, u32),
+    /// Distributed over registers of the role's warps as a matrix product leaves it.
+    Fragment(Fragment),
+}
+
+/// How a two-dimensional f32 tile is spread over warps by the instruction that makes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fragment {
+    /// The instruction.
+    pub atom: Atom,
+    /// Warps (warpgroups, for [`Atom::Wgmma`]) along rows and columns: each owns a contiguous block of `ceil(shape / warps)` rounded
+    /// up to the atom.
+    pub warps: [u32; 2],
+}
+
+/// A matrix-product instruction, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Atom {
+    /// 16x8 results a warp of 32 threads: thread `t`, register `2h + e` holds row `t/4 + 8h`, column `2 (t mod 4) + e`.
+    Mma16x8,
+    /// 64xN results a warpgroup of four warps, each a stack of 16-row fragments as [`Atom::Mma16x8`] (`N` is the columns per warpgroup).
+    Wgmma,
+    /// No instruction: fused multiply-adds. Thread `t` of a warp holds a 4x4 patch at row `4 (t / 8)`, column `4 (t mod 8)` of each
+    /// 16x32 tile.
+    Fma,
+}
+
+/// Instructions in order, with arguments and yields as in [`tile::Region`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Block {
+    /// Values defined on entry.
+    pub args: Vec<ValueId>,
+    /// In order.
+    pub insts: Vec<Inst>,
+    /// Handed to the enclosing instruction.
+    pub yields: Vec<ValueId>,
+}
+
+/// One instruction and the values it defines.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inst {
+    /// Values defined.
+    pub results: Vec<ValueId>,
+    /// What it does.
+    pub op: Op,
+    /// Shared memory that it may use while it runs.
+    pub scratch: Option<BufferId>,
+}
+
+/// What an instruction does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// An operation of the tile program, any but loops and branches.
+    Tile(tile::Op),
+    /// As [`tile::Op::For`].
+    For {
+        /// First value of the counter.
+        lo: Index,
+        /// Bound, exclusive.
+        hi: Index,
+        /// Positive.
+        step: u32,
+        /// Initial carried values.
+        init: Vec<ValueId>,
+        /// The loop's body.
+        body: Block,
+    },
+    /// As [`tile::Op::If`].
+    If {
+        /// bool scalar, the same in every thread.
+        cond: ValueId,
+        /// When true.
+        then: Block,
+        /// When false.
+        otherwise: Block,
+    },
+    /// All threads of the block (in `common`) or of the role wait for one another; shared memory written before is visible after.
+    Barrier,
+    /// Waits until the next stage is free.
+    Acquire(ChannelId),
+    /// Starts filling a slot of the acquired stage from memory: the tile at `index`, zero outside the view. Complete when the stage is full.
+    Copy {
+        /// The channel.
+        channel: ChannelId,
+        /// Which slot.
+        slot: u32,
+        /// The view.
+        view: ValueId,
+        /// Start along each dim.
+        index: Vec<Index>,
+        /// Shape of the tile.
+        shape: Vec<u32>,
+    },
+    /// The acquired stage is full once its copies are complete.
+    Commit(ChannelId),
+    /// Waits until the next stage is full.
+    Wait(ChannelId),
+    /// The tile in a slot of the stage waited for last.
+    Take {
+        /// The channel.
+        channel: ChannelId,
+        /// Which slot.
+        slot: u32,
+    },
+    /// The stage waited for `lag` waits before the last one is free; nothing if there was no such wait. `lag` keeps a stage while a
+    /// product that reads it is in flight.
+    Release {
+        /// The channel.
+        channel: ChannelId,
+        /// Waits since.
+        lag: u32,
+    },
+}
