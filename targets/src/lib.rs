@@ -8,6 +8,8 @@
 
 #[cfg(feature = "cpu")]
 pub mod cpu;
+#[cfg(feature = "nvidia")]
+pub mod nvidia;
 
 use dsc_ir::artifact::GpuKernel;
 use dsc_ir::schedule::{KernelShape, Schedule};
