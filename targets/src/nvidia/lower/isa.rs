@@ -1,0 +1,220 @@
+//! PTX instructions that the MLIR dialects do not have, or not in the form wanted.
+
+use super::mlir::{Fn, Ty, Val, f32, i32};
+use crate::nvidia::arch::Arch;
+use dsc_ir::DType;
+
+/// A special register, such as `tid.x` or `ctaid.y`.
+pub fn sreg(f: &mut Fn, name: &str) -> Val {
+    f.op(&format!("nvvm.read.ptx.sreg.{name} : i32"), Ty::I32)
+}
+
+/// All threads of the block wait for one another.
+pub fn barrier(f: &mut Fn) {
+    f.raw("nvvm.barrier0");
+}
+
+/// Threads of barrier `id` (1..16), `threads` of them, wait for one another.
+pub fn named_barrier(f: &mut Fn, id: u32, threads: u32) {
+    f.asm(&format!("bar.sync {id}, {threads};"), "", &[], &[], true, true);
+}
+
+/// The value of the lane whose number differs in the bits of `mask`.
+pub fn shuffle_xor(f: &mut Fn, v: Val, mask: u32) -> Val {
+    let class = if v.ty() == Ty::F32 { "f" } else { "r" };
+    let text = format!("shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, 0xffffffff;");
+    f.asm(&text, &format!("={class},{class}"), &[v], &[v.ty()], false, true)[0]
+}
+
+/// The value of the lane `by` below; a lane without one keeps its own.
+pub fn shuffle_up(f: &mut Fn, v: Val, by: u32) -> Val {
+    let class = if v.ty() == Ty::F32 { "f" } else { "r" };
+    let text = format!("shfl.sync.up.b32 $0, $1, {by}, 0x0, 0xffffffff;");
+    f.asm(&text, &format!("={class},{class}"), &[v], &[v.ty()], false, true)[0]
+}
+
+/// The value of that lane.
+pub fn shuffle_from(f: &mut Fn, v: Val, lane: Val) -> Val {
+    let class = if v.ty() == Ty::F32 { "f" } else { "r" };
+    let text = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;";
+    f.asm(text, &format!("={class},{class},r"), &[v, lane], &[v.ty()], false, true)[0]
+}
+
+/// The lanes for which a truth value holds, as bits.
+pub fn ballot(f: &mut Fn, c: Val) -> Val {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\nvote.sync.ballot.b32 $0, p, 0xffffffff;\n}";
+    f.asm(text, "=r,r", &[c], &[Ty::I32], false, true)[0]
+}
+
+/// Bits set.
+pub fn popcount(f: &mut Fn, v: Val) -> Val {
+    f.asm("popc.b32 $0, $1;", "=r,r", &[v], &[Ty::I32], false, false)[0]
+}
+
+/// Adds to a 32-bit word of shared memory (address in i32); what was there before.
+pub fn shared_atomic_add(f: &mut Fn, at: Val, v: Val) -> Val {
+    f.asm("atom.shared.add.u32 $0, [$1], $2;", "=r,r,r", &[at, v], &[Ty::I32], true, true)[0]
+}
+
+/// `2^x`, relative error at most 2^-22.
+pub fn exp2(f: &mut Fn, x: Val) -> Val {
+    f.asm("ex2.approx.f32 $0, $1;", "=f,f", &[x], &[Ty::F32], false, false)[0]
+}
+
+/// Two f32 as bf16 or f16, packed; the first is the low half.
+pub fn pack(f: &mut Fn, to: DType, lo: Val, hi: Val) -> Val {
+    let ty = if to == DType::Bf16 { "bf16x2" } else { "f16x2" };
+    f.asm(&format!("cvt.rn.{ty}.f32 $0, $1, $2;"), "=r,f,f", &[hi, lo], &[Ty::I32], false, false)[0]
+}
+
+/// Writes neighbours (I32 words, one to four) where `c` holds.
+pub fn store_global_if(f: &mut Fn, c: Val, at: Val, words: &[Val]) {
+    if c.int() == Some(0) {
+        return;
+    }
+    let c = f.cast("zext", c, Ty::I32);
+    let (n, ty, class) = (words.len(), words[0].ty(), class_of(words[0].ty()));
+    let bits = ty.bytes() * 8;
+    let vector = if n > 1 { format!(".v{n}") } else { String::new() };
+    let list: Vec<String> = (0..n).map(|i| format!("${}", i + 2)).collect();
+    let list = if n > 1 { format!("{{{}}}", list.join(", ")) } else { list.concat() };
+    let text = format!("{{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.global{vector}.b{bits} [$1], {list};\n}}");
+    let mut args = vec![c, at];
+    args.extend_from_slice(words);
+    let constraints = format!("r,l{}", format!(",{class}").repeat(n));
+    f.asm(&text, &constraints, &args, &[], true, true);
+}
+
+fn class_of(ty: Ty) -> &'static str {
+    match ty {
+        Ty::I8 | Ty::I16 => "h",
+        Ty::F32 => "f",
+        _ => "r",
+    }
+}
+
+/// An element as f32 or i32 arithmetic takes it, from how it is stored ([`stored`]).
+pub fn widen(f: &mut Fn, arch: &Arch, v: Val, from: DType) -> Val {
+    match from {
+        DType::F32 | DType::I32 | DType::Bool => v,
+        DType::Bf16 => {
+            let wide = f.cast("zext", v, Ty::I32);
+            let bits = f.bin("shl", wide, i32(16));
+            f.cast("bitcast", bits, Ty::F32)
+        }
+        DType::F16 => f.asm("cvt.f32.f16 $0, $1;", "=f,h", &[v], &[Ty::F32], false, false)[0],
+        DType::E4m3 if arch.has_fp8_mma => {
+            let wide = f.cast("zext", v, Ty::I16);
+            let text = "{\n.reg .b32 w;\n.reg .b16 a, b;\ncvt.rn.f16x2.e4m3x2 w, $1;\nmov.b32 {a, b}, w;\ncvt.f32.f16 $0, a;\n}";
+            f.asm(text, "=f,h", &[wide], &[Ty::F32], false, false)[0]
+        }
+        DType::E4m3 => {
+            // The same exponent and mantissa bits in an f16 are 2^-8 of the value: exact, subnormals too.
+            let wide = f.cast("zext", v, Ty::I32);
+            let sign = f.bin("and", wide, i32(0x80));
+            let sign = f.bin("shl", sign, i32(8));
+            let rest = f.bin("and", wide, i32(0x7f));
+            let shifted = f.bin("shl", rest, i32(7));
+            let bits = f.bin("or", sign, shifted);
+            let half = f.cast("trunc", bits, Ty::I16);
+            let small = f.asm("cvt.f32.f16 $0, $1;", "=f,h", &[half], &[Ty::F32], false, false)[0];
+            let value = f.bin("fmul", small, f32(256.0));
+            let nan = f.cmp("eq", rest, i32(0x7f));
+            f.select(nan, f32(f32::NAN), value)
+        }
+    }
+}
+
+/// An f32 (i32 for integers) rounded to how a type is stored: bf16 and f16 as I16, e4m3 as I8.
+pub fn narrow(f: &mut Fn, arch: &Arch, v: Val, to: DType) -> Val {
+    match to {
+        DType::F32 | DType::I32 | DType::Bool => v,
+        DType::Bf16 => f.asm("cvt.rn.bf16.f32 $0, $1;", "=h,f", &[v], &[Ty::I16], false, false)[0],
+        DType::F16 => f.asm("cvt.rn.f16.f32 $0, $1;", "=h,f", &[v], &[Ty::I16], false, false)[0],
+        DType::E4m3 if arch.has_fp8_mma => {
+            let text = "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;";
+            let pair = f.asm(text, "=h,f,f", &[v, f32(0.0)], &[Ty::I16], false, false)[0];
+            f.cast("trunc", pair, Ty::I8)
+        }
+        DType::E4m3 => narrow_e4m3(f, v),
+    }
+}
+
+/// [`narrow`] to e4m3 in integer arithmetic, for architectures without the conversion.
+fn narrow_e4m3(f: &mut Fn, v: Val) -> Val {
+    let bits = f.cast("bitcast", v, Ty::I32);
+    let sign = f.bin("lshr", bits, i32(24));
+    let sign = f.bin("and", sign, i32(0x80));
+    let magnitude = f.bin("and", bits, i32(0x7fff_ffff));
+    // Normal results: round the mantissa to three bits, to even, and move the exponent's bias from 127 to 7.
+    let last = f.bin("lshr", magnitude, i32(20));
+    let last = f.bin("and", last, i32(1));
+    let rounded = f.add(magnitude, i32(0x7ffff));
+    let rounded = f.add(rounded, last);
+    let rounded = f.bin("lshr", rounded, i32(20));
+    let normal = f.sub(rounded, i32(120 << 3));
+    // Subnormal results: multiples of 2^-9; adding 2^14 leaves them in the lowest bits of an f32, rounded to even.
+    let absolute = f.cast("bitcast", magnitude, Ty::F32);
+    let small = f.bin("fadd", absolute, f32(16384.0));
+    let small = f.cast("bitcast", small, Ty::I32);
+    let small = f.sub(small, i32(i64::from(16384f32.to_bits())));
+    let tiny = f.cmp("slt", magnitude, i32(i64::from(0.015_625f32.to_bits())));
+    let code = f.select(tiny, small, normal);
+    let big = f.cmp("sgt", code, i32(0x7e));
+    let code = f.select(big, i32(0x7e), code);
+    let nan = f.cmp("sgt", magnitude, i32(0x7f80_0000));
+    let code = f.select(nan, i32(0x7f), code);
+    let code = f.bin("or", sign, code);
+    f.cast("trunc", code, Ty::I8)
+}
+
+/// How an element of a type is held between memory and arithmetic.
+pub fn stored(dtype: DType) -> Ty {
+    match dtype {
+        DType::F32 => Ty::F32,
+        DType::I32 => Ty::I32,
+        DType::Bf16 | DType::F16 => Ty::I16,
+        DType::E4m3 => Ty::I8,
+        DType::Bool => Ty::I1,
+    }
+}
+
+/// f32 to i32, towards zero, saturating; NaN gives 0.
+pub fn truncate(f: &mut Fn, v: Val) -> Val {
+    f.asm("cvt.rzi.s32.f32 $0, $1;", "=r,f", &[v], &[Ty::I32], false, false)[0]
+}
+
+/// Copies 4, 8 or 16 bytes from global to shared memory (address in i32) without waiting; zeros where `c` does not hold.
+pub fn copy_async(f: &mut Fn, to: Val, from: Val, bytes: u32, c: Val) {
+    let size = f.select(c, i32(bytes.into()), i32(0));
+    let cache = if bytes == 16 { "cg" } else { "ca" };
+    let text = format!("cp.async.{cache}.shared.global [$0], [$1], {bytes}, $2;");
+    f.asm(&text, "r,l,r", &[to, from, size], &[], true, true);
+}
+
+/// Waits for all copies of this thread.
+pub fn copy_wait(f: &mut Fn) {
+    f.asm("cp.async.wait_all;", "", &[], &[], true, true);
+}
+
+/// Reads four 8x8 matrices of 16-bit elements from rows whose addresses (i32) the lanes give; `transposed` on the way.
+pub fn ldmatrix(f: &mut Fn, at: Val, transposed: bool) -> Vec<Val> {
+    let how = if transposed { ".trans" } else { "" };
+    let text = format!("ldmatrix.sync.aligned.m8n8.x4{how}.shared.b16 {{$0, $1, $2, $3}}, [$4];");
+    f.asm(&text, "=r,=r,=r,=r,r", &[at], &[Ty::I32; 4], true, true)
+}
+
+/// `d += a · b` of a warp: 16x8 f32 results over 32 bytes of `k`; `a` four registers, `b` two.
+pub fn mma(f: &mut Fn, dtype: DType, acc: &[Val], a: &[Val], b: &[Val]) -> Vec<Val> {
+    let (shape, ty) = match dtype {
+        DType::Bf16 => ("m16n8k16", "bf16"),
+        DType::F16 => ("m16n8k16", "f16"),
+        _ => ("m16n8k32", "e4m3"),
+    };
+    let text = format!(
+        "mma.sync.aligned.{shape}.row.col.f32.{ty}.{ty}.f32 {{$0, $1, $2, $3}}, {{$8, $9, $10, $11}}, {{$12, $13}}, {{$4, $5, $6, $7}};"
+    );
+    let args: Vec<Val> = acc.iter().chain(a).chain(b).copied().collect();
+    f.asm(&text, "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r", &args, &[Ty::F32; 4], false, false)
+}
