@@ -427,44 +427,6 @@ impl Fn {
         let (a, b) = (self.target(then.0, then.1), self.target(otherwise.0, otherwise.1));
         self.raw(&format!("llvm.cond_br {c}, {a}, {b}"));
     }
-
-    /// Runs `body` where `c` holds.
-    pub fn when(&mut self, c: Val, body: impl FnOnce(&mut Fn)) {
-        match c {
-            Val::Int(0, _) => return,
-            Val::Int(..) => return body(self),
-            _ => {}
-        }
-        let (inside, after) = (self.label(), self.label());
-        self.cond_br(c, (inside, &[]), (after, &[]));
-        self.start(inside, &[]);
-        body(self);
-        self.br(after, &[]);
-        self.start(after, &[]);
-    }
-
-    /// `for i in lo..hi step step`, carrying values; `body` gives the next ones. All i32; compared as signed.
-    pub fn for_loop(
-        &mut self,
-        (lo, hi, step): (Val, Val, Val),
-        carried: &[Val],
-        body: impl FnOnce(&mut Fn, Val, &[Val]) -> Vec<Val>,
-    ) -> Vec<Val> {
-        let (head, inside, after) = (self.label(), self.label(), self.label());
-        let mut args = vec![lo];
-        args.extend_from_slice(carried);
-        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
-        self.br(head, &args);
-        let args = self.start(head, &types);
-        let more = self.cmp("slt", args[0], hi);
-        self.cond_br(more, (inside, &[]), (after, &[]));
-        self.start(inside, &[]);
-        let mut next = body(self, args[0], &args[1..]);
-        next.insert(0, self.add(args[0], step));
-        self.br(head, &next);
-        self.start(after, &[]);
-        args[1..].to_vec()
-    }
 }
 
 fn wrap(n: i64, ty: Ty) -> i64 {

@@ -1,0 +1,98 @@
+//! What emitters of every instruction need: the function being written and who the running thread is.
+
+use super::isa;
+use super::mlir::{Fn, Label, Ty, Val, i32};
+use crate::nvidia::arch::Arch;
+
+/// A block of threads at work.
+pub struct Threads<'a> {
+    /// The function.
+    pub f: Fn,
+    /// What the hardware has.
+    pub arch: &'a Arch,
+    /// Threads that run this code: a power of two, at least 32.
+    pub threads: u32,
+    /// This thread's number among them.
+    pub tid: Val,
+    /// Its lane in its warp.
+    pub lane: Val,
+    /// Its warp's number.
+    pub warp: Val,
+    /// Shared memory of the block, as [`Ty::Shared`].
+    pub shared: Val,
+    /// The same as an address in i32, for inline assembly.
+    pub shared32: Val,
+}
+
+impl<'a> Threads<'a> {
+    /// The whole block, at the start of the function's body.
+    pub fn new(mut f: Fn, arch: &'a Arch, threads: u32) -> Threads<'a> {
+        let tid = isa::sreg(&mut f, "tid.x");
+        let lane = f.bin("and", tid, i32(31));
+        let warp = f.bin("lshr", tid, i32(5));
+        let shared = f.op("llvm.mlir.addressof @shared : !llvm.ptr<3>", Ty::Shared);
+        let shared32 = f.cast("ptrtoint", shared, Ty::I32);
+        Threads { f, arch, threads, tid, lane, warp, shared, shared32 }
+    }
+
+    /// The address of a byte of shared memory.
+    pub fn shared_at(&mut self, byte: Val) -> Val {
+        self.f.offset(self.shared, byte)
+    }
+
+    /// Loads `n` neighbours from shared memory.
+    pub fn load_shared(&mut self, byte: Val, ty: Ty, n: u32) -> Vec<Val> {
+        let at = self.shared_at(byte);
+        self.f.load(at, ty, n)
+    }
+
+    /// Stores neighbours to shared memory.
+    pub fn store_shared(&mut self, byte: Val, values: &[Val]) {
+        let at = self.shared_at(byte);
+        self.f.store(at, values);
+    }
+
+    /// All threads wait for one another.
+    pub fn barrier(&mut self) {
+        isa::barrier(&mut self.f);
+    }
+
+    /// Runs `body` where `c` holds (a branch).
+    pub fn when(&mut self, c: Val, body: impl FnOnce(&mut Self)) {
+        match c {
+            Val::Int(0, _) => return,
+            Val::Int(..) => return body(self),
+            _ => {}
+        }
+        let (inside, after) = (self.f.label(), self.f.label());
+        self.f.cond_br(c, (inside, &[]), (after, &[]));
+        self.f.start(inside, &[]);
+        body(self);
+        self.f.br(after, &[]);
+        self.f.start(after, &[]);
+    }
+
+    /// `for i in lo..hi step step` (i32, signed), carrying values; `body` gives the next ones.
+    pub fn for_loop(
+        &mut self,
+        (lo, hi, step): (Val, Val, Val),
+        carried: &[Val],
+        body: impl FnOnce(&mut Self, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let (head, inside, after): (Label, Label, Label) = (self.f.label(), self.f.label(), self.f.label());
+        let mut args = vec![lo];
+        args.extend_from_slice(carried);
+        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
+        self.f.br(head, &args);
+        let args = self.f.start(head, &types);
+        let more = self.f.cmp("slt", args[0], hi);
+        self.f.cond_br(more, (inside, &[]), (after, &[]));
+        self.f.start(inside, &[]);
+        let mut next = body(self, args[0], &args[1..]);
+        let counter = self.f.add(args[0], step);
+        next.insert(0, counter);
+        self.f.br(head, &next);
+        self.f.start(after, &[]);
+        args[1..].to_vec()
+    }
+}
