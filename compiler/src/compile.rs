@@ -17,7 +17,7 @@ use dsc_ir::graph::Graph;
 use dsc_ir::tile::Access;
 use dsc_ir::{Sym, SymValues};
 use dsc_runtime::checkpoint::Checkpoint;
-use dsc_targets::{Kernel, Module, TargetError};
+use dsc_targets::{Kernel, Module, Target, TargetError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -127,11 +127,8 @@ pub fn compile_dir(dir: &Path, options: &Options, observe: &mut dyn FnMut(Event)
     let path = dir.join("config.json");
     let text = std::fs::read(&path).map_err(|source| ConfigError::Io { path, source })?;
     let checkpoint = has_weights(dir).then(|| Checkpoint::open(dir)).transpose()?;
-    let compiled = compile(&config, blake3::hash(&text).to_hex().as_str(), checkpoint.as_ref(), options, observe)?;
-    if let Some(checkpoint) = &checkpoint {
-        check_weights(dir, checkpoint, &compiled.header)?;
-    }
-    Ok(compiled)
+    let hash = blake3::hash(&text).to_hex();
+    compile(&config, hash.as_str(), checkpoint.as_ref().map(|c| (dir, c)), options, observe)
 }
 
 /// Whether a folder has safetensors files to check against.
@@ -139,12 +136,12 @@ pub fn has_weights(dir: &Path) -> bool {
     dir.join("model.safetensors").exists() || dir.join("model.safetensors.index.json").exists()
 }
 
-/// Compiles a model from its config and, if they are at hand, its weights (which are looked at, not taken along);
+/// Compiles a model from its config and, if they are at hand, its weights and their folder (they are looked at, not taken along);
 /// `config_hash` is the blake3 of its file, in hex.
 pub fn compile(
     config: &ModelConfig,
     config_hash: &str,
-    checkpoint: Option<&Checkpoint>,
+    checkpoint: Option<(&Path, &Checkpoint)>,
     options: &Options,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Compiled, CompileError> {
@@ -156,26 +153,41 @@ pub fn compile(
         model::build(config, &BuildOptions { numerics: options.numerics, layers: options.layers.clone(), max_context });
     observe(Event::Stage { name: "build graph", took: stage.elapsed() });
 
-    let bf16_weights = checkpoint.is_some_and(|c| dsc_runtime::weights::bf16_exact(&graph.weights, c));
+    let bf16_weights = checkpoint.is_some_and(|(_, c)| dsc_runtime::weights::bf16_exact(&graph.weights, c));
     let mut graphs = Vec::new();
     for class in classes(config, options, max_context) {
         let mut graph = graph.clone();
-        let cx = Cx {
-            class: class.clone(),
-            target_fp8: target.multiplies_fp8(),
-            bf16_weights,
-            numerics: options.numerics,
-            index_topk: config.index_topk as u32,
-        };
+        let cx = context(&*target, class.clone(), options.numerics, bf16_weights, config.index_topk as u32);
         passes::run(&mut graph, &cx, &mut |name, graph, took| {
             observe(Event::Pass { class: &class.name, name, graph, took });
         })?;
         graphs.push((class, graph));
     }
+    let facts = facts(config, config_hash, options, max_context);
+    lower(graphs, facts, options.numerics, &*target, checkpoint, observe)
+}
 
+/// What passes know when they compile for a target.
+pub fn context(target: &dyn Target, class: Class, numerics: Numerics, bf16_weights: bool, index_topk: u32) -> Cx {
+    Cx { class, target_fp8: target.multiplies_fp8(), bf16_weights, numerics, index_topk }
+}
+
+/// The way from fused graphs, one a shape class, to an artifact. Weights that are at hand are compared with what the graphs want
+/// before code is made.
+pub fn lower(
+    graphs: Vec<(Class, Graph)>,
+    model: ModelFacts,
+    numerics: Numerics,
+    target: &dyn Target,
+    checkpoint: Option<(&Path, &Checkpoint)>,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Compiled, CompileError> {
     let stage = Instant::now();
     let plan = plan::plan(&graphs, &|shape, class| target.schedule(shape, class.max.get(Sym::T)))?;
     observe(Event::Stage { name: "plan", took: stage.elapsed() });
+    if let Some((dir, checkpoint)) = checkpoint {
+        check_weights(dir, checkpoint, &plan)?;
+    }
 
     let stage = Instant::now();
     let kernels: Vec<Kernel> =
@@ -184,8 +196,7 @@ pub fn compile(
     observe(Event::Stage { name: "generate code", took: stage.elapsed() });
 
     let stage = Instant::now();
-    let facts = facts(config, config_hash, options, max_context);
-    let mut header = header(facts, options, &plan, &module, target.name());
+    let mut header = header(model, numerics, &plan, &module, target.name());
     let tile_text: String = plan.kernels.iter().map(|k| format!("// {}\n{}\n", k.what, k.program)).collect();
     let mut sections = vec![("code", module.code.as_slice()), ("tile", tile_text.as_bytes())];
     sections.extend(module.portable.as_deref().map(|asm| ("asm", asm)));
@@ -264,7 +275,7 @@ fn facts(config: &ModelConfig, config_hash: &str, options: &Options, max_context
     }
 }
 
-fn header(model: ModelFacts, options: &Options, plan: &Plan, module: &Module, target: &str) -> Header {
+fn header(model: ModelFacts, numerics: Numerics, plan: &Plan, module: &Module, target: &str) -> Header {
     let kernels = plan.kernels.iter().zip(&module.kernels).map(|(planned, code)| {
         let program = &planned.program;
         let param = |p: &dsc_ir::tile::Param| ParamEntry {
@@ -281,6 +292,7 @@ fn header(model: ModelFacts, options: &Options, plan: &Plan, module: &Module, ta
             grid: program.grid.clone(),
             params: program.params.iter().map(param).collect(),
             schedule: planned.schedule.clone(),
+            work: planned.work.clone(),
             gpu: code.gpu.clone(),
         }
     });
@@ -288,7 +300,7 @@ fn header(model: ModelFacts, options: &Options, plan: &Plan, module: &Module, ta
         compiler: env!("CARGO_PKG_VERSION").into(),
         target: target.into(),
         features: module.features.clone(),
-        numerics: options.numerics,
+        numerics,
         model,
         weights: plan.weights.clone(),
         states: plan.states.clone(),
@@ -299,8 +311,8 @@ fn header(model: ModelFacts, options: &Options, plan: &Plan, module: &Module, ta
 }
 
 /// Compares every tensor that the weight map names with the checkpoint's headers.
-fn check_weights(dir: &Path, checkpoint: &Checkpoint, header: &Header) -> Result<(), CompileError> {
-    let problems = dsc_runtime::weights::check(&header.weights, checkpoint);
+fn check_weights(dir: &Path, checkpoint: &Checkpoint, plan: &Plan) -> Result<(), CompileError> {
+    let problems = dsc_runtime::weights::check(&plan.weights, checkpoint);
     if problems.is_empty() {
         return Ok(());
     }

@@ -26,6 +26,7 @@ use crate::DType;
 use crate::extent::{GridDim, Sym, SymValues};
 use crate::graph::{Elem, PAGE_TOKENS, State, StateFormat, StepInput};
 use crate::tile::ViewType;
+use crate::work::Work;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -126,6 +127,9 @@ pub struct KernelEntry {
     pub params: Vec<ParamEntry>,
     /// The schedule, for people and tools.
     pub schedule: crate::schedule::Schedule,
+    /// What it has to compute and to move, for benches.
+    #[serde(default)]
+    pub work: Work,
     /// How a GPU launches it; none on a CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuKernel>,
@@ -177,6 +181,8 @@ pub struct Resources {
     pub stack_bytes: u32,
     /// Bytes of static shared memory of a block.
     pub static_shared_bytes: u32,
+    /// Blocks that a multiprocessor holds at a time.
+    pub blocks_per_sm: u32,
 }
 
 /// What a kernel parameter is bound to.
@@ -953,6 +959,7 @@ mod tests {
                     param("logits", true, DType::F32, &[Sym::L.into(), 512.into()]),
                 ],
                 schedule: Default::default(),
+                work: Default::default(),
                 gpu: None,
             }],
             steps: vec![Step {

@@ -6,7 +6,8 @@
 //! * [`tile`]: what one kernel does to tiles, with no target in it;
 //! * [`schedule`]: how a target runs a tile program, as plain data beside it.
 //!
-//! [`artifact`] is the schema of the file that the compiler writes and the runtime loads.
+//! [`artifact`] is the schema of the file that the compiler writes and the runtime loads; [`work`] says what its kernels have to
+//! compute and to move.
 //!
 //! **Invariants.** No LLVM, no device, no file access and no target name in this crate.
 
@@ -18,6 +19,7 @@ pub mod layout;
 pub mod sched;
 pub mod schedule;
 pub mod tile;
+pub mod work;
 
 pub use dtype::DType;
 pub use extent::{Extent, Sym, SymValues};

@@ -3,8 +3,10 @@
 //! A kernel is an `extern "C"` function that runs a range of its grid's blocks; blocks are independent, so any number of
 //! threads gives the same bits.
 
+use crate::cpu_limits;
 use crate::device::{Bound, BoundLaunch, Buffer, Device, LaunchTimes};
 use crate::error::DeviceError;
+use crate::limits::Limits;
 use crate::pool::Pool;
 use crate::weights::Weights;
 use dsc_ir::artifact::{Header, KernelEntry};
@@ -260,6 +262,10 @@ impl Device for CpuDevice {
         let first = self.buffers.len();
         self.buffers.extend((0..weights.len()).map(|i| Memory::Weight(Arc::clone(weights), i)));
         Ok((first..self.buffers.len()).map(Buffer).collect())
+    }
+
+    fn limits(&mut self, working_set: u64) -> Option<Limits> {
+        Some(cpu_limits::measure(&mut self.pool, working_set))
     }
 
     fn alloc(&mut self, bytes: u64, what: &'static str) -> Result<Buffer, DeviceError> {

@@ -2,6 +2,7 @@
 //! weights are uploaded or referenced as the device likes, and bound launches may become a captured graph.
 
 use crate::error::DeviceError;
+use crate::limits::Limits;
 use crate::weights::Weights;
 use dsc_ir::SymValues;
 use dsc_ir::artifact::Header;
@@ -80,6 +81,12 @@ pub trait Device: Send {
         syms: &SymValues,
         times: Option<&mut LaunchTimes>,
     ) -> Result<(), DeviceError>;
+
+    /// How fast it can be at best on so many bytes, which may be measured now; `None` if that is not known.
+    fn limits(&mut self, working_set: u64) -> Option<Limits> {
+        let _ = working_set;
+        None
+    }
 }
 
 /// How long launches of one step took.

@@ -37,9 +37,11 @@
 pub mod artifact;
 pub mod checkpoint;
 mod cpu;
+mod cpu_limits;
 pub mod device;
 mod error;
 pub mod evaluate;
+pub mod limits;
 mod pool;
 pub mod sample;
 pub mod session;
@@ -55,6 +57,7 @@ pub use cpu::CpuDevice;
 pub use device::Device;
 pub use error::{DeviceError, Error, RequestError, WeightError};
 pub use evaluate::Evaluation;
+pub use limits::Limits;
 pub use sample::Sampler;
 pub use session::{
     FinishReason, GenerateOptions, Generation, LogitsWanted, Model, Options, ProfileRow, SeqId, SequenceInput, Session,

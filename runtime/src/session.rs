@@ -10,6 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cpu::CpuDevice;
 use crate::device::{Bound, BoundLaunch, Buffer, Device, LaunchTime, LaunchTimes};
 use crate::error::{DeviceError, Error, RequestError};
+use crate::limits::Limits;
 use crate::sample::Sampler;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{self, Weights};
@@ -329,6 +330,8 @@ pub struct Session {
     context_limit: u32,
     /// By step of the header; present while profiling.
     profile: Option<Vec<LaunchTimes>>,
+    /// What the last request ran: steps of the header and their symbols.
+    ran: Vec<(usize, SymValues)>,
 }
 
 /// A step of the header that admits the session's cache.
@@ -411,6 +414,7 @@ impl Session {
             next_seq: 0,
             context_limit,
             profile: None,
+            ran: Vec::new(),
             artifact,
         })
     }
@@ -479,6 +483,16 @@ impl Session {
         self.free.sort_unstable_by(|a, b| b.cmp(a));
     }
 
+    /// The device steps of the last request: which step of the header each ran, and its symbols.
+    pub fn last_steps(&self) -> &[(usize, SymValues)] {
+        &self.ran
+    }
+
+    /// How fast the device can be at best on so many bytes; see [`Device::limits`].
+    pub fn limits(&mut self, working_set: u64) -> Option<Limits> {
+        self.device.limits(working_set)
+    }
+
     /// Starts to time every launch, from zero.
     pub fn start_profile(&mut self) {
         self.profile = Some(vec![LaunchTimes::default(); self.header().steps.len()]);
@@ -520,7 +534,9 @@ impl Session {
             bytes: 4 * elements as u64,
             reason: e.to_string(),
         })?;
+        self.ran.clear();
         for chunk in &chunks {
+            self.ran.push((self.steps[chunk.step].index, chunk.syms));
             self.run_chunk(chunk, taps, &mut output)?;
         }
         Ok(output)

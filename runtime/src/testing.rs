@@ -56,6 +56,7 @@ pub(crate) fn header() -> Header {
             grid: vec![rows],
             params: vec![ParamEntry { name: "out".into(), view, write: true }],
             schedule: Default::default(),
+            work: Default::default(),
             gpu: None,
         }],
         steps: vec![Step {

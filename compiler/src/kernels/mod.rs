@@ -42,9 +42,11 @@ pub mod sparse_attention;
 #[cfg(test)]
 mod tests;
 mod view;
+mod work;
 
 pub use crate::passes::Class;
 pub use heuristics::{KernelShape, default_schedule, shape_of};
+pub use work::work_of;
 pub use view::{resolve, resolve_part, state_root};
 
 /// Which array of a value a parameter is bound to.

@@ -15,6 +15,7 @@ use dsc_ir::artifact::{Arg, Launch, Step, Tap, WeightEntry};
 use dsc_ir::graph::{Elem, Graph, NodeId, Op, State, TensorType, Value, ValueType};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::Program;
+use dsc_ir::work::Work;
 use dsc_ir::{DType, Sym, SymValues};
 use std::collections::HashMap;
 
@@ -30,6 +31,8 @@ pub struct PlannedKernel {
     pub schedule: Schedule,
     /// What it computes, for people.
     pub what: String,
+    /// What it has to compute and to move.
+    pub work: Work,
 }
 
 /// Everything of an artifact but machine code.
@@ -126,7 +129,7 @@ fn plan_class(
         })?;
         let binder = Binder { graph, class, memory: &memory, weights: &weights, states: &states };
         let args = emitted.args.iter().map(|a| binder.bind(a)).collect::<Result<Vec<_>, _>>()?;
-        let kernel = intern_kernel(plan, interned, emitted, schedule)?;
+        let kernel = intern_kernel(plan, interned, emitted, schedule, || kernels::work_of(graph, node))?;
         step.launches.push(Launch { kernel, args, node: name.clone() });
     }
     Ok(step)
@@ -200,6 +203,7 @@ fn intern_kernel(
     interned: &mut Interned,
     emitted: Emitted,
     schedule: Schedule,
+    work: impl FnOnce() -> Work,
 ) -> Result<u32, PlanError> {
     let key = (emitted.program.to_string(), schedule.clone());
     if let Some(&i) = interned.kernels.get(&key) {
@@ -218,7 +222,7 @@ fn intern_kernel(
     }
     let i = plan.kernels.len() as u32;
     interned.kernels.insert(key, i);
-    plan.kernels.push(PlannedKernel { program, schedule, what: emitted.what });
+    plan.kernels.push(PlannedKernel { program, schedule, what: emitted.what, work: work() });
     Ok(i)
 }
 

@@ -86,6 +86,7 @@ fn check(config: &ModelConfig, numerics: Numerics, plan: Plan) {
             grid: k.program.grid.clone(),
             params: k.program.params.iter().map(param).collect(),
             schedule: k.schedule.clone(),
+            work: Default::default(),
             gpu: None,
         }
     });

@@ -92,6 +92,7 @@ fn header(program: &Program, module: &Module) -> Header {
         grid: program.grid.clone(),
         params: params.collect(),
         schedule: Schedule::default(),
+        work: Default::default(),
         gpu: None,
     };
     let model = ModelFacts {

@@ -120,6 +120,7 @@ fn header(program: &Program, module: &Module) -> Header {
         grid: program.grid.clone(),
         params: params(program),
         schedule: Schedule::default(),
+        work: Default::default(),
         gpu: None,
     };
     let model = ModelFacts {
