@@ -13,8 +13,14 @@
 //! commits; each consumer waits for the next full stage, takes its slots and releases it. Stages go round in order. Counters are implicit:
 //! the n-th acquire of a role and the n-th wait of another mean the same stage.
 //!
-//! **Invariants** ([`verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
+//! **Invariants** ([`mod@verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
 //! buffers that live at once do not overlap, and budgets (shared memory, registers, barriers, threads) hold.
+
+pub mod text;
+mod visit;
+
+pub use text::{canonical, parse};
+pub use visit::{Definitions, operands, reads};
 
 use crate::dtype::DType;
 use crate::extent::GridDim;
@@ -100,14 +106,14 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Bytes of one copy.
+    /// Bytes of one copy. Saturates, as [`Buffer::bytes`] does, where a text says more than 4 GiB.
     pub fn copy_bytes(&self) -> u32 {
-        self.shape[0] * self.pitch
+        self.shape[0].saturating_mul(self.pitch)
     }
 
     /// Bytes of all copies.
     pub fn bytes(&self) -> u32 {
-        self.copy_bytes() * self.copies
+        self.copy_bytes().saturating_mul(self.copies)
     }
 }
 

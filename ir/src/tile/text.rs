@@ -98,17 +98,18 @@ fn visit(region: &mut Region, f: &mut dyn FnMut(bool, &mut ValueId)) {
 impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let program = canonical(self);
-        let names = program.params.iter().map(|p| (p.value, p.name.as_str())).collect();
-        let printer = Printer { program: &program, names };
-        let grid: Vec<String> = program.grid.iter().map(GridDim::to_string).collect();
-        writeln!(f, "kernel {} grid({})", program.name, grid.join(", "))?;
-        for p in &program.params {
-            writeln!(f, "    {} %{}: {}", access_name(p.access), p.name, printer.ty(p.value))?;
-        }
+        let printer = Printer::new(&program.params, &program.types);
+        writeln!(f, "kernel {} grid({})", program.name, grid_text(&program.grid))?;
+        printer.params(f, &program.params)?;
         writeln!(f, "{{")?;
         printer.region(f, &program.body, 1)?;
         writeln!(f, "}}")
     }
+}
+
+/// `T/1, 4/2`
+pub(crate) fn grid_text(grid: &[GridDim]) -> String {
+    grid.iter().map(GridDim::to_string).collect::<Vec<_>>().join(", ")
 }
 
 const ACCESSES: [Access; 3] = [Access::Read, Access::Write, Access::ReadWrite];
@@ -234,29 +235,39 @@ fn inlined_constants(body: &MapFn) -> Vec<bool> {
     inlined
 }
 
-struct Printer<'a> {
-    program: &'a Program,
-    names: HashMap<ValueId, &'a str>,
+/// Prints operations. Parameters go by name.
+pub(crate) struct Printer<'a> {
+    pub(crate) types: &'a [Type],
+    pub(crate) names: HashMap<ValueId, &'a str>,
 }
 
-impl Printer<'_> {
-    fn v(&self, v: ValueId) -> String {
+impl<'a> Printer<'a> {
+    pub(crate) fn new(params: &'a [Param], types: &'a [Type]) -> Printer<'a> {
+        Printer { types, names: params.iter().map(|p| (p.value, p.name.as_str())).collect() }
+    }
+
+    /// A line a parameter.
+    pub(crate) fn params(&self, f: &mut fmt::Formatter<'_>, params: &[Param]) -> fmt::Result {
+        params.iter().try_for_each(|p| writeln!(f, "    {} %{}: {}", access_name(p.access), p.name, self.ty(p.value)))
+    }
+
+    pub(crate) fn v(&self, v: ValueId) -> String {
         self.names.get(&v).map_or_else(|| format!("%{}", v.0), |name| format!("%{name}"))
     }
 
-    fn vs(&self, vs: &[ValueId]) -> String {
+    pub(crate) fn vs(&self, vs: &[ValueId]) -> String {
         vs.iter().map(|&v| self.v(v)).collect::<Vec<_>>().join(", ")
     }
 
-    fn ty(&self, v: ValueId) -> String {
-        self.program.types.get(v.0 as usize).map_or("?".into(), Type::to_string)
+    pub(crate) fn ty(&self, v: ValueId) -> String {
+        self.types.get(v.0 as usize).map_or("?".into(), Type::to_string)
     }
 
     fn types(&self, vs: &[ValueId]) -> String {
         vs.iter().map(|&v| self.ty(v)).collect::<Vec<_>>().join(", ")
     }
 
-    fn index(&self, i: &Index) -> String {
+    pub(crate) fn index(&self, i: &Index) -> String {
         match i {
             Index::Const(c) => c.to_string(),
             Index::Value(v) => self.v(*v),
@@ -264,7 +275,7 @@ impl Printer<'_> {
     }
 
     /// `%x[rows %1, 0, %2]`
-    fn access(&self, view: ValueId, rows: Option<ValueId>, index: &[Index]) -> String {
+    pub(crate) fn access(&self, view: ValueId, rows: Option<ValueId>, index: &[Index]) -> String {
         let rows = rows.map(|r| format!("rows {}", self.v(r)));
         let all: Vec<String> = rows.into_iter().chain(index.iter().map(|i| self.index(i))).collect();
         format!("{}[{}]", self.v(view), all.join(", "))
@@ -322,7 +333,7 @@ impl Printer<'_> {
     }
 
     /// An operation without regions, its types left out.
-    fn op(&self, op: &Op) -> String {
+    pub(crate) fn op(&self, op: &Op) -> String {
         match op {
             Op::BlockId { axis } => format!("block_id {axis}"),
             Op::Sym(sym) => format!("sym {}", sym.name()),
@@ -374,25 +385,22 @@ pub struct ParseError {
 /// The kernels of a text, in order. They are well-formed but not verified.
 pub fn parse(text: &str) -> Result<Vec<Program>, ParseError> {
     let mut programs = Vec::new();
-    let mut p = Parser { text, at: 0, names: HashMap::new(), types: Vec::new() };
-    if text.len() > MAX_TEXT {
-        return Err(p.error(format!("a text of more than {MAX_TEXT} bytes")));
-    }
+    let mut p = Parser::new(text)?;
     while !p.rest().is_empty() {
         programs.push(p.kernel()?);
     }
     Ok(programs)
 }
 
-type Parsed<T> = Result<T, ParseError>;
+pub(crate) type Parsed<T> = Result<T, ParseError>;
 
 /// Recursive descent over characters.
-struct Parser<'a> {
+pub(crate) struct Parser<'a> {
     text: &'a str,
     at: usize,
     /// Values of the current kernel.
-    names: HashMap<&'a str, ValueId>,
-    types: Vec<Type>,
+    pub(crate) names: HashMap<&'a str, ValueId>,
+    pub(crate) types: Vec<Type>,
 }
 
 fn is_word(c: char) -> bool {
@@ -400,7 +408,13 @@ fn is_word(c: char) -> bool {
 }
 
 impl<'a> Parser<'a> {
-    fn error(&self, message: impl Into<String>) -> ParseError {
+    /// At the start of a text, unless it is longer than [`MAX_TEXT`].
+    pub(crate) fn new(text: &'a str) -> Parsed<Parser<'a>> {
+        let p = Parser { text, at: 0, names: HashMap::new(), types: Vec::new() };
+        if text.len() > MAX_TEXT { Err(p.error(format!("a text of more than {MAX_TEXT} bytes"))) } else { Ok(p) }
+    }
+
+    pub(crate) fn error(&self, message: impl Into<String>) -> ParseError {
         let before = &self.text[..self.at];
         let line_start = before.rfind('\n').map_or(0, |i| i + 1);
         ParseError {
@@ -411,7 +425,7 @@ impl<'a> Parser<'a> {
     }
 
     /// What follows, white space and comments skipped.
-    fn rest(&mut self) -> &'a str {
+    pub(crate) fn rest(&mut self) -> &'a str {
         loop {
             let rest = self.text[self.at..].trim_start();
             self.at = self.text.len() - rest.len();
@@ -423,7 +437,7 @@ impl<'a> Parser<'a> {
     }
 
     /// Takes that token if it is next. A word must end where the token ends.
-    fn eat(&mut self, token: &str) -> bool {
+    pub(crate) fn eat(&mut self, token: &str) -> bool {
         let rest = self.rest();
         let goes_on = |after: &str| token.ends_with(is_word) && after.starts_with(is_word);
         let found = rest.strip_prefix(token).is_some_and(|after| !goes_on(after));
@@ -431,7 +445,7 @@ impl<'a> Parser<'a> {
         found
     }
 
-    fn expect(&mut self, token: &str) -> Parsed<()> {
+    pub(crate) fn expect(&mut self, token: &str) -> Parsed<()> {
         if self.eat(token) { Ok(()) } else { Err(self.error(format!("expected `{token}`"))) }
     }
 
@@ -443,7 +457,7 @@ impl<'a> Parser<'a> {
         &rest[..end]
     }
 
-    fn word(&mut self, what: &str) -> Parsed<&'a str> {
+    pub(crate) fn word(&mut self, what: &str) -> Parsed<&'a str> {
         let start = self.rest();
         if !start.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') {
             return Err(self.error(format!("expected {what}")));
@@ -451,7 +465,7 @@ impl<'a> Parser<'a> {
         Ok(self.take(is_word))
     }
 
-    fn integer<T: FromStr>(&mut self) -> Parsed<T> {
+    pub(crate) fn integer<T: FromStr>(&mut self) -> Parsed<T> {
         let rest = self.rest();
         let digits = rest.strip_prefix('-').unwrap_or(rest);
         let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len()) + rest.len() - digits.len();
@@ -461,7 +475,7 @@ impl<'a> Parser<'a> {
     }
 
     /// `open item, item close`
-    fn list<T>(&mut self, open: &str, close: &str, item: impl Fn(&mut Self) -> Parsed<T>) -> Parsed<Vec<T>> {
+    pub(crate) fn list<T>(&mut self, open: &str, close: &str, item: impl Fn(&mut Self) -> Parsed<T>) -> Parsed<Vec<T>> {
         self.expect(open)?;
         if self.eat(close) {
             return Ok(Vec::new());
@@ -472,7 +486,7 @@ impl<'a> Parser<'a> {
     }
 
     /// One or more, with commas between.
-    fn items<T>(&mut self, item: impl Fn(&mut Self) -> Parsed<T>) -> Parsed<Vec<T>> {
+    pub(crate) fn items<T>(&mut self, item: impl Fn(&mut Self) -> Parsed<T>) -> Parsed<Vec<T>> {
         let mut items = vec![item(self)?];
         while self.eat(",") {
             items.push(item(self)?);
@@ -480,7 +494,7 @@ impl<'a> Parser<'a> {
         Ok(items)
     }
 
-    fn name(&mut self) -> Parsed<&'a str> {
+    pub(crate) fn name(&mut self) -> Parsed<&'a str> {
         self.expect("%")?;
         match self.text[self.at..].starts_with(is_word) {
             true => Ok(self.take(is_word)),
@@ -488,7 +502,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    fn define(&mut self, name: &'a str, ty: Type) -> Parsed<ValueId> {
+    pub(crate) fn define(&mut self, name: &'a str, ty: Type) -> Parsed<ValueId> {
         let v = ValueId(self.types.len() as u32);
         if self.names.insert(name, v).is_some() {
             return Err(self.error(format!("%{name} is defined twice")));
@@ -497,12 +511,12 @@ impl<'a> Parser<'a> {
         Ok(v)
     }
 
-    fn value(&mut self) -> Parsed<ValueId> {
+    pub(crate) fn value(&mut self) -> Parsed<ValueId> {
         let name = self.name()?;
         self.names.get(name).copied().ok_or_else(|| self.error(format!("%{name} is not defined above")))
     }
 
-    fn index(&mut self) -> Parsed<Index> {
+    pub(crate) fn index(&mut self) -> Parsed<Index> {
         Ok(if self.rest().starts_with('%') { Index::Value(self.value()?) } else { Index::Const(self.integer()?) })
     }
 
@@ -511,7 +525,7 @@ impl<'a> Parser<'a> {
         Sym::from_name(word).ok_or_else(|| self.error(format!("no symbol {word}")))
     }
 
-    fn dtype(&mut self) -> Parsed<DType> {
+    pub(crate) fn dtype(&mut self) -> Parsed<DType> {
         let word = self.word("an element type")?;
         DType::from_name(word).ok_or_else(|| self.error(format!("no element type {word}")))
     }
@@ -525,15 +539,21 @@ impl<'a> Parser<'a> {
         Ok(Extent { factor, sym })
     }
 
-    fn ty(&mut self) -> Parsed<Type> {
+    /// The `x` between two sizes, which runs into what follows.
+    pub(crate) fn times(&mut self) -> Parsed<()> {
+        if !self.rest().starts_with('x') {
+            return Err(self.error("expected `x`"));
+        }
+        self.at += 1;
+        Ok(())
+    }
+
+    pub(crate) fn ty(&mut self) -> Parsed<Type> {
         if self.eat("tile<") {
             let mut shape = Vec::new();
             while self.rest().starts_with(|c: char| c.is_ascii_digit()) {
                 shape.push(self.integer()?);
-                if !self.rest().starts_with('x') {
-                    return Err(self.error("expected `x`"));
-                }
-                self.at += 1;
+                self.times()?;
             }
             let dtype = self.dtype()?;
             self.expect(">")?;
@@ -541,10 +561,7 @@ impl<'a> Parser<'a> {
         }
         if self.eat("topk<") {
             let rows = self.integer()?;
-            if !self.rest().starts_with('x') {
-                return Err(self.error("expected `x`"));
-            }
-            self.at += 1;
+            self.times()?;
             let k = self.integer()?;
             self.expect(">")?;
             return Ok(Type::Topk { rows, k });
@@ -579,24 +596,34 @@ impl<'a> Parser<'a> {
         (self.names, self.types) = (HashMap::new(), Vec::new());
         self.expect("kernel")?;
         let name = self.word("the kernel's name")?.to_owned();
-        self.expect("grid")?;
-        let grid = self.list("(", ")", |p| {
-            let extent = p.extent()?;
-            p.expect("/")?;
-            Ok(GridDim { extent, tile: p.integer()? })
-        })?;
+        let grid = self.grid()?;
         let mut params = Vec::new();
         while !self.eat("{") {
             let word = self.word("`{` or a parameter")?;
-            let access = ACCESSES.into_iter().find(|&a| access_name(a) == word);
-            let access = access.ok_or_else(|| self.error("a parameter is `read`, `write` or `readwrite`"))?;
-            let name = self.name()?;
-            self.expect(":")?;
-            let ty = self.ty()?;
-            params.push(Param { name: name.to_owned(), value: self.define(name, ty)?, access });
+            params.push(self.param(word)?);
         }
         let body = self.region(1, Vec::new())?;
         Ok(Program { name, grid, params, types: std::mem::take(&mut self.types), body })
+    }
+
+    /// `grid(T/1)`
+    pub(crate) fn grid(&mut self) -> Parsed<Vec<GridDim>> {
+        self.expect("grid")?;
+        self.list("(", ")", |p| {
+            let extent = p.extent()?;
+            p.expect("/")?;
+            Ok(GridDim { extent, tile: p.integer()? })
+        })
+    }
+
+    /// A parameter, after its first word.
+    pub(crate) fn param(&mut self, word: &str) -> Parsed<Param> {
+        let access = ACCESSES.into_iter().find(|&a| access_name(a) == word);
+        let access = access.ok_or_else(|| self.error("a parameter is `read`, `write` or `readwrite`"))?;
+        let name = self.name()?;
+        self.expect(":")?;
+        let ty = self.ty()?;
+        Ok(Param { name: name.to_owned(), value: self.define(name, ty)?, access })
     }
 
     /// After `{`, up to and with `}`.
@@ -683,7 +710,7 @@ impl<'a> Parser<'a> {
     }
 
     /// The shape that an operation takes from its result's type.
-    fn with_shape(&self, mut op: Op, types: &[Type]) -> Parsed<Op> {
+    pub(crate) fn with_shape(&self, mut op: Op, types: &[Type]) -> Parsed<Op> {
         let want = match &mut op {
             Op::Full { shape, .. }
             | Op::Iota { shape, .. }
@@ -710,7 +737,7 @@ impl<'a> Parser<'a> {
     }
 
     /// `%x[rows %1, 0, %2]`
-    fn access(&mut self, has_rows: bool) -> Parsed<(ValueId, Option<ValueId>, Vec<Index>)> {
+    pub(crate) fn access(&mut self, has_rows: bool) -> Parsed<(ValueId, Option<ValueId>, Vec<Index>)> {
         let view = self.value()?;
         self.expect("[")?;
         let mut rows = None;
@@ -748,7 +775,7 @@ impl<'a> Parser<'a> {
     }
 
     /// An operation without regions, after its keyword; shapes are left empty.
-    fn op(&mut self, keyword: &str) -> Parsed<Op> {
+    pub(crate) fn op(&mut self, keyword: &str) -> Parsed<Op> {
         let shape = Vec::new();
         Ok(match keyword {
             "block_id" => Op::BlockId { axis: self.integer()? },
@@ -891,7 +918,7 @@ impl<'a> Parser<'a> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::tile::interp::{Binding, Options, block_count, run_blocks};
     use crate::tile::{Builder, MapBuilder, MapVal, verify};
@@ -972,7 +999,7 @@ mod tests {
             [0, 1, 0x8000_0000, 0x7f80_0000, 0xff80_0000, NAN_BITS, 0xffc0_0001, 0x7f80_0001, 0x3dcc_cccd, 0x7f7f_ffff]
         {
             let text = Scalar::F32(f32::from_bits(bits)).to_string();
-            let mut p = Parser { text: &text, at: 0, names: HashMap::new(), types: Vec::new() };
+            let mut p = Parser::new(&text).unwrap();
             assert_eq!(p.literal(), Ok(Some(Scalar::F32(f32::from_bits(bits)))), "{text}");
         }
     }
@@ -1185,7 +1212,7 @@ mod tests {
         }
     }
 
-    fn random_program() -> impl Strategy<Value = Program> {
+    pub(crate) fn random_program() -> impl Strategy<Value = Program> {
         proptest::collection::vec(any::<u8>(), 0..400)
             .prop_map(|bytes| Random { bytes: &bytes, views: Vec::new() }.program())
     }
