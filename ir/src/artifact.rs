@@ -150,6 +150,9 @@ pub struct GpuKernel {
     pub shared_bytes: u32,
     /// Blocks of a cluster along x; 1 without clusters.
     pub cluster: u32,
+    /// Blocks go on to further tiles: a launch with fewer blocks than the grid has does all of it. As many as the device holds at a
+    /// time are best.
+    pub persistent: bool,
     /// Tensor maps, for hardware that copies tiles by descriptor.
     pub maps: Vec<TensorMap>,
     /// Bytes of the kernel's portable assembly in section `asm` (PTX), first and past-the-end.

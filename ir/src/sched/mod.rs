@@ -41,6 +41,9 @@ pub struct Scheduled {
     pub name: String,
     /// Blocks along each axis.
     pub grid: Vec<GridDim>,
+    /// A block goes on to further tiles of the grid: it runs the roles' bodies once a tile, and channels go on from one to the
+    /// next. Tiles are taken down axis 0 in bands of this many, so that those which run together share operands. None: a tile a block.
+    pub persistent: Option<u32>,
     /// Parameters, as of the tile program.
     pub params: Vec<Param>,
     /// Types of all values, by [`ValueId`].
@@ -130,7 +133,8 @@ pub enum Place {
     Shared(BufferId),
     /// A slot of the stage taken last.
     Slot(ChannelId, u32),
-    /// Distributed over registers of the role's warps as a matrix product leaves it.
+    /// Distributed over registers of the role's warps as a matrix product leaves it. A tile with one row or one column is what a product's
+    /// is combined with: each thread has the elements of its own columns or rows.
     Fragment(Fragment),
 }
 
@@ -151,6 +155,8 @@ pub enum Atom {
     Mma16x8,
     /// 64xN results a warpgroup of four warps, each a stack of 16-row fragments as [`Atom::Mma16x8`] (`N` is the columns per warpgroup).
     Wgmma,
+    /// The transpose of what [`Atom::Wgmma`] leaves: the operands change places, so that few rows are the instruction's `N`.
+    WgmmaTransposed,
     /// No instruction: fused multiply-adds. Thread `t` of a warp holds a 4x4 patch at row `4 (t / 8)`, column `4 (t mod 8)` of each
     /// 16x32 tile.
     Fma,

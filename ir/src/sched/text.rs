@@ -25,7 +25,7 @@
 //! ```
 //!
 //! Places: `@uniform`, `@lazy`, `@shared(b3)`, `@slot(c0, 1)` and `@frag(ATOM, ROWSxCOLUMNS)` with warps along rows and columns and
-//! `ATOM` one of `mma16x8`, `wgmma` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
+//! `ATOM` one of `mma16x8`, `wgmma`, `wgmma_t` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
 //! is written. Scratch memory stands last: `scratch b4`.
 //!
 //! **Invariants.** As for tile programs: printing prints the [`canonical`] kernel, and for every kernel that verifies
@@ -85,7 +85,8 @@ impl fmt::Display for ChannelId {
     }
 }
 
-const ATOMS: [(Atom, &str); 3] = [(Atom::Mma16x8, "mma16x8"), (Atom::Wgmma, "wgmma"), (Atom::Fma, "fma")];
+const ATOMS: [(Atom, &str); 4] =
+    [(Atom::Mma16x8, "mma16x8"), (Atom::Wgmma, "wgmma"), (Atom::WgmmaTransposed, "wgmma_t"), (Atom::Fma, "fma")];
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -117,7 +118,11 @@ impl fmt::Display for Scheduled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kernel = canonical(self);
         let printer = BlockPrinter { tile: Printer::new(&kernel.params, &kernel.types), places: &kernel.places };
-        writeln!(f, "scheduled {} grid({}) threads {}", kernel.name, grid_text(&kernel.grid), kernel.threads)?;
+        write!(f, "scheduled {} grid({}) ", kernel.name, grid_text(&kernel.grid))?;
+        if let Some(band) = kernel.persistent {
+            write!(f, "persistent {band} ")?;
+        }
+        writeln!(f, "threads {}", kernel.threads)?;
         printer.tile.params(f, &kernel.params)?;
         for (i, buffer) in kernel.buffers.iter().enumerate() {
             writeln!(f, "    buffer b{i} = {buffer}")?;
@@ -350,6 +355,7 @@ impl<'a> BlockParser<'a> {
         self.p.expect("scheduled")?;
         let name = self.p.word("the kernel's name")?.to_owned();
         let grid = self.p.grid()?;
+        let persistent = if self.p.eat("persistent") { Some(self.p.integer()?) } else { None };
         self.p.expect("threads")?;
         let threads = self.p.integer()?;
         let (mut params, mut buffers, mut channels) = (Vec::new(), Vec::new(), Vec::new());
@@ -369,7 +375,7 @@ impl<'a> BlockParser<'a> {
             roles.push(self.role()?);
         }
         let (types, places) = (std::mem::take(&mut self.p.types), std::mem::take(&mut self.places));
-        Ok(Scheduled { name, grid, params, types, places, threads, buffers, channels, common, roles })
+        Ok(Scheduled { name, grid, persistent, params, types, places, threads, buffers, channels, common, roles })
     }
 
     /// `b0 = name:`, where the number counts the table's lines.
@@ -632,7 +638,7 @@ role consumer warps 1..2 {
             (_, n @ 0..50) => Place::Shared(BufferId(n.into())),
             (_, n @ 50..100) => Place::Slot(ChannelId(n.into()), 1),
             (_, n @ 100..200) => {
-                Place::Fragment(Fragment { atom: ATOMS[n as usize % 3].0, warps: [n.into(), u32::from(n) % 3] })
+                Place::Fragment(Fragment { atom: ATOMS[n as usize % 4].0, warps: [n.into(), u32::from(n) % 3] })
             }
             (_, 200..228) => Place::Lazy,
             _ => Place::Uniform,
@@ -640,6 +646,7 @@ role consumer warps 1..2 {
         let mut kernel = Scheduled {
             name: program.name.clone(),
             grid: program.grid.clone(),
+            persistent: bytes.first().filter(|&&n| n > 100).map(|&n| n.into()),
             params: program.params.clone(),
             types: program.types.clone(),
             places: program.types.iter().map(&mut place).collect(),
