@@ -10,10 +10,13 @@
 pub mod cpu;
 #[cfg(feature = "nvidia")]
 pub mod nvidia;
+#[cfg(any(feature = "cpu", feature = "nvidia"))]
+mod parallel;
 
 use dsc_ir::artifact::GpuKernel;
 use dsc_ir::schedule::{KernelShape, Schedule};
 use dsc_ir::tile::Program;
+use std::path::PathBuf;
 
 /// What to compile: a program, and how the target should run it.
 #[derive(Clone, Debug)]
@@ -50,8 +53,45 @@ pub struct Module {
     pub portable: Option<Vec<u8>>,
     /// Readable code, if it was asked for.
     pub asm: Option<String>,
+    /// The levels that [`TargetOptions::levels`] asked for, of targets that keep them by kernel; in the kernels' order.
+    pub listings: Vec<Listing>,
     /// What the processor must have, by the names of `/proc/cpuinfo`.
     pub features: Vec<String>,
+    /// What a user should know of the code: one line each.
+    pub warnings: Vec<String>,
+}
+
+/// A level that kernels pass through inside a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// The scheduled tile program.
+    Sched,
+    /// MLIR.
+    Mlir,
+    /// LLVM IR.
+    Llvm,
+    /// Assembly.
+    Asm,
+}
+
+/// One kernel at one level, as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// The kernel's name.
+    pub kernel: String,
+    /// The level.
+    pub level: Level,
+    /// The text.
+    pub text: String,
+}
+
+/// What a target may be told.
+#[derive(Clone, Debug, Default)]
+pub struct TargetOptions {
+    /// Levels to keep as text.
+    pub levels: Vec<Level>,
+    /// The assembler of NVIDIA targets, `none` for none; looked for if not given.
+    pub ptxas: Option<PathBuf>,
 }
 
 /// Why a target could not compile a kernel.
@@ -90,8 +130,18 @@ pub trait Target {
     /// The name that `--target` takes.
     fn name(&self) -> &'static str;
 
+    /// The levels it can keep as text.
+    fn levels(&self) -> &'static [Level] {
+        &[Level::Asm]
+    }
+
     /// Whether it multiplies e4m3 tiles. If not, the graph is lowered to plain weights and dequantised activations.
     fn multiplies_fp8(&self) -> bool;
+
+    /// Blocks that a launch needs to fill it, where it runs all of them at once; 0 where a few workers take them one after another.
+    fn blocks(&self) -> u32 {
+        0
+    }
 
     /// How it runs a kernel of that shape, in steps of at most `tokens` tokens.
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
@@ -107,6 +157,20 @@ pub trait Target {
 /// # Errors
 /// [`TargetError::Setup`] if there is none, if it is not implemented, or if this build lacks it.
 pub fn target(name: &str, asm: bool) -> Result<Box<dyn Target>, TargetError> {
+    let levels = if asm { vec![Level::Asm] } else { Vec::new() };
+    target_with(name, &TargetOptions { levels, ..TargetOptions::default() })
+}
+
+/// The target of that name, told more.
+///
+/// # Errors
+/// As [`target`].
+pub fn target_with(name: &str, options: &TargetOptions) -> Result<Box<dyn Target>, TargetError> {
+    #[cfg(feature = "nvidia")]
+    if let Some(target) = nvidia::NvidiaTarget::named(name, options) {
+        return Ok(Box::new(target));
+    }
+    let asm = options.levels.contains(&Level::Asm);
     let _ = asm;
     let refuse = |reason: &str| Err(TargetError::Setup { target: name.to_owned(), reason: reason.to_owned() });
     match name {
@@ -116,7 +180,10 @@ pub fn target(name: &str, asm: bool) -> Result<Box<dyn Target>, TargetError> {
         "cpu-v3" => Ok(Box::new(cpu::CpuTarget::new(cpu::Level::V3).with_asm(asm))),
         #[cfg(feature = "cpu")]
         "cpu-v4" => Ok(Box::new(cpu::CpuTarget::new(cpu::Level::V4).with_asm(asm))),
-        _ if targets().iter().any(|t| t.name == name) => refuse("not implemented in this dsc (see `dsc targets`)"),
+        _ if targets().iter().any(|t| t.name == name && t.status == Status::Compiles) => {
+            refuse("this dsc was built without it; build it with `--features nvidia` (needs LLVM 22)")
+        }
+        _ if targets().iter().any(|t| t.name == name) => refuse("not implemented (see `dsc targets`)"),
         _ => refuse("there is no such target (`dsc targets` lists them)"),
     }
 }
@@ -127,6 +194,8 @@ pub fn target(name: &str, asm: bool) -> Result<Box<dyn Target>, TargetError> {
 pub enum Status {
     /// Compiles every tile program, and its output is executed by the test suite.
     RunOnHardware,
+    /// Makes code of tile programs, which was not run on the hardware.
+    Compiles,
     /// Named so that a user can see it is known; nothing is implemented.
     Planned,
 }
@@ -161,6 +230,19 @@ pub fn targets() -> &'static [TargetInfo] {
         status: Status::Planned,
         note: "planned: not implemented",
     };
+    const NVIDIA: TargetInfo = TargetInfo {
+        name: "",
+        description: "",
+        lowering: "MLIR and LLVM to PTX; cubins with ptxas",
+        requires: &[],
+        vector_bytes: 16,
+        status: Status::Compiles,
+        note: if cfg!(feature = "nvidia") {
+            "compiles; not run on hardware"
+        } else {
+            "not in this build (feature `nvidia`)"
+        },
+    };
     const ALL: &[TargetInfo] = &[
         TargetInfo {
             name: "cpu",
@@ -171,7 +253,11 @@ pub fn targets() -> &'static [TargetInfo] {
             status: Status::RunOnHardware,
             note: "every tile op; run by the test suite on the build machine",
         },
-        TargetInfo { name: "sm_90a", description: "NVIDIA Hopper", ..PLANNED },
+        TargetInfo { name: "sm_80", description: "NVIDIA Ampere (A100), without fp8", ..NVIDIA },
+        TargetInfo { name: "sm_89", description: "NVIDIA Ada (L40S)", ..NVIDIA },
+        TargetInfo { name: "sm_90a", description: "NVIDIA Hopper (H100, H200)", ..NVIDIA },
+        TargetInfo { name: "sm_100a", description: "NVIDIA Blackwell (B200)", ..NVIDIA },
+        TargetInfo { name: "sm_120a", description: "NVIDIA Blackwell (RTX 5090)", ..NVIDIA },
         TargetInfo { name: "gfx942", description: "AMD CDNA 3", ..PLANNED },
         TargetInfo { name: "gfx950", description: "AMD CDNA 4", ..PLANNED },
         TargetInfo { name: "ascend910b", description: "Huawei Ascend 910B", ..PLANNED },

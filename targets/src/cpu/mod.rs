@@ -42,6 +42,7 @@ mod tile;
 mod topk;
 mod wide;
 
+use crate::parallel::in_parallel;
 use crate::{Kernel, KernelCode, Module, Target, TargetError};
 use asm::Width;
 use cranelift_codegen::control::ControlPlane;
@@ -54,8 +55,6 @@ use dsc_ir::schedule::{KernelShape, Schedule};
 use emit::{Fun, Routine};
 use link::Piece;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What the processor is known to have: the x86-64 microarchitecture levels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,7 +208,8 @@ impl Target for CpuTarget {
             scratch_bytes: c.scratch_bytes,
             gpu: None,
         });
-        Ok(Module { code, kernels: kernel_code.collect(), portable: None, asm, features: self.level.features() })
+        let (kernels, features) = (kernel_code.collect(), self.level.features());
+        Ok(Module { code, kernels, asm, features, ..Module::default() })
     }
 }
 
@@ -226,30 +226,6 @@ struct Compiled {
     piece: Piece,
     scratch_bytes: u64,
     asm: Option<String>,
-}
-
-/// `f` of every item, on as many threads as there are processors; results in order.
-fn in_parallel<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(items.len());
-    if workers <= 1 {
-        return items.iter().map(f).collect();
-    }
-    let next = AtomicUsize::new(0);
-    let results: Vec<Mutex<Option<R>>> = items.iter().map(|_| Mutex::new(None)).collect();
-    std::thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(item) = items.get(i) else { break };
-                    let result = f(item);
-                    *results[i].lock().expect("no holder panics") = Some(result);
-                }
-            });
-        }
-    });
-    let take = |r: Mutex<Option<R>>| r.into_inner().expect("no holder panics").expect("every item was taken");
-    results.into_iter().map(take).collect()
 }
 
 fn compile_kernel(isa: &OwnedTargetIsa, kernel: &Kernel, width: Width, asm: bool) -> Result<Compiled, TargetError> {

@@ -10,8 +10,8 @@ use dsc_ir::artifact::Resources;
 pub struct Arch {
     /// The name that `--target` takes, which is also what LLVM and ptxas call it.
     pub name: &'static str,
-    /// LLVM's subtarget features: the PTX version of the output.
-    pub llvm_features: &'static str,
+    /// Version of the PTX that is written, times ten.
+    pub ptx: u32,
     /// Bytes of shared memory that one block can have, static and dynamic together.
     pub shared_per_block: u32,
     /// Bytes of shared memory of a multiprocessor; every block takes [`Arch::SHARED_RESERVED`] more than it asks for.
@@ -60,6 +60,11 @@ impl Arch {
         ARCHS.iter().find(|a| a.name == name)
     }
 
+    /// LLVM's subtarget features.
+    pub fn llvm_features(&self) -> String {
+        format!("+ptx{}", self.ptx)
+    }
+
     /// Blocks of `threads` threads, with `dynamic` bytes of dynamic shared memory and what `resources` says, that a multiprocessor
     /// holds at a time; 0 if not even one fits.
     pub fn occupancy(&self, threads: u32, dynamic: u32, resources: &Resources) -> u32 {
@@ -82,7 +87,7 @@ const KIB: u32 = 1024;
 pub const ARCHS: &[Arch] = &[
     Arch {
         name: "sm_80",
-        llvm_features: "+ptx80",
+        ptx: 80,
         shared_per_block: 163 * KIB,
         shared_per_sm: 164 * KIB,
         warps_per_sm: 64,
@@ -94,7 +99,7 @@ pub const ARCHS: &[Arch] = &[
     },
     Arch {
         name: "sm_89",
-        llvm_features: "+ptx84",
+        ptx: 84,
         shared_per_block: 99 * KIB,
         shared_per_sm: 100 * KIB,
         warps_per_sm: 48,
@@ -106,7 +111,7 @@ pub const ARCHS: &[Arch] = &[
     },
     Arch {
         name: "sm_90a",
-        llvm_features: "+ptx86",
+        ptx: 86,
         shared_per_block: 227 * KIB,
         shared_per_sm: 228 * KIB,
         warps_per_sm: 64,
@@ -118,7 +123,7 @@ pub const ARCHS: &[Arch] = &[
     },
     Arch {
         name: "sm_100a",
-        llvm_features: "+ptx86",
+        ptx: 86,
         shared_per_block: 227 * KIB,
         shared_per_sm: 228 * KIB,
         warps_per_sm: 64,
@@ -130,7 +135,7 @@ pub const ARCHS: &[Arch] = &[
     },
     Arch {
         name: "sm_120a",
-        llvm_features: "+ptx87",
+        ptx: 87,
         shared_per_block: 99 * KIB,
         shared_per_sm: 100 * KIB,
         warps_per_sm: 48,
