@@ -718,8 +718,26 @@ impl Session {
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation, Error> {
         let start = Instant::now();
-        let mut output = self.step(&[SequenceInput { seq, tokens: prompt }], LogitsWanted::Last, false)?;
+        let output = self.step(&[SequenceInput { seq, tokens: prompt }], LogitsWanted::Last, false)?;
         let prompt_s = start.elapsed().as_secs_f64();
+        let mut generation = self.continue_from(seq, output, options, on_token)?;
+        generation.timings.prompt_s = prompt_s;
+        Ok(generation)
+    }
+
+    /// Continues a sequence from the step that fed its last token: `output` is that step's, and its last row that token's logits.
+    /// All tokens of the sequence count as the prompt, whose time the caller knows.
+    ///
+    /// # Errors
+    /// As [`Session::generate`]; [`RequestError::Empty`] if `output` has no row.
+    pub fn continue_from(
+        &mut self,
+        seq: SeqId,
+        mut output: StepOutput,
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generation, Error> {
+        let prompt_tokens = self.sequence_tokens(seq).ok_or(RequestError::Sequence)? as usize;
         let eos = options.eos.clone().unwrap_or_else(|| self.header().model.eos.clone());
         let mut token_ids: Vec<u32> = Vec::new();
         let mut decode = Duration::ZERO;
@@ -727,8 +745,9 @@ impl Session {
             if token_ids.len() == options.max_new_tokens {
                 break FinishReason::Length;
             }
-            let position = (prompt.len() + token_ids.len()) as u64;
-            let token = options.sampler.pick(output.row(0), position)?;
+            let position = (prompt_tokens + token_ids.len()) as u64;
+            let last = output.rows.checked_sub(1).ok_or(RequestError::Empty)?;
+            let token = options.sampler.pick(output.row(last), position)?;
             token_ids.push(token);
             if on_token(token).is_break() {
                 break FinishReason::Cancelled;
@@ -747,8 +766,8 @@ impl Session {
             decode += start.elapsed();
         };
         let timings = Timings {
-            prompt_tokens: prompt.len(),
-            prompt_s,
+            prompt_tokens,
+            prompt_s: 0.0,
             decode_tokens: token_ids.len().saturating_sub(1),
             decode_s: decode.as_secs_f64(),
         };

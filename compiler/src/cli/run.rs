@@ -2,13 +2,16 @@
 
 use super::{BundleArgs, Failure, Outcome, check_destination, check_tokens, print_json, tell, write_atomically};
 use dsc_runtime::tokenizer::{Detokenizer, TokenizerError};
-use dsc_runtime::{FinishReason, GenerateOptions, LogitsWanted, Sampler, SequenceInput, Session, Timings, Tokenizer};
+use dsc_runtime::{
+    FinishReason, GenerateOptions, LogitsWanted, Sampler, SeqId, SequenceInput, Session, StepOutput, Timings, Tokenizer,
+};
 use safetensors::tensor::{Dtype, TensorView};
 use std::error::Error;
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("input").required(true))]
@@ -90,9 +93,6 @@ pub fn run(args: Args) -> Outcome {
     check_tokens(&facts, &prompt)?;
     let model = args.bundle.open(&facts, prompt.len().saturating_add(args.max_new_tokens), 1)?;
     let mut session = model.session()?;
-    if let Some(path) = &args.dump_logits {
-        dump_logits(&mut session, &prompt, path)?;
-    }
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         sampler,
@@ -103,7 +103,17 @@ pub fn run(args: Args) -> Outcome {
     if let Some(text) = &args.prompt {
         stream.show(text);
     }
-    let generation = session.generate(&prompt, &options, &mut |token| stream.token(token))?;
+    let mut on_token = |token| stream.token(token);
+    let generation = match &args.dump_logits {
+        None => session.generate(&prompt, &options, &mut on_token)?,
+        Some(path) => {
+            let seq = session.add_sequence();
+            let (output, prompt_s) = dump_logits(&mut session, seq, &prompt, path)?;
+            let mut generation = session.continue_from(seq, output, &options, &mut on_token)?;
+            generation.timings.prompt_s = prompt_s;
+            generation
+        }
+    };
     let text = stream.finish()?;
     if args.bundle.json {
         print_json(&Answer {
@@ -157,15 +167,21 @@ fn read_token_ids(path: &Path) -> Result<Vec<u32>, Failure> {
     text.split_whitespace().enumerate().map(parse).collect()
 }
 
-fn dump_logits(session: &mut Session, prompt: &[u32], path: &Path) -> Result<(), Box<dyn Error>> {
-    let seq = session.add_sequence();
+/// Feeds the prompt and writes its logits; what the step gave, and the seconds it took.
+fn dump_logits(
+    session: &mut Session,
+    seq: SeqId,
+    prompt: &[u32],
+    path: &Path,
+) -> Result<(StepOutput, f64), Box<dyn Error>> {
+    let start = Instant::now();
     let output = session.step(&[SequenceInput { seq, tokens: prompt }], LogitsWanted::All, false)?;
-    session.remove_sequence(seq);
+    let prompt_s = start.elapsed().as_secs_f64();
     let bytes: Vec<u8> = output.logits.iter().flat_map(|x| x.to_le_bytes()).collect();
     let vocab = output.logits.len() / output.rows.max(1);
     let view = TensorView::new(Dtype::F32, vec![output.rows, vocab], &bytes)?;
-    let file = safetensors::serialize([("logits", view)], None)?;
-    Ok(write_atomically(path, &file)?)
+    write_atomically(path, &safetensors::serialize([("logits", view)], None)?)?;
+    Ok((output, prompt_s))
 }
 
 /// Shows tokens as they come: text where there is a tokenizer, ids otherwise; nothing with `--json`.

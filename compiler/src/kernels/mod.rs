@@ -46,8 +46,8 @@ mod work;
 
 pub use crate::passes::Class;
 pub use heuristics::{KernelShape, default_schedule, shape_of};
-pub use work::work_of;
 pub use view::{resolve, resolve_part, state_root};
+pub use work::work_of;
 
 /// Which array of a value a parameter is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
