@@ -16,10 +16,14 @@
 //! **Invariants** ([`mod@verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
 //! buffers that live at once do not overlap, and budgets (shared memory, registers, barriers, threads) hold.
 
+mod ring;
 pub mod text;
+pub mod verify;
 mod visit;
+mod walk;
 
 pub use text::{canonical, parse};
+pub use verify::{Budget, verify};
 pub use visit::{Definitions, operands, reads};
 
 use crate::dtype::DType;

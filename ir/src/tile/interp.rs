@@ -142,7 +142,7 @@ pub fn run_blocks(
 
 /// The elements of a tile in row-major order, or a top-k state.
 #[derive(Clone, Debug)]
-enum Data {
+pub(crate) enum Data {
     F32(Vec<f32>),
     I32(Vec<i32>),
     Bool(Vec<bool>),
@@ -254,7 +254,7 @@ impl Data {
 
 /// A streaming selection: for each row the candidates that may still win, in ascending order of number.
 #[derive(Clone, Debug)]
-struct Topk {
+pub(crate) struct Topk {
     k: usize,
     /// The next candidate number that may be offered.
     next: i64,
@@ -910,7 +910,7 @@ fn zip3<A: Copy, B: Copy, C: Copy, R>(a: &[A], b: &[B], c: &[C], f: impl Fn(A, B
 }
 
 /// Evaluates a map's body over whole vectors; inputs have one length or are single elements. None if types do not agree.
-fn eval_map(body: &MapFn, inputs: &[Rc<Data>]) -> Option<Rc<Data>> {
+pub(crate) fn eval_map(body: &MapFn, inputs: &[Rc<Data>]) -> Option<Rc<Data>> {
     let mut done: Vec<Rc<Data>> = Vec::with_capacity(body.insts.len());
     let arg = |done: &[Rc<Data>], a: MapArg| match a {
         MapArg::Input(i) => inputs.get(i as usize).cloned(),

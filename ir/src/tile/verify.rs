@@ -104,7 +104,7 @@ fn check_view(t: &ViewType) -> Result<(), String> {
 }
 
 /// Whether `name` can stand in C, PTX and LLVM unquoted.
-fn is_identifier(name: &str) -> bool {
+pub(crate) fn is_identifier(name: &str) -> bool {
     let mut chars = name.chars();
     chars.next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_')
         && chars.all(|c| c.is_ascii_alphanumeric() || c == '_')

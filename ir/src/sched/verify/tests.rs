@@ -1,0 +1,349 @@
+use super::*;
+use crate::sched::parse;
+use expect_test::{Expect, expect};
+
+const LIMITS: Budget =
+    Budget { shared_bytes: 65536, registers: 65536, thread_registers: 255, named_barriers: 15, threads: 1024 };
+
+/// Verifies a kernel of `T` rows: a readable %x, a writable %y and buffers b0, b1 of 1x64 f32, one behind the other.
+fn check(rest: &str, expected: Expect) {
+    check_kernel(
+        &format!(
+            "scheduled k grid(T/1) threads 128
+             read %x: view<[T, 64] f32> write %y: view<[T, 64] f32>
+             buffer b0 = first: f32 1x64, offset 0, bytes 256, pitch 256, swizzle 0, copies 1
+             buffer b1 = second: f32 1x64, offset 256, bytes 256, pitch 256, swizzle 0, copies 1
+             {rest}"
+        ),
+        expected,
+    );
+}
+
+fn check_kernel(text: &str, expected: Expect) {
+    let kernel = parse(text).unwrap_or_else(|e| panic!("{e}\n{text}")).remove(0);
+    let lines: Vec<String> = verify(&kernel, &LIMITS).iter().map(|d| d.to_string()).collect();
+    expected.assert_eq(&lines.join("\n"));
+}
+
+#[test]
+fn types_and_scopes_are_those_of_tile_programs() {
+    check(
+        "{ %2 = load %x[0, 0] : tile<1x64xbf16> @lazy }",
+        expect!["kernel k, inst %2: %2 is declared tile<1x64xbf16>, but is tile<1x64xf32>"],
+    );
+    check(
+        "channel c0 = ring: stages 1, slots [b0]
+         { } role a warps 0..2 { acquire c0 copy c0.0, %x[0, 64] : tile<1x64xf32> commit c0
+             %2 = block_id 0 : i32 @uniform }
+         role b warps 2..4 { wait c0 %3 = take c0.0 : tile<1x64xf32> @slot(c0, 0) release c0 lag 0 }",
+        expect!["kernel k, copy c0.0: index 64 of dim 1 is outside %x, view<[T, 64] f32>"],
+    );
+}
+
+#[test]
+fn values_of_a_role_are_its_own() {
+    let mut kernel = parse(
+        "scheduled k grid(T/1) threads 64 { }
+         role a warps 0..1 { %0 = sym T : i32 @uniform } role b warps 1..2 { %1 = sym T : i32 @uniform }",
+    )
+    .unwrap()
+    .remove(0);
+    let read = crate::tile::Op::Reshape { x: crate::tile::ValueId(0), shape: Vec::new() };
+    kernel.roles[1].body.insts[0].op = crate::sched::Op::Tile(read);
+    let messages: Vec<String> = verify(&kernel, &LIMITS).iter().map(|d| d.to_string()).collect();
+    assert_eq!(messages, ["kernel k, inst %1: %0 is used but not defined here"]);
+}
+
+#[test]
+fn places() {
+    check(
+        "{ %2 = load %x[0, 0] : tile<1x64xf32> @uniform
+           %3 = load %x[0, 0] : tile<2x64xf32> @shared(b0)
+           %4 = load %x[0, 0] : tile<1x64xf32> @shared(b7)
+           %5 = reduce sum %2 axis 1 : tile<1x1xf32> @lazy
+           %6 = load %x[0, 0] : tile<1x64xf32> @frag(mma16x8, 2x1)
+           %7 = load %x[0, 0] : tile<1x64xf32> @slot(c0, 0) }",
+        expect![[r#"
+            kernel k, common, inst %2: %2, tile<1x64xf32>, is no single element, so it is not @uniform
+            kernel k, common, inst %3: %3, tile<2x64xf32>, does not fit b0, f32 1x64
+            kernel k, common, inst %4: there is no buffer b7
+            kernel k, common, inst %5: %5, tile<1x1xf32>, is @lazy, but only elementwise operations, loads and changes of shape are
+            kernel k, common, inst %6: %6, tile<1x64xf32>, is spread over 2 warps, but there are 4
+            kernel k, common, inst %7: %7, tile<1x64xf32>, is @slot(c0, 0), which only a take from it gives"#]],
+    );
+}
+
+#[test]
+fn roles_and_tables() {
+    check(
+        "channel c0 = ring: stages 2, slots [b0, b0, b9]
+         { } role a warps 0..3 registers 30 { } role a warps 2..5 elected { barrier }",
+        expect![[r#"
+            kernel k, channel c0: b0 has 1 copies for 2 stages
+            kernel k, channel c0: b0 is a slot twice
+            kernel k, channel c0: there is no buffer b9
+            kernel k, role a: registers move between groups of four warps, so the role's warps are such groups
+            kernel k, role a: registers of a thread come in multiples of 8
+            kernel k, role a: roles have different names, each an identifier
+            kernel k, role a: warps 2..5 are not within the block's 4
+            kernel k, role a: warps 2..5 are also of role a, 0..3"#]],
+    );
+    check(
+        "{ } role a warps 1..4 { %2 = full 0.0 : tile<64x64xf32> @frag(wgmma, 1x1) }
+         role b warps 0..1 elected { barrier %3 = load %x[0, 0] : tile<1x64xf32> @shared(b0) }",
+        expect![[r#"
+            kernel k, role a, inst %2: %2, tile<64x64xf32>, is by groups of four warps, but warps 1..4 are not such groups
+            kernel k, role b, barrier: a single thread meets no barrier and has no scratch memory
+            kernel k, role b, inst %3: %3, tile<1x64xf32>, is @shared(b0), but a single thread has values of its own only"#]],
+    );
+}
+
+#[test]
+fn budgets_come_with_the_table() {
+    check_kernel(
+        "scheduled k grid(T/1) threads 2048
+         buffer b0 = small: f32 8x64, offset 0, bytes 2048, pitch 256, swizzle 0, copies 1
+         buffer b1 = large: bf16 512x64, offset 2048, bytes 65536, pitch 128, swizzle 128, copies 1
+         { } role a warps 0..4 registers 240 {
+             %0 = full 0.0 : tile<128x512xf32> @frag(wgmma, 1x1)
+             %1 = full 1.0 : tile<128x512xf32> @frag(wgmma, 1x1)
+             %2 = map(%0, %1) { a, b -> t0 = add a, b; t0 } : tile<128x512xf32> @frag(wgmma, 1x1) }
+         role b warps 4..20 registers 240 { }",
+        expect![[r#"
+            kernel k: 2048 threads, but a block has at most 1024
+            kernel k: 67584 bytes of shared memory, but a block has 65536; choose smaller tiles or fewer stages
+                b1 = large: bf16 512x64, offset 2048, bytes 65536, pitch 128, swizzle 128, copies 1
+                b0 = small: f32 8x64, offset 0, bytes 2048, pitch 256, swizzle 0, copies 1
+            kernel k: roles have 153600 registers together, but a block has 65536
+            kernel k: a keeps 1024 registers a thread, but has 240; spread its tiles over more warps"#]],
+    );
+}
+
+/// A ring of two stages, filled and emptied by roles of their own.
+fn ring(producer: &str, consumer: &str, expected: Expect) {
+    check_kernel(
+        &format!(
+            "scheduled k grid(T/1) threads 64
+             read %x: view<[T, 64] f32> write %y: view<[T, 64] f32>
+             buffer b0 = tiles: f32 1x64, offset 0, bytes 512, pitch 256, swizzle 0, copies 2
+             channel c0 = ring: stages 2, slots [b0]
+             {{ %n = sym T : i32 @uniform %m = sym C : i32 @uniform }}
+             role producer warps 0..1 elected {{ {producer} }}
+             role consumer warps 1..2 {{ {consumer} }}"
+        ),
+        expected,
+    );
+}
+
+const FILL: &str = "acquire c0 copy c0.0, %x[0, 0] : tile<1x64xf32> commit c0";
+const TAKE: &str = "wait c0 %t = take c0.0 : tile<1x64xf32> @slot(c0, 0)";
+
+#[test]
+fn channels_that_pair_up() {
+    let take = format!("{TAKE} store %y[0, 0], %t");
+    // Peeled, lagging, and with a trip count that each side computes for itself.
+    ring(
+        &format!(
+            "%h = map(%n) {{ a -> t0 = mul a, 3; t1 = add t0, 1; t1 }} : i32 @uniform for %i = 0 to %h step 2 {{ {FILL} }} {FILL}"
+        ),
+        &format!(
+            "{TAKE} store %y[0, 0], %t
+             %k = map(%n) {{ a -> t0 = mul a, 3; t1 = add t0, 1; t1 }} : i32 @uniform
+             for %j = 0 to %k step 2 {{ {} release c0 lag 1 }} release c0 lag 0",
+            take.replace("%t", "%u")
+        ),
+        expect![""],
+    );
+}
+
+#[test]
+fn channels_that_do_not() {
+    let take = format!("{TAKE} store %y[0, 0], %t");
+    let lopsided = |producer: &str, consumer: &str, expected| {
+        ring(
+            &format!("for %i = 0 to {producer} step 1 {{ {FILL} }}"),
+            &format!("for %j = 0 to {consumer} step 1 {{ {take} release c0 lag 0 }}"),
+            expected,
+        );
+    };
+    lopsided("%n", "%n", expect![""]);
+    lopsided(
+        "7",
+        "8",
+        expect!["kernel k, role consumer, wait c0: waits for ever: no stage is committed (where sizes are 0)"],
+    );
+    lopsided(
+        "8",
+        "7",
+        expect!["kernel k, channel c0: 8 stages are committed, but consumer waits for 7 (where sizes are 0)"],
+    );
+    lopsided(
+        "12",
+        "7",
+        expect!["kernel k, role producer, acquire c0: waits for ever: no stage is given back (where sizes are 0)"],
+    );
+    lopsided("%n", "%m", expect!["kernel k, role consumer, wait c0: waits for ever: no stage is committed"]);
+    let looped = |body: &str, expected| {
+        let fill = format!("for %i = 0 to 4 step 1 {{ {FILL} }}");
+        ring(&fill, &format!("for %j = 0 to 4 step 1 {{ {body} }}"), expected);
+    };
+    looped(
+        &take,
+        expect![
+            "kernel k, role producer, acquire c0: waits for ever: no stage is given back (where sizes are 0)\nkernel k, role consumer, wait c0: waits for ever: no stage is committed (where sizes are 0)"
+        ],
+    );
+    looped(
+        &format!("{take} release c0 lag 2"),
+        expect!["kernel k, role consumer, release c0: a lag of 2 keeps all 2 stages: the producer never gets one"],
+    );
+    looped(
+        &format!("{take} release c0 lag 1"),
+        expect!["kernel k, channel c0: consumer waits for 4 stages and releases 3 (where sizes are 0)"],
+    );
+    looped(
+        &format!("{TAKE} release c0 lag 0 store %y[0, 0], %t"),
+        expect!["kernel k, role consumer, store of %6: reads %6 after its stage of c0 was released"],
+    );
+    looped(
+        &format!("{take} release c0 lag 0 release c0 lag 0"),
+        expect!["kernel k, role consumer, release c0: releases stage 1 where 2 is the next in order"],
+    );
+}
+
+#[test]
+fn a_stage_is_filled_between_acquire_and_commit() {
+    let take = format!("{TAKE} store %y[0, 0], %t release c0 lag 0");
+    ring(
+        "acquire c0 commit c0",
+        &take,
+        expect!["kernel k, role producer, commit c0: commits a stage whose slot 0 is not filled"],
+    );
+    ring(
+        "copy c0.0, %x[0, 0] : tile<1x64xf32> acquire c0 commit c0",
+        &take,
+        expect!["kernel k, role producer, copy c0.0: fills a stage that it did not acquire"],
+    );
+    ring(
+        "acquire c0 acquire c0",
+        &take,
+        expect!["kernel k, role producer, acquire c0: acquires a stage before it committed the last one"],
+    );
+    ring("", &take, expect!["kernel k, channel c0: a channel has one producer; this has none"]);
+    ring(&format!("{FILL} {take}"), "", expect![""]);
+}
+
+#[test]
+fn crossed_channels_hang() {
+    let kernel = |first: &str, second: &str| {
+        format!(
+            "scheduled k grid(T/1) threads 64
+             read %x: view<[T, 64] f32>
+             buffer b0 = there: f32 1x64, offset 0, bytes 256, pitch 256, swizzle 0, copies 1
+             buffer b1 = back: f32 1x64, offset 256, bytes 256, pitch 256, swizzle 0, copies 1
+             channel c0 = there: stages 1, slots [b0]
+             channel c1 = back: stages 1, slots [b1]
+             {{ }}
+             role a warps 0..1 {{ {first} }}
+             role b warps 1..2 {{ wait c0 release c0 lag 0 {second} }}"
+        )
+    };
+    let fill = |c: u32| format!("acquire c{c} copy c{c}.0, %x[0, 0] : tile<1x64xf32> commit c{c}");
+    check_kernel(&kernel(&format!("{} wait c1 release c1 lag 0", fill(0)), &fill(1)), expect![""]);
+    check_kernel(
+        &kernel(&format!("wait c1 release c1 lag 0 {}", fill(0)), &fill(1)),
+        expect![[r#"
+            kernel k, role a, wait c1: waits for ever: no stage is committed (where sizes are 0)
+            kernel k, role b, wait c0: waits for ever: no stage is committed (where sizes are 0)"#]],
+    );
+}
+
+#[test]
+fn barriers() {
+    let load = "%2 = load %x[0, 0] : tile<1x64xf32> @shared(b0)";
+    check(&format!("{{ {load} barrier store %y[0, 0], %2 }}"), expect![""]);
+    check(
+        &format!("{{ {load} store %y[0, 0], %2 }}"),
+        expect!["kernel k, common, store of %2: reads b0, written by other threads, without a barrier between"],
+    );
+    // A lazy value reads where it is used.
+    check(
+        &format!(
+            "{{ {load} barrier %3 = map(%2) {{ a -> t0 = neg a; t0 }} : tile<1x64xf32> @lazy
+           %4 = load %x[1, 0] : tile<1x64xf32> @shared(b1) store %y[0, 0], %3 }}"
+        ),
+        expect![""],
+    );
+    check(
+        &format!("{{ {load} barrier store %y[0, 0], %2 %3 = load %x[1, 0] : tile<1x64xf32> @shared(b0) }}"),
+        expect!["kernel k, common, inst %3: writes b0, read by other threads, without a barrier between"],
+    );
+    // On the way round a loop.
+    check(
+        "{ for %i = 0 to 4 step 1 { %2 = load %x[%i, 0] : tile<1x64xf32> @shared(b0) barrier store %y[%i, 0], %2 } }",
+        expect!["kernel k, common, inst %3: writes b0, read by other threads, without a barrier between"],
+    );
+    check(
+        "{ for %i = 0 to 4 step 1 { %2 = load %x[%i, 0] : tile<1x64xf32> @shared(b0) barrier store %y[%i, 0], %2 barrier } }",
+        expect![""],
+    );
+    // A barrier in one arm only.
+    check(
+        &format!("{{ {load} %3 = full true : bool @uniform if %3 {{ barrier }} store %y[0, 0], %2 }}"),
+        expect!["kernel k, common, store of %2: reads b0, written by other threads, without a barrier between"],
+    );
+    // What common writes is settled by a barrier there, not by one of the role.
+    let role = "role a warps 0..2 { barrier store %y[0, 0], %2 }";
+    check(
+        &format!("{{ {load} }} {role}"),
+        expect![
+            "kernel k, role a, store of %2: reads b0, written by other threads in common, without a barrier between"
+        ],
+    );
+    check(&format!("{{ {load} barrier }} {role}"), expect![""]);
+}
+
+#[test]
+fn what_is_overwritten_in_place() {
+    let load = "%2 = load %x[0, 0] : tile<1x64xf32> @shared(b0) barrier";
+    check(&format!("{{ {load} %3 = map(%2) {{ a -> t0 = neg a; t0 }} : tile<1x64xf32> @shared(b0) }}"), expect![""]);
+    check(
+        &format!(
+            "{{ {load} %4 = slice %2 [0, 1] : tile<1x32xf32> @lazy %5 = concat %4, %4 axis 1 : tile<1x64xf32> @shared(b0) }}"
+        ),
+        expect!["kernel k, common, inst %4: reads and overwrites b0 at once, and not element by element"],
+    );
+}
+
+#[test]
+fn buffers_that_live_at_once() {
+    let two = |between: &str, end: &str| {
+        format!(
+            "{{ %2 = load %x[0, 0] : tile<1x64xf32> @shared(b0) barrier {between}
+                %3 = load %x[1, 0] : tile<1x64xf32> @shared(b0) barrier store %y[0, 0], %3 {end} }}"
+        )
+    };
+    check(&two("store %y[1, 0], %2 barrier", ""), expect![""]);
+    check(
+        &two("", "store %y[1, 0], %2"),
+        expect!["kernel k, common: b0 for %2 and b0 for %3 are needed at once and overlap"],
+    );
+    check_kernel(
+        "scheduled k grid(T/1) threads 64
+         read %x: view<[T, 64] f32> write %y: view<[T, 64] f32>
+         buffer b0 = first: f32 1x64, offset 0, bytes 256, pitch 256, swizzle 0, copies 1
+         buffer b1 = second: f32 1x64, offset 128, bytes 256, pitch 256, swizzle 0, copies 1
+         { %2 = load %x[0, 0] : tile<1x64xf32> @shared(b0) barrier
+           for %i = 0 to 2 step 1 { store %y[%i, 0], %2 barrier %3 = load %x[1, 0] : tile<1x64xf32> @shared(b1) barrier } }",
+        expect!["kernel k, common: b0 for %2 and b1 for %4 are needed at once and overlap"],
+    );
+}
+
+#[test]
+fn roles_run_at_once() {
+    check(
+        "{ } role a warps 0..2 { %2 = load %x[0, 0] : tile<1x64xf32> @shared(b0) }
+         role b warps 2..4 { %3 = load %x[0, 0] : tile<1x64xf32> @shared(b0) }",
+        expect!["kernel k: b0 of role a and b0 of role b overlap, and roles run at once"],
+    );
+}
