@@ -14,20 +14,7 @@
 
 pub mod arch;
 pub mod llvm;
-// Replaced by `pub mod lower;` with the lowering itself.
-pub mod lower {
-    /// x
-    #[derive(Clone)]
-    pub struct Lowered {
-        pub mlir: String,
-        pub gpu: dsc_ir::artifact::GpuKernel,
-        pub sched: String,
-    }
-    /// x
-    pub fn lower(k: &crate::Kernel, _: &super::Arch) -> Result<Lowered, crate::TargetError> {
-        Err(crate::TargetError::Codegen { kernel: k.program.name.clone(), reason: "no lowering".into() })
-    }
-}
+pub mod lower;
 pub mod ptxas;
 
 use crate::parallel::in_parallel;

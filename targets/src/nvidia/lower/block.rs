@@ -72,6 +72,21 @@ impl<'a> Threads<'a> {
         self.f.start(after, &[]);
     }
 
+    /// What `body` gives where `c` holds (a branch), and `otherwise` elsewhere.
+    pub fn when_value(&mut self, c: Val, otherwise: Val, body: impl FnOnce(&mut Self) -> Val) -> Val {
+        match c {
+            Val::Int(0, _) => return otherwise,
+            Val::Int(..) => return body(self),
+            _ => {}
+        }
+        let (inside, after) = (self.f.label(), self.f.label());
+        self.f.cond_br(c, (inside, &[]), (after, &[otherwise]));
+        self.f.start(inside, &[]);
+        let value = body(self);
+        self.f.br(after, &[value]);
+        self.f.start(after, &[value.ty()])[0]
+    }
+
     /// `for i in lo..hi step step` (i32, signed), carrying values; `body` gives the next ones.
     pub fn for_loop(
         &mut self,

@@ -21,30 +21,50 @@ pub fn named_barrier(f: &mut Fn, id: u32, threads: u32) {
 
 /// The value of the lane whose number differs in the bits of `mask`.
 pub fn shuffle_xor(f: &mut Fn, v: Val, mask: u32) -> Val {
-    let class = if v.ty() == Ty::F32 { "f" } else { "r" };
-    let text = format!("shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, 0xffffffff;");
-    f.asm(&text, &format!("={class},{class}"), &[v], &[v.ty()], false, true)[0]
+    shuffle(f, "bfly", v, i32(mask.into()), 31)
 }
 
 /// The value of the lane `by` below; a lane without one keeps its own.
 pub fn shuffle_up(f: &mut Fn, v: Val, by: u32) -> Val {
-    let class = if v.ty() == Ty::F32 { "f" } else { "r" };
-    let text = format!("shfl.sync.up.b32 $0, $1, {by}, 0x0, 0xffffffff;");
-    f.asm(&text, &format!("={class},{class}"), &[v], &[v.ty()], false, true)[0]
+    shuffle(f, "up", v, i32(by.into()), 0)
 }
 
 /// The value of that lane.
 pub fn shuffle_from(f: &mut Fn, v: Val, lane: Val) -> Val {
-    let class = if v.ty() == Ty::F32 { "f" } else { "r" };
-    let text = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;";
-    f.asm(text, &format!("={class},{class},r"), &[v, lane], &[v.ty()], false, true)[0]
+    shuffle(f, "idx", v, lane, 31)
+}
+
+/// All lanes of the warp take part, as in everything here that lanes do together. These are operations of the dialect because
+/// LLVM knows of those, but not of inline assembly, that they must not be copied into the two sides of a branch.
+fn shuffle(f: &mut Fn, how: &str, v: Val, from: Val, clamp: i64) -> Val {
+    let ty = v.ty();
+    let (mask, v, from, clamp) = (f.name(i32(-1)), f.name(v), f.name(from), f.name(i32(clamp)));
+    f.op(&format!("nvvm.shfl.sync {how} {mask}, {v}, {from}, {clamp} : {0} -> {0}", ty.name()), ty)
 }
 
 /// The lanes for which a truth value holds, as bits.
 pub fn ballot(f: &mut Fn, c: Val) -> Val {
+    let (mask, c) = (f.name(i32(-1)), f.name(c));
+    f.op(&format!("nvvm.vote.sync ballot {mask}, {c} -> i32"), Ty::I32)
+}
+
+/// The values of all lanes combined: `add`, `umin` or `umax` of i32.
+pub fn reduce_warp(f: &mut Fn, how: &str, v: Val) -> Val {
+    let (v, mask) = (f.name(v), f.name(i32(-1)));
+    f.op(&format!("nvvm.redux.sync {how} {v}, {mask} : i32 -> i32"), Ty::I32)
+}
+
+/// All threads of the block wait for one another; whether a truth value holds in any of them.
+pub fn barrier_any(f: &mut Fn, c: Val) -> Val {
     let c = f.cast("zext", c, Ty::I32);
-    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\nvote.sync.ballot.b32 $0, p, 0xffffffff;\n}";
-    f.asm(text, "=r,r", &[c], &[Ty::I32], false, true)[0]
+    let c = f.name(c);
+    let any = f.op(&format!("nvvm.barrier #nvvm.reduction<or> {c} -> i32"), Ty::I32);
+    f.cmp("ne", any, i32(0))
+}
+
+/// Zeros above the highest bit set: 32 if none is.
+pub fn leading_zeros(f: &mut Fn, v: Val) -> Val {
+    f.asm("clz.b32 $0, $1;", "=r,r", &[v], &[Ty::I32], false, false)[0]
 }
 
 /// Bits set.

@@ -25,6 +25,8 @@ pub enum Ty {
     Global,
     /// Address in shared memory.
     Shared,
+    /// Address of no stated memory: a kernel's parameter passed by value.
+    Generic,
 }
 
 impl Ty {
@@ -39,6 +41,7 @@ impl Ty {
             Ty::F32 => "f32",
             Ty::Global => "!llvm.ptr<1>",
             Ty::Shared => "!llvm.ptr<3>",
+            Ty::Generic => "!llvm.ptr",
         }
     }
 
@@ -48,7 +51,7 @@ impl Ty {
             Ty::I1 | Ty::I8 => 1,
             Ty::I16 => 2,
             Ty::I32 | Ty::F32 => 4,
-            Ty::I64 | Ty::Global | Ty::Shared => 8,
+            Ty::I64 | Ty::Global | Ty::Shared | Ty::Generic => 8,
         }
     }
 }
@@ -326,8 +329,7 @@ impl Fn {
             many => {
                 // The struct has no type of ours; only its fields are used.
                 let Val::Reg(n, _) = self.op(&line, Ty::I64) else { unreachable!() };
-                let field =
-                    |(i, &ty): (usize, &Ty)| self.op(&format!("llvm.extractvalue %v{n}[{i}] : {result}"), ty);
+                let field = |(i, &ty): (usize, &Ty)| self.op(&format!("llvm.extractvalue %v{n}[{i}] : {result}"), ty);
                 many.iter().enumerate().map(field).collect()
             }
         }
@@ -356,10 +358,13 @@ impl Fn {
         let (pointer, at) = (at.ty().name(), self.name(at));
         let align = ty.bytes() * n;
         if n == 1 {
-            return vec![self.op(&format!("llvm.load {at} {{alignment = {align} : i64}} : {pointer} -> {}", ty.name()), ty)];
+            return vec![
+                self.op(&format!("llvm.load {at} {{alignment = {align} : i64}} : {pointer} -> {}", ty.name()), ty),
+            ];
         }
         let vector = format!("vector<{n}x{}>", ty.name());
-        let Val::Reg(v, _) = self.op(&format!("llvm.load {at} {{alignment = {align} : i64}} : {pointer} -> {vector}"), ty)
+        let Val::Reg(v, _) =
+            self.op(&format!("llvm.load {at} {{alignment = {align} : i64}} : {pointer} -> {vector}"), ty)
         else {
             unreachable!()
         };

@@ -1,0 +1,100 @@
+//! Scalar arithmetic of maps.
+
+use super::isa;
+use super::mlir::{Fn, Ty, Val, f32, i32};
+use crate::nvidia::arch::Arch;
+use dsc_ir::DType;
+use dsc_ir::tile::{MapArg, MapFn, Scalar, ScalarOp};
+
+/// A map's arithmetic on one element, given as it is stored ([`isa::stored`]), with its type.
+pub fn apply(f: &mut Fn, arch: &Arch, body: &MapFn, args: &[(Val, DType)]) -> (Val, DType) {
+    let mut done: Vec<(Val, DType)> = Vec::with_capacity(body.insts.len());
+    let arg = |done: &[(Val, DType)], a: &MapArg| match a {
+        MapArg::Input(i) => args[*i as usize],
+        MapArg::Inst(i) => done[*i as usize],
+    };
+    for inst in &body.insts {
+        let a: Vec<(Val, DType)> = inst.args.iter().map(|a| arg(&done, a)).collect();
+        let value = scalar(f, arch, inst.op, &a);
+        done.push(value);
+    }
+    arg(&done, &body.result)
+}
+
+fn scalar(f: &mut Fn, arch: &Arch, op: ScalarOp, a: &[(Val, DType)]) -> (Val, DType) {
+    let dtype = a.first().map_or(DType::F32, |a| a.1);
+    let float = dtype == DType::F32;
+    let v = |i: usize| a[i].0;
+    let same = |x: Val| (x, dtype);
+    match op {
+        ScalarOp::Const(c) => (constant(c), c.dtype()),
+        ScalarOp::Add if float => same(f.bin("fadd", v(0), v(1))),
+        ScalarOp::Add => same(f.add(v(0), v(1))),
+        ScalarOp::Sub if float => same(f.bin("fsub", v(0), v(1))),
+        ScalarOp::Sub => same(f.sub(v(0), v(1))),
+        ScalarOp::Mul if float => same(f.bin("fmul", v(0), v(1))),
+        ScalarOp::Mul => same(f.mul(v(0), v(1))),
+        ScalarOp::Div if float => same(f.bin("fdiv", v(0), v(1))),
+        ScalarOp::Div => same(f.bin("sdiv", v(0), v(1))),
+        ScalarOp::Rem => same(f.bin("srem", v(0), v(1))),
+        ScalarOp::Min if float => same(f.intrinsic("minimum", &[v(0), v(1)])),
+        ScalarOp::Max if float => same(f.intrinsic("maximum", &[v(0), v(1)])),
+        ScalarOp::Min => same(f.intrinsic("smin", &[v(0), v(1)])),
+        ScalarOp::Max => same(f.intrinsic("smax", &[v(0), v(1)])),
+        ScalarOp::Fma => same(f.intrinsic("fma", &[v(0), v(1), v(2)])),
+        ScalarOp::Neg if float => {
+            let name = f.name(v(0));
+            same(f.op(&format!("llvm.fneg {name} : f32"), Ty::F32))
+        }
+        ScalarOp::Neg => same(f.sub(i32(0), v(0))),
+        ScalarOp::Abs => same(f.intrinsic("fabs", &[v(0)])),
+        ScalarOp::Sqrt => same(f.intrinsic("sqrt", &[v(0)])),
+        ScalarOp::Exp2 => same(isa::exp2(f, v(0))),
+        ScalarOp::And => same(f.bin("and", v(0), v(1))),
+        ScalarOp::Or => same(f.bin("or", v(0), v(1))),
+        ScalarOp::Xor => same(f.bin("xor", v(0), v(1))),
+        ScalarOp::Shl => same(f.bin("shl", v(0), v(1))),
+        ScalarOp::Shr => same(f.bin("lshr", v(0), v(1))),
+        ScalarOp::Lt if float => (f.fcmp("olt", v(0), v(1)), DType::Bool),
+        ScalarOp::Le if float => (f.fcmp("ole", v(0), v(1)), DType::Bool),
+        ScalarOp::Eq if float => (f.fcmp("oeq", v(0), v(1)), DType::Bool),
+        ScalarOp::Lt => (f.cmp("slt", v(0), v(1)), DType::Bool),
+        ScalarOp::Le => (f.cmp("sle", v(0), v(1)), DType::Bool),
+        ScalarOp::Eq => (f.cmp("eq", v(0), v(1)), DType::Bool),
+        ScalarOp::Select => (f.select(v(0), v(1), v(2)), a[1].1),
+        ScalarOp::Bitcast(to) => (f.cast("bitcast", v(0), isa::stored(to)), to),
+        ScalarOp::Cast(to) => (cast(f, arch, v(0), dtype, to), to),
+    }
+}
+
+/// A constant as a value.
+pub fn constant(c: Scalar) -> Val {
+    match c {
+        Scalar::F32(x) => f32(x),
+        Scalar::I32(x) => i32(x.into()),
+        Scalar::Bool(x) => Val::Int(x.into(), Ty::I1),
+    }
+}
+
+/// Converts between element types as [`ScalarOp::Cast`] says.
+fn cast(f: &mut Fn, arch: &Arch, v: Val, from: DType, to: DType) -> Val {
+    if from == to {
+        return v;
+    }
+    let wide = isa::widen(f, arch, v, from);
+    match (from, to) {
+        (DType::Bool, DType::I32) => f.cast("zext", wide, Ty::I32),
+        (DType::Bool, _) => {
+            let x = f.select(wide, f32(1.0), f32(0.0));
+            isa::narrow(f, arch, x, to)
+        }
+        (DType::I32, DType::Bool) => f.cmp("ne", wide, i32(0)),
+        (_, DType::Bool) => f.fcmp("une", wide, f32(0.0)),
+        (DType::I32, _) => {
+            let x = f.cast("sitofp", wide, Ty::F32);
+            isa::narrow(f, arch, x, to)
+        }
+        (_, DType::I32) => isa::truncate(f, wide),
+        _ => isa::narrow(f, arch, wide, to),
+    }
+}

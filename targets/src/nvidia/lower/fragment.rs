@@ -1,0 +1,277 @@
+//! Tiles spread over registers as a matrix product leaves them.
+//!
+//! A thread has the elements at some rows and, in each, at some groups of neighbouring columns ([`Spread`]): register
+//! `(row * groups + group) * width + e`. Coordinates beyond the tile are clamped for reading and masked for everything that is seen.
+
+use super::emit::Emitter;
+use super::mlir::{Ty, Val, f32, i32};
+use super::schedule::matrix;
+use dsc_ir::DType;
+use dsc_ir::sched::{Atom, Buffer, Fragment, Place};
+use dsc_ir::tile::{self, Index, ValueId};
+use std::collections::HashMap;
+
+/// Which elements of a tile a thread has.
+pub struct Spread {
+    /// Rows, clamped, and whether they exist.
+    pub rows: Vec<(Val, Val)>,
+    /// First columns of the groups, clamped, and whether they exist.
+    pub groups: Vec<(Val, Val)>,
+    /// Columns of a group.
+    pub width: u32,
+    /// Rows and columns of the tile.
+    pub shape: [u32; 2],
+    /// Bits of the lane that tell apart threads of one row.
+    pub column_lanes: Vec<u32>,
+    /// Bits of the lane that tell apart threads of one column.
+    pub row_lanes: Vec<u32>,
+    /// This warp's number along rows and along columns.
+    pub warp: [Val; 2],
+    /// Warps along rows and columns.
+    pub warps: [u32; 2],
+    /// Rows and columns of a warp.
+    pub block: [u32; 2],
+}
+
+/// Rows and columns of one instruction's result, and columns of a register group.
+fn unit(atom: Atom) -> ([u32; 2], u32) {
+    match atom {
+        Atom::Fma => ([16, 32], 4),
+        _ => ([16, 8], 2),
+    }
+}
+
+fn block_of(f: Fragment, shape: [u32; 2]) -> [u32; 2] {
+    let (unit, _) = unit(f.atom);
+    [0, 1].map(|d| shape[d].div_ceil(f.warps[d]).next_multiple_of(unit[d]))
+}
+
+impl Spread {
+    /// Registers of a thread.
+    pub fn count(f: Fragment, shape: &[u32]) -> usize {
+        let [rows, cols] = block_of(f, matrix(shape));
+        (rows * cols / 32) as usize
+    }
+
+    /// The spread of a tile of that shape.
+    pub fn new(e: &mut Emitter, f: Fragment, shape: &[u32]) -> Spread {
+        let shape = matrix(shape);
+        let block = block_of(f, shape);
+        let (unit, width) = unit(f.atom);
+        let warp = e.t.warp;
+        let lane = e.t.lane;
+        let warp = [e.t.f.div(warp, f.warps[1]), e.t.f.rem(warp, f.warps[1])];
+        let first_row = e.t.f.mul(warp[0], i32(block[0].into()));
+        let first_col = e.t.f.mul(warp[1], i32(block[1].into()));
+        let (lane_row, lane_col, row_steps): (Val, Val, Vec<u32>) = match f.atom {
+            Atom::Fma => {
+                let (r, c) = (e.t.f.div(lane, 8), e.t.f.rem(lane, 8));
+                (e.t.f.mul(r, i32(4)), e.t.f.mul(c, i32(4)), vec![0, 1, 2, 3])
+            }
+            _ => {
+                let c = e.t.f.rem(lane, 4);
+                (e.t.f.div(lane, 4), e.t.f.mul(c, i32(2)), vec![0, 8])
+            }
+        };
+        let row0 = e.t.f.add(first_row, lane_row);
+        let col0 = e.t.f.add(first_col, lane_col);
+        let ragged = [0, 1].map(|d| block[d] * f.warps[d] > shape[d]);
+        let mut rows = Vec::new();
+        for tile in (0..block[0]).step_by(unit[0] as usize) {
+            for &step in &row_steps {
+                let row = e.t.f.add(row0, i32((tile + step).into()));
+                rows.push(clamp(e, row, shape[0], 1, ragged[0]));
+            }
+        }
+        let groups = (0..block[1])
+            .step_by(unit[1] as usize)
+            .map(|tile| {
+                let col = e.t.f.add(col0, i32(tile.into()));
+                clamp(e, col, shape[1], width, ragged[1])
+            })
+            .collect();
+        let (column_lanes, row_lanes) =
+            if f.atom == Atom::Fma { (vec![1, 2, 4], vec![8, 16]) } else { (vec![1, 2], vec![4, 8, 16]) };
+        Spread { rows, groups, width, shape, column_lanes, row_lanes, warp, warps: f.warps, block }
+    }
+
+    /// Number of a register.
+    pub fn register(&self, row: usize, group: usize, e: u32) -> usize {
+        (row * self.groups.len() + group) * self.width as usize + e as usize
+    }
+
+    /// Whether every group of columns is whole.
+    pub fn even(&self) -> bool {
+        self.shape[1].is_multiple_of(self.width)
+    }
+}
+
+/// A coordinate that can be read, and whether it is in the tile (whole groups: columns inside a group are masked one by one where
+/// the tile is not a multiple of them).
+fn clamp(e: &mut Emitter, at: Val, limit: u32, width: u32, ragged: bool) -> (Val, Val) {
+    if !ragged {
+        return (at, Val::Int(1, Ty::I1));
+    }
+    let ok = e.t.f.cmp("slt", at, i32(limit.into()));
+    let last = (limit - 1) / width * width;
+    (e.t.f.select(ok, at, i32(last.into())), ok)
+}
+
+impl<'a> Emitter<'a> {
+    /// Whether column `e` of a group exists.
+    pub fn column_exists(&mut self, s: &Spread, group: usize, e: u32) -> Val {
+        let (col, ok) = s.groups[group];
+        if s.even() {
+            return ok;
+        }
+        let inside = self.t.f.cmp("slt", col, i32(i64::from(s.shape[1]) - i64::from(e)));
+        self.t.f.bin("and", ok, inside)
+    }
+
+    /// A value's registers: its own, or read at the coordinates of the spread.
+    pub fn fragment(&mut self, v: ValueId, s: &Spread) -> Vec<Val> {
+        if self.is_fragment(v) {
+            return self.fragments[&v].clone();
+        }
+        self.fragment_input(v, self.shape(v), s)
+    }
+
+    /// `v`, broadcast to a result of `shape`, at the coordinates of the spread.
+    fn fragment_input(&mut self, v: ValueId, shape: &[u32], s: &Spread) -> Vec<Val> {
+        let own = self.shape(v);
+        let leading = &shape[..shape.len().saturating_sub(1)];
+        let uniform = own.is_empty() || self.place(v) == &Place::Uniform;
+        let per_row = !uniform && own[..own.len() - 1].iter().any(|&n| n != 1);
+        let per_col = !uniform && own.last() != Some(&1);
+        let mut seen: HashMap<(usize, usize), Vec<Val>> = HashMap::new();
+        let mut out = Vec::new();
+        for (ri, &(row, _)) in s.rows.iter().enumerate() {
+            for (gi, &(col, _)) in s.groups.iter().enumerate() {
+                let key = (if per_row { ri } else { 0 }, if per_col { gi } else { 0 });
+                if let Some(values) = seen.get(&key) {
+                    out.extend(values.iter().copied());
+                    continue;
+                }
+                let mut at = self.delinear(row, leading);
+                at.push(col);
+                let values = if s.even() || !per_col {
+                    self.broadcast(v, &at, s.width)
+                } else {
+                    let last = at.len() - 1;
+                    (0..s.width)
+                        .map(|e| {
+                            let c = self.t.f.add(col, i32(e.into()));
+                            let ok = self.t.f.cmp("slt", c, i32(s.shape[1].into()));
+                            at[last] = self.t.f.select(ok, c, i32(i64::from(s.shape[1]) - 1));
+                            self.broadcast(v, &at, 1)[0]
+                        })
+                        .collect()
+                };
+                out.extend(values.iter().copied());
+                seen.insert(key, values);
+            }
+        }
+        out
+    }
+
+    /// What an op makes, by registers.
+    pub fn fragment_of(&mut self, op: &'a tile::Op, r: ValueId, s: &Spread) -> Vec<Val> {
+        match op {
+            tile::Op::Map { inputs, body } => {
+                let shape = self.shape(r);
+                let mut args: Vec<Vec<Val>> = Vec::new();
+                for &i in inputs {
+                    let values =
+                        if self.is_fragment(i) { self.fragments[&i].clone() } else { self.fragment_input(i, shape, s) };
+                    args.push(values);
+                }
+                let dtypes: Vec<DType> = inputs.iter().map(|&i| self.dtype(i)).collect();
+                let count = s.rows.len() * s.groups.len() * s.width as usize;
+                (0..count)
+                    .map(|n| {
+                        let args: Vec<Val> = args.iter().map(|a| a[n]).collect();
+                        self.apply(body, &args, &dtypes)
+                    })
+                    .collect()
+            }
+            tile::Op::Reshape { x, .. } => self.fragments[x].clone(),
+            _ => unreachable!("{op:?} does not make fragments"),
+        }
+    }
+
+    /// Writes a fragment to its shared copy; padding is zero.
+    pub fn spill_fragment(&mut self, v: ValueId, b: &'a Buffer) {
+        let Place::Fragment(f) = self.place(v) else { unreachable!("a fragment") };
+        let s = Spread::new(self, *f, self.shape(v));
+        let dtype = self.dtype(v);
+        let values = self.fragments[&v].clone();
+        if b.shape != s.shape {
+            self.zero_buffer(b);
+            self.t.barrier();
+        }
+        for (ri, &(row, row_ok)) in s.rows.iter().enumerate() {
+            for (gi, &(col, col_ok)) in s.groups.iter().enumerate() {
+                let first = s.register(ri, gi, 0);
+                let group = &values[first..first + s.width as usize];
+                if s.even() {
+                    let ok = self.t.f.bin("and", row_ok, col_ok);
+                    self.guarded(ok, |e| e.store_buffer(b, dtype, row, col, group));
+                    continue;
+                }
+                for (i, &value) in group.iter().enumerate() {
+                    let exists = self.column_exists(&s, gi, i as u32);
+                    let ok = self.t.f.bin("and", row_ok, exists);
+                    let c = self.t.f.add(col, i32(i as i64));
+                    self.guarded(ok, |e| e.store_buffer(b, dtype, row, c, &[value]));
+                }
+            }
+        }
+    }
+
+    fn zero_buffer(&mut self, b: &Buffer) {
+        let words = b.bytes() / 4;
+        self.each_chunk(
+            words,
+            |_, _| (),
+            |e, c, (), ok| {
+                let byte = e.t.f.mul(c, i32(4));
+                let byte = e.t.f.add(byte, i32(b.offset.into()));
+                e.guarded(ok, |e| e.t.store_shared(byte, &[i32(0)]));
+            },
+        );
+    }
+
+    /// Stores a fragment to a view.
+    pub fn store_fragment(&mut self, view: ValueId, index: &'a [Index], v: ValueId) {
+        let Place::Fragment(f) = self.place(v) else { unreachable!("a fragment") };
+        let s = Spread::new(self, *f, self.shape(v));
+        let leading = &self.shape(v)[..self.shape(v).len() - 1];
+        let values = self.fragments[&v].clone();
+        for (ri, &(row, row_ok)) in s.rows.iter().enumerate() {
+            let mut at = self.delinear(row, leading);
+            at.push(i32(0));
+            let last = at.len() - 1;
+            for (gi, &(col, col_ok)) in s.groups.iter().enumerate() {
+                let first = s.register(ri, gi, 0);
+                let group = &values[first..first + s.width as usize];
+                if s.even() {
+                    at[last] = col;
+                    let ok = self.t.f.bin("and", row_ok, col_ok);
+                    self.store_global(view, index, &at, (None, ok), group);
+                    continue;
+                }
+                for (i, &value) in group.iter().enumerate() {
+                    at[last] = self.t.f.add(col, i32(i as i64));
+                    let exists = self.column_exists(&s, gi, i as u32);
+                    let ok = self.t.f.bin("and", row_ok, exists);
+                    self.store_global(view, index, &at, (None, ok), &[value]);
+                }
+            }
+        }
+    }
+
+    /// Zeros, one a register.
+    pub fn zeros(&self, s: &Spread) -> Vec<Val> {
+        vec![f32(0.0); s.rows.len() * s.groups.len() * s.width as usize]
+    }
+}

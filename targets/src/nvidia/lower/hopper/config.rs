@@ -1,0 +1,89 @@
+//! Which warps do what with a contraction, and how much shared memory the ring gets.
+
+use super::contraction::{Contraction, STEP_BYTES};
+use crate::nvidia::arch::Arch;
+
+/// Threads of a warpgroup.
+pub const WARPGROUP: u32 = 128;
+/// Rows that one product instruction of a warpgroup makes.
+pub const ROWS: u32 = 64;
+/// Columns it makes at most.
+const MOST_COLUMNS: u32 = 256;
+/// Registers of a thread that accumulators and products in flight may take.
+const MOST_REGISTERS: u32 = 192;
+/// Rows of a tile from which its columns, not its rows, are the instruction's columns.
+const STRAIGHT_FROM: u32 = 64;
+/// Deepest ring.
+const MOST_STAGES: u32 = 16;
+/// Bytes of an 8-row group of the 128-byte swizzle, to which operands are aligned.
+const ALIGN: u32 = 1024;
+
+/// The shape of a schedule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Whether the operands change places.
+    pub transposed: bool,
+    /// Warpgroups along rows and columns of the tile.
+    pub groups: [u32; 2],
+    /// Products in flight at a time: partial sums of so many rounds.
+    pub partials: u32,
+    /// Stages of the ring.
+    pub stages: u32,
+    /// Bytes of a stage's left and right operand.
+    pub slot_bytes: [u32; 2],
+    /// Bytes of staging for the result, over all warpgroups.
+    pub staging_bytes: u32,
+}
+
+impl Config {
+    /// How to run `rows` x `columns` results of that contraction, if the hardware can; `element` is the size of a stored result.
+    pub fn of(c: &Contraction<'_>, element: u32, arch: &Arch) -> Option<Config> {
+        let (rows, columns) = (c.left.rows, c.right.rows);
+        let transposed = rows < STRAIGHT_FROM;
+        let (long, short) = if transposed { (columns, rows) } else { (rows, columns) };
+        let groups = match (long / ROWS, short) {
+            _ if !long.is_multiple_of(ROWS) => return None,
+            (n, _) if n.is_multiple_of(2) => [2, 1],
+            (1, n) if !transposed && n.is_multiple_of(2 * ROWS) => [1, 2],
+            (1, _) => [1, 1],
+            _ => return None,
+        };
+        let wide = short / groups[1];
+        let padded = wide.next_multiple_of(8);
+        if padded > MOST_COLUMNS || (!transposed && padded != wide) {
+            return None;
+        }
+        let accumulators = long / groups[0] / ROWS * padded / 2;
+        let partials = match () {
+            () if c.direct => 0,
+            () if accumulators * 3 <= MOST_REGISTERS && c.rounds > 1 => 2,
+            () => 1,
+        };
+        if accumulators * (1 + partials) > MOST_REGISTERS {
+            return None;
+        }
+        let warpgroups = groups[0] * groups[1];
+        let panels = if transposed { 1 } else { (wide * element).div_ceil(STEP_BYTES).min(2) };
+        let staging_rows = if transposed { padded.next_multiple_of(16) } else { ROWS };
+        let staging_bytes = if element == 2 { warpgroups * staging_rows * panels * STEP_BYTES } else { 0 };
+        let slot_bytes = [rows, columns].map(|r| r.next_multiple_of(8) * STEP_BYTES);
+        let stage = slot_bytes[0] + slot_bytes[1];
+        // Small tiles wait for memory, not for the multiplier: two blocks a multiprocessor overlap one's end with the other's start.
+        let limit = if transposed { arch.shared_per_sm / 2 - Arch::SHARED_RESERVED } else { arch.shared_per_block };
+        let stages = ((limit - staging_bytes.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
+        let depth = stages >= 2 && stages > partials.max(1);
+        depth.then_some(Config {
+            transposed,
+            groups: if transposed { [groups[1], groups[0]] } else { groups },
+            partials,
+            stages,
+            slot_bytes,
+            staging_bytes,
+        })
+    }
+
+    /// Warpgroups that multiply.
+    pub fn warpgroups(&self) -> u32 {
+        self.groups[0] * self.groups[1]
+    }
+}

@@ -1,0 +1,476 @@
+//! Scheduled kernels with roles to MLIR.
+//!
+//! Every block walks its tiles; each role runs its body once a tile, with its counters of the rings in registers from one to the next.
+//! A stage of a ring has two barriers: `full`, on which the copies of a stage count their bytes, and `empty`, on which each
+//! consumer warpgroup arrives. Products stay in flight until something needs their end: [`super::wgmma`].
+
+use super::fragment::{Geometry, Register};
+use super::ptx;
+use super::ring::Ring;
+use super::tensor_map::Maps;
+use super::wgmma::Flight;
+use crate::nvidia::arch::Arch;
+use crate::nvidia::lower::block::Threads;
+use crate::nvidia::lower::mlir::{Fn, Ty, Val, i32, i64};
+use crate::nvidia::lower::{arith, isa};
+use dsc_ir::Sym;
+use dsc_ir::artifact::GpuKernel;
+use dsc_ir::sched::{Block, BufferId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::tile::{self, Index, MapArg, Type, ValueId};
+use std::collections::HashMap;
+
+use super::config::WARPGROUP;
+
+/// Bytes to which operands of products are aligned.
+const ALIGN: u32 = 1024;
+
+/// A value as the running thread has it.
+#[derive(Clone, Debug)]
+pub enum Held {
+    /// The same everywhere.
+    Scalar(Val),
+    /// Registers of a fragment, of a tile that varies along rows, along columns.
+    Registers(Vec<Val>, [bool; 2]),
+    /// A buffer's copy of that number.
+    Stage(BufferId, Val),
+}
+
+/// A kernel being written.
+pub struct Emit<'a> {
+    /// Threads and the function.
+    pub t: Threads<'a>,
+    /// The kernel.
+    pub s: &'a Scheduled,
+    /// What defines each value.
+    pub defs: HashMap<ValueId, &'a Inst>,
+    /// What this role has computed.
+    pub held: HashMap<ValueId, Held>,
+    /// Tensor maps used so far.
+    pub maps: Maps,
+    /// This role's counters, by channel.
+    pub rings: Vec<Ring>,
+    /// Products in flight.
+    pub flight: Flight,
+    /// Descriptors of whole buffers, by buffer and whether it is the instruction's second operand.
+    pub descriptors: HashMap<(BufferId, bool), Val>,
+    /// Values of the symbols.
+    pub syms: [Val; 6],
+    /// The tile's coordinates in the grid.
+    pub block: [Val; 3],
+    /// This thread's number in its role.
+    pub role_tid: Val,
+    geometries: HashMap<(Fragment, [u32; 2]), Geometry>,
+}
+
+/// MLIR of a scheduled kernel, and how to launch it.
+///
+/// # Errors
+/// What of the kernel this lowering does not do.
+pub fn lower(s: &Scheduled, arch: &Arch) -> Result<(String, GpuKernel), String> {
+    let t = Threads::new(Fn::default(), arch, s.threads);
+    let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
+    let mut barriers = data;
+    let mut rings = Vec::new();
+    for channel in &s.channels {
+        rings.push(Ring::new(channel.stages, barriers));
+        barriers += 2 * 8 * channel.stages;
+    }
+    let mut e = Emit {
+        t,
+        s,
+        defs: HashMap::new(),
+        held: HashMap::new(),
+        maps: Maps::default(),
+        rings,
+        flight: Flight::default(),
+        descriptors: HashMap::new(),
+        syms: [i32(0); 6],
+        block: [i32(0); 3],
+        role_tid: i32(0),
+        geometries: HashMap::new(),
+    };
+    s.roles.iter().for_each(|r| define(&r.body, &mut e.defs));
+    e.kernel()?;
+    let gpu = GpuKernel {
+        threads: s.threads,
+        shared_bytes: barriers,
+        cluster: 1,
+        persistent: s.persistent.is_some(),
+        maps: e.maps.0.clone(),
+        ..GpuKernel::default()
+    };
+    Ok((module(s, &gpu, e.t.f.text()), gpu))
+}
+
+fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
+    for inst in &block.insts {
+        inst.results.iter().for_each(|&r| drop(into.insert(r, inst)));
+        inst.op.blocks().into_iter().for_each(|b| define(b, into));
+    }
+}
+
+/// The module around a body.
+fn module(s: &Scheduled, gpu: &GpuKernel, body: &str) -> String {
+    let addresses = s.params.len() + 1;
+    let pointers = (0..addresses).map(|i| format!("%{i}: !llvm.ptr<1>"));
+    // Without grid_constant the map would be copied to the stack, where the copy engine cannot read it.
+    let map = "!llvm.ptr {llvm.byval = !llvm.array<128 x i8>, llvm.align = 64 : i64, nvvm.grid_constant}";
+    let maps = (0..gpu.maps.len()).map(|i| format!("%{}: {map}", addresses + i));
+    let params: Vec<String> = pointers.chain(maps).collect();
+    format!(
+        "module {{\n  llvm.mlir.global external @shared() {{addr_space = 3 : i32, alignment = {ALIGN} : i64}} : !llvm.array<0 x i8>\n  \
+         llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>, nvvm.minctasm = 1 : i32}} {{\n{body}    \
+         llvm.return\n  }}\n}}\n",
+        s.name,
+        params.join(", "),
+        gpu.threads
+    )
+}
+
+impl<'a> Emit<'a> {
+    fn kernel(&mut self) -> Result<(), String> {
+        if !self.s.common.insts.is_empty() {
+            return Err("instructions before the roles".into());
+        }
+        let syms = Val::Arg(self.s.params.len() as u32, Ty::Global);
+        for sym in Sym::ALL {
+            let at = self.t.f.offset(syms, i64(4 * sym as i64));
+            self.syms[sym as usize] = self.t.f.load(at, Ty::I32, 1)[0];
+        }
+        let warp = ptx::uniform(&mut self.t.f, self.t.warp);
+        self.t.warp = warp;
+        self.init_barriers();
+        let end = self.t.f.label();
+        let s = self.s;
+        for role in &s.roles {
+            let (body, next) = (self.t.f.label(), self.t.f.label());
+            let first = self.t.f.cmp("uge", warp, i32(role.warps[0].into()));
+            let last = self.t.f.cmp("ult", warp, i32(role.warps[1].into()));
+            let mine = self.t.f.bin("and", first, last);
+            self.t.f.cond_br(mine, (body, &[]), (next, &[]));
+            self.t.f.start(body, &[]);
+            self.role(role)?;
+            self.t.f.br(end, &[]);
+            self.t.f.start(next, &[]);
+        }
+        self.t.f.br(end, &[]);
+        self.t.f.start(end, &[]);
+        Ok(())
+    }
+
+    fn init_barriers(&mut self) {
+        let consumers = self.s.roles.iter().filter(|r| !r.elected).map(|r| warpgroups(r)).sum();
+        let tid = self.t.tid;
+        let one = self.t.f.cmp("eq", tid, i32(0));
+        let rings: Vec<Ring> = self.rings.clone();
+        self.t.when(one, |t| {
+            for ring in &rings {
+                for stage in 0..ring.stages {
+                    let full = t.f.add(t.shared32, i32((ring.barriers + 8 * stage).into()));
+                    ptx::barrier_init(&mut t.f, full, 1);
+                    let empty = t.f.add(t.shared32, i32((ring.barriers + 8 * (ring.stages + stage)).into()));
+                    ptx::barrier_init(&mut t.f, empty, consumers);
+                }
+            }
+            ptx::barrier_init_fence(&mut t.f);
+        });
+        self.t.barrier();
+    }
+
+    /// One role: its registers, then its body for every tile of this block.
+    fn role(&mut self, role: &'a Role) -> Result<(), String> {
+        self.held.clear();
+        self.descriptors.clear();
+        self.geometries.clear();
+        self.flight = Flight::default();
+        self.rings.iter_mut().for_each(Ring::restart);
+        let even = self.s.threads / Arch::WARP;
+        if let Some(registers) = role.registers {
+            // What a thread has at the start follows from the block's size.
+            let at_start = Arch::REGISTERS_PER_SM / (even * Arch::WARP);
+            let kind = if registers < at_start { "dec" } else { "inc" };
+            ptx::set_registers(&mut self.t.f, kind, registers);
+        }
+        self.role_tid = self.t.f.sub(self.t.tid, i32((role.warps[0] * Arch::WARP).into()));
+        if !role.elected {
+            self.prepare(&role.body)?;
+            return self.tiles(&role.body);
+        }
+        let (first, chosen, out) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
+        let warp = self.t.warp;
+        let is_first = self.t.f.cmp("eq", warp, i32(role.warps[0].into()));
+        self.t.f.cond_br(is_first, (first, &[]), (out, &[]));
+        self.t.f.start(first, &[]);
+        let one = ptx::elect(&mut self.t.f);
+        self.t.f.cond_br(one, (chosen, &[]), (out, &[]));
+        self.t.f.start(chosen, &[]);
+        self.tiles(&role.body)?;
+        self.t.f.br(out, &[]);
+        self.t.f.start(out, &[]);
+        Ok(())
+    }
+
+    /// What a role needs in every tile, computed once: where its elements lie, and descriptors of operands.
+    fn prepare(&mut self, block: &'a Block) -> Result<(), String> {
+        for inst in &block.insts {
+            if let Op::Tile(tile::Op::Dot { a, b, .. }) = &inst.op {
+                let geometry = self.geometry(inst.results[0])?;
+                self.prepare_descriptors(geometry, [*a, *b])?;
+            }
+            for inner in inst.op.blocks() {
+                self.prepare(inner)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the elements of a fragment lie.
+    pub fn geometry(&mut self, v: ValueId) -> Result<Geometry, String> {
+        let (Place::Fragment(fragment), Type::Tile(t)) =
+            (&self.s.places[v.0 as usize], &self.s.types[v.0 as usize])
+        else {
+            return Err(format!("%{} is no fragment", v.0));
+        };
+        let &[rows, columns] = t.shape.as_slice() else { return Err(format!("%{} is no matrix", v.0)) };
+        let key = (*fragment, [rows, columns]);
+        if let Some(known) = self.geometries.get(&key) {
+            return Ok(*known);
+        }
+        let new = Geometry::new(&mut self.t, self.role_tid, *fragment, [rows, columns]);
+        self.geometries.insert(key, new);
+        Ok(new)
+    }
+
+    /// The only geometry of the role: what a lazy tile is seen in.
+    pub fn the_geometry(&self) -> Result<Geometry, String> {
+        let mut all = self.geometries.values();
+        match (all.next(), all.next()) {
+            (Some(one), None) => Ok(*one),
+            _ => Err("a role with no product, or with products of several shapes".into()),
+        }
+    }
+
+    /// Runs a block's instructions.
+    pub fn block(&mut self, block: &'a Block) -> Result<(), String> {
+        block.insts.iter().try_for_each(|inst| self.inst(inst))
+    }
+
+    fn inst(&mut self, inst: &'a Inst) -> Result<(), String> {
+        match &inst.op {
+            Op::For { lo, hi, step, init, body } => self.for_loop(inst, (*lo, *hi, *step), init, body),
+            Op::Acquire(c) => self.acquire(*c),
+            Op::Copy { channel, slot, view, index, shape } => self.copy(*channel, *slot, *view, index, shape),
+            Op::Commit(c) => {
+                let ring = &mut self.rings[c.0 as usize];
+                ring.advance(&mut self.t.f);
+                Ok(())
+            }
+            Op::Wait(c) => self.wait(*c),
+            Op::Take { channel, slot } => self.take(*channel, *slot, inst.results[0]),
+            Op::Release { channel, lag } => self.release(*channel, *lag),
+            Op::Tile(op) => self.tile_op(inst, op),
+            Op::Barrier | Op::If { .. } => Err("barriers and branches inside roles".into()),
+        }
+    }
+
+    fn tile_op(&mut self, inst: &'a Inst, op: &'a tile::Op) -> Result<(), String> {
+        match op {
+            tile::Op::Store { view, index, value } => return self.store(*view, index, *value, inst.scratch),
+            tile::Op::Dot { a, b, acc, trans_b: true } => return self.dot(inst.results[0], *a, *b, *acc),
+            _ => {}
+        }
+        let r = inst.results[0];
+        match (&self.s.places[r.0 as usize], op) {
+            (Place::Lazy, _) => Ok(()),
+            (Place::Uniform, _) => {
+                let v = self.scalar(op)?;
+                self.held.insert(r, Held::Scalar(v));
+                Ok(())
+            }
+            (Place::Fragment(_), tile::Op::Load { view, index, .. }) => self.load_fragment(r, *view, index),
+            (Place::Fragment(_), tile::Op::Map { .. }) => {
+                let geometry = self.the_geometry()?;
+                let mut seen = HashMap::new();
+                let registers = geometry.registers();
+                let values = registers.iter().map(|&at| self.map_element(op, at, &mut seen)).collect::<Result<_, _>>()?;
+                self.held.insert(r, Held::Registers(values, [true, true]));
+                Ok(())
+            }
+            (place, _) => Err(format!("%{} in {place:?}", r.0)),
+        }
+    }
+
+    /// An index operand.
+    pub fn index(&mut self, i: Index) -> Result<Val, String> {
+        match i {
+            Index::Const(c) => Ok(i32(c)),
+            Index::Value(v) => self.uniform(v),
+        }
+    }
+
+    fn uniform(&self, v: ValueId) -> Result<Val, String> {
+        match self.held.get(&v) {
+            Some(Held::Scalar(x)) => Ok(*x),
+            _ => Err(format!("%{} is not uniform", v.0)),
+        }
+    }
+
+    /// A value that every thread computes.
+    fn scalar(&mut self, op: &tile::Op) -> Result<Val, String> {
+        match op {
+            tile::Op::BlockId { axis } => Ok(self.block[*axis as usize]),
+            tile::Op::Sym(sym) => Ok(self.syms[*sym as usize]),
+            tile::Op::Full { value, .. } => Ok(arith::constant(*value)),
+            tile::Op::Reshape { x, .. } => self.uniform(*x),
+            tile::Op::Map { inputs, body } => {
+                let args = inputs.iter().map(|&v| Ok((self.uniform(v)?, self.dtype(v)))).collect::<Result<Vec<_>, String>>()?;
+                Ok(arith::apply(&mut self.t.f, self.t.arch, body, &args).0)
+            }
+            tile::Op::Load { view, index, .. } => {
+                let at = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+                let (at, inside) = self.element_at(*view, &at);
+                match self.dtype(*view) {
+                    dsc_ir::DType::F32 => Ok(ptx::load_f32_if(&mut self.t.f, inside, at)),
+                    dsc_ir::DType::I32 => Ok(ptx::load_i32_if(&mut self.t.f, inside, at)),
+                    other => Err(format!("a scalar of {other} from memory")),
+                }
+            }
+            _ => Err("an operation that is no scalar arithmetic".into()),
+        }
+    }
+
+    /// Element type of a tile or view.
+    pub fn dtype(&self, v: ValueId) -> dsc_ir::DType {
+        match &self.s.types[v.0 as usize] {
+            Type::Tile(t) => t.dtype,
+            Type::View(t) => t.dtype,
+            Type::Topk { .. } => dsc_ir::DType::F32,
+        }
+    }
+
+    /// Shape of a tile.
+    pub fn shape(&self, v: ValueId) -> &'a [u32] {
+        match &self.s.types[v.0 as usize] {
+            Type::Tile(t) => &t.shape,
+            _ => &[],
+        }
+    }
+
+    /// A row or a column that the tile's elements are combined with.
+    fn load_fragment(&mut self, r: ValueId, view: ValueId, index: &[Index]) -> Result<(), String> {
+        let geometry = self.the_geometry()?;
+        let shape = self.shape(r);
+        let Some(axis) = shape.iter().position(|&n| n > 1) else { return Err("a fragment of one element".into()) };
+        let columns = axis + 1 == shape.len();
+        let start = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+        let mut values = Vec::new();
+        for register in geometry.varying(!columns, columns) {
+            let own = geometry.coordinates(&mut self.t, register)[usize::from(columns)];
+            let mut at = start.clone();
+            at[axis] = self.t.f.add(at[axis], own);
+            let (at, inside) = self.element_at(view, &at);
+            values.push(ptx::load_f32_if(&mut self.t.f, inside, at));
+        }
+        self.held.insert(r, Held::Registers(values, [!columns, columns]));
+        Ok(())
+    }
+
+    /// One element of a tile, as it is stored. `seen` keeps what lazy tiles have already given.
+    pub fn element(
+        &mut self,
+        v: ValueId,
+        at: Register,
+        seen: &mut HashMap<(ValueId, usize), Val>,
+    ) -> Result<Val, String> {
+        self.settle(v);
+        match self.held.get(&v) {
+            Some(Held::Scalar(x)) => return Ok(*x),
+            Some(Held::Registers(values, [rows, columns])) => {
+                let position = self.the_geometry()?.position(at, *rows, *columns);
+                return values.get(position).copied().ok_or_else(|| format!("%{} has no register {position}", v.0));
+            }
+            _ => {}
+        }
+        let geometry = self.the_geometry()?;
+        let inst = *self.defs.get(&v).ok_or_else(|| format!("%{} is not defined", v.0))?;
+        let [rows, columns] = varies(self.shape(v));
+        let key = (v, geometry.position(at, rows, columns));
+        if let Some(&known) = seen.get(&key) {
+            return Ok(known);
+        }
+        let value = match &inst.op {
+            Op::Tile(tile::Op::Full { value, .. }) => arith::constant(*value),
+            Op::Tile(tile::Op::Reshape { x, .. }) => self.element(*x, at, seen)?,
+            Op::Tile(op @ tile::Op::Map { .. }) => self.map_element(op, at, seen)?,
+            _ => return Err(format!("%{} is read where it is not held", v.0)),
+        };
+        seen.insert(key, value);
+        Ok(value)
+    }
+
+    fn map_element(
+        &mut self,
+        op: &tile::Op,
+        at: Register,
+        seen: &mut HashMap<(ValueId, usize), Val>,
+    ) -> Result<Val, String> {
+        let tile::Op::Map { inputs, body } = op else { return Err("no map".into()) };
+        let mut args = Vec::with_capacity(inputs.len());
+        for &v in inputs {
+            args.push((self.element(v, at, seen)?, self.dtype(v)));
+        }
+        Ok(arith::apply(&mut self.t.f, self.t.arch, body, &args).0)
+    }
+
+    /// Two neighbours of a 16-bit tile in one word, the first in the low half.
+    pub fn packed(
+        &mut self,
+        v: ValueId,
+        at: [Register; 2],
+        seen: &mut HashMap<(ValueId, usize), Val>,
+    ) -> Result<Val, String> {
+        let dtype = self.dtype(v);
+        let mut root = v;
+        while let Some(Op::Tile(tile::Op::Reshape { x, .. })) = self.defs.get(&root).map(|i| &i.op) {
+            root = *x;
+        }
+        // The usual end of a kernel is a rounding: then one instruction rounds both.
+        if let Some(Op::Tile(tile::Op::Map { inputs, body })) = self.defs.get(&root).map(|i| &i.op)
+            && let MapArg::Inst(last) = body.result
+            && let Some(rounding) = body.insts.get(last as usize)
+            && rounding.op == tile::ScalarOp::Cast(dtype)
+            && let Some(&from) = rounding.args.first()
+        {
+            let before = tile::MapFn { insts: body.insts[..last as usize].to_vec(), result: from };
+            let mut halves = Vec::new();
+            for register in at {
+                let mut args = Vec::new();
+                for &input in inputs {
+                    args.push((self.element(input, register, seen)?, self.dtype(input)));
+                }
+                halves.push(arith::apply(&mut self.t.f, self.t.arch, &before, &args));
+            }
+            if halves.iter().all(|h| h.1 == dsc_ir::DType::F32) {
+                return Ok(isa::pack(&mut self.t.f, dtype, halves[0].0, halves[1].0));
+            }
+        }
+        let low = self.element(v, at[0], seen)?;
+        let high = self.element(v, at[1], seen)?;
+        let (low, high) = (self.t.f.cast("zext", low, Ty::I32), self.t.f.cast("zext", high, Ty::I32));
+        let high = self.t.f.bin("shl", high, i32(16));
+        Ok(self.t.f.bin("or", low, high))
+    }
+}
+
+/// Warpgroups of a role.
+fn warpgroups(role: &Role) -> u32 {
+    (role.warps[1] - role.warps[0]) * Arch::WARP / WARPGROUP
+}
+
+/// Whether a tile varies along its rows and along its columns, axes of one element left out.
+fn varies(shape: &[u32]) -> [bool; 2] {
+    match shape.split_last() {
+        Some((columns, outer)) => [outer.iter().any(|&n| n > 1), *columns > 1],
+        None => [false, false],
+    }
+}

@@ -1,0 +1,528 @@
+//! Contraction to scheduled tile IR with roles.
+//!
+//! A producer (one thread that drives the copy engine) fills a ring of stages with tiles of both operands; consumer warpgroups multiply from
+//! it and store. Everything else of the program goes to the roles that need it: scalars to both, scales and the
+//! epilogue to the consumers. Products are kept one group deep: a stage is released when the product after it has been issued, so
+//! the first round of a plain contraction stands before the loop.
+//!
+//! With scales, partial sums of two rounds are in flight and each is added to the accumulator while the other is made.
+
+use super::config::{Config, WARPGROUP};
+use super::contraction::{Contraction, Operand, definitions};
+use super::tensor_map::{can_copy, view_type};
+use crate::nvidia::arch::Arch;
+use dsc_ir::DType;
+use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
+use std::collections::{HashMap, HashSet};
+
+/// Row tiles that are walked together: their rows of the left operand and a few columns of the right one stay in the cache.
+const BAND: u32 = 16;
+/// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
+const REGISTERS: [u32; 2] = [40, 232];
+/// The only channel.
+const RING: ChannelId = ChannelId(0);
+
+/// The schedule of a program that is one contraction; none if it is not, or the copy engine cannot bring its operands.
+pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
+    let c = Contraction::of(program)?;
+    if !matches!(c.dtype, DType::Bf16 | DType::F16 | DType::E4m3) || !c.step.is_multiple_of(c.stage_k()) {
+        return None;
+    }
+    for operand in [&c.left, &c.right] {
+        can_copy(operand, view_type(&program.types, operand.view)?).then_some(())?;
+    }
+    let config = Config::of(&c, result_bytes(program)?, arch)?;
+    Planner::new(program, c, config).scheduled()
+}
+
+/// Bytes of an element of the only view written.
+fn result_bytes(program: &Program) -> Option<u32> {
+    let mut written = program.params.iter().filter(|p| p.access != tile::Access::Read);
+    let (Some(one), None) = (written.next(), written.next()) else { return None };
+    Some(view_type(&program.types, one.value)?.dtype.bytes() as u32)
+}
+
+type Names = HashMap<ValueId, ValueId>;
+
+struct Planner<'a> {
+    program: &'a Program,
+    c: Contraction<'a>,
+    config: Config,
+    defs: HashMap<ValueId, &'a tile::Inst>,
+    /// What the producer computes.
+    produced: HashSet<ValueId>,
+    /// What the consumers compute.
+    consumed: HashSet<ValueId>,
+    /// What of that needs the product.
+    after: HashSet<ValueId>,
+    types: Vec<Type>,
+    places: Vec<Place>,
+    params: Vec<tile::Param>,
+    names: Names,
+}
+
+fn plain(op: Op) -> Inst {
+    Inst { results: Vec::new(), op, scratch: None }
+}
+
+impl<'a> Planner<'a> {
+    fn new(program: &'a Program, c: Contraction<'a>, config: Config) -> Planner<'a> {
+        let mut defs = HashMap::new();
+        definitions(&program.body, &mut defs);
+        let mut p = Planner {
+            program,
+            c,
+            config,
+            defs,
+            produced: HashSet::new(),
+            consumed: HashSet::new(),
+            after: HashSet::new(),
+            types: Vec::new(),
+            places: Vec::new(),
+            params: Vec::new(),
+            names: Names::new(),
+        };
+        for param in &program.params {
+            let value = p.fresh(program.ty(param.value).clone(), Place::View);
+            p.names.insert(param.value, value);
+            p.params.push(tile::Param { value, ..param.clone() });
+        }
+        let indices = |o: &Operand<'_>| o.index.iter().filter_map(|i| value_of(*i)).chain(o.gathered).collect::<Vec<_>>();
+        let copied = [indices(&p.c.left), indices(&p.c.right)].concat();
+        p.produced = p.slice(copied);
+        let mut kept = Vec::new();
+        effects(&program.body, &mut kept);
+        kept.extend(&p.c.body.yields);
+        p.consumed = p.slice(kept);
+        let after = |p: &Planner<'_>, v: ValueId| p.slice(vec![v]).contains(&p.c.dot.results[0]);
+        p.after = p.c.body.insts.iter().filter_map(|i| i.results.first().copied()).filter(|&v| after(&p, v)).collect();
+        p
+    }
+
+    /// These values and what they are computed from; a product's operands are not followed.
+    fn slice(&self, roots: Vec<ValueId>) -> HashSet<ValueId> {
+        let (mut seen, mut pending) = (HashSet::new(), roots);
+        while let Some(v) = pending.pop() {
+            if !seen.insert(v) {
+                continue;
+            }
+            match self.defs.get(&v) {
+                Some(inst) if inst.results == self.c.dot.results => {}
+                Some(inst) => pending.extend(tile::operands(&inst.op)),
+                None => {}
+            }
+        }
+        seen
+    }
+
+    fn fresh(&mut self, ty: Type, place: Place) -> ValueId {
+        self.types.push(ty);
+        self.places.push(place);
+        ValueId(self.types.len() as u32 - 1)
+    }
+
+    fn tile(&self, v: ValueId) -> Option<&'a TileType> {
+        self.program.tile(v)
+    }
+
+    fn fragment(&self) -> Place {
+        let atom = if self.config.transposed { Atom::WgmmaTransposed } else { Atom::Wgmma };
+        Place::Fragment(Fragment { atom, warps: self.config.groups })
+    }
+
+    /// Where an instruction's result lies; none if no thread can have it.
+    fn place(&self, inst: &tile::Inst) -> Option<Place> {
+        let t = self.tile(*inst.results.first()?)?;
+        if t.elements() == 1 {
+            return Some(Place::Uniform);
+        }
+        let matrix = [self.c.left.rows, self.c.right.rows];
+        match &inst.op {
+            tile::Op::Full { .. } | tile::Op::Map { .. } | tile::Op::Reshape { .. } => Some(Place::Lazy),
+            tile::Op::Load { .. } if t.dtype == DType::F32 => match t.shape[..] {
+                [r, 1] if r == matrix[0] => Some(self.fragment()),
+                [1, c] if c == matrix[1] => Some(self.fragment()),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The same instruction under new names.
+    fn copied(&mut self, inst: &tile::Inst, place: Place, names: &mut Names) -> Option<Inst> {
+        let op = renamed(&inst.op, names)?;
+        let results = inst.results.iter().map(|&r| {
+            let new = self.fresh(self.program.ty(r).clone(), place.clone());
+            names.insert(r, new);
+            new
+        });
+        Some(Inst { results: results.collect(), op: Op::Tile(op), scratch: None })
+    }
+
+    fn scalar(&mut self, value: i32) -> (Inst, ValueId) {
+        let result = self.fresh(Type::Tile(TileType::scalar(DType::I32)), Place::Uniform);
+        let op = tile::Op::Full { value: Scalar::I32(value), shape: Vec::new() };
+        (Inst { results: vec![result], op: Op::Tile(op), scratch: None }, result)
+    }
+
+    /// `v + by`, a scalar.
+    fn plus(&mut self, v: ValueId, by: u32) -> (Inst, ValueId) {
+        let result = self.fresh(Type::Tile(TileType::scalar(DType::I32)), Place::Uniform);
+        let insts = vec![
+            MapInst { op: ScalarOp::Const(Scalar::I32(by as i32)), args: Vec::new() },
+            MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Inst(0)] },
+        ];
+        let op = tile::Op::Map { inputs: vec![v], body: MapFn { insts, result: MapArg::Inst(1) } };
+        (Inst { results: vec![result], op: Op::Tile(op), scratch: None }, result)
+    }
+
+    fn scheduled(mut self) -> Option<Scheduled> {
+        let mut names = self.names.clone();
+        let producer = self.producer(&self.program.body, &mut names)?;
+        let mut names = self.names.clone();
+        let consumer = self.consumer(&self.program.body, &mut names)?;
+        let warps = self.config.warpgroups() * WARPGROUP / Arch::WARP;
+        let redistributed = self.config.warpgroups() == 2;
+        // Registers move between whole warpgroups; without that, one warp is enough to drive the copies.
+        let (produces, consumes) =
+            if redistributed { ([0, 4], [4, 4 + warps]) } else { ([warps, warps + 1], [0, warps]) };
+        let role = |name: &str, warps, registers, elected, insts| Role {
+            name: name.into(),
+            warps,
+            registers: redistributed.then_some(registers),
+            elected,
+            body: Block { insts, ..Block::default() },
+        };
+        let roles = vec![
+            role("producer", produces, REGISTERS[0], true, producer),
+            role("consumer", consumes, REGISTERS[1], false, consumer),
+        ];
+        Some(Scheduled {
+            name: self.program.name.clone(),
+            grid: self.program.grid.clone(),
+            persistent: Some(BAND),
+            params: self.params.clone(),
+            threads: produces[1].max(consumes[1]) * Arch::WARP,
+            buffers: self.buffers(),
+            channels: vec![Channel {
+                name: "operands".into(),
+                stages: self.config.stages,
+                slots: vec![BufferId(0), BufferId(1)],
+            }],
+            types: self.types,
+            places: self.places,
+            common: Block::default(),
+            roles,
+        })
+    }
+
+    fn buffers(&self) -> Vec<Buffer> {
+        let [left, right] = self.config.slot_bytes;
+        let slot = |name: &str, bytes: u32, offset: u32| Buffer {
+            name: name.into(),
+            dtype: self.c.dtype,
+            shape: [bytes / super::contraction::STEP_BYTES, self.c.stage_k()],
+            pitch: super::contraction::STEP_BYTES,
+            swizzle: super::contraction::STEP_BYTES,
+            copies: self.config.stages,
+            offset,
+        };
+        let mut buffers = vec![slot("left", left, 0), slot("right", right, left * self.config.stages)];
+        if self.config.staging_bytes > 0 {
+            let mut staging = slot("result", self.config.staging_bytes, (left + right) * self.config.stages);
+            (staging.dtype, staging.copies) = (DType::Bf16, 1);
+            staging.shape[1] = super::contraction::STEP_BYTES / 2;
+            buffers.push(staging);
+        }
+        buffers
+    }
+
+    /// A region as the producer runs it.
+    fn producer(&mut self, region: &'a Region, names: &mut Names) -> Option<Vec<Inst>> {
+        let mut out = Vec::new();
+        for inst in &region.insts {
+            if inst.results == self.c.k_loop.results {
+                out.push(self.fill_loop(names)?);
+            } else if inst.results.first().is_some_and(|r| self.produced.contains(r)) {
+                let place = self.place(inst)?;
+                out.push(self.copied(inst, place, names)?);
+            }
+        }
+        Some(out)
+    }
+
+    /// The loop over `k` that fills stages.
+    fn fill_loop(&mut self, names: &mut Names) -> Option<Inst> {
+        let c = self.c.clone();
+        let tile::Op::For { lo, hi, step, .. } = &c.k_loop.op else { return None };
+        let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
+        names.insert(c.body.args[0], counter);
+        let mut insts = Vec::new();
+        for inst in c.body.insts.iter().filter(|i| i.results.first().is_some_and(|r| self.produced.contains(r))) {
+            let place = self.place(inst)?;
+            insts.push(self.copied(inst, place, names)?);
+        }
+        for part in 0..c.step / c.stage_k() {
+            let mut copies = Vec::new();
+            for (slot, operand) in [&c.left, &c.right].into_iter().enumerate() {
+                let mut index: Vec<Index> = operand.index.iter().map(|&i| rename_index(i, names)).collect::<Option<_>>()?;
+                let last = index.last_mut()?;
+                if part > 0 {
+                    *last = match *last {
+                        Index::Const(at) => Index::Const(at + i64::from(part * c.stage_k())),
+                        Index::Value(v) => {
+                            let (inst, v) = self.plus(v, part * c.stage_k());
+                            insts.push(inst);
+                            Index::Value(v)
+                        }
+                    };
+                }
+                let mut shape = operand.shape.to_vec();
+                *shape.last_mut()? = c.stage_k();
+                let view = *names.get(&operand.view)?;
+                copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, index, shape }));
+            }
+            insts.push(plain(Op::Acquire(RING)));
+            insts.extend(copies);
+            insts.push(plain(Op::Commit(RING)));
+        }
+        let body = Block { args: vec![counter], insts, yields: Vec::new() };
+        Some(plain(Op::For { lo: *lo, hi: *hi, step: *step, init: Vec::new(), body }))
+    }
+
+    /// A region as the consumers run it.
+    fn consumer(&mut self, region: &'a Region, names: &mut Names) -> Option<Vec<Inst>> {
+        let mut out = Vec::new();
+        for inst in &region.insts {
+            if inst.results == self.c.k_loop.results {
+                let total = if self.c.direct { self.sum(names, &mut out)? } else { self.scaled_sum(names, &mut out)? };
+                names.insert(inst.results[0], total);
+            } else if let tile::Op::Store { .. } = &inst.op {
+                let mut store = self.copied(inst, Place::Lazy, names)?;
+                store.scratch = (self.config.staging_bytes > 0).then_some(BufferId(2));
+                out.push(store);
+            } else if inst.results.first().is_some_and(|r| self.consumed.contains(r)) {
+                let place = self.place(inst)?;
+                out.push(self.copied(inst, place, names)?);
+            } else if !inst.results.first().is_some_and(|r| self.produced.contains(r)) {
+                return None;
+            }
+        }
+        Some(out)
+    }
+
+    /// Waits for the stages of one round and multiplies them; the sum with `acc`. Stages before the newest are released as the products
+    /// that read them end, from the second of the kernel on.
+    fn multiply(&mut self, mut acc: Option<ValueId>, release: bool, out: &mut Vec<Inst>) -> Option<ValueId> {
+        let c = self.c.clone();
+        for part in 0..c.step / c.stage_k() {
+            out.push(plain(Op::Wait(RING)));
+            let mut taken = [ValueId(0); 2];
+            for (slot, operand) in [&c.left, &c.right].into_iter().enumerate() {
+                let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
+                taken[slot] = self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32));
+                let op = Op::Take { channel: RING, slot: slot as u32 };
+                out.push(Inst { results: vec![taken[slot]], op, scratch: None });
+            }
+            let result = self.fresh(self.program.ty(c.dot.results[0]).clone(), self.fragment());
+            let op = tile::Op::Dot { a: taken[0], b: taken[1], acc, trans_b: true };
+            out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
+            if release || (part > 0 && c.direct) {
+                out.push(plain(Op::Release { channel: RING, lag: 1 }));
+            }
+            acc = Some(result);
+        }
+        acc
+    }
+
+    /// `Σ_k a · bᵀ`.
+    fn sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<ValueId> {
+        let c = self.c.clone();
+        let tile::Op::For { hi, step, .. } = &c.k_loop.op else { return None };
+        let mut total = self.multiply(None, false, out)?;
+        if c.rounds > 1 {
+            let ty = self.program.ty(c.dot.results[0]).clone();
+            let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
+            let carried = self.fresh(ty.clone(), self.fragment());
+            let mut insts = Vec::new();
+            let next = self.multiply(Some(carried), true, &mut insts)?;
+            let body = Block { args: vec![counter, carried], insts, yields: vec![next] };
+            let (lo, hi) = (Index::Const((*step).into()), rename_index(*hi, names)?);
+            let result = self.fresh(ty, self.fragment());
+            let op = Op::For { lo, hi, step: *step, init: vec![total], body };
+            out.push(Inst { results: vec![result], op, scratch: None });
+            total = result;
+        }
+        out.push(plain(Op::Release { channel: RING, lag: 0 }));
+        Some(total)
+    }
+
+    /// The same with a map of each round's partial sum into the accumulator.
+    fn scaled_sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<ValueId> {
+        let c = self.c.clone();
+        let tile::Op::For { step, .. } = &c.k_loop.op else { return None };
+        let together = self.config.partials.min(c.rounds).max(1);
+        let looped = c.rounds / together * together;
+        let ty = self.program.ty(c.dot.results[0]).clone();
+        let zero = self.fresh(ty.clone(), Place::Lazy);
+        let shape = vec![c.left.rows, c.right.rows];
+        let op = Op::Tile(tile::Op::Full { value: Scalar::F32(0.0), shape });
+        out.push(Inst { results: vec![zero], op, scratch: None });
+        let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
+        let carried = self.fresh(ty.clone(), self.fragment());
+        let mut insts = Vec::new();
+        let next = self.scaled_rounds(counter, together, carried, names, &mut insts)?;
+        let body = Block { args: vec![counter, carried], insts, yields: vec![next] };
+        let mut total = self.fresh(ty, self.fragment());
+        let (lo, hi) = (Index::Const(0), Index::Const(i64::from(looped) * i64::from(*step)));
+        let op = Op::For { lo, hi, step: step * together, init: vec![zero], body };
+        out.push(Inst { results: vec![total], op, scratch: None });
+        if looped < c.rounds {
+            let (inst, counter) = self.scalar((looped * step) as i32);
+            out.push(inst);
+            total = self.scaled_rounds(counter, c.rounds - looped, total, names, out)?;
+        }
+        Some(total)
+    }
+
+    /// `count` rounds from `counter` on, all their products in flight before the first is added to `acc`.
+    fn scaled_rounds(
+        &mut self,
+        counter: ValueId,
+        count: u32,
+        mut acc: ValueId,
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<ValueId> {
+        let c = self.c.clone();
+        let tile::Op::For { step, .. } = &c.k_loop.op else { return None };
+        let mut rounds = Vec::new();
+        for round in 0..count {
+            let mut names = names.clone();
+            let counter = if round == 0 {
+                counter
+            } else {
+                let (inst, v) = self.plus(counter, round * step);
+                out.push(inst);
+                v
+            };
+            names.insert(c.body.args[0], counter);
+            for inst in &c.body.insts {
+                let Some(r) = inst.results.first() else { return None };
+                if self.consumed.contains(r) && !self.after.contains(r) {
+                    let place = self.place(inst)?;
+                    out.push(self.copied(inst, place, &mut names)?);
+                }
+            }
+            let partial = self.multiply(None, false, out)?;
+            names.insert(c.dot.results[0], partial);
+            rounds.push(names);
+        }
+        let parts = c.step / c.stage_k();
+        for (round, names) in rounds.iter_mut().enumerate() {
+            for part in 0..parts {
+                let lag = count * parts - 1 - (round as u32 * parts + part);
+                out.push(plain(Op::Release { channel: RING, lag }));
+            }
+            names.insert(c.body.args[1], acc);
+            for inst in &c.body.insts {
+                let r = inst.results[0];
+                if !self.after.contains(&r) || !self.consumed.contains(&r) || r == c.dot.results[0] {
+                    continue;
+                }
+                let place = if r == c.body.yields[0] { self.fragment() } else { Place::Lazy };
+                let mut new = self.copied(inst, place, names)?;
+                if let Op::Tile(tile::Op::Map { body, .. }) = &mut new.op {
+                    contract(body);
+                }
+                out.push(new);
+            }
+            acc = *names.get(&c.body.yields[0])?;
+        }
+        Some(acc)
+    }
+}
+
+fn value_of(i: Index) -> Option<ValueId> {
+    match i {
+        Index::Value(v) => Some(v),
+        Index::Const(_) => None,
+    }
+}
+
+/// Operands of everything that writes memory.
+fn effects(region: &Region, out: &mut Vec<ValueId>) {
+    for inst in &region.insts {
+        match &inst.op {
+            tile::Op::Store { .. } | tile::Op::Scatter { .. } => out.extend(tile::operands(&inst.op)),
+            tile::Op::For { body, .. } => effects(body, out),
+            _ => {}
+        }
+    }
+}
+
+fn rename_index(i: Index, names: &Names) -> Option<Index> {
+    Some(match i {
+        Index::Value(v) => Index::Value(*names.get(&v)?),
+        Index::Const(_) => i,
+    })
+}
+
+/// An operation that roles may run, with its operands renamed.
+fn renamed(op: &tile::Op, names: &Names) -> Option<tile::Op> {
+    let v = |v: &ValueId| names.get(v).copied();
+    let indices = |index: &[Index]| index.iter().map(|&i| rename_index(i, names)).collect::<Option<Vec<_>>>();
+    Some(match op {
+        tile::Op::BlockId { .. } | tile::Op::Sym(_) | tile::Op::Full { .. } => op.clone(),
+        tile::Op::Map { inputs, body } => {
+            tile::Op::Map { inputs: inputs.iter().map(v).collect::<Option<_>>()?, body: body.clone() }
+        }
+        tile::Op::Reshape { x, shape } => tile::Op::Reshape { x: v(x)?, shape: shape.clone() },
+        tile::Op::Load { view, index, shape } => {
+            tile::Op::Load { view: v(view)?, index: indices(index)?, shape: shape.clone() }
+        }
+        tile::Op::Store { view, index, value } => {
+            tile::Op::Store { view: v(view)?, index: indices(index)?, value: v(value)? }
+        }
+        _ => return None,
+    })
+}
+
+/// Makes one fused operation of each product that is used by one sum only: it is rounded once instead of twice.
+fn contract(body: &mut MapFn) {
+    let uses = |body: &MapFn, i: usize| {
+        let by = body.insts.iter().flat_map(|n| &n.args).chain([&body.result]);
+        by.filter(|a| **a == MapArg::Inst(i as u32)).count()
+    };
+    for at in 0..body.insts.len() {
+        let MapInst { op: ScalarOp::Add, args } = body.insts[at].clone() else { continue };
+        let &[a, b] = args.as_slice() else { continue };
+        for (product, other) in [(b, a), (a, b)] {
+            let MapArg::Inst(i) = product else { continue };
+            let factors = body.insts[i as usize].clone();
+            if factors.op == ScalarOp::Mul && uses(body, i as usize) == 1 {
+                body.insts[at] = MapInst { op: ScalarOp::Fma, args: vec![factors.args[0], factors.args[1], other] };
+                break;
+            }
+        }
+    }
+    drop_unused(body);
+}
+
+/// Removes instructions that nothing uses.
+fn drop_unused(body: &mut MapFn) {
+    while let Some(dead) = (0..body.insts.len() as u32).rev().find(|&i| {
+        let used = |a: &MapArg| *a == MapArg::Inst(i);
+        !used(&body.result) && !body.insts.iter().flat_map(|n| &n.args).any(used)
+    }) {
+        body.insts.remove(dead as usize);
+        for a in body.insts.iter_mut().flat_map(|n| &mut n.args).chain([&mut body.result]) {
+            if let MapArg::Inst(i) = a
+                && *i > dead
+            {
+                *i -= 1;
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Hopper's own instructions: asynchronous copies by descriptor, barriers in shared memory, and matrix products of warpgroups.
+//!
+//! Addresses in shared memory are i32. Everything that touches memory another thread or engine sees is a volatile block of
+//! assembly with a memory clobber, so that its order is the order written here.
+
+use crate::nvidia::lower::mlir::{Fn, Ty, Val, f32, i32, i64};
+use dsc_ir::DType;
+
+fn effect(f: &mut Fn, text: &str, constraints: &str, args: &[Val]) {
+    f.asm(text, constraints, args, &[], true, true);
+}
+
+/// A barrier that is passed when `count` threads have arrived and the bytes they announced have come.
+pub fn barrier_init(f: &mut Fn, at: Val, count: u32) {
+    effect(f, &format!("mbarrier.init.shared::cta.b64 [$0], {count};"), "r", &[at]);
+}
+
+/// Makes initialised barriers visible to the copy engine.
+pub fn barrier_init_fence(f: &mut Fn) {
+    effect(f, "fence.mbarrier_init.release.cluster;", "", &[]);
+}
+
+/// Waits until the phase of that parity is over. Labels are local to the braces.
+pub fn barrier_wait(f: &mut Fn, at: Val, parity: Val) {
+    let text = "{\n.reg .pred p;\nW:\nmbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra D;\nbra W;\nD:\n}";
+    effect(f, text, "r,r", &[at, parity]);
+}
+
+/// Arrives and announces bytes that copies will bring.
+pub fn barrier_expect(f: &mut Fn, at: Val, bytes: u32) {
+    effect(f, &format!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes};"), "r", &[at]);
+}
+
+/// Arrives where `c` (i32) is not zero.
+pub fn barrier_arrive_if(f: &mut Fn, at: Val, c: Val) {
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [$0];\n}";
+    effect(f, text, "r,r", &[at, c]);
+}
+
+/// Whether this is the one lane of its warp that is chosen; the whole warp must run it.
+pub fn elect(f: &mut Fn) -> Val {
+    let text = "{\n.reg .pred p;\n.reg .b32 l;\nelect.sync l|p, 0xffffffff;\nselp.b32 $0, 1, 0, p;\n}";
+    let one = f.asm(text, "=r", &[], &[Ty::I32], false, true)[0];
+    f.cmp("ne", one, i32(0))
+}
+
+/// The warp's number as the hardware's uniform registers can hold it.
+pub fn uniform(f: &mut Fn, v: Val) -> Val {
+    f.asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", &[v], &[Ty::I32], false, true)[0]
+}
+
+/// Gives registers back (`dec`) or takes them (`inc`); first instruction of a warpgroup's code.
+pub fn set_registers(f: &mut Fn, kind: &str, count: u32) {
+    effect(f, &format!("setmaxnreg.{kind}.sync.aligned.u32 {count};"), "", &[]);
+}
+
+/// Copies a box of a tensor to shared memory; the barrier gets its bytes. `coordinates` innermost first.
+pub fn copy_box(f: &mut Fn, to: Val, map: Val, barrier: Val, coordinates: &[Val]) {
+    let list: Vec<String> = (0..coordinates.len()).map(|i| format!("${}", i + 3)).collect();
+    let text = format!(
+        "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {{{}}}], [$2];",
+        coordinates.len(),
+        list.join(", ")
+    );
+    let constraints = format!("r,l,r{}", ",r".repeat(coordinates.len()));
+    let args: Vec<Val> = [to, map, barrier].into_iter().chain(coordinates.iter().copied()).collect();
+    effect(f, &text, &constraints, &args);
+}
+
+/// Orders this thread's accesses to shared memory before those of the copy engine and of [`wgmma`].
+pub fn fence_async(f: &mut Fn) {
+    effect(f, "fence.proxy.async.shared::cta;", "", &[]);
+}
+
+/// Descriptor of an operand of [`wgmma`] that starts at this address of shared memory, in the 128-byte swizzle: `stride` bytes
+/// from eight rows to the next eight, `leading` from one 128-byte panel to the next where the operand's rows run across `k`.
+pub fn descriptor(f: &mut Fn, at: Val, leading: u32, stride: u32) -> Val {
+    let low = f.bin("lshr", at, i32(4));
+    let low = f.bin("and", low, i32(0x3fff));
+    let low = f.cast("zext", low, Ty::I64);
+    let high = (1 << 62) | (i64::from(stride >> 4) << 32) | (i64::from(leading >> 4) << 16);
+    f.bin("or", low, i64(high))
+}
+
+/// Before the first [`wgmma`] of a group: registers are as written.
+pub fn wgmma_fence(f: &mut Fn) {
+    effect(f, "wgmma.fence.sync.aligned;", "", &[]);
+}
+
+/// Ends a group.
+pub fn wgmma_commit(f: &mut Fn) {
+    effect(f, "wgmma.commit_group.sync.aligned;", "", &[]);
+}
+
+/// Waits until at most `n` groups are in flight.
+pub fn wgmma_wait(f: &mut Fn, n: usize) {
+    effect(f, &format!("wgmma.wait_group.sync.aligned {n};"), "", &[]);
+}
+
+/// One matrix product of a warpgroup, in flight: `d = a · bᵀ`, plus `acc` if there is one. 64 x `n` results of 32 bytes of `k`.
+/// `across`: rows of `b` run across `k` (16-bit types only).
+pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, acc: Option<&[Val]>, a: Val, b: Val, across: bool) -> Vec<Val> {
+    let count = n as usize / 2;
+    let (k, ty, tail) = match dtype {
+        DType::E4m3 => (32, "e4m3", String::new()),
+        DType::F16 => (16, "f16", format!(", 0, {}", u32::from(across))),
+        _ => (16, "bf16", format!(", 0, {}", u32::from(across))),
+    };
+    let d: Vec<String> = (0..count).map(|i| format!("${i}")).collect();
+    let (keep, first) = (u32::from(acc.is_some()), 2 * count);
+    let text = format!(
+        "{{\n.reg .pred p;\nsetp.ne.b32 p, {keep}, 0;\nwgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{ty}.{ty} {{{}}}, ${first}, ${}, p, 1, 1{tail};\n}}",
+        d.join(", "),
+        first + 1
+    );
+    let tied: Vec<String> = (0..count).map(|i| i.to_string()).collect();
+    let constraints = format!("{},{},l,l", vec!["=f"; count].join(","), tied.join(","));
+    let mut args = acc.map_or(vec![f32(0.0); count], <[Val]>::to_vec);
+    args.extend([a, b]);
+    f.asm(&text, &constraints, &args, &vec![Ty::F32; count], true, true)
+}
+
+/// The same values, which nothing that made them may follow and no use may precede.
+pub fn pin(f: &mut Fn, values: &[Val]) -> Vec<Val> {
+    let tied: Vec<String> = (0..values.len()).map(|i| i.to_string()).collect();
+    let constraints = format!("{},{}", vec!["=f"; values.len()].join(","), tied.join(","));
+    f.asm("", &constraints, values, &vec![Ty::F32; values.len()], true, true)
+}
+
+/// Writes four 8x8 matrices of 16-bit elements, which the warp has as products leave them, to rows whose addresses the lanes give.
+pub fn store_matrix(f: &mut Fn, at: Val, words: &[Val], transposed: bool) {
+    let (n, trans) = (words.len(), if transposed { ".trans" } else { "" });
+    let list: Vec<String> = (1..=n).map(|i| format!("${i}")).collect();
+    let text = format!("stmatrix.sync.aligned.m8n8.x{n}{trans}.shared.b16 [$0], {{{}}};", list.join(", "));
+    let args: Vec<Val> = [at].into_iter().chain(words.iter().copied()).collect();
+    effect(f, &text, &format!("r{}", ",r".repeat(n)), &args);
+}
+
+/// All lanes of the warp wait for one another; shared memory written before is visible after.
+pub fn warp_barrier(f: &mut Fn) {
+    effect(f, "bar.warp.sync 0xffffffff;", "", &[]);
+}
+
+/// Four words of shared memory.
+pub fn load_shared_words(f: &mut Fn, at: Val) -> Vec<Val> {
+    f.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", &[at], &[Ty::I32; 4], true, true)
+}
+
+/// An f32 of memory that no one writes meanwhile, or zero where `c` does not hold.
+pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.f32 $0, 0f00000000;\n@p ld.global.nc.f32 $0, [$1];\n}";
+    f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], false, true)[0]
+}

@@ -1,0 +1,165 @@
+//! Rings of stages: counters, barriers, copies into them.
+
+use super::emit::{Emit, Held};
+use super::ptx;
+use crate::nvidia::lower::mlir::{Fn, Ty, Val, i32};
+use dsc_ir::sched::{Block, ChannelId, Op};
+use dsc_ir::tile::{Index, ValueId};
+
+use super::config::WARPGROUP;
+
+/// One channel as a role sees it.
+#[derive(Clone, Debug)]
+pub struct Ring {
+    /// Depth.
+    pub stages: u32,
+    /// Byte of shared memory where its barriers start: `full` of each stage, then `empty` of each.
+    pub barriers: u32,
+    /// Number of the next stage.
+    pub stage: Val,
+    /// Parity of its round.
+    pub phase: Val,
+    /// Stages waited for, the newest first, as far as this stretch of code knows.
+    recent: Vec<Val>,
+}
+
+impl Ring {
+    /// A ring at its start.
+    pub fn new(stages: u32, barriers: u32) -> Ring {
+        Ring { stages, barriers, stage: i32(0), phase: i32(0), recent: Vec::new() }
+    }
+
+    /// Back to the start.
+    pub fn restart(&mut self) {
+        *self = Ring::new(self.stages, self.barriers);
+    }
+
+    /// Goes to the next stage.
+    pub fn advance(&mut self, f: &mut Fn) {
+        let next = f.add(self.stage, i32(1));
+        let wrapped = f.cmp("eq", next, i32(self.stages.into()));
+        self.stage = f.select(wrapped, i32(0), next);
+        let turn = f.cast("zext", wrapped, Ty::I32);
+        self.phase = f.bin("xor", self.phase, turn);
+    }
+
+    /// What a loop carries.
+    pub fn state(&self) -> [Val; 2] {
+        [self.stage, self.phase]
+    }
+
+    /// Takes up what a loop carries.
+    pub fn resume(&mut self, state: &[Val]) {
+        (self.stage, self.phase) = (state[0], state[1]);
+        self.recent.clear();
+    }
+
+    /// The stage waited for `lag` waits before the last.
+    fn back(&self, f: &mut Fn, lag: u32) -> Val {
+        if let Some(&known) = self.recent.get(lag as usize) {
+            return known;
+        }
+        let back = f.sub(self.stage, i32((lag + 1).into()));
+        let below = f.cmp("slt", back, i32(0));
+        let round = f.add(back, i32(self.stages.into()));
+        f.select(below, round, back)
+    }
+}
+
+impl<'a> Emit<'a> {
+    fn barrier_at(&mut self, channel: ChannelId, empty: bool, stage: Val) -> Val {
+        let ring = &self.rings[channel.0 as usize];
+        let first = ring.barriers + if empty { 8 * ring.stages } else { 0 };
+        let base = self.t.f.add(self.t.shared32, i32(first.into()));
+        let at = self.t.f.mul(stage, i32(8));
+        self.t.f.add(base, at)
+    }
+
+    /// Waits until the next stage is free and announces its bytes.
+    pub fn acquire(&mut self, channel: ChannelId) -> Result<(), String> {
+        let [stage, phase] = self.rings[channel.0 as usize].state();
+        let empty = self.barrier_at(channel, true, stage);
+        let parity = self.t.f.bin("xor", phase, i32(1));
+        ptx::barrier_wait(&mut self.t.f, empty, parity);
+        let full = self.barrier_at(channel, false, stage);
+        let bytes = self.stage_bytes(channel);
+        ptx::barrier_expect(&mut self.t.f, full, bytes);
+        Ok(())
+    }
+
+    /// Bytes that the copies of one stage bring.
+    fn stage_bytes(&self, channel: ChannelId) -> u32 {
+        let s = self.s;
+        let mut bytes = vec![0; s.channels[channel.0 as usize].slots.len()];
+        let mut pending: Vec<&Block> = s.roles.iter().map(|r| &r.body).collect();
+        while let Some(block) = pending.pop() {
+            for inst in &block.insts {
+                match &inst.op {
+                    Op::Copy { channel: c, slot, view, shape, .. } if *c == channel => {
+                        bytes[*slot as usize] = shape.iter().product::<u32>() * self.dtype(*view).bytes() as u32;
+                    }
+                    op => pending.extend(op.blocks()),
+                }
+            }
+        }
+        bytes.iter().sum()
+    }
+
+    /// Starts a copy into the acquired stage.
+    pub fn copy(
+        &mut self,
+        channel: ChannelId,
+        slot: u32,
+        view: ValueId,
+        index: &[Index],
+        shape: &[u32],
+    ) -> Result<(), String> {
+        let s = self.s;
+        let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
+        let [stage, _] = self.rings[channel.0 as usize].state();
+        let full = self.barrier_at(channel, false, stage);
+        let base = self.t.f.add(self.t.shared32, i32(buffer.offset.into()));
+        let offset = self.t.f.mul(stage, i32(buffer.copy_bytes().into()));
+        let to = self.t.f.add(base, offset);
+        let number = self.maps.number(s, view, shape, buffer.swizzle).ok_or("a copy from what is no parameter")?;
+        let map = Val::Arg((s.params.len() + 1 + number) as u32, Ty::Generic);
+        let mut coordinates = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+        coordinates.reverse();
+        ptx::copy_box(&mut self.t.f, to, map, full, &coordinates);
+        Ok(())
+    }
+
+    /// Waits until the next stage is full.
+    pub fn wait(&mut self, channel: ChannelId) -> Result<(), String> {
+        let [stage, phase] = self.rings[channel.0 as usize].state();
+        let full = self.barrier_at(channel, false, stage);
+        ptx::barrier_wait(&mut self.t.f, full, phase);
+        let ring = &mut self.rings[channel.0 as usize];
+        ring.recent.insert(0, stage);
+        ring.advance(&mut self.t.f);
+        self.flight.waited(channel);
+        Ok(())
+    }
+
+    /// A slot of the stage waited for last.
+    pub fn take(&mut self, channel: ChannelId, slot: u32, result: ValueId) -> Result<(), String> {
+        let buffer = self.s.channels[channel.0 as usize].slots[slot as usize];
+        let stage = self.rings[channel.0 as usize].back(&mut self.t.f, 0);
+        self.held.insert(result, Held::Stage(buffer, stage));
+        Ok(())
+    }
+
+    /// Frees the stage waited for `lag` waits before the last, once the products that read it have ended.
+    pub fn release(&mut self, channel: ChannelId, lag: u32) -> Result<(), String> {
+        if let Some(last) = self.flight.readers(channel, lag) {
+            self.finish(last);
+        }
+        let stage = self.rings[channel.0 as usize].back(&mut self.t.f, lag);
+        let empty = self.barrier_at(channel, true, stage);
+        let within = self.t.f.rem(self.role_tid, WARPGROUP);
+        let first = self.t.f.cmp("eq", within, i32(0));
+        let first = self.t.f.cast("zext", first, Ty::I32);
+        ptx::barrier_arrive_if(&mut self.t.f, empty, first);
+        Ok(())
+    }
+}

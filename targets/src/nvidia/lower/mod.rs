@@ -1,0 +1,70 @@
+//! Tile program and schedule to MLIR text, in two steps: [`schedule`] makes scheduled tile IR, [`emit`] writes it down instruction by
+//! instruction. Nothing here needs LLVM.
+//!
+//! | file | does |
+//! |---|---|
+//! | `schedule` | places, buffers and barriers: the plain way, for any shape and architecture |
+//! | `emit` | control flow, elementwise evaluation, memory |
+//! | `fragment` | tiles in registers as a matrix product leaves them |
+//! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
+//! | `hopper` | contractions through tensor maps, rings and warpgroup products |
+//! | `arith` | scalar arithmetic of maps |
+//! | `mlir`, `isa`, `block` | text of the dialects, PTX instructions, and the running threads |
+
+mod arith;
+pub mod block;
+mod dot;
+mod emit;
+#[cfg(test)]
+mod emulate;
+mod fragment;
+pub mod isa;
+pub mod mlir;
+mod reduce;
+mod scan;
+mod schedule;
+mod topk;
+
+use super::arch::Arch;
+use crate::{Kernel, TargetError};
+use dsc_ir::artifact::GpuKernel;
+use std::fmt::Write;
+
+/// A kernel on its way to LLVM.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// One MLIR module with one function.
+    pub mlir: String,
+    /// How it is launched.
+    pub gpu: GpuKernel,
+    /// The scheduled tile IR, as text.
+    pub sched: String,
+}
+
+/// Lowers a kernel for an architecture.
+///
+/// # Errors
+/// [`TargetError::Unsupported`] if the tiles do not fit its shared memory.
+pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
+    let scheduled = schedule::schedule(kernel, arch)?;
+    let threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    let emitter = emit::Emitter::run(threads, &scheduled);
+    let shared_bytes = emitter.shared_bytes();
+    let mut args: Vec<String> = (0..=scheduled.params.len()).map(|i| format!("%{i}: !llvm.ptr<1>")).collect();
+    args.iter_mut().for_each(|a| a.push_str(" {llvm.align = 16 : i64}"));
+    let mut text = String::from("module {\n");
+    text.push_str(
+        "  llvm.mlir.global external @shared() {addr_space = 3 : i32, alignment = 128 : i64} : !llvm.array<0 x i8>\n",
+    );
+    let _ = writeln!(
+        text,
+        "  llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>}} {{",
+        scheduled.name,
+        args.join(", "),
+        scheduled.threads
+    );
+    text.push_str(emitter.t.f.text());
+    text.push_str("    llvm.return\n  }\n}\n");
+    let gpu = GpuKernel { threads: scheduled.threads, shared_bytes, cluster: 1, ..GpuKernel::default() };
+    Ok(Lowered { mlir: text, gpu, sched: scheduled.to_string() })
+}

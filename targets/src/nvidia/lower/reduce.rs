@@ -1,0 +1,371 @@
+//! Reductions: fragments by registers, shuffles and warps; everything else by groups of threads over chunks that are read where
+//! they lie. The order of additions is fixed by the shape and the number of threads.
+
+use super::emit::{Emitter, power_of_two_in};
+use super::fragment::Spread;
+use super::isa;
+use super::mlir::{Ty, Val, f32, i32};
+use dsc_ir::sched::{Buffer, Place};
+use dsc_ir::tile::{ReduceKind, ValueId};
+
+/// Rounds of a reduction that are written out rather than looped over.
+const UNROLLED: u32 = 8;
+
+impl<'a> Emitter<'a> {
+    /// Reduces `x` along an axis to `r`; the value itself if that is a single element.
+    pub fn reduce(&mut self, r: ValueId, x: ValueId, axis: usize, kind: ReduceKind, scratch: u32) -> Option<Val> {
+        let to = match self.place(r) {
+            Place::Shared(b) => Some(self.buffer(*b)),
+            _ => None,
+        };
+        if let Place::Fragment(f) = self.place(x) {
+            let s = Spread::new(self, *f, self.shape(x));
+            return self.reduce_fragment(x, &s, axis, kind, scratch, to);
+        }
+        let shape = self.shape(x);
+        let outer: u32 = shape[..axis].iter().product();
+        let inner: u32 = shape[axis + 1..].iter().product();
+        let warps = self.t.threads / 32;
+        match (inner, to) {
+            (1, None) => self.reduce_by_block(x, axis, kind, outer, scratch, None),
+            (1, Some(to)) if outer <= warps => self.reduce_by_block(x, axis, kind, outer, scratch, Some(to)),
+            (1, Some(to)) => {
+                self.reduce_by_groups(r, x, axis, kind, outer, to);
+                None
+            }
+            (_, Some(to)) => {
+                self.reduce_columns(r, x, axis, kind, to);
+                None
+            }
+            // A single element, but axes of one element follow the reduced one.
+            (_, None) => self.reduce_by_block(x, axis, kind, outer, scratch, None),
+        }
+    }
+
+    fn combine(&mut self, kind: ReduceKind, a: Val, b: Val) -> Val {
+        match (kind, a.ty()) {
+            (ReduceKind::Sum, Ty::F32) => self.t.f.bin("fadd", a, b),
+            (ReduceKind::Sum, _) => self.t.f.add(a, b),
+            (ReduceKind::Max, Ty::F32) => self.t.f.intrinsic("maximum", &[a, b]),
+            (ReduceKind::Max, _) => self.t.f.intrinsic("smax", &[a, b]),
+        }
+    }
+
+    /// Pairs first, so that the chain is short.
+    fn combine_all(&mut self, kind: ReduceKind, values: &[Val]) -> Val {
+        let mut values = values.to_vec();
+        while values.len() > 1 {
+            values = values
+                .chunks(2)
+                .map(|pair| if let [a, b] = *pair { self.combine(kind, a, b) } else { pair[0] })
+                .collect();
+        }
+        values[0]
+    }
+
+    fn shuffled(&mut self, kind: ReduceKind, mut v: Val, masks: &[u32]) -> Val {
+        for &mask in masks {
+            let other = isa::shuffle_xor(&mut self.t.f, v, mask);
+            v = self.combine(kind, v, other);
+        }
+        v
+    }
+
+    /// Reads `n` partial results that lie side by side in scratch memory, and combines them.
+    fn gathered(&mut self, kind: ReduceKind, first: Val, n: u32, ty: Ty) -> Val {
+        let values: Vec<Val> = (0..n)
+            .map(|i| {
+                let byte = self.t.f.add(first, i32((4 * i).into()));
+                self.t.load_shared(byte, ty, 1)[0]
+            })
+            .collect();
+        self.combine_all(kind, &values)
+    }
+
+    fn reduce_fragment(
+        &mut self,
+        x: ValueId,
+        s: &Spread,
+        axis: usize,
+        kind: ReduceKind,
+        scratch: u32,
+        to: Option<&'a Buffer>,
+    ) -> Option<Val> {
+        let values = self.fragments[&x].clone();
+        let ty = values[0].ty();
+        let none = identity(kind, ty);
+        let (warps, outputs) = (s.warps[axis], s.shape[1 - axis]);
+        // This thread's partial results: one a row, or one a column of its groups.
+        let mut partial: Vec<(Val, Val, Val)> = Vec::new();
+        if axis == 1 {
+            for (ri, &(row, ok)) in s.rows.iter().enumerate() {
+                let mut all = Vec::new();
+                for gi in 0..s.groups.len() {
+                    for e in 0..s.width {
+                        let exists = self.column_exists(s, gi, e);
+                        all.push(self.t.f.select(exists, values[s.register(ri, gi, e)], none));
+                    }
+                }
+                let v = self.combine_all(kind, &all);
+                let v = self.shuffled(kind, v, &s.column_lanes);
+                partial.push((row, ok, v));
+            }
+        } else {
+            for gi in 0..s.groups.len() {
+                for e in 0..s.width {
+                    let mut all = Vec::new();
+                    for (ri, &(_, ok)) in s.rows.iter().enumerate() {
+                        all.push(self.t.f.select(ok, values[s.register(ri, gi, e)], none));
+                    }
+                    let v = self.combine_all(kind, &all);
+                    let v = self.shuffled(kind, v, &s.row_lanes);
+                    let col = self.t.f.add(s.groups[gi].0, i32(e.into()));
+                    let exists = self.column_exists(s, gi, e);
+                    partial.push((col, exists, v));
+                }
+            }
+        }
+        let lanes: u32 = if axis == 1 { &s.column_lanes } else { &s.row_lanes }.iter().sum();
+        let lane = self.t.f.bin("and", self.t.lane, i32(lanes.into()));
+        let first_lane = self.t.f.cmp("eq", lane, i32(0));
+        if warps == 1
+            && let Some(to) = to
+        {
+            for (at, ok, v) in partial {
+                let ok = self.t.f.bin("and", first_lane, ok);
+                let byte = self.output_byte(to, axis, at);
+                self.guarded(ok, |e| e.t.store_shared(byte, &[v]));
+            }
+            return None;
+        }
+        for (at, ok, v) in partial {
+            let ok = self.t.f.bin("and", first_lane, ok);
+            let slot = self.t.f.mul(at, i32(warps.into()));
+            let slot = self.t.f.add(slot, s.warp[axis]);
+            let byte = self.t.f.mul(slot, i32(4));
+            let byte = self.t.f.add(byte, i32(scratch.into()));
+            self.guarded(ok, |e| e.t.store_shared(byte, &[v]));
+        }
+        self.t.barrier();
+        let Some(to) = to else {
+            return Some(self.gathered(kind, i32(scratch.into()), warps, ty));
+        };
+        self.each_output(outputs, |e, at| {
+            let byte = e.t.f.mul(at, i32((4 * warps).into()));
+            let byte = e.t.f.add(byte, i32(scratch.into()));
+            let v = e.gathered(kind, byte, warps, ty);
+            let to = e.output_byte(to, axis, at);
+            e.t.store_shared(to, &[v]);
+        });
+        None
+    }
+
+    /// Byte of a reduced fragment's element: a column or a row of the result.
+    fn output_byte(&mut self, to: &Buffer, axis: usize, at: Val) -> Val {
+        let step = if axis == 1 { to.pitch } else { 4 };
+        let byte = self.t.f.mul(at, i32(step.into()));
+        self.t.f.add(byte, i32(to.offset.into()))
+    }
+
+    /// Runs `body` for outputs `0..n`, one a thread at a time.
+    fn each_output(&mut self, n: u32, mut body: impl FnMut(&mut Self, Val)) {
+        let threads = self.t.threads;
+        for first in (0..n).step_by(threads as usize) {
+            let at = self.t.f.add(self.t.tid, i32(first.into()));
+            let ok = if first + threads <= n { Val::Int(1, Ty::I1) } else { self.t.f.cmp("slt", at, i32(n.into())) };
+            self.guarded(ok, |e| body(e, at));
+        }
+    }
+
+    /// `body` for `0..count`, carrying values.
+    fn repeat(
+        &mut self,
+        count: u32,
+        mut carried: Vec<Val>,
+        mut body: impl FnMut(&mut Self, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        if count <= UNROLLED {
+            for i in 0..count {
+                carried = body(self, i32(i.into()), &carried);
+            }
+            return carried;
+        }
+        let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
+        let mut args = vec![i32(0)];
+        args.extend(carried);
+        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
+        self.t.f.br(head, &args);
+        let args = self.t.f.start(head, &types);
+        let looped = count / 4 * 4;
+        let more = self.t.f.cmp("slt", args[0], i32(looped.into()));
+        self.t.f.cond_br(more, (inside, &[]), (after, &[]));
+        self.t.f.start(inside, &[]);
+        let mut next = args[1..].to_vec();
+        for i in 0..4 {
+            let at = self.t.f.add(args[0], i32(i));
+            next = body(self, at, &next);
+        }
+        next.insert(0, self.t.f.add(args[0], i32(4)));
+        self.t.f.br(head, &next);
+        self.t.f.start(after, &[]);
+        let mut carried = args[1..].to_vec();
+        for i in looped..count {
+            carried = body(self, i32(i.into()), &carried);
+        }
+        carried
+    }
+
+    /// Elements `first + i * step` (in chunks of `n`) of a line of `x`, combined.
+    #[allow(clippy::too_many_arguments)]
+    fn line(
+        &mut self,
+        x: ValueId,
+        axis: usize,
+        lead: &[Val],
+        kind: ReduceKind,
+        (first, step, n): (Val, u32, u32),
+        len: u32,
+    ) -> Val {
+        let ty = isa::stored(self.dtype(x));
+        let none = identity(kind, ty);
+        let chunks = len / n;
+        let rank = self.shape(x).len();
+        let acc = self.repeat(chunks.div_ceil(step), vec![none; n as usize], |e, i, acc| {
+            let skip = e.t.f.mul(i, i32(step.into()));
+            let c = e.t.f.add(first, skip);
+            let partial = !chunks.is_multiple_of(step);
+            let ok = if partial { e.t.f.cmp("slt", c, i32(chunks.into())) } else { Val::Int(1, Ty::I1) };
+            let c = if partial { e.t.f.select(ok, c, i32(0)) } else { c };
+            let mut at = lead.to_vec();
+            at.push(e.t.f.mul(c, i32(n.into())));
+            at.resize(rank, i32(0));
+            let values = if axis + 1 == rank { e.chunk(x, &at, n) } else { e.broadcast(x, &at, 1) };
+            let mut next = Vec::new();
+            for (&a, v) in acc.iter().zip(values) {
+                let v = e.t.f.select(ok, v, none);
+                next.push(e.combine(kind, a, v));
+            }
+            next
+        });
+        self.combine_all(kind, &acc)
+    }
+
+    fn line_width(&self, x: ValueId, axis: usize) -> u32 {
+        if axis + 1 == self.shape(x).len() { self.width(x).min(8) } else { 1 }
+    }
+
+    /// The whole block on each of a few outputs.
+    fn reduce_by_block(
+        &mut self,
+        x: ValueId,
+        axis: usize,
+        kind: ReduceKind,
+        outer: u32,
+        scratch: u32,
+        to: Option<&'a Buffer>,
+    ) -> Option<Val> {
+        let shape = self.shape(x);
+        let n = self.line_width(x, axis);
+        let (threads, warps) = (self.t.threads, self.t.threads / 32);
+        let ty = isa::stored(self.dtype(x));
+        let first_lane = self.t.f.cmp("eq", self.t.lane, i32(0));
+        for o in 0..outer {
+            let lead = self.delinear(i32(o.into()), &shape[..axis]);
+            let tid = self.t.tid;
+            let v = self.line(x, axis, &lead, kind, (tid, threads, n), shape[axis]);
+            let v = self.shuffled(kind, v, &[16, 8, 4, 2, 1]);
+            let byte = self.t.f.mul(self.t.warp, i32(4));
+            let byte = self.t.f.add(byte, i32((scratch + o * warps * 4).into()));
+            self.guarded(first_lane, |e| e.t.store_shared(byte, &[v]));
+        }
+        self.t.barrier();
+        let Some(to) = to else {
+            return Some(self.gathered(kind, i32(scratch.into()), warps, ty));
+        };
+        self.each_output(outer, |e, o| {
+            let byte = e.t.f.mul(o, i32((4 * warps).into()));
+            let byte = e.t.f.add(byte, i32(scratch.into()));
+            let v = e.gathered(kind, byte, warps, ty);
+            let row = e.t.f.mul(o, i32(to.pitch.into()));
+            let row = e.t.f.add(row, i32(to.offset.into()));
+            e.t.store_shared(row, &[v]);
+        });
+        None
+    }
+
+    /// A group of lanes on each output.
+    fn reduce_by_groups(&mut self, r: ValueId, x: ValueId, axis: usize, kind: ReduceKind, outer: u32, to: &'a Buffer) {
+        let shape = self.shape(x);
+        let n = self.line_width(x, axis);
+        let threads = self.t.threads;
+        let lanes = (threads / outer.next_power_of_two()).clamp(1, 32);
+        let lanes = lanes.min((shape[axis] / n).next_power_of_two());
+        let per_round = threads / lanes;
+        let group = self.t.f.div(self.t.tid, lanes);
+        let lane = self.t.f.rem(self.t.tid, lanes);
+        let masks: Vec<u32> = (0..lanes.ilog2()).rev().map(|b| 1 << b).collect();
+        let first_lane = self.t.f.cmp("eq", lane, i32(0));
+        let rounds = outer.div_ceil(per_round);
+        let result_shape = self.shape(r);
+        self.repeat(rounds, Vec::new(), |e, round, _| {
+            let skip = e.t.f.mul(round, i32(per_round.into()));
+            let o = e.t.f.add(group, skip);
+            let partial = !outer.is_multiple_of(per_round);
+            let ok = if partial { e.t.f.cmp("slt", o, i32(outer.into())) } else { Val::Int(1, Ty::I1) };
+            let o = if partial { e.t.f.select(ok, o, i32(0)) } else { o };
+            let lead = e.delinear(o, &shape[..axis]);
+            let v = e.line(x, axis, &lead, kind, (lane, lanes, n), shape[axis]);
+            let v = e.shuffled(kind, v, &masks);
+            let ok = e.t.f.bin("and", ok, first_lane);
+            // Of the result's row-major number only the last axis is a column.
+            let cols = result_shape.last().copied().unwrap_or(1);
+            let (row, col) = (e.t.f.div(o, cols), e.t.f.rem(o, cols));
+            let dtype = e.dtype(r);
+            e.guarded(ok, |e| e.store_buffer(to, dtype, row, col, &[v]));
+            Vec::new()
+        });
+    }
+
+    /// A thread on neighbouring columns of each output.
+    fn reduce_columns(&mut self, r: ValueId, x: ValueId, axis: usize, kind: ReduceKind, to: &'a Buffer) {
+        let shape = self.shape(x);
+        let last = shape.len() - 1;
+        let none = identity(kind, isa::stored(self.dtype(x)));
+        let n = self.width(x).min(4).min(power_of_two_in(shape[last]));
+        let mut reduced = shape.to_vec();
+        reduced[axis] = 1;
+        let total = reduced.iter().product::<u32>() / n;
+        let dtype = self.dtype(r);
+        let place = |e: &mut Self, c: Val| {
+            let first = e.t.f.mul(c, i32(n.into()));
+            let reduced = reduced.clone();
+            e.delinear(first, &reduced)
+        };
+        self.each_chunk(
+            total,
+            |e, c| {
+                let at = place(e, c);
+                e.repeat(shape[axis], vec![none; n as usize], |e, i, acc| {
+                    let mut at = at.clone();
+                    at[axis] = i;
+                    let values = e.chunk(x, &at, n);
+                    acc.iter().zip(values).map(|(&a, v)| e.combine(kind, a, v)).collect()
+                })
+            },
+            |e, c, values, ok| {
+                let at = place(e, c);
+                let row = e.linear(&at[..last], &reduced[..last]);
+                e.guarded(ok, |e| e.store_buffer(to, dtype, row, at[last], &values));
+            },
+        );
+    }
+}
+
+fn identity(kind: ReduceKind, ty: Ty) -> Val {
+    match (kind, ty) {
+        (ReduceKind::Sum, Ty::F32) => f32(0.0),
+        (ReduceKind::Sum, ty) => Val::Int(0, ty),
+        (ReduceKind::Max, Ty::F32) => f32(f32::NEG_INFINITY),
+        (ReduceKind::Max, ty) => Val::Int(i32::MIN.into(), ty),
+    }
+}

@@ -1,0 +1,1001 @@
+//! Tile program to scheduled tile IR, the plain way: one role of all threads, any shape, any architecture.
+//!
+//! Every value gets a place:
+//!
+//! * single elements are [`Place::Uniform`]: each thread has them;
+//! * results of matrix products, and elementwise arithmetic on them, are [`Place::Fragment`]: spread over registers as the
+//!   instruction leaves them;
+//! * operands of products, reductions, concatenations, selections and whatever is read more than once are [`Place::Shared`];
+//! * the rest is [`Place::Lazy`]: views of other tiles, counters, and loads and arithmetic with one use, which fuse into it.
+//!
+//! Then buffers get offsets by their lifetimes ([`allocate`]) and barriers go where a thread may meet another's write
+//! ([`place_barriers`]).
+
+use crate::nvidia::arch::Arch;
+use crate::{Kernel, TargetError};
+use dsc_ir::DType;
+use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Fragment, Inst, Op, Place, Scheduled};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::topk;
+
+/// Applies a kernel's schedule on that architecture.
+///
+/// # Errors
+/// [`TargetError::Unsupported`] if shared memory does not suffice; the message lists the buffers.
+pub fn schedule(kernel: &Kernel, arch: &Arch) -> Result<Scheduled, TargetError> {
+    let program = &kernel.program;
+    let threads = threads(kernel);
+    let analysis = Analysis::of(program, arch);
+    let mut s = Scheduler {
+        program,
+        threads,
+        places: vec![Place::Lazy; program.types.len()],
+        types: program.types.clone(),
+        defs: analysis.defs,
+        uses: analysis.uses,
+        fragments: analysis.fragments,
+        operands: analysis.operands,
+        atom: analysis.atom,
+        buffers: Vec::new(),
+        spilled: HashMap::new(),
+    };
+    for p in &program.params {
+        s.places[p.value.0 as usize] = Place::View;
+    }
+    let mut common = s.region(&program.body);
+    let reads = Reads { defs: &s.defs, places: &s.places };
+    allocate(&mut s.buffers, &common, &reads);
+    let spans: Vec<[u32; 2]> = s.buffers.iter().map(|b| [b.offset, b.offset + b.bytes()]).collect();
+    place_barriers(&mut common, &reads, &spans, &mut Hazards::default());
+    let scheduled = Scheduled {
+        name: program.name.clone(),
+        grid: program.grid.clone(),
+        persistent: None,
+        params: program.params.clone(),
+        types: s.types,
+        places: s.places,
+        threads,
+        buffers: s.buffers,
+        channels: Vec::new(),
+        common,
+        roles: Vec::new(),
+    };
+    let bytes = shared_bytes(&scheduled);
+    if bytes > arch.shared_per_block {
+        return Err(TargetError::Unsupported {
+            kernel: program.name.clone(),
+            op: "shared memory".into(),
+            reason: format!(
+                "{bytes} bytes of {} that a block of {} has; choose smaller tiles:\n{}",
+                arch.shared_per_block,
+                arch.name,
+                table(&scheduled.buffers)
+            ),
+        });
+    }
+    Ok(scheduled)
+}
+
+/// Bytes of shared memory of a block.
+pub fn shared_bytes(s: &Scheduled) -> u32 {
+    s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0)
+}
+
+fn table(buffers: &[Buffer]) -> String {
+    let mut order: Vec<&Buffer> = buffers.iter().collect();
+    order.sort_by_key(|b| std::cmp::Reverse(b.bytes()));
+    let line = |b: &&Buffer| {
+        format!("  {:>8} bytes at {:>7}  {} {}x{} {}\n", b.bytes(), b.offset, b.name, b.shape[0], b.shape[1], b.dtype)
+    };
+    order.iter().take(12).map(line).collect()
+}
+
+/// Threads of a block: as the schedule says, else by the largest tile.
+fn threads(kernel: &Kernel) -> u32 {
+    let elements = |t: &Type| match t {
+        Type::Tile(t) => t.elements(),
+        Type::View(_) => 0,
+        Type::Topk { rows, k } => (rows * k) as usize,
+    };
+    match kernel.program.types.iter().map(elements).max().unwrap_or(1) {
+        0..=1024 => 128,
+        _ => 256,
+    }
+}
+
+/// How the instructions of a region refer to one another.
+struct Analysis {
+    /// The op that defines each value (none for parameters and arguments).
+    defs: HashMap<ValueId, tile::Op>,
+    /// For each value: uses, and whether all are in the region that defines it.
+    uses: HashMap<ValueId, Uses>,
+    /// Values that come from matrix products by elementwise steps.
+    fragments: BTreeSet<ValueId>,
+    /// Values that are operands of products, with the padding they need.
+    operands: HashMap<ValueId, Operand>,
+    /// The instruction of all products.
+    atom: Atom,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Uses {
+    count: u32,
+    elsewhere: bool,
+    /// Elements of the largest result that reads it.
+    reach: usize,
+}
+
+/// Multiples that rows and columns of an operand are padded to, with zeros.
+#[derive(Clone, Copy, Debug)]
+struct Operand {
+    rows: u32,
+    cols: u32,
+}
+
+impl Analysis {
+    fn of(program: &Program, arch: &Arch) -> Analysis {
+        let mut a = Analysis {
+            defs: HashMap::new(),
+            uses: HashMap::new(),
+            fragments: BTreeSet::new(),
+            operands: HashMap::new(),
+            atom: Atom::Mma16x8,
+        };
+        let mut home = HashMap::new();
+        let mut regions = 0;
+        a.collect(program, &program.body, &mut regions, &mut home);
+        let mut every = Vec::new();
+        each(&program.body, &mut |inst| every.push(inst));
+        if !every.iter().all(|i| multiplies(program, arch, &i.op)) {
+            a.atom = Atom::Fma;
+        }
+        a.find_fragments(program, &every);
+        for inst in &every {
+            if let tile::Op::Dot { a: left, b: right, trans_b, .. } = &inst.op {
+                let step = match (a.atom, program.tile(*left).map(|t| t.dtype)) {
+                    (Atom::Fma, _) => 1,
+                    (_, Some(DType::E4m3)) => 32,
+                    _ => 16,
+                };
+                a.operand(program, *left, Operand { rows: 1, cols: step });
+                let right_pads =
+                    if *trans_b { Operand { rows: 1, cols: step } } else { Operand { rows: step, cols: 16 } };
+                a.operand(program, *right, right_pads);
+            }
+        }
+        a
+    }
+
+    fn collect(&mut self, program: &Program, region: &Region, regions: &mut u32, home: &mut HashMap<ValueId, u32>) {
+        let here = *regions;
+        *regions += 1;
+        home.extend(region.args.iter().map(|&v| (v, here)));
+        let mut used = |uses: &mut HashMap<ValueId, Uses>, home: &HashMap<ValueId, u32>, v: ValueId, reach: usize| {
+            let u = uses.entry(v).or_default();
+            u.count += 1;
+            u.elsewhere |= home.get(&v) != Some(&here);
+            u.reach = u.reach.max(reach);
+        };
+        for inst in &region.insts {
+            let reach = inst.results.iter().filter_map(|&r| program.tile(r)).map(TileType::elements).max().unwrap_or(0);
+            for v in tile::operands(&inst.op) {
+                used(&mut self.uses, home, v, reach);
+            }
+            match &inst.op {
+                tile::Op::For { body, .. } => self.collect(program, body, regions, home),
+                tile::Op::If { then, otherwise, .. } => {
+                    self.collect(program, then, regions, home);
+                    self.collect(program, otherwise, regions, home);
+                }
+                op => {
+                    self.defs.extend(inst.results.iter().map(|&r| (r, op.clone())));
+                }
+            }
+            home.extend(inst.results.iter().map(|&r| (r, here)));
+        }
+        for &v in &region.yields {
+            used(&mut self.uses, home, v, 0);
+        }
+    }
+
+    /// Fixpoint: results of products, maps of the same shape over them, and what loops and branches carry of them.
+    fn find_fragments(&mut self, program: &Program, every: &[&tile::Inst]) {
+        let shape = |v: ValueId| program.tile(v).map(|t| squeezed(&t.shape));
+        loop {
+            let before = self.fragments.len();
+            for inst in every {
+                match &inst.op {
+                    tile::Op::Dot { .. } => self.fragments.extend(&inst.results),
+                    tile::Op::Map { inputs, .. } => {
+                        let result = inst.results[0];
+                        let wide = program.tile(result).is_some_and(|t| t.elements() > 1);
+                        if wide && inputs.iter().any(|&i| self.fragments.contains(&i) && shape(i) == shape(result)) {
+                            self.fragments.insert(result);
+                        }
+                    }
+                    tile::Op::Reshape { x, .. } => {
+                        if self.fragments.contains(x) && keeps_matrix(program, *x, inst.results[0]) {
+                            self.fragments.insert(inst.results[0]);
+                        }
+                    }
+                    tile::Op::For { init, body, .. } => {
+                        for (i, &arg) in body.args[1..].iter().enumerate() {
+                            let group = [init[i], body.yields[i], arg, inst.results[i]];
+                            let product = self.fragments.contains(&group[1]);
+                            if product && program.tile(arg).is_some_and(|t| t.shape.len() == 2 && t.elements() > 1) {
+                                self.fragments.extend([arg, inst.results[i]]);
+                            }
+                        }
+                    }
+                    tile::Op::If { then, otherwise, .. } => {
+                        for (i, &result) in inst.results.iter().enumerate() {
+                            if self.fragments.contains(&then.yields[i]) && self.fragments.contains(&otherwise.yields[i])
+                            {
+                                self.fragments.insert(result);
+                            }
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            if self.fragments.len() == before {
+                return;
+            }
+        }
+    }
+
+    /// Notes that a value is read as a matrix operand: the value itself, or what it is a view of with the same rows.
+    fn operand(&mut self, program: &Program, v: ValueId, pads: Operand) {
+        let mut root = v;
+        while let Some(tile::Op::Reshape { x, .. }) = self.defs.get(&root) {
+            if program.tile(*x).and_then(|t| t.shape.last()) != program.tile(root).and_then(|t| t.shape.last()) {
+                break;
+            }
+            root = *x;
+        }
+        for v in [root, v] {
+            let o = self.operands.entry(v).or_insert(Operand { rows: 1, cols: 1 });
+            *o = Operand { rows: o.rows.max(pads.rows), cols: o.cols.max(pads.cols) };
+        }
+    }
+}
+
+/// Whether the tensor cores do this product (true for every other op).
+fn multiplies(program: &Program, arch: &Arch, op: &tile::Op) -> bool {
+    let tile::Op::Dot { a, b, trans_b, .. } = op else { return true };
+    match [a, b].map(|&v| program.tile(v).map(|t| t.dtype)) {
+        [Some(DType::Bf16), Some(DType::Bf16)] | [Some(DType::F16), Some(DType::F16)] => true,
+        [Some(DType::E4m3), Some(DType::E4m3)] => arch.has_fp8_mma && *trans_b,
+        _ => false,
+    }
+}
+
+fn each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
+    for inst in &region.insts {
+        visit(inst);
+        match &inst.op {
+            tile::Op::For { body, .. } => each(body, visit),
+            tile::Op::If { then, otherwise, .. } => {
+                each(then, visit);
+                each(otherwise, visit);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A shape without axes of one element.
+pub fn squeezed(shape: &[u32]) -> Vec<u32> {
+    shape.iter().copied().filter(|&n| n != 1).collect()
+}
+
+/// Rows and columns of a tile: its last axis, and all before it.
+pub fn matrix(shape: &[u32]) -> [u32; 2] {
+    match shape.split_last() {
+        Some((&cols, rows)) => [rows.iter().product(), cols],
+        None => [1, 1],
+    }
+}
+
+/// Whether a reshape of a fragment leaves its rows and columns what they are.
+fn keeps_matrix(program: &Program, from: ValueId, to: ValueId) -> bool {
+    match (program.tile(from), program.tile(to)) {
+        (Some(a), Some(b)) => matrix(&a.shape) == matrix(&b.shape),
+        _ => false,
+    }
+}
+
+struct Scheduler<'a> {
+    program: &'a Program,
+    threads: u32,
+    places: Vec<Place>,
+    types: Vec<Type>,
+    defs: HashMap<ValueId, tile::Op>,
+    uses: HashMap<ValueId, Uses>,
+    fragments: BTreeSet<ValueId>,
+    operands: HashMap<ValueId, Operand>,
+    atom: Atom,
+    buffers: Vec<Buffer>,
+    /// Shared copies of fragments, valid in the block being written.
+    spilled: HashMap<ValueId, ValueId>,
+}
+
+impl Scheduler<'_> {
+    fn tile(&self, v: ValueId) -> TileType {
+        match &self.types[v.0 as usize] {
+            Type::Tile(t) => t.clone(),
+            _ => TileType::scalar(DType::I32),
+        }
+    }
+
+    fn place(&self, v: ValueId) -> &Place {
+        &self.places[v.0 as usize]
+    }
+
+    fn set(&mut self, v: ValueId, place: Place) {
+        self.places[v.0 as usize] = place;
+    }
+
+    fn buffer(&mut self, name: String, dtype: DType, shape: [u32; 2], pitch: u32) -> BufferId {
+        self.buffers.push(Buffer { name, dtype, shape, pitch, swizzle: 0, copies: 1, offset: 0 });
+        BufferId(self.buffers.len() as u32 - 1)
+    }
+
+    /// Shared memory for a tile; padded if it is an operand of a product.
+    fn shared(&mut self, v: ValueId) -> Place {
+        let t = self.tile(v);
+        let [rows, cols] = matrix(&t.shape);
+        let bytes = t.dtype.bytes() as u32;
+        let name = format!("%{}", v.0);
+        let id = match self.operands.get(&v) {
+            Some(o) => {
+                let shape = [rows.next_multiple_of(o.rows), cols.next_multiple_of(o.cols)];
+                // 16 bytes more than a multiple of 128 leave the eight rows of a matrix in different banks.
+                let pitch = (shape[1] * bytes).next_multiple_of(128) + 16;
+                let pitch = if shape[1] * bytes <= 112 { (shape[1] * bytes).next_multiple_of(32) + 16 } else { pitch };
+                self.buffer(name, t.dtype, shape, pitch)
+            }
+            None => self.buffer(name, t.dtype, [rows, cols], cols * bytes),
+        };
+        Place::Shared(id)
+    }
+
+    fn scratch(&mut self, bytes: u32) -> Option<BufferId> {
+        (bytes > 0)
+            .then(|| self.buffer("scratch".into(), DType::I32, [1, bytes.div_ceil(4)], bytes.next_multiple_of(16)))
+    }
+
+    /// How warps share an `m x n` result: as square as it comes, so that operands are read least.
+    fn fragment(&self, shape: &[u32]) -> Place {
+        let [m, n] = matrix(shape);
+        let unit = if self.atom == Atom::Fma { [16, 32] } else { [16, 8] };
+        let warps = self.threads / 32;
+        let cost = |wm: u32| {
+            let wn = warps / wm;
+            let (rows, cols) = (m.div_ceil(wm).next_multiple_of(unit[0]), n.div_ceil(wn).next_multiple_of(unit[1]));
+            // Instructions of the warp with most work first, then bytes of operands.
+            ((rows / unit[0]) * (cols / unit[1]), rows + cols, wm)
+        };
+        let wm = (0..=warps.ilog2()).map(|b| 1 << b).min_by_key(|&wm| cost(wm)).unwrap_or(1);
+        Place::Fragment(Fragment { atom: self.atom, warps: [wm, warps / wm] })
+    }
+
+    fn region(&mut self, region: &Region) -> Block {
+        let mut block = Block { args: region.args.clone(), insts: Vec::new(), yields: region.yields.clone() };
+        for inst in &region.insts {
+            self.inst(inst, &mut block.insts);
+        }
+        block
+    }
+
+    /// A region whose yields go to these places: those of shared memory are moved to shared memory at its end, `there` if
+    /// nothing else needs what is in the target.
+    fn region_into(&mut self, region: &Region, targets: &[Place], there: bool) -> Block {
+        let spilled = self.spilled.clone();
+        let mut block = self.region(region);
+        for (i, target) in targets.iter().enumerate() {
+            let v = block.yields[i];
+            if !matches!(target, Place::Shared(_)) || self.is_state(v) || self.place(v) == target {
+                continue;
+            }
+            if there {
+                block.yields[i] = self.copy(v, target.clone(), &mut block.insts);
+            } else if !matches!(self.place(v), Place::Shared(_)) {
+                block.yields[i] = self.spill(v, &mut block.insts);
+            }
+        }
+        self.spilled = spilled;
+        block
+    }
+
+    fn is_state(&self, v: ValueId) -> bool {
+        matches!(self.types[v.0 as usize], Type::Topk { .. })
+    }
+
+    /// A value like `v`, at `place`, by an instruction that copies it.
+    fn copy(&mut self, v: ValueId, place: Place, out: &mut Vec<Inst>) -> ValueId {
+        let copy = ValueId(self.types.len() as u32);
+        self.types.push(self.types[v.0 as usize].clone());
+        self.places.push(place);
+        let op = tile::Op::Map { inputs: vec![v], body: MapFn { insts: Vec::new(), result: MapArg::Input(0) } };
+        self.defs.insert(copy, op.clone());
+        out.push(Inst { results: vec![copy], op: Op::Tile(op), scratch: None });
+        copy
+    }
+
+    /// `v` in shared memory.
+    fn spill(&mut self, v: ValueId, out: &mut Vec<Inst>) -> ValueId {
+        if let Some(&copy) = self.spilled.get(&v) {
+            return copy;
+        }
+        let place = self.shared(v);
+        let copy = self.copy(v, place, out);
+        self.spilled.insert(v, copy);
+        copy
+    }
+
+    /// `v`, or a shared copy if threads other than the owner of an element will want it.
+    fn readable(&mut self, v: ValueId, out: &mut Vec<Inst>) -> ValueId {
+        match self.place(v) {
+            Place::Fragment(_) => self.spill(v, out),
+            _ => v,
+        }
+    }
+
+    /// `v`, if it is a shared buffer seen through reshapes, in row-major order without gaps if `dense`; else a copy that is.
+    fn stored(&mut self, v: ValueId, dense: bool, out: &mut Vec<Inst>) -> ValueId {
+        let mut root = v;
+        while let (Place::Lazy, Some(tile::Op::Reshape { x, .. })) = (self.place(root), self.defs.get(&root)) {
+            root = *x;
+        }
+        match self.place(root) {
+            Place::Shared(b) => {
+                let b = &self.buffers[b.0 as usize];
+                let t = self.tile(v);
+                let fits = if dense {
+                    b.pitch == b.shape[1] * b.dtype.bytes() as u32
+                } else {
+                    // The same rows and columns, and room for the padding that this operand needs.
+                    let [rows, cols] = matrix(&t.shape);
+                    let o = self.operands.get(&v).copied().unwrap_or(Operand { rows: 1, cols: 1 });
+                    matrix(&self.tile(root).shape)[1] == cols
+                        && b.shape[0] >= rows.next_multiple_of(o.rows)
+                        && b.shape[1] >= cols.next_multiple_of(o.cols)
+                        && b.pitch.is_multiple_of(16)
+                };
+                if fits { v } else { self.spill_dense(v, dense, out) }
+            }
+            _ => self.spill_dense(v, dense, out),
+        }
+    }
+
+    fn spill_dense(&mut self, v: ValueId, dense: bool, out: &mut Vec<Inst>) -> ValueId {
+        if !dense {
+            return self.spill(v, out);
+        }
+        let operand = self.operands.remove(&v);
+        let copy = self.spill(v, out);
+        if let Some(o) = operand {
+            self.operands.insert(v, o);
+            self.spilled.remove(&v);
+        }
+        copy
+    }
+
+    fn inst(&mut self, inst: &tile::Inst, out: &mut Vec<Inst>) {
+        let result = inst.results.first().copied();
+        let single = |s: &Self, v: ValueId| s.tile(v).elements() == 1;
+        let mut scratch = None;
+        let op = match &inst.op {
+            tile::Op::For { lo, hi, step, init, body } => {
+                return self.for_loop(inst, (*lo, *hi, *step), init, body, out);
+            }
+            tile::Op::If { cond, then, otherwise } => {
+                let targets: Vec<Place> = inst.results.iter().map(|&r| self.result_place(r)).collect();
+                for (&r, place) in inst.results.iter().zip(&targets) {
+                    self.set(r, place.clone());
+                }
+                let then = self.region_into(then, &targets, true);
+                let otherwise = self.region_into(otherwise, &targets, true);
+                out.push(Inst { results: inst.results.clone(), op: Op::If { cond: *cond, then, otherwise }, scratch });
+                return;
+            }
+            tile::Op::BlockId { .. } | tile::Op::Sym(_) => {
+                self.set(inst.results[0], Place::Uniform);
+                inst.op.clone()
+            }
+            tile::Op::Full { .. } | tile::Op::Iota { .. } => {
+                let r = inst.results[0];
+                let place = if single(self, r) { Place::Uniform } else { Place::Lazy };
+                self.set(r, place);
+                inst.op.clone()
+            }
+            tile::Op::Load { .. } | tile::Op::Gather { .. } | tile::Op::Map { .. } => {
+                let op = self.with_readable(&inst.op, out);
+                let r = inst.results[0];
+                let place = self.elementwise_place(r, &op);
+                self.set(r, place);
+                op
+            }
+            tile::Op::Reshape { x, .. } | tile::Op::Permute { x, .. } | tile::Op::Slice { x, .. } => {
+                let r = inst.results[0];
+                if single(self, r) {
+                    self.set(r, Place::Uniform);
+                    self.with_readable(&inst.op, out)
+                } else if self.fragments.contains(&r) && matches!(self.place(*x), Place::Fragment(_)) {
+                    let place = self.place(*x).clone();
+                    self.set(r, place);
+                    inst.op.clone()
+                } else {
+                    self.fragments.remove(&r);
+                    self.set(r, Place::Lazy);
+                    self.with_readable(&inst.op, out)
+                }
+            }
+            tile::Op::Concat { .. } => {
+                let op = self.with_readable(&inst.op, out);
+                let place = self.shared(inst.results[0]);
+                self.set(inst.results[0], place);
+                op
+            }
+            tile::Op::Reduce { x, axis, kind } => {
+                let direct = matches!(self.place(*x), Place::Fragment(_)) && self.tile(*x).shape.len() == 2;
+                let x = if direct { *x } else { self.readable(*x, out) };
+                let t = self.tile(x);
+                let r = inst.results[0];
+                let outputs = self.tile(r).elements() as u32;
+                let place = if outputs == 1 { Place::Uniform } else { self.shared(r) };
+                self.set(r, place);
+                let warps = self.threads / 32;
+                scratch = match (direct, self.place(x).clone()) {
+                    // One partial result a row (or column) for each warp along the reduced axis.
+                    (true, Place::Fragment(f)) => {
+                        let along = f.warps[1 - *axis as usize];
+                        self.scratch(if along > 1 || outputs == 1 { outputs.max(32) * along.max(warps) * 4 } else { 0 })
+                    }
+                    _ => {
+                        let inner: u32 = t.shape[*axis as usize + 1..].iter().product();
+                        let whole = inner == 1 && outputs <= warps;
+                        self.scratch(if whole { outputs * warps * 4 } else { 0 })
+                    }
+                };
+                tile::Op::Reduce { x, axis: *axis, kind: *kind }
+            }
+            tile::Op::Scan { x, axis, kind } => {
+                let x = self.stored(*x, true, out);
+                let place = self.shared(inst.results[0]);
+                self.set(inst.results[0], place);
+                tile::Op::Scan { x, axis: *axis, kind: *kind }
+            }
+            tile::Op::Dot { a, b, acc, trans_b } => {
+                let (a, b) = (self.stored(*a, false, out), self.stored(*b, false, out));
+                let r = inst.results[0];
+                let place = self.fragment(&self.tile(r).shape);
+                self.set(r, place);
+                tile::Op::Dot { a, b, acc: *acc, trans_b: *trans_b }
+            }
+            tile::Op::TopkInit { rows, k } => {
+                let r = inst.results[0];
+                let state = topk::State { rows: *rows, k: *k, most: self.most_pushed(r) };
+                let bytes = state.bytes();
+                let id = self.buffer(
+                    format!("%{} top-k", r.0),
+                    DType::I32,
+                    [1, bytes.div_ceil(4)],
+                    bytes.next_multiple_of(16),
+                );
+                self.set(r, Place::Shared(id));
+                inst.op.clone()
+            }
+            tile::Op::TopkPush { state, values, base } => {
+                let values = self.stored(*values, true, out);
+                let place = self.place(*state).clone();
+                self.set(inst.results[0], place);
+                scratch = self.topk_scratch(*state);
+                tile::Op::TopkPush { state: *state, values, base: *base }
+            }
+            tile::Op::TopkTake { state } => {
+                for &r in &inst.results {
+                    let place = self.shared(r);
+                    self.set(r, place);
+                }
+                scratch = self.topk_scratch(*state);
+                inst.op.clone()
+            }
+            tile::Op::Store { view, index, value } => {
+                tile::Op::Store { view: *view, index: index.clone(), value: *value }
+            }
+            tile::Op::Scatter { .. } => self.with_readable(&inst.op, out),
+        };
+        if let Some(r) = result {
+            self.defs.insert(r, op.clone());
+        }
+        out.push(Inst { results: inst.results.clone(), op: Op::Tile(op), scratch });
+    }
+
+    /// The most columns pushed at once to the selections of this program that begin like `state`.
+    fn most_pushed(&self, state: ValueId) -> u32 {
+        let Type::Topk { rows, k } = &self.types[state.0 as usize] else { return 1 };
+        let mut most = 1;
+        each(&self.program.body, &mut |inst| {
+            if let tile::Op::TopkPush { state, values, .. } = &inst.op
+                && self.types[state.0 as usize] == (Type::Topk { rows: *rows, k: *k })
+            {
+                most = most.max(self.tile(*values).shape[1]);
+            }
+        });
+        most
+    }
+
+    /// The selection that a value is a version of.
+    fn state_of(&self, v: ValueId) -> topk::State {
+        let Type::Topk { rows, k } = self.types[v.0 as usize] else { unreachable!("verified: a selection") };
+        topk::State { rows, k, most: self.most_pushed(v) }
+    }
+
+    fn topk_scratch(&mut self, v: ValueId) -> Option<BufferId> {
+        let bytes = self.state_of(v).scratch_bytes(self.threads);
+        self.scratch(bytes)
+    }
+
+    /// The op with fragments among its operands replaced by shared copies, except where it works on fragments itself.
+    fn with_readable(&mut self, op: &tile::Op, out: &mut Vec<Inst>) -> tile::Op {
+        let mut op = op.clone();
+        match &mut op {
+            tile::Op::Map { inputs, body } => {
+                // Arithmetic on a fragment stays there; other fragments of its inputs are read from memory.
+                let shapes: Vec<Vec<u32>> = inputs.iter().map(|&i| self.tile(i).shape).collect();
+                let wide = shapes.iter().map(|s| s.iter().product::<u32>()).max().unwrap_or(1);
+                for i in 0..inputs.len() {
+                    let whole = shapes[i].iter().product::<u32>() == wide;
+                    if !whole {
+                        inputs[i] = self.readable(inputs[i], out);
+                    }
+                }
+                let _ = body;
+            }
+            tile::Op::Gather { rows, .. } => *rows = self.readable(*rows, out),
+            tile::Op::Scatter { rows, value, .. } => {
+                *rows = self.readable(*rows, out);
+                *value = self.readable(*value, out);
+            }
+            tile::Op::Reshape { x, .. } | tile::Op::Permute { x, .. } | tile::Op::Slice { x, .. } => {
+                *x = self.readable(*x, out);
+            }
+            tile::Op::Concat { xs, .. } => {
+                for x in xs {
+                    *x = self.readable(*x, out);
+                }
+            }
+            _ => {}
+        }
+        op
+    }
+
+    /// Where the result of a load, a gather or a map goes.
+    fn elementwise_place(&mut self, r: ValueId, op: &tile::Op) -> Place {
+        let elements = self.tile(r).elements();
+        if elements == 1 {
+            return Place::Uniform;
+        }
+        if let tile::Op::Map { inputs, .. } = op {
+            let fragment = inputs
+                .iter()
+                .find(|&&i| matches!(self.place(i), Place::Fragment(_)) && self.tile(i).elements() == elements);
+            if let Some(&i) = fragment {
+                return self.place(i).clone();
+            }
+            self.fragments.remove(&r);
+        }
+        if self.operands.contains_key(&r) {
+            return self.shared(r);
+        }
+        let uses = self.uses.get(&r).copied().unwrap_or_default();
+        let once = uses.count <= 1 && !uses.elsewhere && uses.reach <= 4 * elements;
+        if once || self.is_index_arithmetic(op) { Place::Lazy } else { self.shared(r) }
+    }
+
+    /// Integer or boolean arithmetic on counters and single elements: cheaper to repeat than to keep.
+    fn is_index_arithmetic(&self, op: &tile::Op) -> bool {
+        let tile::Op::Map { inputs, body } = op else { return false };
+        let cheap = |op: &ScalarOp| !matches!(op, ScalarOp::Exp2 | ScalarOp::Sqrt | ScalarOp::Cast(DType::E4m3));
+        body.insts.len() <= 8
+            && body.insts.iter().all(|i| cheap(&i.op))
+            && inputs.iter().all(|&i| match self.place(i) {
+                Place::Uniform => true,
+                Place::Lazy => match self.defs.get(&i) {
+                    Some(tile::Op::Full { .. } | tile::Op::Iota { .. }) => true,
+                    Some(op) => self.is_index_arithmetic(op),
+                    None => false,
+                },
+                _ => false,
+            })
+    }
+
+    /// Where a value that a loop carries or a branch gives lies.
+    fn result_place(&mut self, v: ValueId) -> Place {
+        if self.is_state(v) {
+            return Place::Lazy;
+        }
+        if self.tile(v).elements() == 1 {
+            Place::Uniform
+        } else if self.fragments.contains(&v) {
+            self.fragment(&self.tile(v).shape)
+        } else {
+            self.shared(v)
+        }
+    }
+
+    fn for_loop(
+        &mut self,
+        inst: &tile::Inst,
+        (lo, hi, step): (Index, Index, u32),
+        init: &[ValueId],
+        body: &Region,
+        out: &mut Vec<Inst>,
+    ) {
+        let mut init = init.to_vec();
+        let mut targets = Vec::new();
+        self.set(body.args[0], Place::Uniform);
+        for i in 0..init.len() {
+            let (arg, result) = (body.args[i + 1], inst.results[i]);
+            let place = match self.result_place(arg) {
+                Place::Lazy => self.place(init[i]).clone(),
+                place => place,
+            };
+            // The initial value moves to where the loop keeps it.
+            if let Place::Shared(_) = place
+                && !self.is_state(arg)
+            {
+                let from = self.readable(init[i], out);
+                init[i] = self.copy(from, place.clone(), out);
+            }
+            self.set(arg, place.clone());
+            self.set(result, place.clone());
+            targets.push(place);
+        }
+        let mut body = self.region_into(body, &targets, false);
+        // New values are complete before the first of the old ones is overwritten.
+        for (i, target) in targets.iter().enumerate() {
+            let v = body.yields[i];
+            if matches!(target, Place::Shared(_))
+                && !self.is_state(v)
+                && self.place(v) == target
+                && v != body.args[i + 1]
+            {
+                let copy = self.copy_elsewhere(v, &mut body.insts);
+                body.yields[i] = copy;
+            }
+        }
+        for (i, target) in targets.iter().enumerate() {
+            let v = body.yields[i];
+            if matches!(target, Place::Shared(_)) && !self.is_state(v) && v != body.args[i + 1] {
+                body.yields[i] = self.copy(v, target.clone(), &mut body.insts);
+            }
+        }
+        let results = inst.results.clone();
+        out.push(Inst { results, op: Op::For { lo, hi, step, init, body }, scratch: None });
+    }
+
+    /// A shared copy in a buffer of its own.
+    fn copy_elsewhere(&mut self, v: ValueId, out: &mut Vec<Inst>) -> ValueId {
+        let place = self.shared(v);
+        self.copy(v, place, out)
+    }
+}
+
+/// Which buffers reading a value touches, lazies included.
+pub struct Reads<'a> {
+    /// Definitions of lazy values.
+    pub defs: &'a HashMap<ValueId, tile::Op>,
+    /// Places.
+    pub places: &'a [Place],
+}
+
+impl Reads<'_> {
+    /// Adds the buffers that evaluating `v` reads.
+    pub fn of(&self, v: ValueId, into: &mut BTreeSet<BufferId>) {
+        match &self.places[v.0 as usize] {
+            Place::Shared(b) => {
+                into.insert(*b);
+            }
+            Place::Lazy => {
+                if let Some(op) = self.defs.get(&v) {
+                    for x in tile::operands(op) {
+                        self.of(x, into);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Buffers that an instruction reads and writes itself (not those of the blocks inside it). A lazy result touches nothing yet.
+    fn touched(&self, inst: &Inst) -> (BTreeSet<BufferId>, BTreeSet<BufferId>) {
+        let (mut reads, mut writes) = (BTreeSet::new(), BTreeSet::new());
+        let lazy = !inst.results.is_empty() && inst.results.iter().all(|r| self.places[r.0 as usize] == Place::Lazy);
+        match &inst.op {
+            Op::Tile(_) if lazy => {}
+            Op::Tile(op) => {
+                for v in tile::operands(op) {
+                    self.of(v, &mut reads);
+                }
+                for r in &inst.results {
+                    if let Place::Shared(b) = self.places[r.0 as usize] {
+                        writes.insert(b);
+                    }
+                }
+                writes.extend(inst.scratch);
+            }
+            Op::For { lo, hi, init, .. } => {
+                for i in [lo, hi] {
+                    if let Index::Value(v) = i {
+                        self.of(*v, &mut reads);
+                    }
+                }
+                for &v in init {
+                    self.of(v, &mut reads);
+                }
+            }
+            Op::If { cond, .. } => self.of(*cond, &mut reads),
+            _ => {}
+        }
+        (reads, writes)
+    }
+}
+
+/// Gives every buffer an offset: buffers that live at once do not overlap.
+fn allocate(buffers: &mut [Buffer], block: &Block, reads: &Reads) {
+    let mut lives: BTreeMap<BufferId, [u32; 2]> = BTreeMap::new();
+    let mut at = 0;
+    lifetimes(block, reads, &mut at, &mut lives, &mut Vec::new());
+    let mut order: Vec<BufferId> = lives.keys().copied().collect();
+    order.sort_by_key(|b| (std::cmp::Reverse(buffers[b.0 as usize].bytes()), *b));
+    let mut placed: Vec<(BufferId, [u32; 2])> = Vec::new();
+    for id in order {
+        let (life, bytes) = (lives[&id], buffers[id.0 as usize].bytes());
+        let mut busy: Vec<[u32; 2]> = placed
+            .iter()
+            .filter(|(other, _)| {
+                let o = lives[other];
+                o[0] <= life[1] && life[0] <= o[1]
+            })
+            .map(|&(_, span)| span)
+            .collect();
+        busy.sort_unstable();
+        let mut offset = 0u32;
+        for span in busy {
+            if offset + bytes <= span[0] {
+                break;
+            }
+            offset = offset.max(span[1].next_multiple_of(128));
+        }
+        buffers[id.0 as usize].offset = offset;
+        placed.push((id, [offset, offset + bytes]));
+    }
+}
+
+/// First and last position of every buffer's use. A use inside a loop of what exists outside lasts to the loop's end.
+fn lifetimes(
+    block: &Block,
+    reads: &Reads,
+    at: &mut u32,
+    lives: &mut BTreeMap<BufferId, [u32; 2]>,
+    loops: &mut Vec<(u32, BTreeSet<BufferId>)>,
+) {
+    for inst in &block.insts {
+        *at += 1;
+        let (r, w) = reads.touched(inst);
+        for b in r.iter().chain(&w) {
+            let here = *at;
+            let life = lives.entry(*b).or_insert([here, here]);
+            life[1] = life[1].max(here);
+            for (start, used) in loops.iter_mut() {
+                if life[0] < *start {
+                    used.insert(*b);
+                }
+            }
+        }
+        match &inst.op {
+            Op::For { body, .. } => {
+                loops.push((*at, BTreeSet::new()));
+                lifetimes(body, reads, at, lives, loops);
+                *at += 1;
+                let (_, used) = loops.pop().expect("just pushed");
+                for b in used {
+                    lives.entry(b).and_modify(|l| l[1] = l[1].max(*at));
+                }
+            }
+            Op::If { then, otherwise, .. } => {
+                lifetimes(then, reads, at, lives, loops);
+                lifetimes(otherwise, reads, at, lives, loops);
+                *at += 1;
+            }
+            _ => {}
+        }
+    }
+    *at += 1;
+    let mut yielded = BTreeSet::new();
+    for &v in &block.yields {
+        reads.of(v, &mut yielded);
+    }
+    for b in yielded {
+        let here = *at;
+        let life = lives.entry(b).or_insert([here, here]);
+        life[1] = life[1].max(here);
+        for (start, used) in loops.iter_mut() {
+            if life[0] < *start {
+                used.insert(b);
+            }
+        }
+    }
+}
+
+/// What happened to shared memory since the last barrier.
+#[derive(Clone, Default)]
+struct Hazards {
+    written: BTreeSet<BufferId>,
+    read: BTreeSet<BufferId>,
+}
+
+impl Hazards {
+    fn union(&mut self, other: Hazards) {
+        self.written.extend(other.written);
+        self.read.extend(other.read);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.written.is_empty() && self.read.is_empty()
+    }
+}
+
+/// Puts a barrier before every instruction that reads what was written since the last one, or overwrites what was touched.
+fn place_barriers(block: &mut Block, reads: &Reads, spans: &[[u32; 2]], state: &mut Hazards) {
+    let meets = |a: &BTreeSet<BufferId>, b: &BTreeSet<BufferId>| {
+        a.iter().any(|x| {
+            let x = spans[x.0 as usize];
+            b.iter().any(|y| {
+                let y = spans[y.0 as usize];
+                x[0] < y[1] && y[0] < x[1]
+            })
+        })
+    };
+    let mut out = Vec::with_capacity(block.insts.len());
+    for mut inst in std::mem::take(&mut block.insts) {
+        let (r, w) = reads.touched(&inst);
+        if meets(&r, &state.written) || meets(&w, &state.written) || meets(&w, &state.read) {
+            out.push(Inst { results: Vec::new(), op: Op::Barrier, scratch: None });
+            *state = Hazards::default();
+        }
+        state.read.extend(&r);
+        state.written.extend(&w);
+        match &mut inst.op {
+            Op::For { body, .. } => {
+                let entry = state.clone();
+                place_barriers(body, reads, spans, state);
+                // The next round starts clean.
+                if !state.is_empty() {
+                    body.insts.push(Inst { results: Vec::new(), op: Op::Barrier, scratch: None });
+                }
+                *state = entry;
+            }
+            Op::If { then, otherwise, .. } => {
+                let mut other = state.clone();
+                place_barriers(then, reads, spans, state);
+                place_barriers(otherwise, reads, spans, &mut other);
+                state.union(other);
+            }
+            _ => {}
+        }
+        out.push(inst);
+    }
+    // What is yielded is read after the block: by then everything must be visible.
+    let mut yielded = BTreeSet::new();
+    for &v in &block.yields {
+        reads.of(v, &mut yielded);
+    }
+    state.read.extend(&yielded);
+    block.insts = out;
+}
