@@ -17,7 +17,7 @@ use dsc_ir::graph::Graph;
 use dsc_ir::tile::Access;
 use dsc_ir::{Sym, SymValues};
 use dsc_runtime::checkpoint::Checkpoint;
-use dsc_targets::{Kernel, Module, Target, TargetError};
+use dsc_targets::{Kernel, Module, Target, TargetError, TargetOptions};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -34,8 +34,8 @@ pub struct Options {
     pub chunk: u32,
     /// Only these layers of the model, for measurements.
     pub layers: Option<Vec<usize>>,
-    /// Whether to keep the target's assembly text.
-    pub asm: bool,
+    /// What the target is told: text to keep, tools to use.
+    pub codegen: TargetOptions,
 }
 
 impl Default for Options {
@@ -46,7 +46,7 @@ impl Default for Options {
             max_context: None,
             chunk: 512,
             layers: None,
-            asm: false,
+            codegen: TargetOptions::default(),
         }
     }
 }
@@ -145,7 +145,7 @@ pub fn compile(
     options: &Options,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Compiled, CompileError> {
-    let target = dsc_targets::target(&options.target, options.asm)?;
+    let target = dsc_targets::target_with(&options.target, &options.codegen)?;
     let max_context = max_context(config, options)?;
     check_layers(config, options)?;
     let stage = Instant::now();

@@ -3,7 +3,8 @@
 use super::{Failure, Outcome, bytes, check_destination, print, print_json, progress, table, tell, write_atomically};
 use crate::compile::{self, Compiled, Event, Options};
 use crate::passes;
-use dsc_ir::artifact::Numerics;
+use dsc_ir::artifact::{Header, Numerics};
+use dsc_targets::{Level, TargetOptions};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,9 @@ pub struct Args {
     /// Where --emit writes
     #[arg(long, default_value = ".", value_name = "DIR")]
     emit_dir: PathBuf,
+    /// The assembler that makes NVIDIA machine code, or `none` [default: DSC_PTXAS, or one that is installed]
+    #[arg(long, value_name = "PATH")]
+    ptxas: Option<PathBuf>,
     /// Print the graph after this pass, once a shape class, on stderr
     #[arg(long, value_name = "PASS", value_parser = clap::builder::PossibleValuesParser::new(passes::PASSES))]
     print_after: Vec<String>,
@@ -74,9 +78,24 @@ enum Emit {
     Asm,
 }
 
+impl Emit {
+    /// The level inside the target; none for what the compiler itself has.
+    fn level(self) -> Option<Level> {
+        match self {
+            Emit::Graph | Emit::Tile => None,
+            Emit::Sched => Some(Level::Sched),
+            Emit::Mlir => Some(Level::Mlir),
+            Emit::Llvm => Some(Level::Llvm),
+            Emit::Asm => Some(Level::Asm),
+        }
+    }
+}
+
 pub fn run(args: Args) -> Outcome {
     let started = Instant::now();
-    check(&args)?;
+    let codegen =
+        TargetOptions { levels: args.emit.iter().filter_map(|emit| emit.level()).collect(), ptxas: args.ptxas.clone() };
+    check(&args, &codegen)?;
     let options = Options {
         target: args.target.clone(),
         numerics: match args.numerics {
@@ -86,7 +105,7 @@ pub fn run(args: Args) -> Outcome {
         max_context: args.max_context,
         chunk: args.chunk,
         layers: args.layers.clone(),
-        asm: args.emit.contains(&Emit::Asm),
+        codegen,
     };
     let output = args.output.clone().unwrap_or_else(|| default_output(&args.model_dir));
     check_destination(&output)?;
@@ -119,15 +138,23 @@ pub fn run(args: Args) -> Outcome {
 }
 
 /// Refuses what can be refused before any work.
-fn check(args: &Args) -> Result<(), Failure> {
+fn check(args: &Args, codegen: &TargetOptions) -> Result<(), Box<dyn std::error::Error>> {
     if args.tp != 1 {
         let message = format!("--tp {}: tensor parallelism is not implemented", args.tp);
-        return Err(Failure::new(message).help("leave --tp out; one device runs the whole model"));
+        return Err(Failure::new(message).help("leave --tp out; one device runs the whole model").into());
     }
-    if let Some(level) = args.emit.iter().find(|level| matches!(level, Emit::Mlir | Emit::Llvm)) {
-        let level = if *level == Emit::Mlir { "mlir" } else { "llvm" };
-        return Err(Failure::new(format!("--emit {level}: target {} is not lowered through it", args.target))
-            .help("--emit graph,tile,sched,asm works for every target"));
+    let target = dsc_targets::target_with(&args.target, codegen)?;
+    for (emit, name) in [(Emit::Mlir, "mlir"), (Emit::Llvm, "llvm")] {
+        if args.emit.contains(&emit) && emit.level().is_some_and(|level| !target.levels().contains(&level)) {
+            return Err(Failure::new(format!("--emit {name}: target {} is not lowered through it", args.target))
+                .help("--emit graph,tile,sched,asm works for every target")
+                .into());
+        }
+    }
+    if args.ptxas.is_some() && !args.target.starts_with("sm_") {
+        return Err(Failure::new(format!("--ptxas: target {} has no use for it", args.target))
+            .help("ptxas assembles for the NVIDIA targets, sm_*")
+            .into());
     }
     Ok(())
 }
@@ -165,9 +192,22 @@ fn emit(args: &Args, compiled: &Compiled) -> Result<(), Box<dyn std::error::Erro
                     compiled.plan.kernels.iter().map(|k| (k.program.name.as_str(), &k.schedule)).collect();
                 write("schedules.json".into(), &serde_json::to_string_pretty(&all)?)?;
             }
-            Emit::Asm => write("kernels.asm".into(), compiled.module.asm.as_deref().unwrap_or_default())?,
-            Emit::Mlir | Emit::Llvm => unreachable!("`check` refuses them"),
+            Emit::Asm => {
+                if let Some(text) = &compiled.module.asm {
+                    write("kernels.asm".into(), text)?;
+                }
+            }
+            Emit::Mlir | Emit::Llvm => {}
         }
+    }
+    for listing in &compiled.module.listings {
+        let suffix = match listing.level {
+            Level::Sched => "sched",
+            Level::Mlir => "mlir",
+            Level::Llvm => "ll",
+            Level::Asm => "ptx",
+        };
+        write(format!("{}.{suffix}", listing.kernel), &listing.text)?;
     }
     Ok(())
 }
@@ -186,6 +226,8 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
             "target": header.target,
             "kernels": header.kernels.len(),
             "weights": header.weights.len(),
+            "machine_code_kernels": machine_code(header),
+            "warnings": compiled.module.warnings,
             "steps": steps,
             "seconds": took.as_secs_f64(),
         }))?;
@@ -207,11 +249,23 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
         took.as_secs_f64(),
         table(&[], rows)
     );
+    if header.kernels.iter().any(|k| k.gpu.is_some()) {
+        text +=
+            &format!("machine code for {} of {} kernels, PTX for all\n", machine_code(header), header.kernels.len());
+    }
+    for warning in &compiled.module.warnings {
+        text += &format!("warning: {warning}\n");
+    }
     if !compile::has_weights(&args.model_dir) {
         text += &format!("note: no weights in {}: their names and shapes were not checked\n", args.model_dir.display());
     }
     tell(text.trim_end());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Kernels that need no compiler in the driver.
+fn machine_code(header: &Header) -> usize {
+    header.kernels.iter().filter(|k| k.code_bytes > 0).count()
 }
 
 pub fn targets(json: bool) -> Outcome {

@@ -1,7 +1,7 @@
 //! `dsc inspect`.
 
 use super::{Failure, Outcome, bytes, print, print_json, table};
-use dsc_ir::artifact::{Header, Numerics, WeightSource};
+use dsc_ir::artifact::{Header, KernelEntry, Numerics, WeightSource};
 use dsc_ir::graph::Elem;
 use dsc_runtime::Artifact;
 use std::error::Error;
@@ -52,9 +52,13 @@ pub fn run(args: Args) -> Outcome {
         "{} layers, vocabulary {}, top-k {}, context up to {}",
         m.layers, m.vocab, m.index_topk, m.max_context
     )?;
-    writeln!(text, "processor features: {}\n", header.features.join(" "))?;
+    if !header.features.is_empty() {
+        writeln!(text, "processor features: {}", header.features.join(" "))?;
+    }
+    text.push('\n');
     text += &steps(header, args.launches);
     text += &kernels(header);
+    text += &multiprocessor(header);
     text += &memory(header, args.weights);
     print(text)?;
     Ok(ExitCode::SUCCESS)
@@ -105,6 +109,42 @@ fn kernels(header: &Header) -> String {
         vec![k.name.clone(), k.what.clone(), grid, k.code_bytes.to_string(), bytes(k.scratch_bytes)]
     });
     table(&["kernel", "computes", "grid", "code bytes", "scratch"], rows) + "\n"
+}
+
+/// What each GPU kernel takes of a multiprocessor; nothing for other targets.
+fn multiprocessor(header: &Header) -> String {
+    let row = |k: &KernelEntry| {
+        let gpu = k.gpu.as_ref()?;
+        let shape = [k.name.clone(), gpu.threads.to_string(), gpu.cluster.to_string()];
+        let taken = match gpu.resources {
+            Some(r) => [
+                r.registers.to_string(),
+                format!("{} / {}", r.spill_bytes[0], r.spill_bytes[1]),
+                r.stack_bytes.to_string(),
+                format!("{} + {}", gpu.shared_bytes, r.static_shared_bytes),
+                r.blocks_per_sm.to_string(),
+            ],
+            // The driver assembles it, and only then is it known.
+            None => ["-".into(), "-".into(), "-".into(), gpu.shared_bytes.to_string(), "-".into()],
+        };
+        Some(shape.into_iter().chain(taken).chain([(gpu.asm[1] - gpu.asm[0]).to_string()]).collect::<Vec<_>>())
+    };
+    let rows: Vec<Vec<String>> = header.kernels.iter().filter_map(row).collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    let columns = [
+        "kernel",
+        "threads",
+        "cluster",
+        "registers",
+        "spill stores / loads",
+        "stack bytes",
+        "shared bytes",
+        "blocks per SM",
+        "PTX bytes",
+    ];
+    table(&columns, rows.into_iter()) + "\n"
 }
 
 fn memory(header: &Header, weights: bool) -> String {

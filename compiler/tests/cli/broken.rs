@@ -181,6 +181,7 @@ fn compile_options() -> Vec<Case> {
         c("two ranks", "compile $TINY -o out.dsc --tp 2", 1, &["--tp 2", "not implemented", "help: leave --tp out"]),
         c("unknown numerics", "compile $TINY -o out.dsc --numerics fast", 2, &["'fast'", "deployed"]),
         c("unknown level", "compile $TINY -o out.dsc --emit graph,ptx", 2, &["'ptx'", "sched"]),
+        c("assembler of another target", "compile $TINY -o out.dsc --ptxas x", 1, &["--ptxas", "target cpu", "sm_*"]),
         c(
             "level of another target",
             "compile $TINY -o out.dsc --emit mlir",

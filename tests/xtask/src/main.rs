@@ -1,7 +1,7 @@
 //! `cargo xtask COMMAND`: the project's own commands.
 //!
 //! * `demo`: builds `dsc` (Cranelift only), compiles the tiny model of examples/ and streams text from it.
-//! * `test`: everything the suite needs, then the suite.
+//! * `test`: everything the suite needs (LLVM 22, a ptxas), then the suite.
 //! * `ci`: `test`, formatting, lints, docs, and that compiling twice gives the same bytes.
 //! * `bench`: decode and prefill of the tiny model, and Hugging Face transformers on the same machine if it is installed.
 //! * `fuzz [SECONDS]`: every fuzz target for that long (default 60).
@@ -9,6 +9,9 @@
 //! Nothing is installed behind your back: what is missing is named with the reason and the command, and installed only where
 //! that needs no question (as root on Debian).
 
+mod setup;
+
+use setup::{need, need_llvm};
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -56,21 +59,6 @@ fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Outcome {
     }
 }
 
-/// Installs a Debian package for a program that is missing, or says how to.
-fn need(program: &str, package: &str, why: &str) -> Outcome {
-    let found = env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|dir| dir.join(program).is_file()));
-    if found {
-        return Ok(());
-    }
-    eprintln!("xtask: {program} is missing; it is needed {why}");
-    let root_user = Command::new("id").arg("-u").output().is_ok_and(|o| o.stdout.trim_ascii() == b"0");
-    if !root_user || !Path::new("/usr/bin/apt-get").exists() {
-        return Err(format!("install {program} (Debian: apt-get install {package}) and run this again"));
-    }
-    run("apt-get", &["update"])?;
-    run("apt-get", &["install", "-y", "--no-install-recommends", package])
-}
-
 fn cargo(args: &[&str]) -> Outcome {
     run(env!("CARGO"), args)
 }
@@ -108,18 +96,27 @@ fn demo() -> Outcome {
     )
 }
 
+/// What the whole suite is built with: all targets.
+const FEATURES: [&str; 2] = ["--features", "dsc/nvidia"];
+
 fn test(extra: &[String]) -> Outcome {
     need("cc", "gcc", "to link Rust programs")?;
+    need_llvm()?;
+    let ptxas = setup::ptxas();
+    let env: Vec<(&str, &str)> = ptxas.iter().map(|path| ("DSC_PTXAS", path.as_str())).collect();
     let mut args = vec!["test", "--workspace"];
+    args.extend(FEATURES);
     args.extend(extra.iter().map(String::as_str));
-    cargo(&args)
+    run_with(env!("CARGO"), &args, &env)
 }
 
 fn ci() -> Outcome {
     cargo(&["fmt", "--all", "--check"])?;
     test(&[])?;
-    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
-    run_with(env!("CARGO"), &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
+    let clippy = ["clippy", "--workspace", "--all-targets"];
+    cargo(&[&clippy[..], &FEATURES, &["--", "-D", "warnings"]].concat())?;
+    let doc = ["doc", "--workspace", "--no-deps"];
+    run_with(env!("CARGO"), &[&doc[..], &FEATURES].concat(), &[("RUSTDOCFLAGS", "-D warnings")])?;
     runtime_only_is_small()?;
     demo()?;
     same_bytes_twice()
