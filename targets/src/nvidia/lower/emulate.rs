@@ -478,7 +478,7 @@ impl Run<'_> {
         how: char,
     ) -> Result<std::ops::Range<usize>, String> {
         let size = if shared { self.m.shared.len() } else { self.m.global.len() };
-        if at % align != 0 || at.checked_add(n).is_none_or(|end| end > size as u64) {
+        if !at.is_multiple_of(align) || at.checked_add(n).is_none_or(|end| end > size as u64) {
             return Err(format!("{n} bytes at {at} of {size}, align {align}"));
         }
         let range = at as usize..(at + n) as usize;

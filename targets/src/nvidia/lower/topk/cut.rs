@@ -61,7 +61,7 @@ impl<'a> Cut<'a> {
 
     /// The smallest key, and the shift that makes the difference to the largest fill 32 bits. Also clears the histograms.
     fn range(&self, t: &mut Threads) -> (Val, Val) {
-        each(t, BINS, |t, i| {
+        each(t, 4 * BINS / 16, |t, i| {
             let byte = t.f.mul(i, i32(16));
             let to = t.f.add(byte, i32(self.scratch.bins.into()));
             t.store_shared(to, &[i32(0); 4]);

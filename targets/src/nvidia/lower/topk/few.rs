@@ -71,7 +71,7 @@ impl Few {
     fn load(&self, t: &mut Threads, row: Val, first: Val) -> Vec<(Val, Val)> {
         let start = t.f.mul(row, i32(self.n.into()));
         // Vectors of four lie in the row, or beyond it, as a whole.
-        let width = if self.each % 4 == 0 && self.n % 4 == 0 { 4 } else { 1 };
+        let width = if self.each.is_multiple_of(4) && self.n.is_multiple_of(4) { 4 } else { 1 };
         let mut columns = Vec::new();
         for e in (0..self.each).step_by(width) {
             let column = t.f.add(first, i32(e.into()));

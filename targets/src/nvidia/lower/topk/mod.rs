@@ -271,7 +271,7 @@ impl Push<'_> {
         let chunk = if one { unit } else { t.f.rem(unit, self.chunks) };
         let first = t.f.mul(chunk, i32(32));
         let column = t.f.add(first, t.lane);
-        let whole = self.n % 32 == 0;
+        let whole = self.n.is_multiple_of(32);
         let mut inside = if whole { Val::Int(1, Ty::I1) } else { t.f.cmp("slt", column, i32(self.n.into())) };
         if self.batch(t).0 != self.units() {
             let real = t.f.cmp("slt", unit, i32(self.units().into()));
