@@ -331,14 +331,9 @@ impl<'a> Emitter<'a> {
     }
 
     fn state(&self, v: ValueId) -> topk::State {
-        let Type::Topk { rows, k } = self.s.types[v.0 as usize] else { unreachable!("verified: a selection") };
-        let mut most = 1;
-        pushed(&self.s.common, &mut |state, values| {
-            if self.s.types[state.0 as usize] == self.s.types[v.0 as usize] {
-                most = most.max(self.shape(values)[1]);
-            }
-        });
-        topk::State { rows, k, most }
+        let mut ops = Vec::new();
+        selections(&self.s.common, &mut ops);
+        topk::State::of(&self.s.types[v.0 as usize], &ops, &self.s.types)
     }
 
     fn state_at(&self, v: ValueId) -> u32 {
@@ -962,14 +957,17 @@ fn definitions<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a tile::Op>) 
     }
 }
 
-fn pushed(block: &Block, visit: &mut dyn FnMut(ValueId, ValueId)) {
+/// The operations on selections, with their results.
+fn selections<'a>(block: &'a Block, ops: &mut Vec<(ValueId, &'a tile::Op)>) {
     for inst in &block.insts {
         match &inst.op {
-            Op::Tile(tile::Op::TopkPush { state, values, .. }) => visit(*state, *values),
-            Op::For { body, .. } => pushed(body, visit),
+            Op::Tile(op @ (tile::Op::TopkInit { .. } | tile::Op::TopkPush { .. } | tile::Op::TopkTake { .. })) => {
+                ops.push((inst.results[0], op));
+            }
+            Op::For { body, .. } => selections(body, ops),
             Op::If { then, otherwise, .. } => {
-                pushed(then, visit);
-                pushed(otherwise, visit);
+                selections(then, ops);
+                selections(otherwise, ops);
             }
             _ => {}
         }

@@ -576,10 +576,9 @@ impl Scheduler<'_> {
                 self.set(r, place);
                 tile::Op::Dot { a, b, acc: *acc, trans_b: *trans_b }
             }
-            tile::Op::TopkInit { rows, k } => {
+            tile::Op::TopkInit { .. } => {
                 let r = inst.results[0];
-                let state = topk::State { rows: *rows, k: *k, most: self.most_pushed(r) };
-                let bytes = state.bytes();
+                let bytes = self.state_of(r).bytes();
                 let id = self.buffer(
                     format!("%{} top-k", r.0),
                     DType::I32,
@@ -615,24 +614,15 @@ impl Scheduler<'_> {
         out.push(Inst { results: inst.results.clone(), op: Op::Tile(op), scratch });
     }
 
-    /// The most columns pushed at once to the selections of this program that begin like `state`.
-    fn most_pushed(&self, state: ValueId) -> u32 {
-        let Type::Topk { rows, k } = &self.types[state.0 as usize] else { return 1 };
-        let mut most = 1;
-        each(&self.program.body, &mut |inst| {
-            if let tile::Op::TopkPush { state, values, .. } = &inst.op
-                && self.types[state.0 as usize] == (Type::Topk { rows: *rows, k: *k })
-            {
-                most = most.max(self.tile(*values).shape[1]);
-            }
-        });
-        most
-    }
-
     /// The selection that a value is a version of.
     fn state_of(&self, v: ValueId) -> topk::State {
-        let Type::Topk { rows, k } = self.types[v.0 as usize] else { unreachable!("verified: a selection") };
-        topk::State { rows, k, most: self.most_pushed(v) }
+        let mut ops = Vec::new();
+        each(&self.program.body, &mut |inst| {
+            if let tile::Op::TopkInit { .. } | tile::Op::TopkPush { .. } | tile::Op::TopkTake { .. } = &inst.op {
+                ops.push((inst.results[0], &inst.op));
+            }
+        });
+        topk::State::of(&self.types[v.0 as usize], &ops, &self.types)
     }
 
     fn topk_scratch(&mut self, v: ValueId) -> Option<BufferId> {

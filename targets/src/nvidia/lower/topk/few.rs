@@ -1,5 +1,5 @@
 //! Few members of short rows that are pushed once, as expert gating has them: a warp a row holds the row in registers and takes its
-//! maximum `k` times. No state, no barrier but the last.
+//! maximum `k` times. No barrier but the last.
 
 use super::super::block::Threads;
 use super::super::isa;
@@ -7,13 +7,13 @@ use super::super::mlir::{Ty, Val, f32, i32};
 use super::{key, lowest_bit, sum_lanes, word};
 
 /// Whether [`select`] does a selection of `k` members of `n` columns pushed once.
-pub fn selects(k: u32, n: u32) -> bool {
+pub(super) fn selects(k: u32, n: u32) -> bool {
     k <= 32 && n <= 1024
 }
 
-/// Init, one push and take in one, without state: of f32 `[rows, n]` dense at byte `from`, columns numbered from `base`, the `k`
-/// best to `values` and `numbers` as [`super::take`] does. For shapes that [`selects`] allows. All threads; ends with a barrier.
-pub fn select(t: &mut Threads, [rows, n, k]: [u32; 3], from: u32, base: Val, values: u32, numbers: u32) {
+/// Of f32 `[rows, n]` dense at byte `from`, columns numbered from `base`, the `k` best to `values` and `numbers` as
+/// [`super::take`] does. For shapes that [`selects`] allows. All threads; ends with a barrier.
+pub(super) fn select(t: &mut Threads, [rows, n, k]: [u32; 3], from: u32, base: Val, values: u32, numbers: u32) {
     let few = Few { n, k, each: n.div_ceil(32), from, base, values, numbers };
     let bounds = (t.warp, i32(rows.into()), i32((t.threads / 32).into()));
     t.for_loop(bounds, &[], |t, row, _| {

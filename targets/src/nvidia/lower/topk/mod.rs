@@ -14,19 +14,19 @@
 //! **Cost.** A push of 512 columns of one row in 256 threads is about 50 instructions a thread when nothing wins, 150 when something does.
 //! A cut of 3072 candidates to 2048 is about 1500 and happens once in 1024 winners.
 //!
-//! [`select`] is for few members of a short row, pushed once (expert gating): a warp takes the maximum `k` times, in registers.
+//! **Once.** What is pushed only once, and of which few are kept (expert gating), needs no buffer: [`few`] selects right then, and the
+//! state is the result.
 
 mod cut;
 mod few;
 #[cfg(test)]
 mod tests;
 
-pub use few::{select, selects};
-
 use super::block::Threads;
 use super::isa;
 use super::mlir::{Ty, Val, f32, i32};
 use cut::Cut;
+use dsc_ir::tile::{Op, Type, ValueId};
 
 /// A streaming selection: its shape, from which its memory follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct State {
     pub k: u32,
     /// Columns pushed at once, at most.
     pub most: u32,
+    /// Whether every selection is begun, pushed to once, and taken.
+    pub once: bool,
 }
 
 /// Bytes of a row's header: members, position of the current push's first, threshold, and what found no room.
@@ -50,6 +52,34 @@ const BINS: u32 = 256 * 4;
 const BATCH: u32 = 8;
 
 impl State {
+    /// The state of all selections of that type in a program: `ops` are its operations on selections, in order and with their results;
+    /// `types` those of all values.
+    pub fn of(ty: &Type, ops: &[(ValueId, &Op)], types: &[Type]) -> State {
+        let Type::Topk { rows, k } = *ty else { unreachable!("verified: a selection") };
+        let of = |v: &ValueId| types[v.0 as usize] == *ty;
+        let (mut begun, mut pushed, mut most, mut once) = (Vec::new(), Vec::new(), 1, true);
+        for (result, op) in ops {
+            match op {
+                Op::TopkInit { .. } if of(result) => begun.push(*result),
+                Op::TopkPush { state, values, .. } if of(state) => {
+                    if let Type::Tile(values) = &types[values.0 as usize] {
+                        most = most.max(values.shape[1]);
+                    }
+                    once &= begun.contains(state);
+                    pushed.push(*result);
+                }
+                Op::TopkTake { state } if of(state) => once &= pushed.contains(state),
+                _ => {}
+            }
+        }
+        State { rows, k, most, once }
+    }
+
+    /// Whether a push selects without a buffer.
+    fn at_once(&self) -> bool {
+        self.once && few::selects(self.k, self.most)
+    }
+
     /// Candidates a row holds. The room beyond `k` is as much as a push brings, or more, so that cuts are rare.
     fn capacity(&self) -> u32 {
         let slack = self.most.max((self.k / 2).min(1024));
@@ -58,11 +88,17 @@ impl State {
 
     /// Bytes of state in shared memory; saturating, so that a shape beyond all memory is seen as such.
     pub fn bytes(&self) -> u32 {
+        if self.at_once() {
+            return self.rows.saturating_mul(self.k).saturating_mul(8);
+        }
         self.rows.saturating_mul(HEADER).saturating_add(self.rows.saturating_mul(self.capacity()).saturating_mul(8))
     }
 
     /// Bytes of shared memory that [`push`] and [`take`] need while they run.
     pub fn scratch_bytes(&self, threads: u32) -> u32 {
+        if self.at_once() {
+            return 0;
+        }
         Scratch::new(self, 0, threads).end
     }
 
@@ -183,8 +219,11 @@ fn key(t: &mut Threads, value: Val) -> Val {
     t.f.bin("xor", bits, flip)
 }
 
-/// Makes the selection whose state is at byte `at` empty. All threads; ends with a barrier.
+/// Makes the selection whose state is at byte `at` empty. All threads; ends with a barrier, if it does anything.
 pub fn init(t: &mut Threads, s: &State, at: u32) {
+    if s.at_once() {
+        return;
+    }
     each(t, s.rows, |t, row| {
         let header = s.header(t, at, row);
         let lowest = i32((f32::NEG_INFINITY.to_bits() as i32).into());
@@ -196,6 +235,9 @@ pub fn init(t: &mut Threads, s: &State, at: u32) {
 /// Offers candidates: f32 `[rows, n]`, dense at byte `values` of shared memory and visible; column `j` is number `base + j`. All
 /// threads; has passed a barrier since it read `values` and `scratch`.
 pub fn push(t: &mut Threads, s: &State, at: u32, scratch: u32, values: u32, n: u32, base: Val) {
+    if s.at_once() {
+        return few::select(t, [s.rows, n, s.k], values, base, at, at + s.rows * s.k * 4);
+    }
     let p = Push { s, at, scratch: Scratch::new(s, scratch, t.threads), values, n, chunks: n.div_ceil(32), base };
     let some = p.vote(t);
     let some = isa::barrier_any(&mut t.f, some);
@@ -410,6 +452,9 @@ impl Push<'_> {
 /// Ends a selection: f32 `[rows, k]` to byte `values` and i32 `[rows, k]` to byte `numbers` of shared memory, outside its state and
 /// scratch; ascending by number, the tail −inf and −1. All threads; ends with a barrier. The state is used up.
 pub fn take(t: &mut Threads, s: &State, at: u32, scratch: u32, values: u32, numbers: u32) {
+    if s.at_once() {
+        return give(t, s, at, values, numbers);
+    }
     let scratch = Scratch::new(s, scratch, t.threads);
     t.for_loop((i32(0), i32(s.rows.into()), i32(1)), &[], |t, row, _| {
         let cut = Cut::new(t, s, at, scratch, row);
@@ -430,6 +475,19 @@ pub fn take(t: &mut Threads, s: &State, at: u32, scratch: u32, values: u32, numb
         let (value_to, number_to) = (word(t, i32(values.into()), i), word(t, i32(numbers.into()), i));
         t.store_shared(value_to, &[value]);
         t.store_shared(number_to, &[number]);
+    });
+    t.barrier();
+}
+
+/// [`take`] of what [`few::select`] left.
+fn give(t: &mut Threads, s: &State, at: u32, values: u32, numbers: u32) {
+    let n = s.rows * s.k;
+    each(t, n, |t, i| {
+        for (from, to) in [(at, values), (at + n * 4, numbers)] {
+            let (from, to) = (word(t, i32(from.into()), i), word(t, i32(to.into()), i));
+            let word = load(t, from, Ty::I32);
+            t.store_shared(to, &[word]);
+        }
     });
     t.barrier();
 }

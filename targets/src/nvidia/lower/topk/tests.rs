@@ -72,17 +72,6 @@ fn stream(s: &State, total: u32, n: u32, threads: u32) -> (String, u32) {
     (t.f.text().to_owned(), l.bytes)
 }
 
-/// A kernel that does it in one.
-fn at_once(rows: u32, n: u32, k: u32, threads: u32) -> (String, u32) {
-    assert!(selects(k, n));
-    let l = Layout::new(&State { rows, k, most: n }, n, threads);
-    let mut t = Threads::new(Fn::default(), &ARCHS[0], threads);
-    fetch(&mut t, [rows, n, n], i32(0));
-    select(&mut t, [rows, n, k], 0, i32(0), l.values, l.numbers);
-    give(&mut t, rows * k, &l);
-    (t.f.text().to_owned(), l.state)
-}
-
 /// Values' bits and numbers, `[rows, k]`.
 type Selection = (Vec<u32>, Vec<i32>);
 
@@ -164,7 +153,7 @@ fn streams_select_as_a_sort_does() {
         [40, 2, 64, 40, 128],
         [1, 600, 4000, 512, 256],
     ] {
-        check_stream(State { rows, k, most: n }, total, n, threads);
+        check_stream(State { rows, k, most: n, once: false }, total, n, threads);
     }
 }
 
@@ -179,18 +168,15 @@ fn short_rows_select_as_a_sort_does() {
         [2, 1000, 8, 64],
         [1, 1024, 32, 32],
     ] {
-        let kernel = at_once(rows, n, k, threads);
-        for (seed, (name, x)) in inputs((rows * n) as usize).into_iter().enumerate() {
-            let (got, _) = run(&kernel, &x, (rows * k) as usize, threads, seed as u64);
-            let want = expected(&x, rows as usize, k as usize);
-            assert!(got == want, "{name}: {rows} rows of {n}, k {k}:\n{got:?}\n{want:?}");
-        }
+        let s = State { rows, k, most: n, once: true };
+        assert!(s.at_once());
+        check_stream(s, n, n, threads);
     }
 }
 
 #[test]
 fn a_push_that_changes_nothing_is_one_barrier() {
-    let s = State { rows: 1, k: 16, most: 512 };
+    let s = State { rows: 1, k: 16, most: 512, once: false };
     let (total, threads) = (512 * 20, 256);
     let x: Vec<f32> = (0..total).map(|i| -(i as f32)).collect();
     let kernel = stream(&s, total, 512, threads);
