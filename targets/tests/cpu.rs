@@ -969,23 +969,3 @@ proptest::proptest! {
         check_random(seed);
     }
 }
-
-/// With `DSC_SEEDS=n`, the seed of the smallest of `n` programs that fails; with `DSC_SEED=s`, that program and its failure.
-#[test]
-#[ignore = "a tool for debugging"]
-fn one_random_program() {
-    if let Ok(n) = std::env::var("DSC_SEEDS") {
-        let mut best: Option<(usize, u64)> = None;
-        for seed in 0..n.parse().unwrap() {
-            let size = random_program(seed).to_string().len();
-            if best.is_none_or(|b| size < b.0) && std::panic::catch_unwind(|| check_random(seed)).is_err() {
-                best = Some((size, seed));
-            }
-        }
-        eprintln!("smallest: {best:?}");
-        return;
-    }
-    let seed = std::env::var("DSC_SEED").unwrap().parse().unwrap();
-    eprintln!("{}", random_program(seed));
-    check_random(seed);
-}

@@ -6,6 +6,9 @@
 //!
 //! A kernel that kills the process is the last that `DSC_TRACE=1 cargo test --test differential -- --test-threads 1` names.
 
+#[path = "../../targets/tests/support/mod.rs"]
+mod support;
+
 use dsc::compile::{Compiled, Options, compile_dir};
 use dsc_ir::artifact::{Arg, Numerics};
 use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
@@ -13,71 +16,27 @@ use dsc_ir::graph::{PAGE_TOKENS, StepInput};
 use dsc_ir::tile::interp::{self, Binding, run_blocks};
 use dsc_ir::tile::{Access, Builder, Program, ViewType};
 use dsc_ir::{DType, Sym, SymValues};
-use dsc_targets::{Kernel, Module};
+use dsc_targets::Kernel;
 use std::collections::HashMap;
 use std::path::Path;
+use support::Mapped;
 
-/// A module in executable memory.
-struct Mapped {
-    base: *mut libc::c_void,
-    bytes: usize,
-}
-
-type Entry = unsafe extern "C" fn(*const *mut u8, *const i32, *mut u8, u64, u64);
-
-/// Bytes around buffers and scratch that must stay as they are.
+/// Bytes around buffers that must stay as they are.
 const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0x5a;
 
-impl Mapped {
-    fn new(module: &Module) -> Mapped {
-        let bytes = module.code.len().max(1);
-        // SAFETY: a fresh private mapping, written within its size before it becomes executable.
-        let base = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            let base = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
-            assert_ne!(base, libc::MAP_FAILED);
-            std::ptr::copy_nonoverlapping(module.code.as_ptr(), base.cast(), module.code.len());
-            assert_eq!(libc::mprotect(base, bytes, libc::PROT_READ | libc::PROT_EXEC), 0);
-            base
-        };
-        Mapped { base, bytes }
-    }
-
-    /// Runs blocks of a kernel. `buffers` have [`GUARD`] bytes before and after what is bound.
-    fn call(
-        &self,
-        module: &Module,
-        kernel: usize,
-        buffers: &mut [Vec<u8>],
-        bindings: &[Binding],
-        syms: &SymValues,
-        blocks: std::ops::Range<u64>,
-    ) {
-        let code = &module.kernels[kernel];
-        let mut scratch = vec![0xa5u8; code.scratch_bytes as usize + 64 + GUARD];
-        let skip = scratch.as_ptr().align_offset(64);
-        let end = skip + code.scratch_bytes as usize;
-        let syms: Vec<i32> = syms.0.iter().map(|&s| s as i32).collect();
-        let starts: Vec<*mut u8> = buffers.iter_mut().map(|b| b.as_mut_ptr()).collect();
-        let args: Vec<*mut u8> = bindings.iter().map(|b| starts[b.buffer].wrapping_add(GUARD + b.offset)).collect();
-        // SAFETY: the entry is a function of this signature in the mapping; each argument has the bytes that its view spans at
-        // these symbols, checked by the interpreter's run of the same launch, and the scratch has what the kernel asks for.
-        unsafe {
-            let entry: Entry = std::mem::transmute(self.base.cast::<u8>().add(code.entry as usize));
-            entry(args.as_ptr(), syms.as_ptr(), scratch[skip..].as_mut_ptr(), blocks.start, blocks.end);
-        }
-        assert!(scratch[end..].iter().all(|&b| b == 0xa5), "{} wrote behind its scratch", code.name);
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nothing runs in it any more.
-        unsafe {
-            libc::munmap(self.base, self.bytes);
-        }
-    }
+/// Runs blocks of a kernel. `buffers` have [`GUARD`] bytes before and after what is bound.
+fn call(
+    mapped: &Mapped,
+    kernel: usize,
+    buffers: &mut [Vec<u8>],
+    bindings: &[Binding],
+    syms: &SymValues,
+    blocks: std::ops::Range<u64>,
+) {
+    let starts: Vec<*mut u8> = buffers.iter_mut().map(|b| b.as_mut_ptr()).collect();
+    let args: Vec<*mut u8> = bindings.iter().map(|b| starts[b.buffer].wrapping_add(GUARD + b.offset)).collect();
+    mapped.call(kernel, &args, syms, blocks.start, blocks.end);
 }
 
 /// splitmix64.
@@ -344,7 +303,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 /// Runs a launch both ways.
-fn check(module: &Module, mapped: &Mapped, kernel: usize, launch: &Launch) -> Result<HashMap<DType, Worst>, String> {
+fn check(mapped: &Mapped, kernel: usize, launch: &Launch) -> Result<HashMap<DType, Worst>, String> {
     let blocks = interp::block_count(launch.program, &launch.syms).expect("a small grid");
     let mut wanted = launch.buffers.clone();
     let options = interp::Options::default();
@@ -354,7 +313,7 @@ fn check(module: &Module, mapped: &Mapped, kernel: usize, launch: &Launch) -> Re
         launch.buffers.iter().map(|b| [vec![GUARD_BYTE; GUARD], b.clone(), vec![GUARD_BYTE; GUARD]].concat()).collect();
     // In two calls, the later blocks first.
     for range in [blocks / 2..blocks, 0..blocks / 2] {
-        mapped.call(module, kernel, &mut guarded, &launch.bindings, &launch.syms, range);
+        call(mapped, kernel, &mut guarded, &launch.bindings, &launch.syms, range);
     }
     for (i, b) in guarded.iter_mut().enumerate() {
         if b[..GUARD].iter().chain(&b[b.len() - GUARD..]).any(|&x| x != GUARD_BYTE) {
@@ -393,7 +352,7 @@ fn rows_outside_of_a_view() {
     let target = dsc_targets::target("cpu", false).expect("a target");
     let kernel = Kernel { program: program.clone(), schedule: Default::default() };
     let module = target.compile(&[kernel]).expect("code");
-    let mapped = Mapped::new(&module);
+    let mapped = Mapped::new(module);
     // Near enough that a wrong access is one to a guard, not to nowhere.
     let rows = [0, -1, 4, -2, 3, -4, 5];
     let at: Vec<u8> = rows.iter().flat_map(|r: &i32| r.to_le_bytes()).collect();
@@ -401,7 +360,7 @@ fn rows_outside_of_a_view() {
     let buffers = vec![at, x, vec![0; rows.len() * 32], vec![0; 128]];
     let syms = SymValues::default().with(Sym::T, rows.len() as u32);
     let bindings = (0..4).map(|buffer| Binding { buffer, offset: 0 }).collect();
-    let worst = check(&module, &mapped, 0, &Launch { program: &program, syms, buffers, bindings });
+    let worst = check(&mapped, 0, &Launch { program: &program, syms, buffers, bindings });
     assert_eq!(worst.map(|w| w.values().map(|w| w.what.clone()).collect()), Ok(Vec::<String>::new()));
 }
 
@@ -430,7 +389,7 @@ fn check_model(folder: &str, numerics: Numerics) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let options = Options { numerics, max_context: Some(1024), ..Options::default() };
     let compiled = compile_dir(&dir, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{folder}: {e}"));
-    let mapped = Mapped::new(&compiled.module);
+    let mapped = Mapped::new(compiled.module.clone());
     let trace = std::env::var_os("DSC_TRACE").is_some();
     let mut seen = vec![false; compiled.plan.kernels.len()];
     let (mut launches, mut failures) = (0, Vec::new());
@@ -452,7 +411,7 @@ fn check_model(folder: &str, numerics: Numerics) {
                     if trace {
                         eprintln!("{name}");
                     }
-                    match check(&compiled.module, &mapped, planned.kernel as usize, &launch) {
+                    match check(&mapped, planned.kernel as usize, &launch) {
                         Err(e) => failures.push(format!("{name}: {e}")),
                         Ok(errors) => {
                             for (dtype, w) in errors {

@@ -1,4 +1,4 @@
-//! Runs a compiled module in this process, on one thread.
+//! Runs a compiled module in this process, on one thread: for the tests of this crate, and of `tests`.
 
 use dsc_ir::SymValues;
 use dsc_targets::Module;
@@ -9,6 +9,9 @@ pub struct Mapped {
     bytes: usize,
     module: Module,
 }
+
+/// Bytes behind the scratch that must stay as they are.
+const GUARD: usize = 256;
 
 type Entry = unsafe extern "C" fn(*const *mut u8, *const i32, *mut u8, u64, u64);
 
@@ -31,32 +34,17 @@ impl Mapped {
     /// Calls kernel `kernel` over the blocks `first..last`. `args` are the buffers' addresses.
     pub fn call(&self, kernel: usize, args: &[*mut u8], syms: &SymValues, first: u64, last: u64) {
         let code = &self.module.kernels[kernel];
-        let mut scratch = vec![0xa5u8; code.scratch_bytes as usize + 64 + 64];
-        let aligned = scratch.as_mut_ptr().wrapping_add(scratch.as_ptr().align_offset(64));
-        let guard = code.scratch_bytes as usize;
-        self.call_with(kernel, args, syms, aligned, first, last);
-        // SAFETY: 64 bytes beyond the scratch are still inside the vector.
-        let after = unsafe { std::slice::from_raw_parts(aligned.add(guard), 64) };
-        assert!(after.iter().all(|&b| b == 0xa5), "the kernel wrote behind its scratch");
-    }
-
-    /// The same with the caller's scratch.
-    pub fn call_with(
-        &self,
-        kernel: usize,
-        args: &[*mut u8],
-        syms: &SymValues,
-        scratch: *mut u8,
-        first: u64,
-        last: u64,
-    ) {
+        let mut scratch = vec![0xa5u8; code.scratch_bytes as usize + 64 + GUARD];
+        let skip = scratch.as_ptr().align_offset(64);
+        let end = skip + code.scratch_bytes as usize;
         let syms: Vec<i32> = syms.0.iter().map(|&s| s as i32).collect();
-        // SAFETY: the entry is a function of this signature in the mapping, and the caller's buffers are as the views say.
+        // SAFETY: the entry is a function of this signature in the mapping, the caller's buffers are as the views say, and the
+        // scratch is what the kernel asks for.
         unsafe {
-            let entry: Entry =
-                std::mem::transmute(self.base.cast::<u8>().add(self.module.kernels[kernel].entry as usize));
-            entry(args.as_ptr(), syms.as_ptr(), scratch, first, last);
+            let entry: Entry = std::mem::transmute(self.base.cast::<u8>().add(code.entry as usize));
+            entry(args.as_ptr(), syms.as_ptr(), scratch[skip..].as_mut_ptr(), first, last);
         }
+        assert!(scratch[end..].iter().all(|&b| b == 0xa5), "{} wrote behind its scratch", code.name);
     }
 }
 
