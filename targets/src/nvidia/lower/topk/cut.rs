@@ -251,7 +251,7 @@ fn pick(t: &mut Threads, bins: Val, wanted: Val) -> (Val, Val, Val) {
     let mut counts = t.load_shared(at, Ty::I32, 4);
     counts.extend(t.load_shared(high_at, Ty::I32, 4));
     let mine = counts[1..].iter().fold(counts[0], |sum, &n| t.f.add(sum, n));
-    let sum = sum_lanes(t, mine);
+    let sum = sum_lanes(t, mine, 32);
     let reached = t.f.cmp("sge", sum, wanted);
     let reached = isa::ballot(&mut t.f, reached);
     let lane = lowest_bit(t, reached);

@@ -47,7 +47,7 @@ impl Few {
         }
         let chosen = self.choose(t, keys);
         let mine = isa::popcount(&mut t.f, chosen);
-        let sum = sum_lanes(t, mine);
+        let sum = sum_lanes(t, mine, 32);
         let total = isa::shuffle_from(&mut t.f, sum, i32(31));
         let out = t.f.mul(row, i32(self.k.into()));
         let mut position = t.f.sub(sum, mine);

@@ -11,8 +11,8 @@
 //!
 //! **Cut.** [`cut`] finds the `k` best exactly and leaves them in order.
 //!
-//! **Cost.** A push of 512 columns of one row in 256 threads is about 50 instructions a thread when nothing wins, 150 when something does.
-//! A cut of 3072 candidates to 2048 is about 1500 and happens once in 1024 winners.
+//! **Cost.** What a push takes is mostly waiting, so it is counted in barriers: one where nothing wins, three where something does. A cut
+//! takes two, one a pass (at most four) and one for each 8 members a thread; there is one in `min(k / 2, 1024)` winners at most.
 //!
 //! **Once.** What is pushed only once, and of which few are kept (expert gating), needs no buffer: [`few`] selects right then, and the
 //! state is the result.
@@ -197,10 +197,10 @@ fn bit_here(t: &mut Threads, bits: Val) -> Val {
     t.f.cast("trunc", bit, Ty::I1)
 }
 
-/// The sum of the lanes up to this one.
-fn sum_lanes(t: &mut Threads, v: Val) -> Val {
+/// The sum of the lanes up to this one, of the first `lanes`.
+fn sum_lanes(t: &mut Threads, v: Val, lanes: u32) -> Val {
     let mut sum = v;
-    for by in [1, 2, 4, 8, 16] {
+    for by in [1, 2, 4, 8, 16].into_iter().filter(|&by| by < lanes) {
         let below = isa::shuffle_up(&mut t.f, sum, by);
         let both = t.f.add(sum, below);
         let has = t.f.cmp("sge", t.lane, i32(by.into()));
@@ -367,6 +367,7 @@ impl Push<'_> {
             let first = t.f.mul(row, i32(self.chunks.into()));
             let mut total = i32(0);
             for from in (0..self.chunks).step_by(32) {
+                let lanes = (self.chunks - from).min(32);
                 let chunk = t.f.add(t.lane, i32(from.into()));
                 let inside = if from + 32 <= self.chunks {
                     Val::Int(1, Ty::I1)
@@ -379,14 +380,14 @@ impl Push<'_> {
                     let ballot = load(t, at, Ty::I32);
                     isa::popcount(&mut t.f, ballot)
                 });
-                let sum = sum_lanes(t, n);
+                let sum = sum_lanes(t, n, lanes);
                 let sum = t.f.add(total, sum);
                 let before = t.f.sub(sum, n);
                 t.when(inside, |t| {
                     let to = word(t, i32(self.scratch.before.into()), unit);
                     t.store_shared(to, &[before]);
                 });
-                total = isa::shuffle_from(&mut t.f, sum, i32(31));
+                total = isa::shuffle_from(&mut t.f, sum, i32(i64::from(lanes) - 1));
             }
             let first = t.f.cmp("eq", t.lane, i32(0));
             let more = t.when_value(first, i32(0), |t| self.reserve(t, row, total));

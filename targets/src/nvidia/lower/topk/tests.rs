@@ -175,14 +175,18 @@ fn short_rows_select_as_a_sort_does() {
 }
 
 #[test]
-fn a_push_that_changes_nothing_is_one_barrier() {
-    let s = State { rows: 1, k: 16, most: 512, once: false };
-    let (total, threads) = (512 * 20, 256);
-    let x: Vec<f32> = (0..total).map(|i| -(i as f32)).collect();
-    let kernel = stream(&s, total, 512, threads);
-    let (got, m) = run(&kernel, &x, 16, threads, 1);
-    assert_eq!(got, expected(&x, 1, 16));
-    // Two pushes fill the row before it is cut for the first time.
-    eprintln!("{} steps, {} barriers", m.steps, m.barriers);
-    assert!(m.barriers < 20 * 2 + 30, "{} barriers", m.barriers);
+fn a_push_takes_few_barriers() {
+    let s = State { rows: 1, k: 600, most: 512, once: false };
+    let barriers = |pushes: u32, rising: bool| {
+        let n = 512 * pushes;
+        let x: Vec<f32> = (0..n).map(|i| if rising { i as f32 } else { -(i as f32) }).collect();
+        let (got, m) = run(&stream(&s, n, 512, 256), &x, 600, 256, 1);
+        assert_eq!(got, expected(&x, 1, 600));
+        m.barriers
+    };
+    // One barrier a push is the test's own. Nothing wins once the row has been cut.
+    assert_eq!(barriers(20, false) - barriers(10, false), 10 * (1 + 1));
+    // The row has room for two pushes of winners. Then each of them needs a cut: two barriers, at most four passes, one sweep.
+    assert!(barriers(2, true) <= 1 + 2 * (1 + 3) + 7 + 1);
+    assert!(barriers(20, true) - barriers(10, true) <= 10 * (1 + 3 + 7));
 }
