@@ -36,8 +36,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// How to run `rows` x `columns` results of that contraction, if the hardware can; `element` is the size of a stored result.
-    pub fn of(c: &Contraction<'_>, element: u32, arch: &Arch) -> Option<Config> {
+    /// How to run `rows` x `columns` results of that contraction, if the hardware can; `staged`: 16-bit results go to memory through shared memory.
+    pub fn of(c: &Contraction<'_>, staged: bool, arch: &Arch) -> Option<Config> {
         let (rows, columns) = (c.left.rows, c.right.rows);
         let transposed = rows < STRAIGHT_FROM;
         let (long, short) = if transposed { (columns, rows) } else { (rows, columns) };
@@ -45,8 +45,7 @@ impl Config {
             _ if !long.is_multiple_of(ROWS) => return None,
             (n, _) if n.is_multiple_of(2) => [2, 1],
             (1, n) if !transposed && n.is_multiple_of(2 * ROWS) => [1, 2],
-            (1, _) => [1, 1],
-            _ => return None,
+            _ => [1, 1],
         };
         let wide = short / groups[1];
         let padded = wide.next_multiple_of(8);
@@ -63,9 +62,9 @@ impl Config {
             return None;
         }
         let warpgroups = groups[0] * groups[1];
-        let panels = if transposed { 1 } else { (wide * element).div_ceil(STEP_BYTES).min(2) };
+        let panels = if transposed { 1 } else { (wide * 2).div_ceil(STEP_BYTES).min(2) };
         let staging_rows = if transposed { padded.next_multiple_of(16) } else { ROWS };
-        let staging_bytes = if element == 2 { warpgroups * staging_rows * panels * STEP_BYTES } else { 0 };
+        let staging_bytes = if staged { warpgroups * staging_rows * panels * STEP_BYTES } else { 0 };
         let slot_bytes = [rows, columns].map(|r| r.next_multiple_of(8) * STEP_BYTES);
         let stage = slot_bytes[0] + slot_bytes[1];
         // Small tiles wait for memory, not for the multiplier: two blocks a multiprocessor overlap one's end with the other's start.

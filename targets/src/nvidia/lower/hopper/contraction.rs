@@ -56,7 +56,7 @@ pub struct Contraction<'a> {
 /// Where every value is defined, loops included.
 pub fn definitions<'a>(region: &'a Region, into: &mut HashMap<ValueId, &'a Inst>) {
     for inst in &region.insts {
-        inst.results.iter().for_each(|&r| drop(into.insert(r, inst)));
+        into.extend(inst.results.iter().map(|&r| (r, inst)));
         for body in regions(&inst.op) {
             definitions(body, into);
         }
@@ -148,12 +148,7 @@ fn combines(inst: &Inst, carried: ValueId) -> bool {
 }
 
 /// The load behind an operand, through a reshape that only drops axes of one element.
-fn operand<'a>(
-    program: &Program,
-    body: &Region,
-    defs: &HashMap<ValueId, &'a Inst>,
-    v: ValueId,
-) -> Option<Operand<'a>> {
+fn operand<'a>(program: &Program, body: &Region, defs: &HashMap<ValueId, &'a Inst>, v: ValueId) -> Option<Operand<'a>> {
     let tile: &TileType = program.tile(v)?;
     let &[rows, k] = tile.shape.as_slice() else { return None };
     let mut inst = *defs.get(&v)?;
@@ -168,6 +163,7 @@ fn operand<'a>(
         _ => return None,
     };
     let squeezed: Vec<u32> = shape.iter().copied().filter(|&n| n > 1).collect();
-    let straight = shape.last() == Some(&k) && squeezed == tile.shape.iter().copied().filter(|&n| n > 1).collect::<Vec<_>>();
+    let straight =
+        shape.last() == Some(&k) && squeezed == tile.shape.iter().copied().filter(|&n| n > 1).collect::<Vec<_>>();
     straight.then_some(Operand { view, index, shape, rows, gathered })
 }

@@ -59,6 +59,8 @@ pub struct Emit<'a> {
     pub block: [Val; 3],
     /// This thread's number in its role.
     pub role_tid: Val,
+    /// The barrier of this role's threads: its number, and how many they are.
+    role_barrier: (u32, u32),
     geometries: HashMap<(Fragment, [u32; 2]), Geometry>,
 }
 
@@ -87,6 +89,7 @@ pub fn lower(s: &Scheduled, arch: &Arch) -> Result<(String, GpuKernel), String> 
         syms: [i32(0); 6],
         block: [i32(0); 3],
         role_tid: i32(0),
+        role_barrier: (0, s.threads),
         geometries: HashMap::new(),
     };
     s.roles.iter().for_each(|r| define(&r.body, &mut e.defs));
@@ -104,7 +107,7 @@ pub fn lower(s: &Scheduled, arch: &Arch) -> Result<(String, GpuKernel), String> 
 
 fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
     for inst in &block.insts {
-        inst.results.iter().for_each(|&r| drop(into.insert(r, inst)));
+        into.extend(inst.results.iter().map(|&r| (r, inst)));
         inst.op.blocks().into_iter().for_each(|b| define(b, into));
     }
 }
@@ -142,7 +145,9 @@ impl<'a> Emit<'a> {
         self.init_barriers();
         let end = self.t.f.label();
         let s = self.s;
-        for role in &s.roles {
+        for (number, role) in s.roles.iter().enumerate() {
+            // Barrier 0 is the whole block's.
+            self.role_barrier = (number as u32 + 1, (role.warps[1] - role.warps[0]) * Arch::WARP);
             let (body, next) = (self.t.f.label(), self.t.f.label());
             let first = self.t.f.cmp("uge", warp, i32(role.warps[0].into()));
             let last = self.t.f.cmp("ult", warp, i32(role.warps[1].into()));
@@ -226,8 +231,7 @@ impl<'a> Emit<'a> {
 
     /// Where the elements of a fragment lie.
     pub fn geometry(&mut self, v: ValueId) -> Result<Geometry, String> {
-        let (Place::Fragment(fragment), Type::Tile(t)) =
-            (&self.s.places[v.0 as usize], &self.s.types[v.0 as usize])
+        let (Place::Fragment(fragment), Type::Tile(t)) = (&self.s.places[v.0 as usize], &self.s.types[v.0 as usize])
         else {
             return Err(format!("%{} is no fragment", v.0));
         };
@@ -269,7 +273,12 @@ impl<'a> Emit<'a> {
             Op::Take { channel, slot } => self.take(*channel, *slot, inst.results[0]),
             Op::Release { channel, lag } => self.release(*channel, *lag),
             Op::Tile(op) => self.tile_op(inst, op),
-            Op::Barrier | Op::If { .. } => Err("barriers and branches inside roles".into()),
+            Op::Barrier => {
+                let (id, threads) = self.role_barrier;
+                isa::named_barrier(&mut self.t.f, id, threads);
+                Ok(())
+            }
+            Op::If { .. } => Err("branches inside roles".into()),
         }
     }
 
@@ -292,7 +301,8 @@ impl<'a> Emit<'a> {
                 let geometry = self.the_geometry()?;
                 let mut seen = HashMap::new();
                 let registers = geometry.registers();
-                let values = registers.iter().map(|&at| self.map_element(op, at, &mut seen)).collect::<Result<_, _>>()?;
+                let values =
+                    registers.iter().map(|&at| self.map_element(op, at, &mut seen)).collect::<Result<_, _>>()?;
                 self.held.insert(r, Held::Registers(values, [true, true]));
                 Ok(())
             }
@@ -323,7 +333,10 @@ impl<'a> Emit<'a> {
             tile::Op::Full { value, .. } => Ok(arith::constant(*value)),
             tile::Op::Reshape { x, .. } => self.uniform(*x),
             tile::Op::Map { inputs, body } => {
-                let args = inputs.iter().map(|&v| Ok((self.uniform(v)?, self.dtype(v)))).collect::<Result<Vec<_>, String>>()?;
+                let args = inputs
+                    .iter()
+                    .map(|&v| Ok((self.uniform(v)?, self.dtype(v))))
+                    .collect::<Result<Vec<_>, String>>()?;
                 Ok(arith::apply(&mut self.t.f, self.t.arch, body, &args).0)
             }
             tile::Op::Load { view, index, .. } => {

@@ -84,7 +84,8 @@ impl Geometry {
     pub fn position(&self, r: Register, rows: bool, columns: bool) -> usize {
         let (down, across) = if self.transposed { (columns, rows) } else { (rows, columns) };
         let pick = |on: bool, n: u32| if on { n } else { 0 };
-        let (js, hs, es) = (if across { self.wide / 8 } else { 1 }, if down { 2 } else { 1 }, if across { 2 } else { 1 });
+        let (js, hs, es) =
+            (if across { self.wide / 8 } else { 1 }, if down { 2 } else { 1 }, if across { 2 } else { 1 });
         let at = (pick(down, r.sub) * js + pick(across, r.j)) * hs + pick(down, r.h);
         (at * es + pick(across, r.e)) as usize
     }

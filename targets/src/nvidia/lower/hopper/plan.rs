@@ -8,7 +8,8 @@
 //! With scales, partial sums of two rounds are in flight and each is added to the accumulator while the other is made.
 
 use super::config::{Config, WARPGROUP};
-use super::contraction::{Contraction, Operand, definitions};
+use super::contraction::{Contraction, Operand, STEP_BYTES, definitions};
+use super::store::in_pieces;
 use super::tensor_map::{can_copy, view_type};
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
@@ -32,15 +33,43 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
     for operand in [&c.left, &c.right] {
         can_copy(operand, view_type(&program.types, operand.view)?).then_some(())?;
     }
-    let config = Config::of(&c, result_bytes(program)?, arch)?;
+    let config = Config::of(&c, staged(program)?, arch)?;
     Planner::new(program, c, config).scheduled()
 }
 
-/// Bytes of an element of the only view written.
-fn result_bytes(program: &Program) -> Option<u32> {
+/// Whether the result, the only view written, goes to memory in pieces of rows.
+fn staged(program: &Program) -> Option<bool> {
     let mut written = program.params.iter().filter(|p| p.access != tile::Access::Read);
     let (Some(one), None) = (written.next(), written.next()) else { return None };
-    Some(view_type(&program.types, one.value)?.dtype.bytes() as u32)
+    let mut defs = HashMap::new();
+    definitions(&program.body, &mut defs);
+    let mut stores = Vec::new();
+    for inst in &program.body.insts {
+        if let tile::Op::Store { index, .. } = &inst.op {
+            stores.push(index.last().map_or(1, |&i| divisor(i, &defs)));
+        }
+    }
+    let columns = *stores.first()?;
+    Some(in_pieces(view_type(&program.types, one.value)?, columns) && stores.len() == 1)
+}
+
+/// A number that divides an index.
+fn divisor(i: Index, defs: &HashMap<ValueId, &tile::Inst>) -> u32 {
+    let op = match i {
+        Index::Const(0) => return 1 << 16,
+        Index::Const(c) => return 1 << c.trailing_zeros().min(16),
+        Index::Value(v) => defs.get(&v).map(|inst| &inst.op),
+    };
+    let Some(tile::Op::Map { body: MapFn { insts, result: MapArg::Inst(last) }, .. }) = op else { return 1 };
+    let Some(MapInst { op: ScalarOp::Mul, args }) = insts.get(*last as usize) else { return 1 };
+    let constant = args.iter().find_map(|a| match a {
+        MapArg::Inst(i) => match insts.get(*i as usize)?.op {
+            ScalarOp::Const(Scalar::I32(n)) => u32::try_from(n).ok(),
+            _ => None,
+        },
+        MapArg::Input(_) => None,
+    });
+    constant.unwrap_or(1)
 }
 
 type Names = HashMap<ValueId, ValueId>;
@@ -88,7 +117,8 @@ impl<'a> Planner<'a> {
             p.names.insert(param.value, value);
             p.params.push(tile::Param { value, ..param.clone() });
         }
-        let indices = |o: &Operand<'_>| o.index.iter().filter_map(|i| value_of(*i)).chain(o.gathered).collect::<Vec<_>>();
+        let indices =
+            |o: &Operand<'_>| o.index.iter().filter_map(|i| value_of(*i)).chain(o.gathered).collect::<Vec<_>>();
         let copied = [indices(&p.c.left), indices(&p.c.right)].concat();
         p.produced = p.slice(copied);
         let mut kept = Vec::new();
@@ -183,7 +213,7 @@ impl<'a> Planner<'a> {
         let mut names = self.names.clone();
         let consumer = self.consumer(&self.program.body, &mut names)?;
         let warps = self.config.warpgroups() * WARPGROUP / Arch::WARP;
-        let redistributed = self.config.warpgroups() == 2;
+        let redistributed = self.config.warpgroups() == 2 && !self.config.transposed;
         // Registers move between whole warpgroups; without that, one warp is enough to drive the copies.
         let (produces, consumes) =
             if redistributed { ([0, 4], [4, 4 + warps]) } else { ([warps, warps + 1], [0, warps]) };
@@ -222,9 +252,9 @@ impl<'a> Planner<'a> {
         let slot = |name: &str, bytes: u32, offset: u32| Buffer {
             name: name.into(),
             dtype: self.c.dtype,
-            shape: [bytes / super::contraction::STEP_BYTES, self.c.stage_k()],
-            pitch: super::contraction::STEP_BYTES,
-            swizzle: super::contraction::STEP_BYTES,
+            shape: [bytes / STEP_BYTES, self.c.stage_k()],
+            pitch: STEP_BYTES,
+            swizzle: STEP_BYTES,
             copies: self.config.stages,
             offset,
         };
@@ -232,7 +262,7 @@ impl<'a> Planner<'a> {
         if self.config.staging_bytes > 0 {
             let mut staging = slot("result", self.config.staging_bytes, (left + right) * self.config.stages);
             (staging.dtype, staging.copies) = (DType::Bf16, 1);
-            staging.shape[1] = super::contraction::STEP_BYTES / 2;
+            staging.shape[1] = STEP_BYTES / 2;
             buffers.push(staging);
         }
         buffers
@@ -259,14 +289,18 @@ impl<'a> Planner<'a> {
         let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
         names.insert(c.body.args[0], counter);
         let mut insts = Vec::new();
-        for inst in c.body.insts.iter().filter(|i| i.results.first().is_some_and(|r| self.produced.contains(r))) {
+        for inst in &c.body.insts {
+            if !inst.results.first().is_some_and(|r| self.produced.contains(r)) {
+                continue;
+            }
             let place = self.place(inst)?;
             insts.push(self.copied(inst, place, names)?);
         }
         for part in 0..c.step / c.stage_k() {
             let mut copies = Vec::new();
             for (slot, operand) in [&c.left, &c.right].into_iter().enumerate() {
-                let mut index: Vec<Index> = operand.index.iter().map(|&i| rename_index(i, names)).collect::<Option<_>>()?;
+                let mut index: Vec<Index> =
+                    operand.index.iter().map(|&i| rename_index(i, names)).collect::<Option<_>>()?;
                 let last = index.last_mut()?;
                 if part > 0 {
                     *last = match *last {
@@ -300,7 +334,11 @@ impl<'a> Planner<'a> {
                 names.insert(inst.results[0], total);
             } else if let tile::Op::Store { .. } = &inst.op {
                 let mut store = self.copied(inst, Place::Lazy, names)?;
-                store.scratch = (self.config.staging_bytes > 0).then_some(BufferId(2));
+                if self.config.staging_bytes > 0 {
+                    // The last tile's results may still be on their way through the same memory.
+                    out.push(plain(Op::Barrier));
+                    store.scratch = Some(BufferId(2));
+                }
                 out.push(store);
             } else if inst.results.first().is_some_and(|r| self.consumed.contains(r)) {
                 let place = self.place(inst)?;
@@ -433,7 +471,14 @@ impl<'a> Planner<'a> {
                 }
                 let place = if r == c.body.yields[0] { self.fragment() } else { Place::Lazy };
                 let mut new = self.copied(inst, place, names)?;
-                if let Op::Tile(tile::Op::Map { body, .. }) = &mut new.op {
+                let floats = inst
+                    .results
+                    .iter()
+                    .chain(&tile::operands(&inst.op))
+                    .all(|&v| self.tile(v).is_some_and(|t| t.dtype == DType::F32));
+                if let Op::Tile(tile::Op::Map { body, .. }) = &mut new.op
+                    && floats
+                {
                     contract(body);
                 }
                 out.push(new);

@@ -152,3 +152,10 @@ pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.f32 $0, 0f00000000;\n@p ld.global.nc.f32 $0, [$1];\n}";
     f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], false, true)[0]
 }
+
+/// An i32 of memory that no one writes meanwhile, or zero where `c` does not hold.
+pub fn load_i32_if(f: &mut Fn, c: Val, at: Val) -> Val {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}";
+    f.asm(text, "=&r,l,r", &[at, c], &[Ty::I32], false, true)[0]
+}

@@ -1,0 +1,166 @@
+//! Loops: over the tiles of a block, and those of the kernel.
+
+use super::emit::{Emit, Held};
+use crate::nvidia::lower::isa;
+use crate::nvidia::lower::mlir::{Ty, Val, i32};
+use dsc_ir::sched::{Block, Inst, Place};
+use dsc_ir::tile::{Index, ValueId};
+use std::collections::HashMap;
+
+impl<'a> Emit<'a> {
+    /// Runs a role's body for every tile of this block: tile numbers from the block's on, in steps of the number of blocks, so that any
+    /// launch grid does all the work.
+    pub fn tiles(&mut self, body: &'a Block) -> Result<(), String> {
+        let f = &mut self.t.f;
+        let ids = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("ctaid.{axis}")));
+        let counts = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("nctaid.{axis}")));
+        let plane = f.mul(counts[1], ids[2]);
+        let plane = f.add(plane, ids[1]);
+        let plane = f.mul(plane, counts[0]);
+        let first = f.add(plane, ids[0]);
+        let blocks = f.mul(counts[0], counts[1]);
+        let blocks = f.mul(blocks, counts[2]);
+        let mut sizes = [i32(1); 3];
+        for (size, dim) in sizes.iter_mut().zip(&self.s.grid) {
+            let extent = self.extent(dim.extent);
+            let up = self.t.f.add(extent, i32(i64::from(dim.tile) - 1));
+            *size = self.t.f.div(up, dim.tile);
+        }
+        let tiles = self.t.f.mul(sizes[0], sizes[1]);
+        let tiles = self.t.f.mul(tiles, sizes[2]);
+        let band = self.s.persistent.unwrap_or(1);
+        let state: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
+        self.counted((first, tiles, blocks), &state, |e, tile, state| {
+            e.resume(state);
+            e.block = e.coordinates(tile, sizes, band);
+            e.block(body)?;
+            e.settle_all();
+            Ok(e.rings.iter().flat_map(|r| r.state()).collect())
+        })?;
+        Ok(())
+    }
+
+    /// Coordinates of a tile by its number: planes of axis 2; in a plane bands of so many tiles of axis 0; in a band, axis 0 fastest.
+    fn coordinates(&mut self, tile: Val, sizes: [Val; 3], band: u32) -> [Val; 3] {
+        let f = &mut self.t.f;
+        let of_plane = f.mul(sizes[0], sizes[1]);
+        let (z, within) = if sizes[2].int() == Some(1) {
+            (i32(0), tile)
+        } else {
+            (f.bin("udiv", tile, of_plane), f.bin("urem", tile, of_plane))
+        };
+        let of_band = f.mul(sizes[1], i32(band.into()));
+        let number = f.bin("udiv", within, of_band);
+        let within = f.bin("urem", within, of_band);
+        let first = f.mul(number, i32(band.into()));
+        let left = f.sub(sizes[0], first);
+        let short = f.cmp("slt", left, i32(band.into()));
+        let rows = f.select(short, left, i32(band.into()));
+        let row = f.bin("urem", within, rows);
+        [f.add(first, row), f.bin("udiv", within, rows), z]
+    }
+
+    fn resume(&mut self, state: &[Val]) {
+        for (ring, state) in self.rings.iter_mut().zip(state.chunks(2)) {
+            ring.resume(state);
+        }
+    }
+
+    /// `for i in lo..hi step step`, tested first; what it carries at its end.
+    fn counted(
+        &mut self,
+        (lo, hi, step): (Val, Val, Val),
+        carried: &[Val],
+        body: impl FnOnce(&mut Self, Val, &[Val]) -> Result<Vec<Val>, String>,
+    ) -> Result<Vec<Val>, String> {
+        let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
+        let args: Vec<Val> = [lo].into_iter().chain(carried.iter().copied()).collect();
+        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
+        self.t.f.br(head, &args);
+        let args = self.t.f.start(head, &types);
+        let more = self.t.f.cmp("slt", args[0], hi);
+        self.t.f.cond_br(more, (inside, &[]), (after, &[]));
+        self.t.f.start(inside, &[]);
+        let next = body(self, args[0], &args[1..])?;
+        let counter = self.t.f.add(args[0], step);
+        let next: Vec<Val> = [counter].into_iter().chain(next).collect();
+        self.t.f.br(head, &next);
+        self.t.f.start(after, &[]);
+        Ok(args[1..].to_vec())
+    }
+
+    /// Registers of a value that a loop carries.
+    fn registers(&mut self, v: ValueId) -> Result<Vec<Val>, String> {
+        match self.held.get(&v) {
+            Some(Held::Scalar(x)) => return Ok(vec![*x]),
+            Some(Held::Registers(values, _)) => return Ok(values.clone()),
+            _ => {}
+        }
+        let mut seen = HashMap::new();
+        let registers = self.the_geometry()?.registers();
+        registers.into_iter().map(|at| self.element(v, at, &mut seen)).collect()
+    }
+
+    fn hold(&mut self, v: ValueId, values: &[Val]) {
+        let held = match &self.s.places[v.0 as usize] {
+            Place::Fragment(_) => Held::Registers(values.to_vec(), [true, true]),
+            _ => Held::Scalar(values[0]),
+        };
+        self.held.insert(v, held);
+    }
+
+    /// A loop of the kernel. Products may be in flight across its ends if the same are in flight at both, as results that it carries.
+    pub fn for_loop(
+        &mut self,
+        inst: &'a Inst,
+        (lo, hi, step): (Index, Index, u32),
+        init: &[ValueId],
+        body: &'a Block,
+    ) -> Result<(), String> {
+        if !self.flight.all_among(init) {
+            self.settle_all();
+        }
+        let (lo, hi) = (self.index(lo)?, self.index(hi)?);
+        let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
+        let counters = carried.len();
+        let mut widths = Vec::new();
+        for &v in init {
+            let values = self.registers(v)?;
+            widths.push(values.len());
+            carried.extend(values);
+        }
+        let split = |values: &[Val]| -> Vec<Vec<Val>> {
+            let mut rest = &values[counters..];
+            let take = |&n: &usize| {
+                let (here, after) = rest.split_at(n);
+                rest = after;
+                here.to_vec()
+            };
+            widths.iter().map(take).collect()
+        };
+        let at_entry = self.flight.renamed(init, &body.args[1..]);
+        let args = self.counted((lo, hi, i32(step.into())), &carried, |e, counter, values| {
+            e.resume(values);
+            e.held.insert(body.args[0], Held::Scalar(counter));
+            for (&arg, values) in body.args[1..].iter().zip(split(values)) {
+                e.hold(arg, &values);
+            }
+            e.flight = at_entry.clone();
+            e.block(body)?;
+            if e.flight.renamed(&body.yields, &body.args[1..]) != at_entry {
+                e.settle_all();
+            }
+            let mut next: Vec<Val> = e.rings.iter().flat_map(|r| r.state()).collect();
+            for &v in &body.yields {
+                next.extend(e.registers(v)?);
+            }
+            Ok(next)
+        })?;
+        self.resume(&args);
+        for (&result, values) in inst.results.iter().zip(split(&args)) {
+            self.hold(result, &values);
+        }
+        self.flight = at_entry.renamed(&body.args[1..], &inst.results);
+        Ok(())
+    }
+}

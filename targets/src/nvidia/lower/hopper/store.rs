@@ -1,0 +1,241 @@
+//! Results to memory.
+//!
+//! 16-bit results are turned through shared memory, a warp's rows by itself, so that they leave as 16-byte pieces of whole rows;
+//! others go straight from the registers. Elements outside the view are dropped by a predicate each.
+
+use super::config::ROWS;
+use super::emit::Emit;
+use super::fragment::{Geometry, Register};
+use super::ptx;
+use super::tensor_map::view_type;
+use crate::nvidia::lower::isa;
+use crate::nvidia::lower::mlir::{Val, i32};
+use dsc_ir::sched::BufferId;
+use dsc_ir::tile::{Index, ValueId, ViewType};
+use std::collections::HashMap;
+
+/// Bytes of a row of staging: one span of the swizzle.
+const PANEL: u32 = 128;
+/// Bytes that a lane moves at a time.
+const PIECE: u32 = 16;
+/// 16-bit elements in that.
+const PIECE_ELEMENTS: u32 = PIECE / 2;
+
+/// A tile being stored.
+struct Target {
+    view: ValueId,
+    /// The tile's first element.
+    start: Vec<Val>,
+    /// The axis of the tile's rows; its columns are the last.
+    row_axis: usize,
+}
+
+/// Whether rows of the view can be written in pieces of 16 bytes by tiles whose columns start at multiples of `columns`.
+pub fn in_pieces(view: &ViewType, columns: u32) -> bool {
+    let piece = i64::from(PIECE);
+    let Some((last, outer)) = view.strides.split_last() else { return false };
+    view.dtype.bytes() == 2
+        && last.bytes == 2
+        && last.sym.is_none()
+        && outer.iter().all(|s| s.bytes % piece == 0)
+        && view.offset as i64 % piece == 0
+        && view.shape.last().is_some_and(|n| n.factor % PIECE_ELEMENTS == 0)
+        && columns.is_multiple_of(PIECE_ELEMENTS)
+}
+
+impl Emit<'_> {
+    /// Stores a tile at `index` of a view.
+    pub fn store(
+        &mut self,
+        view: ValueId,
+        index: &[Index],
+        value: ValueId,
+        scratch: Option<BufferId>,
+    ) -> Result<(), String> {
+        let geometry = self.the_geometry()?;
+        let shape = self.shape(value);
+        let start = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+        let columns = shape.len().checked_sub(1).ok_or("a store of a scalar")?;
+        let rows = (0..columns).find(|&d| shape[d] > 1).or(columns.checked_sub(1)).ok_or("a store of a vector")?;
+        let target = Target { view, start, row_axis: rows };
+        match scratch {
+            Some(buffer) if geometry.transposed => self.staged_transposed(&geometry, &target, value, buffer),
+            Some(buffer) => self.staged(&geometry, &target, value, buffer),
+            None => self.direct(&geometry, &target, value),
+        }
+    }
+
+    /// Address of an element of the tile, and whether it is in the tile and the view.
+    fn target_at(&mut self, g: &Geometry, target: &Target, row: Val, column: Val) -> (Val, Val) {
+        let last = target.start.len() - 1;
+        let mut at = target.start.clone();
+        at[target.row_axis] = self.t.f.add(at[target.row_axis], row);
+        at[last] = self.t.f.add(at[last], column);
+        let (at, inside) = self.element_at(target.view, &at);
+        // The instruction's columns are a multiple of eight: a tile with fewer rows has none of the others.
+        if !g.transposed || g.shape[0].is_multiple_of(8) {
+            return (at, inside);
+        }
+        let own = self.t.f.cmp("ult", row, i32(g.shape[0].into()));
+        (at, self.t.f.bin("and", inside, own))
+    }
+
+    /// Straight from registers: two columns at a time where they are neighbours in memory.
+    fn direct(&mut self, g: &Geometry, target: &Target, value: ValueId) -> Result<(), String> {
+        let ty = view_type(&self.s.types, target.view).cloned().ok_or("a store to no view")?;
+        let bytes = ty.dtype.bytes() as i64;
+        let aligned = ty.strides.iter().rev().skip(1).all(|s| s.bytes % (2 * bytes) == 0);
+        let pairs = !g.transposed
+            && aligned
+            && ty.strides.last().is_some_and(|s| s.bytes == bytes && s.sym.is_none())
+            && ty.offset as i64 % (2 * bytes) == 0
+            && ty.shape.last().is_some_and(|n| n.factor.is_multiple_of(2))
+            && bytes >= 2;
+        let mut seen = HashMap::new();
+        for at in g.registers().into_iter().filter(|r| !pairs || r.e == 0) {
+            let [row, column] = g.coordinates(&mut self.t, at);
+            let (address, inside) = self.target_at(g, target, row, column);
+            let next = Register { e: 1, ..at };
+            let words = match (pairs, bytes) {
+                (true, 2) => vec![self.packed(value, [at, next], &mut seen)?],
+                (true, _) => vec![self.element(value, at, &mut seen)?, self.element(value, next, &mut seen)?],
+                _ => vec![self.element(value, at, &mut seen)?],
+            };
+            isa::store_global_if(&mut self.t.f, inside, address, &words);
+        }
+        Ok(())
+    }
+
+    /// The warp's own part of the staging buffer as an address: rows of [`PANEL`] bytes from its group's first.
+    fn staging(&mut self, buffer: BufferId, group_bytes: u32) -> Val {
+        let offset = self.s.buffers[buffer.0 as usize].offset;
+        let group = self.t.f.div(self.role_tid, super::config::WARPGROUP);
+        let own = self.t.f.mul(group, i32(group_bytes.into()));
+        let base = self.t.f.add(self.t.shared32, i32(offset.into()));
+        self.t.f.add(base, own)
+    }
+
+    /// Byte of 16-byte piece `piece` of row `row` in the swizzle.
+    fn swizzled(&mut self, row: Val, piece: Val) -> Val {
+        let turn = self.t.f.bin("and", row, i32(7));
+        let at = self.t.f.bin("xor", piece, turn);
+        let at = self.t.f.mul(at, i32(PIECE.into()));
+        let row = self.t.f.mul(row, i32(PANEL.into()));
+        self.t.f.add(row, at)
+    }
+
+    /// Each warp writes its 16 rows, some panels of 64 columns at a time, and reads them back row by row.
+    fn staged(&mut self, g: &Geometry, target: &Target, value: ValueId, buffer: BufferId) -> Result<(), String> {
+        let groups = g.shape[0] * g.shape[1] / (g.subs * ROWS * g.wide);
+        let group_bytes = self.s.buffers[buffer.0 as usize].bytes() / groups;
+        let panels = group_bytes / (ROWS * PANEL);
+        let per_panel = PANEL / 2;
+        let staging = self.staging(buffer, group_bytes);
+        let lane = self.t.lane;
+        let top = self.t.f.mul(g.warp, i32(16));
+        let write_row = self.t.f.rem(lane, 16);
+        let write_row = self.t.f.add(top, write_row);
+        let half = self.t.f.div(lane, 16);
+        let read_row = self.t.f.div(lane, 8);
+        let read_piece = self.t.f.rem(lane, 8);
+        let mut seen = HashMap::new();
+        for sub in 0..g.subs {
+            for first in (0..g.wide).step_by((panels * per_panel) as usize) {
+                let columns = (g.wide - first).min(panels * per_panel);
+                ptx::warp_barrier(&mut self.t.f);
+                for j in (0..columns / 8).step_by(2) {
+                    let at = |j: u32, h: u32| [0, 1].map(|e| Register { sub, j: first / 8 + j, h, e });
+                    let two = j + 1 < columns / 8;
+                    let mut words = Vec::new();
+                    for (j, h) in [(j, 0), (j, 1), (j + 1, 0), (j + 1, 1)].into_iter().take(if two { 4 } else { 2 }) {
+                        words.push(self.packed(value, at(j, h), &mut seen)?);
+                    }
+                    let piece = self.t.f.add(half, i32((j % 8).into()));
+                    let byte = self.swizzled(write_row, piece);
+                    let byte = self.t.f.add(byte, i32((j / 8 * ROWS * PANEL).into()));
+                    let to = self.t.f.add(staging, byte);
+                    ptx::store_matrix(&mut self.t.f, to, &words, false);
+                }
+                ptx::warp_barrier(&mut self.t.f);
+                for panel in 0..columns.div_ceil(per_panel) {
+                    for four in 0..4 {
+                        let row = self.t.f.add(read_row, i32(4 * four));
+                        let row = self.t.f.add(top, row);
+                        let byte = self.swizzled(row, read_piece);
+                        let byte = self.t.f.add(byte, i32((panel * ROWS * PANEL).into()));
+                        let from = self.t.f.add(staging, byte);
+                        let words = ptx::load_shared_words(&mut self.t.f, from);
+                        let row = self.t.f.add(row, g.first[0]);
+                        let row = self.t.f.add(row, i32((sub * ROWS).into()));
+                        let within = self.t.f.mul(read_piece, i32(PIECE_ELEMENTS.into()));
+                        let within = self.t.f.add(within, i32((first + panel * per_panel).into()));
+                        let column = self.t.f.add(g.first[1], within);
+                        let (at, mut inside) = self.target_at(g, target, row, column);
+                        if g.wide % per_panel != 0 {
+                            let own = self.t.f.cmp("ult", within, i32(g.wide.into()));
+                            inside = self.t.f.bin("and", inside, own);
+                        }
+                        isa::store_global_if(&mut self.t.f, inside, at, &words);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Each warp has 16 columns of the tile: it writes them turned, and reads back 32 bytes of each row.
+    fn staged_transposed(
+        &mut self,
+        g: &Geometry,
+        target: &Target,
+        value: ValueId,
+        buffer: BufferId,
+    ) -> Result<(), String> {
+        let rows = g.wide.next_multiple_of(16);
+        let staging = self.staging(buffer, rows * PANEL);
+        let lane = self.t.lane;
+        let pieces = self.t.f.mul(g.warp, i32(2));
+        let (matrix, matrix_row) = (self.t.f.div(lane, 8), self.t.f.rem(lane, 8));
+        let (side, below) = (self.t.f.rem(matrix, 2), self.t.f.div(matrix, 2));
+        let below = self.t.f.mul(below, i32(8));
+        let write_row = self.t.f.add(matrix_row, below);
+        let write_piece = self.t.f.add(pieces, side);
+        let (read_row, read_side) = (self.t.f.div(lane, 2), self.t.f.rem(lane, 2));
+        let read_piece = self.t.f.add(pieces, read_side);
+        let mut seen = HashMap::new();
+        for sub in 0..g.subs {
+            ptx::warp_barrier(&mut self.t.f);
+            for j in (0..g.wide / 8).step_by(2) {
+                let two = j + 1 < g.wide / 8;
+                let mut words = Vec::new();
+                for (j, h) in [(j, 0), (j, 1), (j + 1, 0), (j + 1, 1)].into_iter().take(if two { 4 } else { 2 }) {
+                    words.push(self.packed(value, [0, 1].map(|e| Register { sub, j, h, e }), &mut seen)?);
+                }
+                let row = self.t.f.add(write_row, i32((8 * j).into()));
+                let byte = self.swizzled(row, write_piece);
+                let to = self.t.f.add(staging, byte);
+                ptx::store_matrix(&mut self.t.f, to, &words, true);
+            }
+            ptx::warp_barrier(&mut self.t.f);
+            for first in (0..rows).step_by(16) {
+                let row = self.t.f.add(read_row, i32(first.into()));
+                let byte = self.swizzled(row, read_piece);
+                let from = self.t.f.add(staging, byte);
+                let words = ptx::load_shared_words(&mut self.t.f, from);
+                let column = self.t.f.mul(read_piece, i32(PIECE_ELEMENTS.into()));
+                let column = self.t.f.add(column, i32((sub * ROWS).into()));
+                let column = self.t.f.add(column, g.first[0]);
+                let row = self.t.f.add(row, g.first[1]);
+                let last = target.start.len() - 1;
+                let mut at = target.start.clone();
+                at[target.row_axis] = self.t.f.add(at[target.row_axis], row);
+                at[last] = self.t.f.add(at[last], column);
+                let (at, inside) = self.element_at(target.view, &at);
+                let own = self.t.f.cmp("ult", row, i32(g.shape[0].into()));
+                let inside = self.t.f.bin("and", inside, own);
+                isa::store_global_if(&mut self.t.f, inside, at, &words);
+            }
+        }
+        Ok(())
+    }
+}

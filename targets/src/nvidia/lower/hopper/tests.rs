@@ -1,0 +1,127 @@
+//! Scheduled contractions: valid, within the budget, and equal to their tile programs on the interpreters.
+
+#[path = "../../../../tests/support/linear.rs"]
+mod linear;
+
+use super::{lower, schedule};
+use crate::Kernel;
+use crate::nvidia::arch::Arch;
+use dsc_ir::sched::verify::Budget;
+use dsc_ir::sched::{self, Scheduled};
+use dsc_ir::schedule::Schedule;
+use dsc_ir::tile::Type;
+use dsc_ir::tile::interp::{self, Binding};
+use dsc_ir::{DType, Sym, SymValues};
+use linear::Linear;
+
+const BF16: Linear = Linear { dtype: DType::Bf16, n: 256, k: 256, tile: [128, 256], step: 64, out: DType::Bf16 };
+const FP8: Linear = Linear { dtype: DType::E4m3, n: 256, k: 512, tile: [128, 128], step: 128, out: DType::Bf16 };
+
+/// What is checked of a product.
+trait Check {
+    fn scheduled(self) -> Scheduled;
+    fn check(self, tokens: u32);
+}
+
+impl Check for Linear {
+    fn scheduled(self) -> Scheduled {
+        let kernel = Kernel { program: self.program("linear"), schedule: Schedule::default() };
+        schedule(&kernel, hopper()).expect("a contraction that Hopper's way takes")
+    }
+
+    /// Asserts that both interpreters agree on `tokens` rows of small integers.
+    fn check(self, tokens: u32) {
+        let (program, scheduled) = (self.program("linear"), self.scheduled());
+        let budget = Budget {
+            shared_bytes: hopper().shared_per_block,
+            registers: Arch::REGISTERS_PER_SM,
+            thread_registers: Arch::REGISTERS_PER_THREAD,
+            named_barriers: 15,
+            threads: Arch::THREADS_PER_BLOCK,
+        };
+        assert_eq!(sched::verify::verify(&scheduled, &budget), vec![], "{scheduled}");
+        let syms = SymValues([3; 6]).with(Sym::T, tokens);
+        let bindings: Vec<Binding> = (0..program.params.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
+        let mut seed = 7u32;
+        let mut buffers: Vec<Vec<u8>> =
+            program.params.iter().map(|p| fill(program.ty(p.value), &syms, &mut seed)).collect();
+        let mut expected = buffers.clone();
+        interp::run(&program, &syms, &mut expected, &bindings).expect("runs");
+        for seed in 0..3 {
+            let options = sched::interp::Options { seed, check_races: true };
+            sched::interp::run(&scheduled, &syms, &mut buffers, &bindings, options).expect("runs");
+            assert!(buffers == expected, "seed {seed} of\n{scheduled}");
+        }
+    }
+}
+
+fn hopper() -> &'static Arch {
+    Arch::named("sm_90a").expect("it is in the table")
+}
+
+/// Bytes of a view of small integers, whose sums every order of additions gives exactly; scales are powers of two.
+fn fill(ty: &Type, syms: &SymValues, seed: &mut u32) -> Vec<u8> {
+    let Type::View(view) = ty else { return Vec::new() };
+    let count: u64 = view.shape.iter().map(|e| e.eval(syms)).product();
+    let mut next = || {
+        *seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *seed >> 16
+    };
+    let element = |n: u32| -> Vec<u8> {
+        let bits: u32 = match (view.dtype, n % 4) {
+            (DType::E4m3, n) => return vec![[0x38u8, 0xb8, 0x40, 0x00][n as usize]],
+            (DType::Bf16, n) => return [0x3f80u16, 0xbf80, 0x4000, 0][n as usize].to_le_bytes().to_vec(),
+            (_, n) => [1.0f32, 0.5, 2.0, 0.25][n as usize].to_bits(),
+        };
+        bits.to_le_bytes().to_vec()
+    };
+    (0..count).flat_map(|_| element(next())).collect()
+}
+
+#[test]
+fn whole_and_ragged_tiles() {
+    BF16.check(128);
+    Linear { n: 264, k: 192, ..BF16 }.check(150);
+    Linear { out: DType::F32, tile: [64, 128], step: 128, ..BF16 }.check(65);
+    Linear { k: 64, tile: [192, 64], n: 64, ..BF16 }.check(1);
+}
+
+#[test]
+fn scales_are_applied_a_block() {
+    FP8.check(128);
+    Linear { k: 384, n: 136, ..FP8 }.check(130);
+    Linear { k: 128, tile: [64, 64], ..FP8 }.check(3);
+}
+
+#[test]
+fn few_rows_change_places_with_columns() {
+    Linear { tile: [16, 64], ..FP8 }.check(16);
+    Linear { tile: [1, 128], k: 384, ..FP8 }.check(1);
+    Linear { tile: [24, 64], out: DType::F32, ..BF16 }.check(40);
+}
+
+#[test]
+fn what_the_copy_engine_cannot_bring_is_left_to_the_plain_way() {
+    let refused =
+        |l: Linear| schedule(&Kernel { program: l.program("linear"), schedule: Schedule::default() }, hopper());
+    assert!(refused(Linear { k: 100, step: 100, ..BF16 }).is_none());
+    assert!(refused(Linear { dtype: DType::F32, ..BF16 }).is_none());
+    assert!(refused(Linear { tile: [256, 256], ..FP8 }).is_none());
+    let ampere = Arch::named("sm_80").expect("it is in the table");
+    assert!(schedule(&Kernel { program: BF16.program("linear"), schedule: Schedule::default() }, ampere).is_none());
+}
+
+#[test]
+fn products_stay_in_flight() {
+    let waits = |l: Linear| -> Vec<u32> {
+        let (mlir, _) = lower(&l.scheduled(), hopper()).expect("lowers");
+        let found = mlir.match_indices("wgmma.wait_group.sync.aligned ");
+        found
+            .map(|(at, text)| mlir[at + text.len()..].chars().next().and_then(|c| c.to_digit(10)).unwrap_or(9))
+            .collect()
+    };
+    // In the loop the stage before is released with one group in flight; after it the last one is waited for.
+    assert_eq!(waits(BF16), [1, 0]);
+    // The first partial sum is added while the second is made.
+    assert_eq!(waits(FP8), [1, 0]);
+}
