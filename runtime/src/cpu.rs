@@ -4,7 +4,7 @@
 //! threads gives the same bits.
 
 use crate::cpu_limits;
-use crate::device::{Bound, BoundLaunch, Buffer, Device, LaunchTimes};
+use crate::device::{Bound, BoundLaunch, Buffer, Code, Device, LaunchTimes};
 use crate::error::DeviceError;
 use crate::limits::Limits;
 use crate::pool::Pool;
@@ -229,7 +229,8 @@ impl Device for CpuDevice {
         format!("cpu ({}), {} threads", std::env::consts::ARCH, self.pool.workers())
     }
 
-    fn load_code(&mut self, header: &Header, code: &[u8]) -> Result<(), DeviceError> {
+    fn load_code(&mut self, header: &Header, code: Code<'_>) -> Result<(), DeviceError> {
+        let code = code.native;
         if header.target != "cpu" {
             return Err(DeviceError::Target { target: header.target.clone(), available: "cpu".into() });
         }
@@ -258,7 +259,14 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn load_weights(&mut self, weights: &Arc<Weights>) -> Result<Vec<Buffer>, DeviceError> {
+    fn load_weights(
+        &mut self,
+        weights: &Arc<Weights>,
+        _: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Vec<Buffer>, DeviceError> {
+        if !weights.is_made() {
+            return Err(DeviceError::Misuse("the weights are not in host memory".into()));
+        }
         let first = self.buffers.len();
         self.buffers.extend((0..weights.len()).map(|i| Memory::Weight(Arc::clone(weights), i)));
         Ok((first..self.buffers.len()).map(Buffer).collect())
@@ -282,7 +290,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn read(&self, buffer: Buffer, at: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
+    fn read(&mut self, buffer: Buffer, at: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         let misuse = || DeviceError::Misuse(format!("reading {} bytes at {at} of buffer {}", bytes.len(), buffer.0));
         let end = (at as usize).saturating_add(bytes.len());
         let source = self.buffers.get(buffer.0).and_then(|m| m.bytes().get(at as usize..end));
@@ -362,7 +370,7 @@ mod tests {
 
     fn device(threads: usize, limits: &SymValues) -> (CpuDevice, Buffer, Result<Bound, DeviceError>) {
         let mut device = CpuDevice::new(threads).unwrap();
-        device.load_code(&header(), COUNT_KERNEL).unwrap();
+        device.load_code(&header(), Code::native(COUNT_KERNEL)).unwrap();
         let arena = device.alloc(4 * 1000, "test").unwrap();
         let launch = |at| BoundLaunch { kernel: 0, node: "count".into(), args: vec![(arena, at)] };
         let bound = device.bind(&[launch(0), launch(0), launch(4)], limits);
@@ -411,7 +419,7 @@ mod tests {
         write_checkpoint(dir.path());
         let checkpoint = Arc::new(Checkpoint::open(dir.path()).unwrap());
         let weights = Arc::new(Weights::load(&header().weights, &checkpoint, 64, 1, &|_, _| {}).unwrap());
-        let weight = device.load_weights(&weights).unwrap()[0];
+        let weight = device.load_weights(&weights, &|_, _| {}).unwrap()[0];
         let launch = BoundLaunch { kernel: 0, node: "count".into(), args: vec![(weight, 0)] };
         let error = device.bind(&[launch], &limits.with(Sym::T, 1)).unwrap_err().to_string();
         assert!(error.contains("writes a weight"), "{error}");
@@ -423,7 +431,7 @@ mod tests {
             let mut header = header();
             header.target = target.into();
             header.features = features.iter().map(|f| f.to_string()).collect();
-            CpuDevice::new(1).unwrap().load_code(&header, COUNT_KERNEL).map_err(|e| e.to_string())
+            CpuDevice::new(1).unwrap().load_code(&header, Code::native(COUNT_KERNEL)).map_err(|e| e.to_string())
         };
         assert!(error("sm_90a", &[]).unwrap_err().contains("target sm_90a"));
         assert!(error("cpu", &["sse2", "avx9000"]).unwrap_err().contains("lacks avx9000"));

@@ -1,6 +1,8 @@
-//! What the executor asks of a device. The CPU is the one that exists; a GPU fits behind the same trait: buffers are opaque,
-//! weights are uploaded or referenced as the device likes, and bound launches may become a captured graph.
+//! What the executor asks of a device, be it the CPU or a GPU: buffers are opaque, weights are uploaded or referenced as the device
+//! likes, and bound launches may become a captured graph.
 
+use crate::cpu::CpuDevice;
+use crate::cuda::CudaDevice;
 use crate::error::DeviceError;
 use crate::limits::Limits;
 use crate::weights::Weights;
@@ -8,7 +10,7 @@ use dsc_ir::SymValues;
 use dsc_ir::artifact::Header;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Memory of a device, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,6 +31,39 @@ pub struct BoundLaunch {
     pub args: Vec<(Buffer, u64)>,
 }
 
+/// Code of an artifact's kernels, which [`Header::kernels`] point into.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Code<'a> {
+    /// Machine code: section `code`.
+    pub native: &'a [u8],
+    /// Portable assembly: section `asm`; empty where the target has none.
+    pub portable: &'a [u8],
+}
+
+impl<'a> Code<'a> {
+    /// Machine code alone.
+    pub fn native(native: &'a [u8]) -> Code<'a> {
+        Code { native, portable: &[] }
+    }
+}
+
+/// Whether artifacts for a target run on NVIDIA GPUs.
+pub(crate) fn is_cuda(target: &str) -> bool {
+    target.starts_with("sm_")
+}
+
+/// The device that runs artifacts for a target: the CPU with `threads` threads (0: one for each that the system grants), or for
+/// `sm_*` the GPU of number `ordinal`.
+///
+/// # Errors
+/// What [`CpuDevice::new`] and [`CudaDevice::open`] say.
+pub fn open(target: &str, threads: usize, ordinal: u32) -> Result<Box<dyn Device>, DeviceError> {
+    Ok(match is_cuda(target) {
+        true => Box::new(CudaDevice::open(ordinal, threads)?),
+        false => Box::new(CpuDevice::new(threads)?),
+    })
+}
+
 /// A device with one artifact's code on it.
 pub trait Device: Send {
     /// What it is, in a line: for logs and benches.
@@ -37,14 +72,20 @@ pub trait Device: Send {
     /// Checks that the device can run the artifact, and loads its code. Called once, first.
     ///
     /// # Errors
-    /// [`DeviceError::Target`], [`DeviceError::Features`], [`DeviceError::Code`], [`DeviceError::Memory`].
-    fn load_code(&mut self, header: &Header, code: &[u8]) -> Result<(), DeviceError>;
+    /// [`DeviceError::Target`], [`DeviceError::Features`], [`DeviceError::Code`], [`DeviceError::Memory`]; of a GPU also
+    /// [`DeviceError::Architecture`], [`DeviceError::Assembly`], [`DeviceError::DriverOld`], [`DeviceError::Driver`].
+    fn load_code(&mut self, header: &Header, code: Code<'_>) -> Result<(), DeviceError>;
 
-    /// Makes weights readable by kernels; one buffer a weight.
+    /// Makes weights readable by kernels; one buffer a weight. The CPU wants them [made](Weights::make); a device with memory of
+    /// its own makes them there. `progress` is told the bytes loaded and of all.
     ///
     /// # Errors
-    /// [`DeviceError::Memory`].
-    fn load_weights(&mut self, weights: &Arc<Weights>) -> Result<Vec<Buffer>, DeviceError>;
+    /// [`DeviceError::Memory`], [`DeviceError::Driver`]; [`DeviceError::Misuse`] for weights that are not made.
+    fn load_weights(
+        &mut self,
+        weights: &Arc<Weights>,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Vec<Buffer>, DeviceError>;
 
     /// Memory of zeros; `what` is for the message.
     ///
@@ -52,17 +93,17 @@ pub trait Device: Send {
     /// [`DeviceError::Memory`].
     fn alloc(&mut self, bytes: u64, what: &'static str) -> Result<Buffer, DeviceError>;
 
-    /// Copies `bytes` to byte `at` of a buffer.
+    /// Copies `bytes` to byte `at` of a buffer: after runs that were asked for before, and before those that come.
     ///
     /// # Errors
     /// [`DeviceError::Misuse`] outside the buffer, or if it holds a weight.
     fn upload(&mut self, buffer: Buffer, at: u64, bytes: &[u8]) -> Result<(), DeviceError>;
 
-    /// Copies from byte `at` of a buffer.
+    /// Waits for everything asked for before, and copies from byte `at` of a buffer.
     ///
     /// # Errors
-    /// [`DeviceError::Misuse`] outside the buffer.
-    fn read(&self, buffer: Buffer, at: u64, bytes: &mut [u8]) -> Result<(), DeviceError>;
+    /// [`DeviceError::Misuse`] outside the buffer; [`DeviceError::Driver`] if something before failed.
+    fn read(&mut self, buffer: Buffer, at: u64, bytes: &mut [u8]) -> Result<(), DeviceError>;
 
     /// Prepares launches for every step whose symbols are at most `limits`.
     ///
@@ -70,10 +111,12 @@ pub trait Device: Send {
     /// [`DeviceError::Binding`] if a view could leave its buffer at these limits, or writes a weight.
     fn bind(&mut self, launches: &[BoundLaunch], limits: &SymValues) -> Result<Bound, DeviceError>;
 
-    /// Runs a range of bound launches, one after the other, and waits for the last. With `times` it adds the duration of each.
+    /// Runs a range of bound launches, one after the other. It may return before they are done: [`read`](Device::read) waits. With
+    /// `times` it waits, and adds the duration of each.
     ///
     /// # Errors
-    /// [`DeviceError::Misuse`] if symbols are beyond the limits of [`bind`](Device::bind), or there is no such range.
+    /// [`DeviceError::Misuse`] if symbols are beyond the limits of [`bind`](Device::bind), or there is no such range;
+    /// [`DeviceError::Driver`].
     fn run(
         &mut self,
         bound: Bound,
@@ -81,6 +124,25 @@ pub trait Device: Send {
         syms: &SymValues,
         times: Option<&mut LaunchTimes>,
     ) -> Result<(), DeviceError>;
+
+    /// How long one run of a range takes, once it has run before: the mean of `repeat` runs, one right after the other.
+    ///
+    /// # Errors
+    /// As [`run`](Device::run).
+    fn time(
+        &mut self,
+        bound: Bound,
+        launches: Range<usize>,
+        syms: &SymValues,
+        repeat: u32,
+    ) -> Result<Duration, DeviceError> {
+        self.run(bound, launches.clone(), syms, None)?;
+        let start = Instant::now();
+        for _ in 0..repeat.max(1) {
+            self.run(bound, launches.clone(), syms, None)?;
+        }
+        Ok(start.elapsed() / repeat.max(1))
+    }
 
     /// How fast it can be at best on so many bytes, which may be measured now; `None` if that is not known.
     fn limits(&mut self, working_set: u64) -> Option<Limits> {

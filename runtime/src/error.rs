@@ -188,6 +188,68 @@ pub enum DeviceError {
         /// What is wrong.
         what: String,
     },
+    /// The library of the CUDA driver cannot be loaded.
+    #[error(
+        "no CUDA driver, which artifacts for sm_* targets need: cannot load {library} ({reason}); use a machine with an NVIDIA driver, or compile with `--target cpu`"
+    )]
+    NoDriver {
+        /// The library.
+        library: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The CUDA driver lacks something.
+    #[error("the CUDA driver is too old: it serves {found}, and {wants} is needed; update the NVIDIA driver")]
+    DriverOld {
+        /// What it serves.
+        found: String,
+        /// What is needed.
+        wants: String,
+    },
+    /// There is no GPU of that number.
+    #[error("there is no GPU {ordinal}, the driver sees {count}; {remedy}", remedy = if *.count == 0 {
+        "use a machine with one, and see that CUDA_VISIBLE_DEVICES does not hide it"
+    } else {
+        "give another number with the `device` option"
+    })]
+    NoGpu {
+        /// The number.
+        ordinal: u32,
+        /// GPUs there are.
+        count: u32,
+    },
+    /// The GPU does not run the artifact's code.
+    #[error(
+        "the artifact is for {target}, which {gpu}, does not run; compile it with the `--target` of this GPU, or give another with the `device` option"
+    )]
+    Architecture {
+        /// The artifact's target.
+        target: String,
+        /// The GPU and its compute capability.
+        gpu: String,
+    },
+    /// The driver refused a kernel's code.
+    #[error(
+        "the driver refuses the {kind} of kernel {kernel}: {log}; update the NVIDIA driver, or compile the model again"
+    )]
+    Assembly {
+        /// The kernel.
+        kernel: String,
+        /// `machine code` or `assembly`.
+        kind: &'static str,
+        /// What it said.
+        log: String,
+    },
+    /// A call of the CUDA driver failed.
+    #[error("{call} failed with {code}: {what}")]
+    Driver {
+        /// The function.
+        call: &'static str,
+        /// What it returned.
+        code: u32,
+        /// The driver's words for it.
+        what: String,
+    },
     /// The device was used in a way its contract forbids: a fault of the runtime.
     #[error("device misuse: {0}")]
     Misuse(String),

@@ -3,7 +3,7 @@
 //! ```text
 //! Model    an Artifact (mapped, checked) and its Weights (mapped or made), shared by sessions
 //! Session  sequences, their pages of the cache, and a Device that runs the artifact's launches
-//! Device   memory and launches; the CPU is the one that exists
+//! Device   memory and launches: the CPU, or an NVIDIA GPU
 //! ```
 //!
 //! ```no_run
@@ -38,6 +38,7 @@ pub mod artifact;
 pub mod checkpoint;
 mod cpu;
 mod cpu_limits;
+mod cuda;
 pub mod device;
 mod error;
 pub mod evaluate;
@@ -54,6 +55,7 @@ pub mod weights;
 pub use artifact::Artifact;
 pub use checkpoint::Checkpoint;
 pub use cpu::CpuDevice;
+pub use cuda::CudaDevice;
 pub use device::Device;
 pub use error::{DeviceError, Error, RequestError, WeightError};
 pub use evaluate::Evaluation;
@@ -61,8 +63,8 @@ pub use limits::Limits;
 pub use sample::Sampler;
 pub use session::{
     FinishReason, GenerateOptions, Generation, LogitsWanted, Model, Options, ProfileRow, SeqId, SequenceInput, Session,
-    StepOutput, TapData, TapOutput, Timings,
+    StepOutput, TapData, TapOutput, Timings, WeightsFrom,
 };
 pub use tokenizer::Tokenizer;
-pub use verify::{Report, Tolerances};
+pub use verify::{KernelReport, Report, Tolerances, verify_kernels};
 pub use weights::Weights;

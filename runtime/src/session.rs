@@ -8,11 +8,12 @@
 use crate::artifact::Artifact;
 use crate::checkpoint::Checkpoint;
 use crate::cpu::CpuDevice;
-use crate::device::{Bound, BoundLaunch, Buffer, Device, LaunchTime, LaunchTimes};
+use crate::cuda::{self, CudaDevice};
+use crate::device::{self, Bound, BoundLaunch, Buffer, Code, Device, LaunchTime, LaunchTimes};
 use crate::error::{DeviceError, Error, RequestError};
 use crate::limits::Limits;
 use crate::sample::Sampler;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{self, Weights};
 use dsc_ir::artifact::{Arg, Header, Numerics, Step, Tap};
 use dsc_ir::graph::{PAGE_TOKENS, StateFormat, StepInput};
@@ -34,34 +35,54 @@ pub struct Options {
     /// Tokens that the cache of a session holds, over all its sequences: rounded up to a multiple of 64. The longest context is
     /// this or the artifact's limit. None: 8192, or the artifact's limit if that is less.
     pub context_tokens: Option<u32>,
+    /// Number of the GPU, as its driver counts, for artifacts that run on one.
+    pub device: u32,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug)]
+pub enum WeightsFrom<'a> {
+    /// A checkpoint folder.
+    Folder(&'a Path),
+    /// Made up from a seed, without files: for measurements.
+    Random(u64),
+}
+
+impl<'a, P: AsRef<Path> + ?Sized> From<&'a P> for WeightsFrom<'a> {
+    fn from(folder: &'a P) -> WeightsFrom<'a> {
+        WeightsFrom::Folder(folder.as_ref())
+    }
 }
 
 /// An artifact and its weights, shared by sessions.
 pub struct Model {
     artifact: Arc<Artifact>,
     weights: Arc<Weights>,
-    weights_dir: PathBuf,
+    /// The checkpoint folder, if there is one.
+    weights_dir: Option<PathBuf>,
     threads: usize,
     pages: u32,
+    /// The GPU with code and weights on it, if the artifact runs on one.
+    gpu: Option<cuda::Loaded>,
 }
 
 impl Model {
-    /// Opens an artifact with the weights in a checkpoint folder.
+    /// Opens an artifact with its weights, on the device that it was compiled for.
     ///
     /// # Errors
-    /// What [`Artifact::open`], [`Checkpoint::open`] and [`Weights::load`] say; [`RequestError::Context`] for a capacity that
-    /// the artifact does not serve.
-    pub fn open(artifact: &Path, weights_dir: &Path, options: &Options) -> Result<Model, Error> {
-        Model::open_with(artifact, weights_dir, options, &|_, _| {})
+    /// What [`Artifact::open`], [`device::open`], [`Checkpoint::open`] and [`Weights::load`] say; [`RequestError::Context`] for a
+    /// capacity that the artifact does not serve.
+    pub fn open<'a>(artifact: &Path, weights: impl Into<WeightsFrom<'a>>, options: &Options) -> Result<Model, Error> {
+        Model::open_with(artifact, weights, options, &|_, _| {})
     }
 
     /// As [`Model::open`]; `progress` is told the bytes of weights made and to be made.
     ///
     /// # Errors
     /// As [`Model::open`].
-    pub fn open_with(
+    pub fn open_with<'a>(
         artifact: &Path,
-        weights_dir: &Path,
+        weights: impl Into<WeightsFrom<'a>>,
         options: &Options,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Model, Error> {
@@ -73,18 +94,34 @@ impl Model {
             n => n,
         };
         // Refuse a machine that cannot run the artifact before reading gigabytes for it.
-        CpuDevice::new(1)?.load_code(header, artifact.section("code")?)?;
-        let checkpoint = Arc::new(Checkpoint::open(weights_dir)?);
-        if header.numerics == Numerics::Exact {
-            weights::check_exact(&header.weights, &checkpoint)?;
+        let code = code_of(&artifact)?;
+        let mut gpu = None;
+        if device::is_cuda(&header.target) {
+            let device = gpu.insert(CudaDevice::open(options.device, threads)?);
+            device.load_code(header, code)?;
+        } else {
+            CpuDevice::new(1)?.load_code(header, code)?;
         }
         // Rope tables need a row for each position, and a cache of many sequences holds more tokens than one may have.
         let positions = (pages * PAGE_TOKENS).min(header.model.max_context);
-        let weights = Weights::load(&header.weights, &checkpoint, positions, threads, progress)?;
+        let from = weights.into();
+        let mut weights = open_weights(header, from, positions)?;
+        match &mut gpu {
+            Some(device) => device.check_room(&weights, session_bytes(header, pages))?,
+            None => weights.make(threads, progress)?,
+        }
+        let weights = Arc::new(weights);
+        if let Some(device) = &mut gpu {
+            device.load_weights(&weights, progress)?;
+        }
         Ok(Model {
+            gpu: gpu.map(|device| device.loaded()),
             artifact: Arc::new(artifact),
-            weights: Arc::new(weights),
-            weights_dir: weights_dir.to_path_buf(),
+            weights,
+            weights_dir: match from {
+                WeightsFrom::Folder(dir) => Some(dir.to_path_buf()),
+                WeightsFrom::Random(_) => None,
+            },
             threads,
             pages,
         })
@@ -100,7 +137,7 @@ impl Model {
         &self.artifact
     }
 
-    /// Weights as the kernels read them.
+    /// Weights as the kernels read them; in host memory if that is where kernels run.
     pub fn weights(&self) -> &Weights {
         &self.weights
     }
@@ -118,25 +155,35 @@ impl Model {
     /// The tokenizer beside the weights.
     ///
     /// # Errors
-    /// As [`Tokenizer::load`].
+    /// As [`Tokenizer::load`]; made-up weights have none.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
-        Ok(Tokenizer::load(&self.weights_dir)?)
+        let dir = self.weights_dir.as_deref().ok_or(TokenizerError::NoFolder)?;
+        Ok(Tokenizer::load(dir)?)
     }
 
-    /// A session on the CPU, with threads and a cache of its own.
+    /// A session on the device that the artifact was compiled for, with a cache of its own.
     ///
     /// # Errors
     /// [`Error::Device`].
     pub fn session(&self) -> Result<Session, Error> {
-        self.session_on(Box::new(CpuDevice::new(self.threads)?))
+        match &self.gpu {
+            None => self.session_on(Box::new(CpuDevice::new(self.threads)?)),
+            Some(loaded) => {
+                let device = CudaDevice::sharing(loaded.clone(), self.threads)?;
+                let weights: Vec<Buffer> = (0..self.weights.len()).map(Buffer).collect();
+                Session::new(self, Box::new(device), &weights)
+            }
+        }
     }
 
     /// A session on another device, which must have no code yet.
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub fn session_on(&self, device: Box<dyn Device>) -> Result<Session, Error> {
-        Session::new(self, device)
+    pub fn session_on(&self, mut device: Box<dyn Device>) -> Result<Session, Error> {
+        device.load_code(self.header(), code_of(&self.artifact)?)?;
+        let weights = device.load_weights(&self.weights, &|_, _| {})?;
+        Session::new(self, device, &weights)
     }
 }
 
@@ -144,6 +191,34 @@ impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} from {}", self.header().model.model_type, self.artifact.path().display())
     }
+}
+
+/// The code sections of an artifact.
+fn code_of(artifact: &Artifact) -> Result<Code<'_>, Error> {
+    // The CPU's assembly is for people. A GPU's stands in for machine code where there is none, or none for the GPU.
+    let portable = device::is_cuda(&artifact.header().target) && artifact.header().section("asm").is_some();
+    Ok(Code { native: artifact.section("code")?, portable: if portable { artifact.section("asm")? } else { &[] } })
+}
+
+fn open_weights(header: &Header, from: WeightsFrom<'_>, positions: u32) -> Result<Weights, Error> {
+    match from {
+        WeightsFrom::Random(seed) => Ok(Weights::random(&header.weights, seed, positions)?),
+        WeightsFrom::Folder(dir) => {
+            let checkpoint = Arc::new(Checkpoint::open(dir)?);
+            if header.numerics == Numerics::Exact {
+                weights::check_exact(&header.weights, &checkpoint)?;
+            }
+            Ok(Weights::open(&header.weights, &checkpoint, positions)?)
+        }
+    }
+}
+
+/// Bytes of a session's caches, logits and intermediate results.
+fn session_bytes(header: &Header, pages: u32) -> u64 {
+    let states: u64 = header.states.iter().map(|s| u64::from(pages) * u64::from(s.format.page_bytes())).sum();
+    let rows = header.steps.iter().map(|s| s.max.get(Sym::L).min(pages * PAGE_TOKENS)).max().unwrap_or(0);
+    let logits = u64::from(rows) * u64::from(header.model.vocab) * 4;
+    states + logits + header.steps.iter().map(|s| s.arena_bytes).max().unwrap_or(0)
 }
 
 fn capacity_pages(header: &Header, options: &Options) -> Result<u32, RequestError> {
@@ -359,11 +434,10 @@ struct Chunk<'a> {
 }
 
 impl Session {
-    fn new(model: &Model, mut device: Box<dyn Device>) -> Result<Session, Error> {
+    /// On a device with the model's code and weights.
+    fn new(model: &Model, mut device: Box<dyn Device>, weights: &[Buffer]) -> Result<Session, Error> {
         let artifact = Arc::clone(&model.artifact);
         let header = artifact.header();
-        device.load_code(header, artifact.section("code")?)?;
-        let weights = device.load_weights(&model.weights)?;
         let pages = model.pages;
         let states = header.states.iter().map(|s| u64::from(pages) * u64::from(s.format.page_bytes()));
         let states = states.map(|bytes| device.alloc(bytes, "caches")).collect::<Result<Vec<_>, _>>()?;
@@ -455,9 +529,9 @@ impl Session {
     }
 
     /// The index keys that a layer has cached for a sequence, one row a token; none where they are not plain f32.
-    pub(crate) fn index_keys(&self, seq: SeqId, layer: usize) -> Result<Option<Vec<f32>>, Error> {
+    pub(crate) fn index_keys(&mut self, seq: SeqId, layer: usize) -> Result<Option<Vec<f32>>, Error> {
         let name = format!("layers.{layer}.index");
-        let (header, sequence) = (self.header(), self.sequences.get(&seq).ok_or(RequestError::Sequence)?);
+        let (header, sequence) = (self.artifact.header(), self.sequences.get(&seq).ok_or(RequestError::Sequence)?);
         let Some(state) = header.states.iter().position(|s| s.name == name) else { return Ok(None) };
         let format = header.states[state].format;
         let StateFormat::Index { dtype: DType::F32, .. } = format else { return Ok(None) };
@@ -910,7 +984,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             write_checkpoint(dir.path());
             let path = write_artifact(dir.path(), &mut header, &[0xc3]);
-            let options = Options { threads: 1, context_tokens: context };
+            let options = Options { threads: 1, context_tokens: context, ..Options::default() };
             Model::open(&path, dir.path(), &options).map(|m| (m, dir))
         }
     }
@@ -936,10 +1010,14 @@ mod tests {
         fn describe(&self) -> String {
             "fake".into()
         }
-        fn load_code(&mut self, _: &Header, _: &[u8]) -> Result<(), DeviceError> {
+        fn load_code(&mut self, _: &Header, _: Code<'_>) -> Result<(), DeviceError> {
             Ok(())
         }
-        fn load_weights(&mut self, _: &Arc<Weights>) -> Result<Vec<Buffer>, DeviceError> {
+        fn load_weights(
+            &mut self,
+            _: &Arc<Weights>,
+            _: &(dyn Fn(u64, u64) + Sync),
+        ) -> Result<Vec<Buffer>, DeviceError> {
             Ok(vec![Buffer(usize::MAX); 8])
         }
         fn alloc(&mut self, bytes: u64, what: &'static str) -> Result<Buffer, DeviceError> {
@@ -951,7 +1029,7 @@ mod tests {
             self.buffers[buffer.0][at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
             Ok(())
         }
-        fn read(&self, buffer: Buffer, at: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        fn read(&mut self, buffer: Buffer, at: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
             bytes.copy_from_slice(&self.buffers[buffer.0][at as usize..at as usize + bytes.len()]);
             Ok(())
         }

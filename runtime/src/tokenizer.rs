@@ -15,6 +15,9 @@ pub enum TokenizerError {
         /// The folder.
         dir: PathBuf,
     },
+    /// The weights are made up and come with no tokenizer.
+    #[error("made-up weights have no tokenizer; give --token-ids instead of text")]
+    NoFolder,
     /// The file cannot be read.
     #[error("cannot read {path}: {source}", path = .path.display())]
     Io {

@@ -8,7 +8,10 @@
 //! selections with them. A trained model hardly cares; one of random weights has no reason to give others at all similar outputs. So
 //! there, once a layer's selections agree too little, what comes after it is reported and not judged.
 
+mod kernels;
 mod ties;
+
+pub use kernels::{KernelReport, verify_kernels};
 
 use crate::checkpoint::{Checkpoint, StorageDtype};
 use crate::error::Error;
@@ -190,7 +193,8 @@ impl Session {
         let mut comparison = Comparison::new(layers, k, prompt.len(), tolerances);
         self.in_sequence(|session, seq| {
             let output = session.step(&[SequenceInput { seq, tokens: &prompt }], LogitsWanted::All, true)?;
-            comparison.tensors(&golden, &output, &|layer| session.index_keys(seq, layer))
+            let session = std::cell::RefCell::new(session);
+            comparison.tensors(&golden, &output, &|layer| session.borrow_mut().index_keys(seq, layer))
         })?;
         for (name, text) in golden.continuations(&prompt)? {
             let expected = golden.tokens(&name)?.unwrap_or_default();

@@ -1,45 +1,105 @@
-//! Weights as the kernels read them, made from the tensors of a checkpoint.
+//! Weights as the kernels read them, made from the tensors of a checkpoint, or made up.
 //!
-//! A weight that is one whole tensor in the wanted element type stays where it is, in the mapped file. All others are made
-//! once, by all threads, in one allocation: dequantised, converted, stacked, or computed.
+//! [`Weights`] says where each weight's bytes come from: [`pieces`](Weights::pieces) of about a megabyte that are dequantised,
+//! converted, stacked, copied or computed, each by itself. A device with memory of its own streams them there. For the host
+//! they are [made](Weights::make) once, by all threads, in one allocation; a weight that is one whole tensor in the wanted element
+//! type then stays where it is, in the mapped file.
+
+mod pieces;
+mod random;
+
+pub(crate) use pieces::{Filler, Piece, Work};
+pub(crate) use random::Block;
 
 use crate::checkpoint::{Checkpoint, StorageDtype, TensorView};
 use crate::error::WeightError;
 use dsc_ir::DType;
 use dsc_ir::artifact::{SCALE_ALIGN, TensorPart, WeightEntry, WeightSource};
-use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
-use dsc_ir::graph::{Elem, Quant, Weight};
+use dsc_ir::graph::{Elem, Weight};
 use memmap2::MmapMut;
+use random::Random;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-/// Bytes of a weight that one job makes.
-const JOB_BYTES: usize = 1 << 20;
+/// Bytes of a weight that one piece has, about.
+const PIECE_BYTES: usize = 1 << 20;
 /// Distance of made weights: what vector loads and DMA engines like.
 const PLACE_ALIGN: u64 = 256;
 
-/// The weights of a model, in host memory.
+/// The weights of a model.
 pub struct Weights {
+    entries: Vec<WeightEntry>,
+    source: Source,
+    context_rows: u32,
+    /// Bytes of each.
+    sizes: Vec<u64>,
+    host: Option<Host>,
+}
+
+/// What weights are made of.
+enum Source {
+    Checkpoint(Arc<Checkpoint>),
+    Random(Random),
+}
+
+/// Weights in host memory.
+struct Host {
     made: MmapMut,
     places: Vec<Place>,
-    checkpoint: Arc<Checkpoint>,
-    context_rows: u32,
 }
 
 /// Where a weight is.
 enum Place {
     /// In the checkpoint's mapped file: the tensor's name.
     File(String),
-    /// In `Weights::made`.
+    /// In `Host::made`.
     Made(Range<usize>),
 }
 
+fn too_large(bytes: u64, reason: &str) -> WeightError {
+    WeightError::Memory { bytes, reason: reason.to_string() }
+}
+
 impl Weights {
-    /// Makes the weights of an artifact, rope tables with `context_rows` rows, on `threads` threads. `progress` is told the
-    /// bytes made and the bytes to make.
+    /// The weights of an artifact, none of them made yet; rope tables have `context_rows` rows.
     ///
     /// # Errors
-    /// The first problem of [`check`], or [`WeightError::Memory`].
+    /// The first problem of [`check`]; [`WeightError::Memory`] if a size overflows.
+    pub fn open(
+        entries: &[WeightEntry],
+        checkpoint: &Arc<Checkpoint>,
+        context_rows: u32,
+    ) -> Result<Weights, WeightError> {
+        if let Some(problem) = check(entries, checkpoint).into_iter().next() {
+            return Err(problem);
+        }
+        Weights::of(entries, Source::Checkpoint(Arc::clone(checkpoint)), context_rows)
+    }
+
+    /// Made-up weights for measurements: matrices of variance 1/columns, gains near one, biases near zero, all of them the same
+    /// for the same `seed` and name; rope tables (of `context_rows` rows) and Hadamard matrices are the true ones.
+    ///
+    /// # Errors
+    /// [`WeightError::Memory`] if a size overflows.
+    pub fn random(entries: &[WeightEntry], seed: u64, context_rows: u32) -> Result<Weights, WeightError> {
+        Weights::of(entries, Source::Random(Random::new(entries, seed)), context_rows)
+    }
+
+    fn of(entries: &[WeightEntry], source: Source, context_rows: u32) -> Result<Weights, WeightError> {
+        let size = |e: &WeightEntry| e.bytes(context_rows).ok_or_else(|| too_large(u64::MAX, "the size overflows"));
+        let sizes: Vec<u64> = entries.iter().map(size).collect::<Result<_, _>>()?;
+        let padded = |n: &u64| n.checked_next_multiple_of(PLACE_ALIGN);
+        if sizes.iter().try_fold(0u64, |sum, n| sum.checked_add(padded(n)?)).is_none() {
+            return Err(too_large(u64::MAX, "the size overflows"));
+        }
+        Ok(Weights { entries: entries.to_vec(), source, context_rows, sizes, host: None })
+    }
+
+    /// Opens the weights of an artifact and makes them in host memory, on `threads` threads. `progress` is told the bytes
+    /// made and the bytes to make.
+    ///
+    /// # Errors
+    /// As [`Weights::open`] and [`Weights::make`].
     pub fn load(
         entries: &[WeightEntry],
         checkpoint: &Arc<Checkpoint>,
@@ -47,45 +107,61 @@ impl Weights {
         threads: usize,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Weights, WeightError> {
-        if let Some(problem) = check(entries, checkpoint).into_iter().next() {
-            return Err(problem);
-        }
-        let too_large = |bytes, reason: &str| WeightError::Memory { bytes, reason: reason.to_string() };
-        let (mut places, mut end) = (Vec::with_capacity(entries.len()), 0u64);
-        for entry in entries {
-            if let Some(view) = whole_tensor(entry, checkpoint) {
+        let mut weights = Weights::open(entries, checkpoint, context_rows)?;
+        weights.make(threads, progress)?;
+        Ok(weights)
+    }
+
+    /// Makes the weights in host memory, on `threads` threads, but for those that can be read in the mapped files. `progress` is
+    /// told the bytes made and the bytes to make.
+    ///
+    /// # Errors
+    /// [`WeightError::Memory`].
+    pub fn make(&mut self, threads: usize, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<(), WeightError> {
+        let (mut places, mut end) = (Vec::with_capacity(self.len()), 0u64);
+        for (entry, bytes) in self.entries.iter().zip(&self.sizes) {
+            if let Some(view) = self.whole_tensor(entry) {
                 places.push(Place::File(view.name.to_string()));
                 continue;
             }
-            let bytes = entry.bytes(context_rows).ok_or_else(|| too_large(u64::MAX, "the size overflows"))?;
             let start = end.next_multiple_of(PLACE_ALIGN);
-            end = start.checked_add(bytes).ok_or_else(|| too_large(u64::MAX, "the size overflows"))?;
+            end = start + bytes;
             places.push(Place::Made(start as usize..end as usize));
         }
         let mut made = MmapMut::map_anon((end as usize).max(1)).map_err(|e| too_large(end, &e.to_string()))?;
         #[cfg(target_os = "linux")]
         let _ = made.advise(memmap2::Advice::HugePage); // only speed
-        let jobs = jobs(entries, &places, &mut made, checkpoint, context_rows)?;
-        run(jobs, threads, progress);
-        Ok(Weights { made, places, checkpoint: Arc::clone(checkpoint), context_rows })
+        let of = |(i, place): (usize, &Place)| match place {
+            Place::Made(range) => self.pieces(i).into_iter().map(|p| (range.start + p.at, p)).collect(),
+            Place::File(_) => Vec::new(),
+        };
+        let pieces: Vec<(usize, Piece<'_>)> = places.iter().enumerate().flat_map(of).collect();
+        let total = pieces.iter().map(|(_, p)| p.bytes as u64).sum();
+        Filler::new(threads, total, progress).fill_zeros(&mut made, pieces.into_iter());
+        self.host = Some(Host { made, places });
+        Ok(())
     }
 
-    /// The bytes of a weight.
+    /// The bytes of a weight in host memory; none before they are [made](Weights::make).
     pub fn bytes(&self, index: usize) -> &[u8] {
-        match &self.places[index] {
-            Place::Made(range) => &self.made[range.clone()],
-            Place::File(name) => self.checkpoint.tensor(name).map_or(&[], |view| view.data),
+        let Some(host) = &self.host else { return &[] };
+        match (&host.places[index], &self.source) {
+            (Place::Made(range), _) => &host.made[range.clone()],
+            (Place::File(name), Source::Checkpoint(checkpoint)) => {
+                checkpoint.tensor(name).map_or(&[], |view| view.data)
+            }
+            (Place::File(_), Source::Random(_)) => &[],
         }
     }
 
     /// Number of weights.
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.entries.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.entries.is_empty()
     }
 
     /// Rows of rope tables: the longest context that can be served.
@@ -93,15 +169,91 @@ impl Weights {
         self.context_rows
     }
 
-    /// Bytes that are not in the checkpoint's files but in memory of their own.
+    /// Whether they are in host memory.
+    pub fn is_made(&self) -> bool {
+        self.host.is_some()
+    }
+
+    /// Bytes of a weight.
+    pub fn weight_bytes(&self, index: usize) -> u64 {
+        self.sizes[index]
+    }
+
+    /// Bytes of all weights.
+    pub fn total_bytes(&self) -> u64 {
+        self.sizes.iter().sum()
+    }
+
+    /// Bytes that are not in the checkpoint's files but in host memory of their own.
     pub fn made_bytes(&self) -> u64 {
-        self.made.len() as u64
+        self.host.as_ref().map_or(0, |host| host.made.len() as u64)
+    }
+
+    /// The tensor that is the weight as it is, if there is one.
+    fn whole_tensor(&self, entry: &WeightEntry) -> Option<TensorView<'_>> {
+        match &self.source {
+            Source::Checkpoint(checkpoint) => whole_tensor(entry, checkpoint),
+            Source::Random(_) => None,
+        }
+    }
+
+    /// What a weight is made of, in order of place. Bytes between pieces are padding.
+    pub(crate) fn pieces(&self, index: usize) -> Vec<Piece<'_>> {
+        let entry = &self.entries[index];
+        let mut cut = pieces::Cutter::default();
+        match (&entry.source, &self.source) {
+            (WeightSource::RopeTable { frequencies }, _) => {
+                cut.rows(self.context_rows as usize, 8 * frequencies.len(), |row| Work::Rope(frequencies, row));
+            }
+            (WeightSource::Hadamard { n }, _) => {
+                let Elem::Plain(dtype) = entry.elem else { unreachable!("`Header::check` rules it out") };
+                let bytes = *n as usize * dtype.bytes();
+                cut.rows(*n as usize, bytes, |row| Work::Hadamard(*n, row, dtype));
+            }
+            (WeightSource::Tensors(_), Source::Random(random)) => random.cut(entry, &mut cut),
+            (WeightSource::Tensors(specs), Source::Checkpoint(checkpoint)) => match whole_tensor(entry, checkpoint) {
+                Some(view) => cut.rows(view.data.len(), 1, |at| Work::Bytes(&view.data[at..])),
+                None => cut_parts(entry, specs, checkpoint, &mut cut),
+            },
+        }
+        cut.pieces
     }
 }
 
 impl std::fmt::Debug for Weights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} weights, {} bytes made", self.places.len(), self.made.len())
+        write!(f, "{} weights of {} bytes, {} made", self.len(), self.total_bytes(), self.made_bytes())
+    }
+}
+
+/// Cuts a weight that is stacked from parts of tensors.
+fn cut_parts<'a>(
+    entry: &WeightEntry,
+    specs: &'a [TensorPart],
+    checkpoint: &'a Checkpoint,
+    cut: &mut pieces::Cutter<'a>,
+) {
+    let find = |spec| Part::find(entry, spec, checkpoint).expect("found when the weights were opened");
+    let parts: Vec<Part<'a>> = specs.iter().map(find).collect();
+    for &part in &parts {
+        match entry.elem {
+            Elem::Plain(dtype) if dtype != DType::I32 => {
+                let bytes = part.columns() * dtype.bytes();
+                cut.rows(part.rows(), bytes, |row| Work::Convert(part, row, dtype));
+            }
+            _ => {
+                let bytes = part.columns() * part.view.dtype.size();
+                cut.rows(part.rows(), bytes, |row| Work::Copy(part, row));
+            }
+        }
+    }
+    if let Elem::Quant(quant) = entry.elem {
+        cut.align(SCALE_ALIGN as usize);
+        for &part in &parts {
+            let blocks = part.rows().div_ceil(quant.block[0] as usize);
+            let bytes = 4 * part.columns().div_ceil(quant.block[1] as usize);
+            cut.push(blocks * bytes, Work::Scales(part, quant));
+        }
     }
 }
 
@@ -169,7 +321,7 @@ fn part_is_bf16_exact(part: &TensorPart, checkpoint: &Checkpoint) -> bool {
 
 /// A part of a weight, found in the checkpoint and compared with it.
 #[derive(Clone, Copy)]
-struct Part<'a> {
+pub(crate) struct Part<'a> {
     spec: &'a TensorPart,
     view: TensorView<'a>,
     /// Scales, if the stored tensor has some: their bytes.
@@ -307,204 +459,11 @@ fn whole_tensor<'a>(entry: &WeightEntry, checkpoint: &'a Checkpoint) -> Option<T
     (whole && same && aligned && cfg!(target_endian = "little")).then_some(view)
 }
 
-/// Makes the bytes of one piece of a weight.
-struct Job<'a> {
-    dest: &'a mut [u8],
-    work: Work<'a>,
-}
-
-#[derive(Clone, Copy)]
-enum Work<'a> {
-    /// Rows of a part from this one on, converted.
-    Convert(Part<'a>, usize, DType),
-    /// Rows of a part from this one on, copied.
-    Copy(Part<'a>, usize),
-    /// Scales of a part.
-    Scales(Part<'a>, Quant),
-    /// Rows of a rope table from this one on.
-    Rope(&'a [f32], usize),
-    /// Rows of a Hadamard matrix from this one on.
-    Hadamard(u32, usize, DType),
-}
-
-fn jobs<'a>(
-    entries: &'a [WeightEntry],
-    places: &[Place],
-    made: &'a mut [u8],
-    checkpoint: &'a Checkpoint,
-    context_rows: u32,
-) -> Result<Vec<Job<'a>>, WeightError> {
-    let mut jobs = Vec::new();
-    let mut rest = Carver { rest: made, at: 0 };
-    for (entry, place) in entries.iter().zip(places) {
-        let Place::Made(range) = place else { continue };
-        rest.skip_to(range.start);
-        match (&entry.source, entry.elem) {
-            (WeightSource::RopeTable { frequencies }, _) => {
-                rest.rows(context_rows as usize, 8 * frequencies.len(), &mut jobs, |row| Work::Rope(frequencies, row));
-            }
-            (WeightSource::Hadamard { n }, Elem::Plain(dtype)) => {
-                let bytes = *n as usize * dtype.bytes();
-                rest.rows(*n as usize, bytes, &mut jobs, |row| Work::Hadamard(*n, row, dtype));
-            }
-            (WeightSource::Hadamard { .. }, Elem::Quant(_)) => unreachable!("`Header::check` rules it out"),
-            (WeightSource::Tensors(specs), elem) => {
-                let parts =
-                    specs.iter().map(|s| Part::find(entry, s, checkpoint)).collect::<Result<Vec<_>, WeightError>>()?;
-                for &part in &parts {
-                    match elem {
-                        Elem::Plain(dtype) if dtype != DType::I32 => {
-                            let bytes = part.columns() * dtype.bytes();
-                            rest.rows(part.rows(), bytes, &mut jobs, |row| Work::Convert(part, row, dtype));
-                        }
-                        _ => {
-                            let bytes = part.columns() * part.view.dtype.size();
-                            rest.rows(part.rows(), bytes, &mut jobs, |row| Work::Copy(part, row));
-                        }
-                    }
-                }
-                if let Elem::Quant(quant) = elem {
-                    rest.skip_to(rest.at.next_multiple_of(SCALE_ALIGN as usize));
-                    for &part in &parts {
-                        let blocks = part.rows().div_ceil(quant.block[0] as usize);
-                        let bytes = 4 * part.columns().div_ceil(quant.block[1] as usize);
-                        let dest = rest.take(blocks * bytes);
-                        jobs.push(Job { dest, work: Work::Scales(part, quant) });
-                    }
-                }
-            }
-        }
-        debug_assert_eq!(rest.at, range.end, "{}", entry.name);
-    }
-    Ok(jobs)
-}
-
-/// Cuts pieces off the front of the memory for weights.
-struct Carver<'a> {
-    rest: &'a mut [u8],
-    at: usize,
-}
-
-impl<'a> Carver<'a> {
-    fn take(&mut self, bytes: usize) -> &'a mut [u8] {
-        let (piece, rest) = std::mem::take(&mut self.rest).split_at_mut(bytes);
-        self.rest = rest;
-        self.at += bytes;
-        piece
-    }
-
-    fn skip_to(&mut self, at: usize) {
-        self.take(at - self.at);
-    }
-
-    /// Takes `rows` rows in pieces of about [`JOB_BYTES`]; `work` is told the first row of each.
-    fn rows(&mut self, rows: usize, row_bytes: usize, jobs: &mut Vec<Job<'a>>, work: impl Fn(usize) -> Work<'a>) {
-        let step = (JOB_BYTES / row_bytes.max(1)).max(1);
-        for row in (0..rows).step_by(step) {
-            let dest = self.take(row_bytes * step.min(rows - row));
-            jobs.push(Job { dest, work: work(row) });
-        }
-    }
-}
-
-fn run(jobs: Vec<Job<'_>>, threads: usize, progress: &(dyn Fn(u64, u64) + Sync)) {
-    let total: u64 = jobs.iter().map(|job| job.dest.len() as u64).sum();
-    let threads = threads.clamp(1, jobs.len().max(1));
-    let queue = Mutex::new((jobs.into_iter(), 0u64));
-    let codes: [f32; 256] = std::array::from_fn(|code| e4m3_to_f32(code as u8));
-    let worker = || {
-        let mut row = Vec::new();
-        let mut done = 0;
-        loop {
-            let job = {
-                // A panic of another worker ends the scope anyway.
-                let mut queue = queue.lock().unwrap_or_else(|e| e.into_inner());
-                queue.1 += done;
-                if done > 0 {
-                    progress(queue.1, total);
-                }
-                queue.0.next()
-            };
-            let Some(job) = job else { return };
-            done = job.dest.len() as u64;
-            job.run(&mut row, &codes);
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(worker);
-        }
-        worker();
-    });
-}
-
-impl Job<'_> {
-    fn run(self, row: &mut Vec<f32>, codes: &[f32; 256]) {
-        if self.dest.is_empty() {
-            return;
-        }
-        match self.work {
-            Work::Convert(part, first, dtype) => {
-                for (i, dest) in self.dest.chunks_exact_mut(part.columns() * dtype.bytes()).enumerate() {
-                    part.row_f32(first + i, row, codes);
-                    store(row, dtype, dest);
-                }
-            }
-            Work::Copy(part, first) => {
-                for (i, dest) in self.dest.chunks_exact_mut(part.columns() * part.view.dtype.size()).enumerate() {
-                    dest.copy_from_slice(part.row(first + i));
-                }
-            }
-            Work::Scales(part, quant) => {
-                let across = part.columns().div_ceil(quant.block[1] as usize);
-                let first =
-                    [part.spec.rows[0] / quant.block[0], part.spec.cols[0] / quant.block[1]].map(|n| n as usize);
-                for (i, dest) in self.dest.chunks_exact_mut(4).enumerate() {
-                    dest.copy_from_slice(&part.scale(first[0] + i / across, first[1] + i % across).to_le_bytes());
-                }
-            }
-            Work::Rope(frequencies, first) => {
-                for (i, dest) in self.dest.chunks_exact_mut(8 * frequencies.len()).enumerate() {
-                    let angle = |f: &f32| f64::from((first + i) as f32 * f);
-                    row.clear();
-                    row.extend(frequencies.iter().map(|f| angle(f).cos() as f32));
-                    row.extend(frequencies.iter().map(|f| angle(f).sin() as f32));
-                    store(row, DType::F32, dest);
-                }
-            }
-            Work::Hadamard(n, first, dtype) => {
-                let size = f64::from(n).powf(-0.5) as f32;
-                for (i, dest) in self.dest.chunks_exact_mut(n as usize * dtype.bytes()).enumerate() {
-                    let i = (first + i) as u32;
-                    row.clear();
-                    row.extend((0..n).map(|j| if (i & j).count_ones().is_multiple_of(2) { size } else { -size }));
-                    store(row, dtype, dest);
-                }
-            }
-        }
-    }
-}
-
-/// Writes values as `dtype`, rounded to nearest even.
-fn store(values: &[f32], dtype: DType, dest: &mut [u8]) {
-    fn each<const N: usize>(values: &[f32], dest: &mut [u8], encode: impl Fn(f32) -> [u8; N]) {
-        for (x, dest) in values.iter().zip(dest.chunks_exact_mut(N)) {
-            dest.copy_from_slice(&encode(*x));
-        }
-    }
-    match dtype {
-        DType::F32 => each(values, dest, f32::to_le_bytes),
-        DType::Bf16 => each(values, dest, |x| half::bf16::from_f32(x).to_le_bytes()),
-        DType::F16 => each(values, dest, |x| half::f16::from_f32(x).to_le_bytes()),
-        DType::E4m3 => each(values, dest, |x| [f32_to_e4m3(x)]),
-        DType::I32 | DType::Bool => unreachable!("no weight is converted to {dtype}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{RawTensor, part, write_tensors};
+    use dsc_ir::graph::Quant;
 
     fn f32s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
         values.into_iter().flat_map(f32::to_le_bytes).collect()
@@ -542,7 +501,7 @@ mod tests {
             entry("half", &[2, 2], Elem::Plain(DType::Bf16), tensors_of([0, 2])),
         ];
         let weights = load(&tensors, &entries, 1).unwrap();
-        assert!(matches!(weights.places[..], [Place::File(_), Place::Made(_), Place::Made(_)]));
+        assert!(matches!(weights.host.as_ref().unwrap().places[..], [Place::File(_), Place::Made(_), Place::Made(_)]));
         assert_eq!(floats(weights.bytes(0)), [1.0, 2.0, 3.0, 4.0]);
         assert_eq!(floats(weights.bytes(1)), [3.0, 4.0]);
         assert_eq!(weights.bytes(2), [0x80, 0x3f, 0x00, 0x40, 0x40, 0x40, 0x80, 0x40]);

@@ -53,7 +53,7 @@ impl Built {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("model.dsc");
         std::fs::write(&path, &self.bytes).expect("room");
-        let options = Options { threads, context_tokens: None };
+        let options = Options { threads, ..Options::default() };
         // What is mapped stays when the folder goes.
         Model::open(&path, &self.dir, &options).and_then(|model| model.session()).unwrap_or_else(|e| panic!("{e}"))
     }

@@ -1,7 +1,6 @@
 //! `dsc eval`.
 
 use super::{BundleArgs, Failure, Outcome, check_context, print, print_json};
-use dsc_runtime::Tokenizer;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -28,7 +27,7 @@ pub fn run(args: Args) -> Outcome {
         Failure::new(format!("--window {window} is beyond the artifact's longest context, {}", facts.max_context))
             .help("give a smaller --window, or compile the model with a larger --max-context")
     })?;
-    let tokenizer = Tokenizer::load(&args.bundle.weights)?;
+    let tokenizer = args.bundle.tokenizer()?;
     let model = args.bundle.open(&facts, window, 1)?;
     let result = model.session()?.evaluate_text(&text, &tokenizer, window)?;
     if !result.nats_per_token.is_finite() {

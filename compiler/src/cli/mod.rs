@@ -4,6 +4,7 @@
 //! request failed or a check did not pass, 2 the command line is wrong.
 
 mod bench;
+mod check;
 #[cfg(feature = "compile")]
 mod compile;
 mod eval;
@@ -17,9 +18,11 @@ mod verify;
 use failure::Failure;
 use output::{bytes, check_destination, print, print_json, table, tell, write_atomically};
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{CommandFactory, Parser, Subcommand};
 use dsc_ir::artifact::ModelFacts;
-use dsc_runtime::{Artifact, Model, Options, RequestError};
+use dsc_runtime::tokenizer::TokenizerError;
+use dsc_runtime::{Artifact, Model, Options, RequestError, Tokenizer, WeightsFrom};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -40,6 +43,8 @@ enum Command {
     Run(run::Args),
     /// Compare an artifact's outputs with golden ones
     Verify(verify::Args),
+    /// Compare every kernel of an artifact, on this machine's device, with the interpreter
+    Check(check::Args),
     /// Measure nats a token, perplexity and bits a byte on a text
     Eval(eval::Args),
     /// Time steps and kernels
@@ -65,15 +70,35 @@ enum Command {
 struct BundleArgs {
     /// The artifact that `dsc compile` wrote
     bundle: PathBuf,
-    /// The model folder with the original weights
-    #[arg(long, value_name = "MODEL_DIR")]
-    weights: PathBuf,
+    /// The model folder with the original weights; or random:SEED, made-up ones, to measure speed
+    #[arg(long, value_name = "MODEL_DIR|random:SEED", value_parser = weights_arg())]
+    weights: WeightsArg,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Number of the GPU, for artifacts that run on one
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    device: u32,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
+}
+
+/// Where weights come from.
+#[derive(Clone, Debug)]
+enum WeightsArg {
+    /// A model folder.
+    Folder(PathBuf),
+    /// Made up from a seed.
+    Random(u64),
+}
+
+/// Takes a folder, or `random:SEED`.
+fn weights_arg() -> impl TypedValueParser<Value = WeightsArg> {
+    PathBufValueParser::new().try_map(|path| match path.to_str().and_then(|text| text.strip_prefix("random:")) {
+        None => Ok(WeightsArg::Folder(path)),
+        Some(seed) => seed.parse().map(WeightsArg::Random).map_err(|_| "the seed is a whole number, as in random:1"),
+    })
 }
 
 /// What a subcommand ends with; `main` prints the error.
@@ -85,6 +110,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "compile")]
         Command::Compile(args) => compile::run(args),
         Command::Run(args) => run::run(args),
+        Command::Check(args) => check::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
@@ -109,11 +135,21 @@ fn completions(shell: clap_complete::Shell) -> Outcome {
 impl BundleArgs {
     /// What the artifact says of its model, before weights are read.
     fn facts(&self) -> Result<ModelFacts, Box<dyn std::error::Error>> {
-        if !self.weights.is_dir() {
-            let message = format!("there is no folder {} to read weights from", self.weights.display());
+        if let WeightsArg::Folder(dir) = &self.weights
+            && !dir.is_dir()
+        {
+            let message = format!("there is no folder {} to read weights from", dir.display());
             return Err(Failure::new(message).help("give the Hugging Face model folder").into());
         }
         Ok(Artifact::open(&self.bundle)?.header().model.clone())
+    }
+
+    /// The tokenizer beside the weights.
+    fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        match &self.weights {
+            WeightsArg::Folder(dir) => Tokenizer::load(dir),
+            WeightsArg::Random(_) => Err(TokenizerError::NoFolder),
+        }
     }
 
     /// Opens the artifact with its weights, showing progress; the cache has room for `sequences` of `tokens` tokens each, or of
@@ -125,9 +161,14 @@ impl BundleArgs {
         let options = Options {
             threads: self.threads.unwrap_or(0).into(),
             context_tokens: Some(u32::try_from(capacity).unwrap_or(u32::MAX)),
+            device: self.device,
         };
         let bar = progress::bar("Loading", 1);
-        let model = Model::open_with(&self.bundle, &self.weights, &options, &|done, total| {
+        let weights = match &self.weights {
+            WeightsArg::Folder(dir) => WeightsFrom::Folder(dir),
+            WeightsArg::Random(seed) => WeightsFrom::Random(*seed),
+        };
+        let model = Model::open_with(&self.bundle, weights, &options, &|done, total| {
             bar.set_length(total.max(1));
             bar.set_position(done);
         });

@@ -138,10 +138,10 @@ pub fn run(args: Args) -> Outcome {
 
 /// The tokenizer beside the weights. Token ids do without: then one that is missing or broken only costs the text.
 fn tokenizer(args: &Args) -> Result<Option<Tokenizer>, TokenizerError> {
-    match Tokenizer::load(&args.bundle.weights) {
+    match args.bundle.tokenizer() {
         Ok(tokenizer) => Ok(Some(tokenizer)),
         Err(e) if args.prompt.is_some() => Err(e),
-        Err(TokenizerError::Missing { .. }) => Ok(None),
+        Err(TokenizerError::Missing { .. } | TokenizerError::NoFolder) => Ok(None),
         Err(e) => {
             tell(format_args!("note: {e}; the answer comes as token ids"));
             Ok(None)

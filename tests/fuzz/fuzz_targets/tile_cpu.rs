@@ -9,7 +9,7 @@ use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::interp::{Binding, Options, block_count, run_blocks};
 use dsc_ir::tile::{Access, Op, Program, ReduceKind, Region, ScalarOp, parse, verify};
 use dsc_ir::{DType, SymValues};
-use dsc_runtime::device::BoundLaunch;
+use dsc_runtime::device::{BoundLaunch, Code};
 use dsc_runtime::{CpuDevice, Device};
 use dsc_targets::{Kernel, Module};
 use libfuzzer_sys::fuzz_target;
@@ -57,7 +57,7 @@ fn check(program: &Program) {
 /// What the buffers hold afterwards, with what is around them; none if a view could leave its buffer.
 fn run(program: &Program, module: &Module, memory: &[Vec<u8>]) -> Option<Vec<Vec<u8>>> {
     let mut device = CpuDevice::new(1).expect("a thread");
-    device.load_code(&header(program, module), &module.code).expect("the machine's own features");
+    device.load_code(&header(program, module), Code::native(&module.code)).expect("the machine's own features");
     let mut args = Vec::new();
     for bytes in memory {
         let padded = [&[0xa5; AROUND], bytes.as_slice(), &[0xa5; AROUND]].concat();

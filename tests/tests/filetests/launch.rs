@@ -15,7 +15,7 @@ use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::interp::{Binding, Options, block_count, run_blocks};
 use dsc_ir::tile::{self, Access, Program, ViewType};
 use dsc_ir::{DType, Sym, SymValues};
-use dsc_runtime::device::BoundLaunch;
+use dsc_runtime::device::{BoundLaunch, Code};
 use dsc_runtime::{CpuDevice, Device, DeviceError};
 use dsc_targets::{Kernel, Module};
 use half::{bf16, f16};
@@ -84,7 +84,7 @@ fn on_target(name: &str, program: &Program, syms: &SymValues, memory: &[Vec<u8>]
     let target = dsc_targets::target(name, false)?;
     let module = target.compile(&[Kernel { program: program.clone(), schedule: Schedule::default() }])?;
     let mut device = CpuDevice::new(2)?;
-    match device.load_code(&header(program, &module), &module.code) {
+    match device.load_code(&header(program, &module), Code::native(&module.code)) {
         Err(DeviceError::Features { .. }) => return Ok(()),
         loaded => loaded?,
     }
