@@ -168,10 +168,12 @@ pub enum DeviceError {
         reason: String,
     },
     /// The system refused to map code as executable.
-    #[error("the system does not let code be mapped as executable: {0}")]
+    #[error(
+        "the system does not let code be mapped as executable: {0}; run where the process may map executable memory"
+    )]
     Code(String),
     /// A thread could not be started.
-    #[error("cannot start worker thread {thread}: {reason}; use fewer with the `threads` option")]
+    #[error("cannot start worker thread {thread}: {reason}; use fewer threads")]
     Thread {
         /// Its number.
         thread: usize,
@@ -251,7 +253,7 @@ pub enum DeviceError {
         what: String,
     },
     /// The device was used in a way its contract forbids: a fault of the runtime.
-    #[error("device misuse: {0}")]
+    #[error("the runtime used its device wrongly, which is a bug of dsc: {0}")]
     Misuse(String),
 }
 
@@ -260,10 +262,12 @@ pub enum DeviceError {
 #[non_exhaustive]
 pub enum RequestError {
     /// There is nothing to run.
-    #[error("the request has no tokens")]
+    #[error("the request has no tokens; give at least one")]
     Empty,
     /// A token is not of the vocabulary.
-    #[error("token {token} at place {place} is outside the vocabulary of {vocab}")]
+    #[error(
+        "token {token} at place {place} is outside the vocabulary of {vocab}; give ids below {vocab}, of this model's tokenizer"
+    )]
     Token {
         /// The token.
         token: u32,
@@ -293,13 +297,15 @@ pub enum RequestError {
         free: usize,
     },
     /// The sequence was removed, or is of another session.
-    #[error("there is no such sequence in this session")]
+    #[error("the sequence was removed, or belongs to another session; give one that this session has")]
     Sequence,
     /// The same sequence twice in one step.
-    #[error("the same sequence occurs twice in one step")]
+    #[error("the same sequence occurs twice in one step; give its tokens as one input")]
     Twice,
     /// A wanted row is not there.
-    #[error("logits of token {row} are wanted, of {tokens} tokens")]
+    #[error(
+        "the logits of token {row} are wanted, but the step has {tokens} tokens; ask for rows below {tokens}, in ascending order"
+    )]
     Row {
         /// The row.
         row: u32,

@@ -1155,7 +1155,7 @@ mod tests {
         assert!(long.contains("129 tokens is beyond the limit of 128") && long.contains("context_tokens"), "{long}");
         assert!(run(a, &[VOCAB]).unwrap_err().contains("outside the vocabulary of 11"));
         assert!(run(a, &[]).unwrap_err().contains("no tokens"));
-        assert!(run(SeqId(99), &[1]).unwrap_err().contains("no such sequence"));
+        assert!(run(SeqId(99), &[1]).unwrap_err().contains("another session"));
         session.remove_sequence(b);
         let input = SequenceInput { seq: a, tokens: &[1] };
         assert!(session.step(&[input, input], LogitsWanted::Last, false).is_err());

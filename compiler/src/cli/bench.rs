@@ -22,10 +22,10 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
     /// Sizes of the kernel, where they are not the default: m=16,k=7168
-    #[arg(long, value_name = "KEY=VALUE,...", requires = "kernel", value_delimiter = ',')]
+    #[arg(long, value_name = "KEY=VALUE,...", requires = "kernel", conflicts_with = "bundle", value_delimiter = ',')]
     shape: Vec<String>,
     /// What to compile the kernel for (`dsc targets`)
-    #[arg(long, default_value = "cpu", value_name = "NAME", requires = "kernel")]
+    #[arg(long, default_value = "cpu", value_name = "NAME", requires = "kernel", conflicts_with = "bundle")]
     target: String,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]

@@ -163,8 +163,33 @@ fn steps_are_timed() {
     for step in ["prefill", "decode"] {
         let us = ["min_us", "median_us", "max_us"].map(|k| times[step][k].as_f64().unwrap());
         assert!(us[0] > 0.0 && us[0] <= us[1] && us[1] <= us[2], "{times}");
+        let work = &times[format!("{step}_work")];
+        for rate in ["flop", "bytes", "tflop_per_s", "gb_per_s", "floor_us", "share_of_limit"] {
+            assert!(work[rate].as_f64().unwrap() > 0.0, "{step} {rate}: {work}");
+        }
+        let kernels = times[format!("{step}_profile")].as_object().unwrap();
+        let flop: f64 = kernels.values().map(|k| k["flop"].as_f64().unwrap()).sum();
+        let runs = if step == "decode" { 2.0 } else { 1.0 };
+        assert!((flop / runs / work["flop"].as_f64().unwrap() - 1.0).abs() < 1e-6, "{times}");
     }
-    assert!(succeed(here(), &base).contains("tokens/s"));
+    let shown = succeed(here(), &base);
+    assert!(shown.contains("tokens/s") && shown.contains("of limit") && shown.contains("GB/s"), "{shown}");
+}
+
+#[test]
+fn single_kernels_are_timed() {
+    let list = succeed(here(), &["bench", "--kernel", "list"]);
+    let families = succeed_json(here(), &["bench", "--kernel", "list", "--json"]);
+    for family in families.as_array().unwrap() {
+        assert!(list.contains(&format!("{}: ", family["kernel"].as_str().unwrap())), "{list}");
+    }
+    let small = ["bench", "--kernel", "linear", "--shape", "m=2,n=64,k=128,dtype=f32", "--threads", "1"];
+    let times = succeed_json(here(), &[&small[..], &["--json"]].concat());
+    assert_eq!(times["shape"], "m=2,n=64,k=128,dtype=f32");
+    assert_eq!(times["work"]["flop"], f64::from(2 * 2 * 64 * 128));
+    assert_eq!(times["launches"].as_array().unwrap().len(), 1);
+    assert!(times["times"]["median_us"].as_f64().unwrap() > 0.0 && times["copies"].as_u64().unwrap() > 1);
+    assert!(succeed(here(), &small).contains("linear m=2,n=64,k=128,dtype=f32, for cpu"));
 }
 
 #[test]
