@@ -16,6 +16,8 @@
 //! **Invariants** ([`mod@verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
 //! buffers that live at once do not overlap, and budgets (shared memory, registers, barriers, threads) hold.
 
+pub mod interp;
+mod memory;
 mod ring;
 pub mod text;
 pub mod verify;
@@ -243,8 +245,8 @@ pub enum Op {
         /// Which slot.
         slot: u32,
     },
-    /// The stage waited for `lag` waits before the last one is free; nothing if there was no such wait. `lag` keeps a stage while a
-    /// product that reads it is in flight.
+    /// The stage waited for `lag` waits before the last one is free; there was such a wait, and every stage is released once and in order.
+    /// `lag` keeps a stage while a product that reads it is in flight: a loop that releases late has its first round in front of it.
     Release {
         /// The channel.
         channel: ChannelId,

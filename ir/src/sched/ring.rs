@@ -85,7 +85,8 @@ impl Ring {
     /// Gives back the stage waited for `lag` waits before the last one, if there was one.
     pub(crate) fn release(&mut self, unit: Unit, lag: u32) -> Result<(), String> {
         let reader = self.reader(unit)?;
-        let Some(stage) = reader.waited.checked_sub(1 + u64::from(lag)) else { return Ok(()) };
+        let stage = reader.waited.checked_sub(1 + u64::from(lag));
+        let stage = stage.ok_or_else(|| format!("releases with a lag of {lag} after {} waits", reader.waited))?;
         if stage != reader.released {
             let (stage, next) = (stage + 1, reader.released + 1);
             return Err(format!("releases stage {stage} where {next} is the next in order"));

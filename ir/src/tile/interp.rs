@@ -129,12 +129,7 @@ pub fn run_blocks(
         return Err(machine.launch_error(format!("blocks {blocks:?} of a grid of {sizes:?}")));
     }
     for block in blocks {
-        let mut rest = block;
-        for (axis, &n) in sizes.iter().enumerate() {
-            machine.block[axis] = (rest % n) as i32;
-            rest /= n;
-        }
-        machine.block_number = block;
+        machine.enter_block(block, &sizes);
         machine.region(&program.body)?;
     }
     Ok(())
@@ -184,6 +179,31 @@ impl Data {
             Scalar::F32(x) => Data::F32(vec![x; n]),
             Scalar::I32(x) => Data::I32(vec![x; n]),
             Scalar::Bool(x) => Data::Bool(vec![x; n]),
+        }
+    }
+
+    /// What memory holds, element by element.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        match self {
+            Data::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::I32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::Bool(v) => v.iter().map(|&x| x.into()).collect(),
+            Data::Bf16(v) | Data::F16(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::E4m3(v) => v.clone(),
+            Data::Topk(_) => Vec::new(),
+        }
+    }
+
+    /// The tile that memory holds.
+    pub(crate) fn from_bytes(dtype: DType, bytes: &[u8]) -> Data {
+        let halves = || bytes.as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b)).collect();
+        match dtype {
+            DType::F32 => Data::F32(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()),
+            DType::I32 => Data::I32(bytes.as_chunks::<4>().0.iter().map(|&b| i32::from_le_bytes(b)).collect()),
+            DType::Bool => Data::Bool(bytes.iter().map(|&b| b != 0).collect()),
+            DType::Bf16 => Data::Bf16(halves()),
+            DType::F16 => Data::F16(halves()),
+            DType::E4m3 => Data::E4m3(bytes.to_vec()),
         }
     }
 
@@ -407,14 +427,15 @@ impl Races {
 }
 
 /// A memory access, its operands evaluated.
-struct Access {
+pub(crate) struct Access {
     param: usize,
     start: Vec<i128>,
     rows: Option<Rc<Data>>,
     shape: Vec<u32>,
 }
 
-struct Machine<'a> {
+/// Executes operations; values are in an environment by number.
+pub(crate) struct Machine<'a> {
     program: &'a Program,
     syms: SymValues,
     params: Vec<Bound>,
@@ -426,7 +447,7 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    fn new(
+    pub(crate) fn new(
         program: &'a Program,
         syms: SymValues,
         buffers: &'a mut [Vec<u8>],
@@ -464,17 +485,17 @@ impl<'a> Machine<'a> {
         InterpError::Launch { kernel: self.program.name.clone(), message }
     }
 
-    fn contract(&self, message: impl Into<String>) -> InterpError {
+    pub(crate) fn contract(&self, message: impl Into<String>) -> InterpError {
         InterpError::Contract { kernel: self.program.name.clone(), message: message.into() }
     }
 
-    fn get(&self, v: ValueId) -> Result<Rc<Data>, InterpError> {
+    pub(crate) fn get(&self, v: ValueId) -> Result<Rc<Data>, InterpError> {
         let slot = self.env.get(v.0 as usize).and_then(Option::as_ref);
         slot.cloned().ok_or_else(|| self.contract(format!("%{} is used before it has a value", v.0)))
     }
 
     /// Like `get`, but moves a top-k state out: it is used once.
-    fn get_once(&mut self, v: ValueId) -> Result<Rc<Data>, InterpError> {
+    pub(crate) fn get_once(&mut self, v: ValueId) -> Result<Rc<Data>, InterpError> {
         let data = self.get(v)?;
         if let (Data::Topk(_), Some(slot)) = (&*data, self.env.get_mut(v.0 as usize)) {
             *slot = None;
@@ -482,7 +503,7 @@ impl<'a> Machine<'a> {
         Ok(data)
     }
 
-    fn set(&mut self, v: ValueId, data: Rc<Data>) {
+    pub(crate) fn set(&mut self, v: ValueId, data: Rc<Data>) {
         if let Some(slot) = self.env.get_mut(v.0 as usize) {
             *slot = Some(data);
         }
@@ -501,7 +522,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn index(&self, index: &Index) -> Result<i64, InterpError> {
+    pub(crate) fn index(&self, index: &Index) -> Result<i64, InterpError> {
         match index {
             Index::Const(c) => Ok(*c),
             Index::Value(v) => Ok(self.scalar_i32(*v)?.into()),
@@ -525,17 +546,32 @@ impl<'a> Machine<'a> {
                     self.region(arm)?;
                     arm.yields.iter().map(|&v| self.get_once(v)).collect::<Result<_, _>>()?
                 }
-                Op::TopkTake { state } => {
-                    let state = Rc::unwrap_or_clone(self.get_once(*state)?);
-                    let Data::Topk(state) = state else { return Err(self.contract("top-k of a tile")) };
-                    let (values, numbers) = state.take();
-                    vec![Rc::new(values), Rc::new(numbers)]
-                }
-                op => self.op(op)?.into_iter().collect(),
+                op => self.results(op)?,
             };
             self.set_all(&inst.results, results);
         }
         Ok(())
+    }
+
+    /// Results of an operation without regions; its operands have values.
+    pub(crate) fn results(&mut self, op: &Op) -> Result<Vec<Rc<Data>>, InterpError> {
+        if let Op::TopkTake { state } = op {
+            let state = Rc::unwrap_or_clone(self.get_once(*state)?);
+            let Data::Topk(state) = state else { return Err(self.contract("top-k of a tile")) };
+            let (values, numbers) = state.take();
+            return Ok(vec![Rc::new(values), Rc::new(numbers)]);
+        }
+        Ok(self.op(op)?.into_iter().collect())
+    }
+
+    /// Which block the next operations are of.
+    pub(crate) fn enter_block(&mut self, number: u64, sizes: &[u64]) {
+        let mut rest = number;
+        for (axis, &n) in sizes.iter().enumerate() {
+            self.block[axis] = (rest % n.max(1)) as i32;
+            rest /= n.max(1);
+        }
+        self.block_number = number;
     }
 
     fn for_loop(
@@ -699,7 +735,7 @@ impl<'a> Machine<'a> {
         Ok(Data::F32(out))
     }
 
-    fn access(
+    pub(crate) fn access(
         &self,
         view: ValueId,
         index: &[Index],
@@ -757,7 +793,7 @@ impl<'a> Machine<'a> {
         Ok(runs)
     }
 
-    fn load(&mut self, access: Access) -> Result<Data, InterpError> {
+    pub(crate) fn load(&mut self, access: Access) -> Result<Data, InterpError> {
         let runs = self.runs(&access, false)?;
         let bound = &self.params[access.param];
         let memory = &self.buffers[bound.buffer];

@@ -220,7 +220,7 @@ impl Timeline<'_> {
 
 impl Place {
     /// Whether two values with these places share memory without being copied.
-    pub(super) fn stays(&self, to: &Place) -> bool {
+    pub(crate) fn stays(&self, to: &Place) -> bool {
         self == to && matches!(self, Place::Shared(_))
     }
 }

@@ -199,7 +199,7 @@ fn channels_that_do_not() {
     );
     looped(
         &format!("{take} release c0 lag 1"),
-        expect!["kernel k, channel c0: consumer waits for 4 stages and releases 3 (where sizes are 0)"],
+        expect!["kernel k, role consumer, release c0: releases with a lag of 1 after 1 waits"],
     );
     looped(
         &format!("{TAKE} release c0 lag 0 store %y[0, 0], %t"),
