@@ -2,12 +2,13 @@
 //! the driver refuses.
 
 use super::*;
-use crate::testing::{header, part, write_tensors};
-use crate::{Checkpoint, DeviceError};
+use crate::testing::{header, part, write_artifact, write_checkpoint, write_tensors};
+use crate::{Checkpoint, DeviceError, GenerateOptions, Model, Options, WeightsFrom};
 use dsc_ir::DType;
 use dsc_ir::artifact::{GpuKernel, Resources, TensorMap, WeightEntry, WeightSource};
 use dsc_ir::graph::{Elem, Quant};
 use libloading::Library;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -408,4 +409,49 @@ fn weights_arrive() {
         drop(other);
         assert_eq!(fake.used(), 0);
     }
+}
+
+/// Where [`a_model_of_this_driver`] finds its artifact and checkpoint.
+const MODEL_VARIABLE: &str = "DSC_TEST_MODEL";
+
+/// A whole model finds the driver by the environment, which only a process of its own may set.
+#[test]
+fn models_run_where_they_were_compiled_for() {
+    let (mut header, native, _) = gpu_header();
+    header.kernels[0].gpu.as_mut().unwrap().asm = [0, 0];
+    let dir = tempfile::tempdir().unwrap();
+    write_artifact(dir.path(), &mut header, &native);
+    write_checkpoint(dir.path());
+    let fake = Fake::new(&[]);
+    let run = |driver: &Path| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "cuda::tests::a_model_of_this_driver", "--ignored", "--nocapture"]);
+        let output = command.env("DSC_CUDA_DRIVER", driver).env(MODEL_VARIABLE, dir.path()).output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (passed, said) = run(&fake.path);
+    assert!(passed, "{said}");
+    let (passed, said) = run(Path::new("/nowhere/libcuda.so"));
+    assert!(!passed && said.contains("no CUDA driver"), "{said}");
+}
+
+#[test]
+#[ignore = "run by `models_run_where_they_were_compiled_for`, with its driver"]
+fn a_model_of_this_driver() {
+    let dir = PathBuf::from(std::env::var_os(MODEL_VARIABLE).expect("run by another test"));
+    let artifact = dir.join("toy.dsc");
+    for weights in [WeightsFrom::Folder(&dir), WeightsFrom::Random(3)] {
+        let model = Model::open(&artifact, weights, &Options::default()).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(model.weights().made_bytes(), 0, "they are on the device only");
+        let (mut one, mut other) = (model.session().unwrap(), model.session().unwrap());
+        assert!(one.device().starts_with("Fake H200, compute capability 9.0"), "{}", one.device());
+        let options = GenerateOptions { max_new_tokens: 5, ignore_eos: true, ..GenerateOptions::default() };
+        for session in [&mut one, &mut other] {
+            let generation = session.generate(&[1, 2, 3], &options, &mut |_| ControlFlow::Continue(())).unwrap();
+            // The kernel leaves the logits alone: zeros, of which the first is the likeliest.
+            assert_eq!(generation.token_ids, [0; 5]);
+        }
+    }
+    let none = Model::open(&artifact, &dir, &Options { device: 1, ..Options::default() }).unwrap_err().to_string();
+    assert!(none.contains("there is no GPU 1, the driver sees 1; give another"), "{none}");
 }
