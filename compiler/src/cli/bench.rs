@@ -5,7 +5,7 @@ mod kernel;
 mod model;
 mod report;
 
-use super::{BundleArgs, Failure, Outcome, print, print_json, table};
+use super::{BundleArgs, Failure, Outcome, WeightsArg, print, print_json, table, weights_arg};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -13,9 +13,10 @@ pub struct Args {
     /// The artifact that `dsc compile` wrote
     #[arg(required_unless_present = "kernel", conflicts_with = "kernel")]
     bundle: Option<PathBuf>,
-    /// The model folder with the original weights
-    #[arg(long, value_name = "MODEL_DIR", required_unless_present = "kernel", conflicts_with = "kernel")]
-    weights: Option<PathBuf>,
+    /// The model folder with the original weights; or random:SEED, made-up ones
+    #[arg(long, value_name = "MODEL_DIR|random:SEED", value_parser = weights_arg(),
+          required_unless_present = "kernel", conflicts_with = "kernel")]
+    weights: Option<WeightsArg>,
     #[command(flatten)]
     load: model::LoadArgs,
     /// Time one kernel of the library instead, on random data; `list` shows them
@@ -30,28 +31,32 @@ pub struct Args {
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Number of the GPU, for what runs on one
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    device: u32,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: Args) -> Outcome {
-    match (args.kernel, args.bundle, args.weights) {
-        (Some(name), ..) => one_kernel(&name, &args.shape, &args.target, args.threads, args.json),
-        (None, Some(bundle), Some(weights)) => {
-            model::run(&BundleArgs { bundle, weights, threads: args.threads, json: args.json }, &args.load)
-        }
-        _ => unreachable!("clap requires a bundle and weights where there is no kernel"),
+    if args.kernel.is_some() {
+        return one_kernel(&args);
     }
+    let (Some(bundle), Some(weights)) = (args.bundle, args.weights) else {
+        unreachable!("clap requires a bundle and weights where there is no kernel")
+    };
+    let bundle = BundleArgs { bundle, weights, threads: args.threads, device: args.device, json: args.json };
+    model::run(&bundle, &args.load)
 }
 
 #[cfg(feature = "compile")]
-fn one_kernel(name: &str, shape: &[String], target: &str, threads: Option<u16>, json: bool) -> Outcome {
-    kernel::run(name, shape, target, threads, json)
+fn one_kernel(args: &Args) -> Outcome {
+    kernel::run(args)
 }
 
 #[cfg(not(feature = "compile"))]
-fn one_kernel(_: &str, _: &[String], _: &str, _: Option<u16>, _: bool) -> Outcome {
+fn one_kernel(_: &Args) -> Outcome {
     Err(Failure::new("--kernel compiles the kernel that it times, and this dsc was built without the compiler")
         .help("use a dsc with the `compile` feature, or time an artifact")
         .into())

@@ -9,15 +9,18 @@ use dsc_ir::artifact::{Arg, Header, Launch};
 use dsc_ir::graph::StepInput;
 use dsc_ir::work::Cost;
 use dsc_ir::{Sym, SymValues};
-use dsc_runtime::device::{BoundLaunch, Buffer, LaunchTime, LaunchTimes};
+use dsc_runtime::device::{BoundLaunch, Buffer, Code, LaunchTime, LaunchTimes};
 use dsc_runtime::{Device, DeviceError};
 use std::time::{Duration, Instant};
 
 /// Copies at most, and bytes of all of them.
 const MOST_COPIES: u64 = 256;
 const MOST_BYTES: u64 = 4 << 30;
-/// Runs over all copies: least, for the times of single launches, and most.
-const ROUNDS: (usize, usize, usize) = (5, 3, 1000);
+/// Times taken, least and most, and rounds over all copies that make one.
+const TIMES: (usize, usize) = (5, 1000);
+const ROUNDS: u32 = 2;
+/// Rounds in which each launch is timed by itself.
+const SINGLE_ROUNDS: u32 = 3;
 /// Bytes uploaded at once, about.
 const UPLOAD: usize = 1 << 22;
 
@@ -56,7 +59,9 @@ pub struct TimedLaunch {
 /// [`BenchError::Device`].
 pub fn time(bench: &Bench, device: &mut dyn Device, patience: Duration, rotate: u64) -> Result<Timing, BenchError> {
     let header = &bench.compiled.header;
-    device.load_code(header, &bench.compiled.module.code)?;
+    let module = &bench.compiled.module;
+    device
+        .load_code(header, Code { native: &module.code, portable: module.portable.as_deref().unwrap_or_default() })?;
     let step = &header.steps[0];
     let timed: Vec<&Launch> = step.launches.iter().filter(|l| is_timed(l)).collect();
     let mut cost = Cost::default();
@@ -66,28 +71,22 @@ pub fn time(bench: &Bench, device: &mut dyn Device, patience: Duration, rotate: 
     let copies = wanted.min(MOST_BYTES / copy_bytes.max(1)).clamp(1, MOST_COPIES) as usize;
 
     let mut all = Vec::new();
-    let mut last = Buffer(0);
     for _ in 0..copies {
         let memory = Memory::new(header, &bench.syms, device)?;
         let bind = |l: &Launch| memory.bind(l);
         let once = device.bind(&step.launches.iter().map(bind).collect::<Vec<_>>(), &bench.syms)?;
         device.run(once, 0..step.launches.len(), &bench.syms, None)?;
         all.extend(timed.iter().map(|l| memory.bind(l)));
-        last = memory.arena;
     }
     let bound = device.bind(&all, &bench.syms)?;
-    let mut wait = vec![0; step.arena_bytes.min(4) as usize];
     let mut times = LaunchTimes::default();
-    for _ in 0..ROUNDS.1 {
+    for _ in 0..SINGLE_ROUNDS {
         device.run(bound, 0..all.len(), &bench.syms, Some(&mut times))?;
     }
     let (start, mut us) = (Instant::now(), Vec::new());
-    while us.len() < ROUNDS.0 || (start.elapsed() < patience && us.len() < ROUNDS.2) {
-        let round = Instant::now();
-        device.run(bound, 0..all.len(), &bench.syms, None)?;
-        // A device may be ahead of its host: what it wrote can be read when it is done.
-        device.read(last, 0, &mut wait)?;
-        us.push(round.elapsed().as_secs_f64() * 1e6 / copies as f64);
+    while us.len() < TIMES.0 || (start.elapsed() < patience && us.len() < TIMES.1) {
+        let round = device.time(bound, 0..all.len(), &bench.syms, ROUNDS)?;
+        us.push(round.as_secs_f64() * 1e6 / copies as f64);
     }
     let launches = timed.iter().enumerate().map(|(i, launch)| {
         let of_copies = times.launches.iter().skip(i).step_by(timed.len());

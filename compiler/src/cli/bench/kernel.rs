@@ -1,10 +1,10 @@
 //! Times one kernel of the library.
 
 use super::report::{Achieved, HEADER, Summary, Tally, limits_line};
-use super::{Outcome, print, print_json, table};
+use super::{Args, Outcome, print, print_json, table};
 use crate::microbench::{self, Bench, Choice, FAMILIES, Timing};
 use dsc_ir::work::Cost;
-use dsc_runtime::{CpuDevice, Device, Limits};
+use dsc_runtime::{Limits, device};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,17 +13,18 @@ const PATIENCE: Duration = Duration::from_millis(700);
 /// Operands take turns in this much memory: more than any last-level cache.
 const ROTATE: u64 = 512 << 20;
 
-pub fn run(name: &str, shape: &[String], target: &str, threads: Option<u16>, json: bool) -> Outcome {
+pub fn run(args: &Args) -> Outcome {
+    let name = args.kernel.as_deref().unwrap_or("list");
     if name == "list" {
-        return list(json);
+        return list(args.json);
     }
-    let choice = Choice::parse(name, shape)?;
-    let target = dsc_targets::target(target, false)?;
+    let choice = Choice::parse(name, &args.shape)?;
+    let target = dsc_targets::target(&args.target, false)?;
     let bench = microbench::prepare(choice, &*target)?;
-    let mut device: Box<dyn Device> = Box::new(CpuDevice::new(threads.unwrap_or(0).into())?);
+    let mut device = device::open(&bench.compiled.header.target, args.threads.unwrap_or(0).into(), args.device)?;
     let timing = microbench::time(&bench, &mut *device, PATIENCE, ROTATE)?;
     let limits = device.limits((timing.cost.bytes * timing.copies as f64) as u64);
-    show(&bench, &timing, limits.as_ref(), &device.describe(), json)
+    show(&bench, &timing, limits.as_ref(), &device.describe(), args.json)
 }
 
 fn achieved(costs: &[&Cost], us: f64, limits: Option<&Limits>) -> Achieved {
