@@ -155,7 +155,7 @@ pub fn compile(
 
     let bf16_weights = checkpoint.is_some_and(|(_, c)| dsc_runtime::weights::bf16_exact(&graph.weights, c));
     let mut graphs = Vec::new();
-    for class in classes(config, options, max_context) {
+    for class in classes(config, options, max_context, target.blocks()) {
         let mut graph = graph.clone();
         let cx = context(&*target, class.clone(), options.numerics, bf16_weights, config.index_topk as u32);
         passes::run(&mut graph, &cx, &mut |name, graph, took| {
@@ -169,7 +169,14 @@ pub fn compile(
 
 /// What passes know when they compile for a target.
 pub fn context(target: &dyn Target, class: Class, numerics: Numerics, bf16_weights: bool, index_topk: u32) -> Cx {
-    Cx { class, target_fp8: target.multiplies_fp8(), bf16_weights, numerics, index_topk }
+    Cx {
+        class,
+        target_fp8: target.multiplies_fp8(),
+        bf16_weights,
+        blocks: target.blocks(),
+        numerics,
+        index_topk,
+    }
 }
 
 /// The way from fused graphs, one a shape class, to an artifact. Weights that are at hand are compared with what the graphs want
@@ -235,8 +242,9 @@ fn check_layers(config: &ModelConfig, options: &Options) -> Result<(), CompileEr
     Ok(())
 }
 
-/// The shape classes of a model, the preferred first: the runtime takes the first that admits a step.
-fn classes(config: &ModelConfig, options: &Options, max_context: u32) -> Vec<Class> {
+/// The shape classes of a model, the preferred first: the runtime takes the first that admits a step. A target that needs `blocks`
+/// blocks at once has matrix units, whose tiles are made for a number of tokens: it has more classes.
+fn classes(config: &ModelConfig, options: &Options, max_context: u32, blocks: u32) -> Vec<Class> {
     let class = |name: &str, tokens: u32, seqs: u32, context: u32, keep_mha: bool| Class {
         name: name.into(),
         max: SymValues::default()
@@ -249,14 +257,20 @@ fn classes(config: &ModelConfig, options: &Options, max_context: u32) -> Vec<Cla
         keep_mha,
     };
     let short = max_context.min(config.index_topk as u32);
-    vec![
+    let mut classes = vec![
         class("decode1", 1, 1, max_context, false),
         class("decode", BATCH, BATCH, max_context, false),
         class("prefill_short", options.chunk, 1, short, true),
         class("prefill", options.chunk, 1, max_context, false),
-    ]
+    ];
+    if blocks > 0 {
+        classes.insert(2, class("decode_wide", WIDE_BATCH, WIDE_BATCH, max_context, false));
+    }
+    classes
 }
 
+/// Sequences that a step of class `decode_wide` takes at most.
+const WIDE_BATCH: u32 = 64;
 /// Sequences that one decode step takes at most.
 const BATCH: u32 = 16;
 /// Pages a cache may have: 2^24 pages are 2^30 tokens.

@@ -16,6 +16,9 @@ pub struct Schedule {
     /// Heads a block of attention takes at a time; 0: 64.
     #[serde(skip_serializing_if = "is_zero")]
     pub tile_h: u32,
+    /// Threads of a block on targets that have such; 0: the target decides.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub threads: u32,
     /// Blocks a worker takes at a time from the launch's queue; 0 lets the executor decide.
     pub blocks_per_task: u32,
 }
@@ -43,6 +46,35 @@ pub struct KernelShape {
 }
 
 impl Schedule {
+    /// Tiles for targets that run all blocks of a launch at once and multiply by matrix units: as wide as steps of at most `tokens`
+    /// tokens fill them, and enough blocks. What is split over contracted columns or keys was split before, as ops of the graph.
+    pub fn wide(shape: &KernelShape, tokens: u32) -> Schedule {
+        let outputs = shape.n.max(1);
+        // A matrix unit's rows: all tokens of a small step in one tile, so that each weight is read once.
+        let rows = |most: u32| tokens.next_multiple_of(16).clamp(16, most);
+        let products = |tile_m: u32, tile_n: u32| Schedule {
+            tile_m,
+            tile_n: tile_n.min(outputs),
+            tile_k: 128.min(shape.k.max(1)),
+            ..Schedule::default()
+        };
+        match shape.op {
+            "linear" | "expert_linear" if tokens <= 64 => products(rows(64), 64),
+            // Large steps; experts share them, so their tiles stay half as tall.
+            "linear" => products(rows(128), 128),
+            "expert_linear" => products(64, 128),
+            "head_linear" => products(rows(128), 128),
+            // Rows of scores: tokens times heads of the indexer.
+            "sparse_attention" | "indexer_logits" => {
+                let most = (256 / shape.heads.max(1)).clamp(1, tokens.max(1));
+                Schedule { tile_m: most, tile_n: 64, ..Schedule::default() }
+            }
+            "attention" => Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, 64), ..Schedule::default() },
+            "mha_attention" => Schedule { tile_m: 64, tile_n: 64, ..Schedule::default() },
+            _ => Schedule { tile_m: 1, ..Schedule::default() },
+        }
+    }
+
     /// A schedule that is never wrong: tiles by shape alone, for steps of at most `tokens` tokens. Targets start from it.
     pub fn heuristic(shape: &KernelShape, tokens: u32) -> Schedule {
         let rows = |most: u32| u64::from(most).min(shape.m_max.max(1)) as u32;

@@ -165,7 +165,7 @@ impl<'c> Builder<'c> {
         let k_rope = self.op(&format!("{name}.k_rope_cached"), Op::CacheRope, &[cache, pages], self.act, &cached(rope));
         let w = self.block_matrix(&format!("{name}.kv_b_proj"), heads * (nope + v), c.kv_lora_rank);
         let kv = self.op(&format!("{name}.kv_b_proj"), Op::Linear, &[latent, w], self.act, &cached(heads * (nope + v)));
-        let op = Op::MhaAttention { scale: c.softmax_scale() as f32, nope: dim(nope), value: dim(v) };
+        let op = Op::MhaAttention { scale: c.softmax_scale() as f32, nope: dim(nope), value: dim(v), narrow: false };
         let out: [Extent; 2] = [Sym::T.into(), dim(heads * v).into()];
         let o = self.op(&format!("{name}.attention"), op, &[q, kv, k_rope, selected, seqs], self.act, &out);
         self.linear(&format!("{name}.o_proj"), o, c.hidden, self.act)

@@ -10,13 +10,13 @@
 //! A slot is `page · 64 + offset`; a negative one is outside every view, so reads of it are zero and writes are dropped.
 //!
 //! `cache_latent` and `cache_rope` take a page of a sequence a block: one scalar load of the page's number, one load of 64 rows,
-//! dequantisation, one store. Floor: the bytes of the cached context, once, and of the result.
+//! dequantisation (unless the result is quantised as the cache is), one store. Floor: the bytes of the cached context, once, and of the result.
 
 use super::rows::dequantize;
 use super::view::{Emit, times};
 use super::{Class, Emitted, KernelError, Part, elem_name, unsupported};
 use dsc_ir::extent::Extent;
-use dsc_ir::graph::{Graph, NodeId, Op, PAGE_TOKENS, StateFormat, Value};
+use dsc_ir::graph::{Elem, Graph, NodeId, Op, PAGE_TOKENS, StateFormat, Value};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Access, Builder, Ix, Stride, ValueId, ViewType};
 use dsc_ir::{DType, Sym};
@@ -113,14 +113,16 @@ pub(crate) fn array(e: &mut Emit, state: Value, array: Array, access: Access) ->
 }
 
 impl Cached {
-    /// Rows by slot, dequantised to f32 if quantised, else as stored. Not for the planar format.
-    pub fn gather(&self, b: &mut Builder, slots: ValueId, n: u32) -> ValueId {
+    /// Rows by slot, dequantised to f32 if quantised (and then to bf16 if `narrow`, which is exact: scales are powers of two), else
+    /// as stored. Not for the planar format.
+    pub fn gather(&self, b: &mut Builder, slots: ValueId, n: u32, narrow: bool) -> ValueId {
         let data = b.gather(self.data, slots, &[0.into()], &[n, self.columns]);
         let Some(scales) = self.scales else { return data };
         let groups = self.columns.div_ceil(StateFormat::GROUP);
         let scales = b.gather(scales, slots, &[0.into()], &[n, groups]);
         let codes = b.cast(data, DType::F32);
-        dequantize(b, codes, scales, StateFormat::GROUP)
+        let rows = dequantize(b, codes, scales, StateFormat::GROUP);
+        if narrow { b.cast(rows, DType::Bf16) } else { rows }
     }
 
     /// The 64 rows of a page, as stored, and their scales `[64, groups]`.
@@ -157,21 +159,29 @@ pub fn emit(graph: &Graph, node: NodeId, _schedule: &Schedule, _class: &Class) -
     let cached = array(&mut e, inputs[0], which, Access::Read)?;
     let pages = e.read("page_table", inputs[1])?;
     let y = e.write("y", 0, Part::Data, None)?;
+    let codes = matches!(graph.dag[node].outputs[0].tensor(), Some(ty) if matches!(ty.elem, Elem::Quant(_)));
+    let y_scales = if codes { Some(e.write("y_scales", 0, Part::Scales, None)?) } else { None };
     let b = &mut e.b;
     let (block, seq) = (b.grid(Sym::C, PAGE_TOKENS), b.grid(Sym::S, 1));
     let page = b.load_scalar(pages, &[seq.into(), block.into()]);
-    let (mut rows, scales) = cached.page(b, page);
+    let (mut rows, mut scales) = cached.page(b, page);
     let to = b.dtype(y);
+    let at = times(b, block, PAGE_TOKENS);
+    if let (Some(tile), Some(view)) = (scales, y_scales) {
+        let groups = b.shape(tile)[1];
+        let tile = b.reshape(tile, &[1, PAGE_TOKENS, groups]);
+        b.store(view, &[seq.into(), at.into(), 0.into()], tile);
+        scales = None;
+    }
     if let Some(scales) = scales {
         let codes = b.cast(rows, DType::F32);
         rows = dequantize(b, codes, scales, StateFormat::GROUP);
     }
-    if b.dtype(rows) != to {
+    if b.dtype(rows) != to && !codes {
         rows = b.cast(rows, DType::F32);
     }
     let rows = b.cast(rows, to);
     let rows = b.reshape(rows, &[1, PAGE_TOKENS, cached.columns]);
-    let at = times(b, block, PAGE_TOKENS);
     b.store(y, &[seq.into(), at.into(), 0.into()], rows);
     let columns = cached.columns;
     e.finish(format!("{} of {columns}: cached rows by position", super::op_name(&graph.dag[node].op)))

@@ -10,43 +10,49 @@
 //! multiplies as [`linear`](super::linear) does, and scatters to the flat rows of the result. Each expert's weights are read
 //! once while its rows fit one tile. Floors: `2 T k N K` operations; the weights of the experts that occur.
 
-use super::linear::{Contraction, LoadScales, k_step, tile, weight_scales};
-use super::view::{Emit, divided, extent, range, sum, times, where_below};
+use super::epilogue::Epilogue;
+use super::linear::{Contraction, LoadScales, Right, k_step, tile, weight_scales};
+use super::view::{Emit, divided, extent, plus, range, sum, times, where_below};
 use super::{Class, Emitted, KernelError, Part, elem_name, unsupported};
 use dsc_ir::graph::{Graph, NodeId, Op, Value};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Builder, Ix, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent};
 
-/// The kernel of a grouped [`Op::ExpertLinear`] node.
+/// The kernel of a grouped [`Op::ExpertLinear`] node, or of a fused one.
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
-    let Op::ExpertLinear { per_token } = graph.dag[node].op else {
+    let fused = super::body_of(graph, node)?;
+    let body = &fused.body;
+    let epilogue = Epilogue::of(graph, node, body)?;
+    let Op::ExpertLinear { per_token } = body.dag[epilogue.product].op else {
         return Err(unsupported(graph, node, "not an expert_linear"));
     };
-    let &[x, w, order, offsets] = graph.inputs(node).as_slice() else {
+    let &[x, w, order, offsets] = body.inputs(epilogue.product).as_slice() else {
         return Err(unsupported(graph, node, "expert_linear without routing: run group_experts first"));
     };
-    let types = [x, w, Value { node, output: 0 }].map(|v| elem_name(graph.ty(v)));
-    let shape = &graph.tensor(w).shape;
-    let (experts, n, k) = (shape[0].factor, shape[1].factor, shape[2].factor);
-    let shared = graph.tensor(x).shape.len() == 2;
-    let form = if shared { "shared" } else { "own" };
-    let name = format!("expert_linear_{form}_{}_{}_{}_e{experts}_n{n}_k{k}", types[0], types[1], types[2]);
-    let mut e = Emit::new(graph, node, None, &name);
+    let types = [body.ty(x), body.ty(w), &graph.dag[node].outputs[0]].map(elem_name);
+    let shape = &body.tensor(w).shape;
+    let (experts, rows_of_w, k) = (shape[0].factor, shape[1].factor, shape[2].factor);
+    let shared = body.tensor(x).shape.len() == 2;
+    let form = format!("{}_{}", epilogue.name(), if shared { "shared" } else { "own" });
+    let name = format!("expert_linear{form}_{}_{}_{}_e{experts}_n{rows_of_w}_k{k}", types[0], types[1], types[2]);
+    let mut e = Emit::new(graph, node, Some(body), &name);
+    let n = epilogue.columns(rows_of_w);
     let flat = e.tensor(order).shape[0];
     let step = k_step(&e, x, w, schedule)?;
-    let (tm, tn) = (tile(schedule.tile_m, 16, flat.eval(&class.max)), tile(schedule.tile_n, 64, n.into()));
+    let tm = tile(schedule.tile_m, 16, flat.eval(&class.max));
+    let tn = epilogue.tile_n(tile(schedule.tile_n, 64, n.into()));
     let (qx, qw) = (e.quant(x), e.quant(w));
     let x_rows: Extent = if shared { e.tensor(x).shape[0] } else { flat };
     let xs = e.read_as("x", x, Part::Data, &[x_rows, k.into()])?;
-    let ws = e.read_as("w", w, Part::Data, &[(experts * n).into(), k.into()])?;
+    let ws = e.read_as("w", w, Part::Data, &[(experts * rows_of_w).into(), k.into()])?;
     let sx = match qx {
         Some(q) => Some(e.read_as("x_scales", x, Part::Scales, &[x_rows, k.div_ceil(q.block[1]).into()])?),
         None => None,
     };
     let sw = match qw {
         Some(q) => {
-            let (rows, columns) = (n.div_ceil(q.block[0]), k.div_ceil(q.block[1]));
+            let (rows, columns) = (rows_of_w.div_ceil(q.block[0]), k.div_ceil(q.block[1]));
             let shape = [(experts * rows).into(), columns.into()];
             let (arg, view) = e.view(w, Part::Scales)?;
             let view = super::view::reshape_view(&view, &shape).ok_or_else(|| e.unsupported("scales of experts"))?;
@@ -55,16 +61,16 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         None => None,
     };
     let (orders, bounds) = (e.read("order", order)?, e.read("offsets", offsets)?);
-    let y = e.write("y", 0, Part::Data, Some(&[flat, n.into()]))?;
+    let y = epilogue.write(&mut e, n, &|columns| vec![flat, columns.into()])?;
 
     let b = &mut e.b;
     let (n0, expert) = (b.grid(n, tn), b.grid(experts, 1));
     let n0 = times(b, n0, tn);
-    let row = times(b, expert, n);
+    let row = times(b, expert, rows_of_w);
     let row = sum(b, row, n0);
     let first_scale = sw.map(|(_, _, rows)| times(b, expert, rows));
     let lo = b.load_scalar(bounds, &[expert.into()]);
-    let next = super::view::plus(b, expert, 1);
+    let next = plus(b, expert, 1);
     let hi = b.load_scalar(bounds, &[next.into()]);
     b.for_(lo, hi, tm, &[], |b, at, _| {
         let place = range(b, at, tm);
@@ -73,24 +79,53 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         let source = if shared { divided(b, order, per_token) } else { order };
         let from = where_below(b, source, place, hi);
         let left = |b: &mut Builder, kk: Ix, width: u32| b.gather(xs, from, &[kk], &[tm, width]);
-        // A ragged tile of outputs reads into the next expert; those columns are not stored.
-        let right = |b: &mut Builder, kk: Ix, width: u32| b.load(ws, &[row.into(), kk], &[tn, width]);
         let left_scales =
             sx.map(|s| move |b: &mut Builder, block: ValueId| b.gather(s, from, &[block.into()], &[tm, 1]));
-        let right_scales = sw.map(|(s, r, _)| {
-            move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, tn), r, first_scale, block)
+        let offsets = epilogue.offsets(n);
+        // A ragged tile of outputs reads into the next expert (or from gate into up); those columns are not stored.
+        let loads: Vec<_> = offsets
+            .iter()
+            .map(|&offset| {
+                move |b: &mut Builder, kk: Ix, width: u32| {
+                    let row = plus(b, row, offset as i32);
+                    b.load(ws, &[row.into(), kk], &[tn, width])
+                }
+            })
+            .collect();
+        let scales: Vec<_> = offsets
+            .iter()
+            .map(|&offset| {
+                sw.map(|(s, r, _)| {
+                    move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, offset, tn), r, first_scale, block)
+                })
+            })
+            .collect();
+        let rights = loads
+            .iter()
+            .zip(&scales)
+            .map(|(load, s)| Right { load, scales: s.as_ref().map(|f| f as &LoadScales) })
+            .collect();
+        let product = Contraction {
+            shape: [tm, tn],
+            k,
+            step,
+            part: None,
+            left: &left,
+            left_scales: left_scales.as_ref().map(|f| f as &LoadScales),
+            rights,
+            transposed: true,
+        };
+        let accs = product.emit(b);
+        epilogue.finish(b, y, accs, n0, &|b, view, column, x| {
+            let dtype = b.dtype(view);
+            let x = b.cast(x, dtype);
+            b.scatter(view, to, &[column.into()], x);
         });
-        let mut scales: Vec<&LoadScales> = Vec::new();
-        scales.extend(left_scales.as_ref().map(|f| f as &LoadScales));
-        scales.extend(right_scales.as_ref().map(|f| f as &LoadScales));
-        let product = Contraction { shape: [tm, tn], k, step, left: &left, right: &right, transposed: true, scales };
-        let acc = product.emit(b);
-        let dtype = b.dtype(y);
-        let acc = b.cast(acc, dtype);
-        b.scatter(y, to, &[n0.into()], acc);
         vec![]
     });
-    e.finish(format!("expert_linear {} x {}: {experts} of [{n} x {k}], {per_token} a token", types[0], types[1]))
+    let what = epilogue.what();
+    let matrices = format!("{experts} of [{rows_of_w} x {k}]{what}");
+    e.finish(format!("expert_linear {} x {}: {matrices}, {per_token} a token", types[0], types[1]))
 }
 
 /// The kernel of an [`Op::Route`] node.

@@ -1,17 +1,22 @@
 //! Fused gate bodies: router logits to expert ids and weights.
 //!
-//! The body is rowwise and runs on the emitter of [`rows`](super::rows); this file has its three ops, on a tile `[R, E]`:
+//! The body is rowwise and runs on the emitter of [`rows`](super::rows); this file has its ops, on a tile `[R, E]`:
 //!
 //! * `group_topk`: a top-2 of each of the `R · G` groups gives group scores; a top-k of those (ties to the lowest group) the kept
 //!   groups; other groups become −inf; a top-k of what is left the columns, ascending.
 //! * `take_along`: a one-hot comparison with column numbers and a sum, exact since one term is not zero.
 //! * `normalize`: divided by the row's sum, times the factor.
 //!
+//! * `append`: one more column.
+//! * `route`, where a block has all tokens: experts in chunks; in a chunk's one-hot matrix `[experts, R · k]` a running sum along
+//!   rows gives each row's rank in its expert, and a running sum over the counts where experts start.
+//!
 //! A few thousand operations a token: the launch is the cost, and there is one.
 
 use super::rows::emit_body;
 use super::view::product;
 use super::{Class, Emitted, KernelError, body_of};
+use dsc_ir::DType;
 use dsc_ir::graph::{Graph, NodeId};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Builder, ReduceKind, ValueId};
@@ -75,7 +80,7 @@ pub(crate) fn take_along(b: &mut Builder, x: ValueId, columns: ValueId) -> Value
     let x = b.reshape(x, &[rows, 1, n]);
     let columns = b.reshape(columns, &[rows, k, 1]);
     let numbers = b.iota(2, &[1, 1, n]);
-    let integer = b.dtype(x) == dsc_ir::DType::I32;
+    let integer = b.dtype(x) == DType::I32;
     let picked = b.map(&[x, columns, numbers], |m, v| {
         let here = m.eq(v[1], v[2]);
         let zero = if integer { m.i32(0) } else { m.f32(0.0) };
@@ -96,4 +101,55 @@ pub(crate) fn normalize(b: &mut Builder, x: ValueId, factor: f32, by_sum: bool) 
     };
     let factor = b.full(factor, &[]);
     product(b, divided, factor)
+}
+
+/// `[R, k + 1]`: one more column of one number.
+pub(crate) fn append(b: &mut Builder, x: ValueId, value: f32) -> ValueId {
+    let shape = [b.shape(x)[0], 1];
+    let last = if b.dtype(x) == DType::I32 { b.full_i32(value as i32, &shape) } else { b.full(value, &shape) };
+    b.concat(&[x, last], 1)
+}
+
+/// Experts that are ranked at a time.
+const EXPERTS: u32 = 32;
+
+/// Stores the flat rows of `ids` (i32 `[R, k]`, −1 for none) grouped by expert, and where each group starts.
+pub(crate) fn route(b: &mut Builder, ids: ValueId, experts: u32, order: ValueId, offsets: ValueId) {
+    let n = b.shape(ids).iter().product();
+    let ids = b.reshape(ids, &[1, n]);
+    let init = [b.full_i32(-1, &[1, n]), b.full_i32(0, &[1, 1])];
+    // One expert more than there are: its group is empty, and starts where the last one ends.
+    let done = b.for_(0, experts + 1, EXPERTS, &init, |b, first, carried| {
+        let (places, before) = (carried[0], carried[1]);
+        let numbers = b.iota(0, &[EXPERTS, 1]);
+        let hot = b.map(&[ids, numbers, first], |m, v| {
+            let (one, zero) = (m.i32(1), m.i32(0));
+            let expert = m.add(v[1], v[2]);
+            let here = m.eq(v[0], expert);
+            m.select(here, one, zero)
+        });
+        let ranks = b.scan(hot, 1, ReduceKind::Sum);
+        let counts = b.reduce(hot, 1, ReduceKind::Sum);
+        let ends = b.scan(counts, 0, ReduceKind::Sum);
+        let starts = b.map(&[ends, counts, before], |m, v| {
+            let start = m.sub(v[0], v[1]);
+            m.add(start, v[2])
+        });
+        let flat = b.reshape(starts, &[EXPERTS]);
+        b.store(offsets, &[first.into()], flat);
+        let here = b.map(&[hot, ranks, starts], |m, v| {
+            let (one, none) = (m.i32(1), m.i32(-1));
+            let place = m.add(v[1], v[2]);
+            let place = m.sub(place, one);
+            let hit = m.eq(v[0], one);
+            m.select(hit, place, none)
+        });
+        let here = b.reduce(here, 0, ReduceKind::Max);
+        let places = b.map(&[places, here], |m, v| m.max(v[0], v[1]));
+        let all = b.reduce(counts, 0, ReduceKind::Sum);
+        vec![places, super::view::sum(b, before, all)]
+    });
+    let places = b.reshape(done[0], &[n]);
+    let rows = b.iota(0, &[n]);
+    b.scatter(order, places, &[], rows);
 }

@@ -24,11 +24,8 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
     };
     let tokens = Extent::from(Sym::T);
     match &graph.dag[node].op {
-        Op::Linear => shape("linear", rows(graph, out), dim(inputs[1], 0), dim(inputs[1], 1), 1),
-        Op::HeadLinear { .. } => shape("head_linear", tokens, dim(out, 2), dim(inputs[0], 2), dim(inputs[0], 1)),
-        Op::ExpertLinear { .. } => {
-            let w = inputs[1];
-            shape("expert_linear", tokens.times(dim(out, 1)), dim(w, 1), dim(w, 2), dim(w, 0))
+        Op::Linear | Op::LinearPartial { .. } | Op::HeadLinear { .. } | Op::ExpertLinear { .. } => {
+            product(graph, node, class)
         }
         Op::MhaAttention { value, .. } => shape("mha_attention", tokens, *value, dim(inputs[3], 1), dim(inputs[0], 1)),
         op @ (Op::Embed | Op::Route { .. } | Op::CacheLatent | Op::CacheRope) => {
@@ -36,6 +33,19 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
         }
         _ => match body_of(graph, node) {
             Ok(fused) => match fused.kind {
+                FusedKind::Product => {
+                    let body = &fused.body;
+                    let is_product = |op: &Op| {
+                        matches!(
+                            op,
+                            Op::Linear | Op::LinearPartial { .. } | Op::HeadLinear { .. } | Op::ExpertLinear { .. }
+                        )
+                    };
+                    match body.order().into_iter().find(|&n| is_product(&body.dag[n].op)) {
+                        Some(n) => product(body, n, class),
+                        None => shape("linear", tokens, 1, 1, 1),
+                    }
+                }
                 FusedKind::Row => shape("row", rows(graph, out), last(graph, out), 1, 1),
                 FusedKind::Gate => shape("gate", rows(graph, out), last(graph, out), 1, 1),
                 FusedKind::SparseAttention => {
@@ -46,6 +56,21 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
             Err(_) => shape(super::op_name(&graph.dag[node].op), tokens, 1, 1, 1),
         },
     }
+}
+
+/// The shape of a matrix product's kernel.
+fn product(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
+    let inputs = graph.inputs(node);
+    let (out, w) = (Value { node, output: 0 }, inputs[1]);
+    let dim = |v: Value, d: usize| constant(graph, v, d);
+    let tokens = Extent::from(Sym::T);
+    let (op, m, n, k, heads) = match &graph.dag[node].op {
+        Op::HeadLinear { .. } => ("head_linear", tokens, dim(out, 2), dim(inputs[0], 2), dim(inputs[0], 1)),
+        Op::ExpertLinear { .. } => ("expert_linear", tokens.times(dim(out, 1)), dim(w, 1), dim(w, 2), dim(w, 0)),
+        Op::LinearPartial { parts } => ("linear", rows(graph, out), dim(w, 0), dim(w, 1).div_ceil(*parts), *parts),
+        _ => ("linear", rows(graph, out), dim(w, 0), dim(w, 1), 1),
+    };
+    KernelShape { op, m, m_max: m.eval(&class.max), n, k, heads }
 }
 
 /// A schedule from the shape alone; targets may have better ones.
@@ -69,7 +94,7 @@ fn attention(body: &Graph) -> (&'static str, u32, u32, u32) {
                     op = "sparse_attention";
                 }
             }
-            Op::MqaAttention { .. } => {
+            Op::MqaAttention { .. } | Op::MqaPartial { .. } => {
                 n = constant(body, inputs[0], 2);
                 k = constant(body, inputs[3], 1);
                 if op == "top_k" {

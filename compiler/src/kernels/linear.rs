@@ -15,70 +15,114 @@
 //! Quantised operands (facts 4.3): the step is one scale block of `k`; `acc += (x codes · w codesᵀ) · (sx[m, b] · sw[n/128, b])`,
 //! the two scales multiplied first. One quantised side alone is scaled the same way.
 //!
+//! `linear_partial` has parts of the contracted columns as the last grid axis, and stores their sums apart.
+//!
+//! Fused bodies: see [`epilogue`](super::epilogue). With SwiGLU a block has two accumulators, for the same columns of gate and up.
+//!
 //! `head_linear` is one such product a head, with heads as the last grid axis: the head's rows of `w` are the right operand, as
 //! `[k, n]` or transposed.
 //!
 //! Floors: `2 M N K` operations; `M K + N K + M N` elements. At `M` ≤ 16 the weight's bytes decide.
 
+use super::epilogue::{Epilogue, JOINED_ELEMENTS, Joined};
 use super::view::{Emit, divided, merged, plus, product, range, sum, times};
 use super::{Class, Emitted, KernelError, Part, elem_name};
-use dsc_ir::graph::{Graph, NodeId, Op, Value};
+use dsc_ir::Extent;
+use dsc_ir::graph::{Graph, NodeId, Op, Value, part_columns};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Builder, Ix, ValueId};
-use dsc_ir::{DType, Extent};
 
 /// Reads a tile of an operand that starts at a column and has that many.
 pub(crate) type LoadTile<'a> = dyn Fn(&mut Builder, Ix, u32) -> ValueId + 'a;
 /// Reads the scales of one block of the contracted dim, to be broadcast over the result.
 pub(crate) type LoadScales<'a> = dyn Fn(&mut Builder, ValueId) -> ValueId + 'a;
 
-/// One contraction: `m × n` results over `k`, by steps.
+/// One right operand of a contraction.
+pub(crate) struct Right<'a> {
+    /// `[n, step]` from a column, or `[step, n]` from a row.
+    pub load: &'a LoadTile<'a>,
+    /// Factors of one block's partial sums.
+    pub scales: Option<&'a LoadScales<'a>>,
+}
+
+/// Contractions of one left operand: `m × n` results each over `k`, by steps.
 pub(crate) struct Contraction<'a> {
-    /// Shape of the result.
+    /// Shape of each result.
     pub shape: [u32; 2],
     /// Contracted length.
     pub k: u32,
     /// Length of one step; of one scale block if there are scales.
     pub step: u32,
+    /// Only this part of the contracted columns: its number, a scalar, and the columns of each part, a multiple of the step.
+    pub part: Option<(ValueId, u32)>,
     /// `[m, step]` from a column.
     pub left: &'a LoadTile<'a>,
-    /// `[n, step]` from a column, or `[step, n]` from a row.
-    pub right: &'a LoadTile<'a>,
-    /// Whether `right` gives `[n, step]`.
-    pub transposed: bool,
     /// Factors of one block's partial sums.
-    pub scales: Vec<&'a LoadScales<'a>>,
+    pub left_scales: Option<&'a LoadScales<'a>>,
+    /// Right operands, one a result.
+    pub rights: Vec<Right<'a>>,
+    /// Whether right operands are `[n, step]`.
+    pub transposed: bool,
 }
 
 impl Contraction<'_> {
-    /// The f32 result.
-    pub fn emit(&self, b: &mut Builder) -> ValueId {
+    /// The f32 results.
+    pub fn emit(&self, b: &mut Builder) -> Vec<ValueId> {
         let step = self.step.min(self.k);
-        let dot = |b: &mut Builder, at: Ix, acc: Option<ValueId>| {
-            let (x, w) = ((self.left)(b, at, step), (self.right)(b, at, step));
-            if self.transposed { b.dot_t(x, w, acc) } else { b.dot(x, w, acc) }
-        };
-        if self.scales.is_empty() {
-            if step == self.k {
-                return dot(b, 0.into(), None);
-            }
-            let zero = b.full(0.0, &self.shape);
-            return b.for_(0, self.k, step, &[zero], |b, at, acc| vec![dot(b, at.into(), Some(acc[0]))])[0];
+        let scaled = self.left_scales.is_some() || self.rights.iter().any(|r| r.scales.is_some());
+        if !scaled && step == self.k && self.part.is_none() {
+            return self.dots(b, 0.into(), step, None);
         }
-        let zero = b.full(0.0, &self.shape);
-        b.for_(0, self.k.div_ceil(self.step), 1, &[zero], |b, block, acc| {
-            let at = times(b, block, self.step);
-            let partial = dot(b, at.into(), None);
-            let mut scale = (self.scales[0])(b, block);
-            for more in &self.scales[1..] {
-                let other = more(b, block);
-                scale = product(b, scale, other);
+        let zeros: Vec<ValueId> = self.rights.iter().map(|_| b.full(0.0, &self.shape)).collect();
+        // Columns, or scale blocks.
+        let unit = if scaled { self.step } else { 1 };
+        let (lo, hi): (Ix, Ix) = match self.part {
+            None => (0.into(), self.k.div_ceil(unit).into()),
+            Some((part, columns)) => {
+                let lo = times(b, part, columns / unit);
+                let hi = b.map(&[lo], |m, v| {
+                    let (each, all) = (m.i32((columns / unit) as i32), m.i32(self.k.div_ceil(unit) as i32));
+                    let end = m.add(v[0], each);
+                    m.min(end, all)
+                });
+                (lo.into(), hi.into())
             }
-            vec![b.map(&[acc[0], partial, scale], |m, v| {
+        };
+        if scaled {
+            b.for_(lo, hi, 1, &zeros, |b, block, accs| self.block(b, block, accs))
+        } else {
+            b.for_(lo, hi, step, &zeros, |b, at, accs| self.dots(b, at.into(), step, Some(accs)))
+        }
+    }
+
+    fn dots(&self, b: &mut Builder, at: Ix, step: u32, accs: Option<&[ValueId]>) -> Vec<ValueId> {
+        let x = (self.left)(b, at, step);
+        let mut made = Vec::new();
+        for (i, right) in self.rights.iter().enumerate() {
+            let (w, acc) = ((right.load)(b, at, step), accs.map(|a| a[i]));
+            made.push(if self.transposed { b.dot_t(x, w, acc) } else { b.dot(x, w, acc) });
+        }
+        made
+    }
+
+    /// Adds the scaled products of a scale block.
+    fn block(&self, b: &mut Builder, block: ValueId, accs: &[ValueId]) -> Vec<ValueId> {
+        let at = times(b, block, self.step);
+        let partials = self.dots(b, at.into(), self.step.min(self.k), None);
+        let left = self.left_scales.map(|f| f(b, block));
+        let mut made = Vec::new();
+        for (i, right) in self.rights.iter().enumerate() {
+            let scale = match (left, right.scales.map(|f| f(b, block))) {
+                (Some(x), Some(w)) => product(b, x, w),
+                (Some(one), None) | (None, Some(one)) => one,
+                (None, None) => b.full(1.0, &[]),
+            };
+            made.push(b.map(&[accs[i], partials[i], scale], |m, v| {
                 let scaled = m.mul(v[1], v[2]);
                 m.add(v[0], scaled)
-            })]
-        })[0]
+            }));
+        }
+        made
     }
 }
 
@@ -99,12 +143,12 @@ pub(crate) fn tile(wanted: u32, default: u32, limit: u64) -> u32 {
     u64::from(wanted).min(limit.max(1)) as u32
 }
 
-/// Scales of rows `row..row + n` of a weight (`row` a scalar) for one block of columns: `[1, n]` or `[1, 1]`. `view` is
-/// `[row blocks, column blocks]`, `first` the row block where the matrix starts.
+/// Scales of rows `row + offset..` of a weight, `n` of them (`row` a scalar, a multiple of `n`), for one block of columns: `[1, n]` or
+/// `[1, 1]`. `view` is `[row blocks, column blocks]`, `first` the row block where the matrix starts.
 pub(crate) fn weight_scales(
     b: &mut Builder,
     view: ValueId,
-    (row, n): (ValueId, u32),
+    (row, offset, n): (ValueId, u32, u32),
     rows_of_block: u32,
     first: Option<ValueId>,
     block: ValueId,
@@ -113,7 +157,8 @@ pub(crate) fn weight_scales(
         Some(first) => sum(b, at, first),
         None => at,
     };
-    if rows_of_block.is_multiple_of(n) {
+    let row = plus(b, row, offset as i32);
+    if rows_of_block.is_multiple_of(n) && offset.is_multiple_of(n) {
         let at = divided(b, row, rows_of_block);
         let at = from(b, at);
         return b.load(view, &[at.into(), block.into()], &[1, 1]);
@@ -147,21 +192,38 @@ impl Rows {
     }
 }
 
-/// The kernel of an [`Op::Linear`] node.
+/// The kernel of an [`Op::Linear`] or [`Op::LinearPartial`] node, or of a fused one.
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
-    let inputs = graph.inputs(node);
-    let (x, w, out) = (inputs[0], inputs[1], Value { node, output: 0 });
-    let types = [x, w, out].map(|v| elem_name(graph.ty(v)));
-    let (n, k) = match graph.tensor(w).shape[..] {
+    let fused = super::body_of(graph, node)?;
+    let epilogue = Epilogue::of(graph, node, &fused.body)?;
+    let inputs = fused.body.inputs(epilogue.product);
+    let (x, w) = (inputs[0], inputs[1]);
+    let types = [fused.body.ty(x), fused.body.ty(w), &graph.dag[node].outputs[0]].map(elem_name);
+    let (rows_of_w, k) = match fused.body.tensor(w).shape[..] {
         [n, k] => (n.factor, k.factor),
         _ => return Err(super::unsupported(graph, node, "the weight is no matrix")),
     };
-    let name = format!("linear_{}_{}_{}_n{n}_k{k}", types[0], types[1], types[2]);
-    let mut e = Emit::new(graph, node, None, &name);
+    let parts = match fused.body.dag[epilogue.product].op {
+        Op::LinearPartial { parts } => Some(parts),
+        _ => None,
+    };
+    let form = epilogue.name() + if parts.is_some() { "_part" } else { "" };
+    let name = format!("linear{form}_{}_{}_{}_n{rows_of_w}_k{k}", types[0], types[1], types[2]);
+    let mut e = Emit::new(graph, node, Some(&fused.body), &name);
+    let n = epilogue.columns(rows_of_w);
     let rows = Rows::of(&e, x)?;
-    let step = k_step(&e, x, w, schedule)?;
-    let (tm, tn) = (tile(schedule.tile_m, 16, rows.rows.eval(&class.max)), tile(schedule.tile_n, 64, n.into()));
+    let mut step = k_step(&e, x, w, schedule)?;
+    let tm = tile(schedule.tile_m, 16, rows.rows.eval(&class.max));
+    let tn = epilogue.tile_n(tile(schedule.tile_n, 64, n.into()));
     let (qx, qw) = (e.quant(x), e.quant(w));
+    let columns = parts.map(|parts| part_columns(k, parts));
+    if let Some(columns) = columns {
+        let plain = qx.is_none() && qw.is_none();
+        step = if plain && !columns.is_multiple_of(step) { 128 } else { step };
+        if !columns.is_multiple_of(step) {
+            return Err(e.unsupported(format!("parts of {columns} columns in steps of {step}")));
+        }
+    }
     let xs = e.read_as("x", x, Part::Data, &rows.shape(k))?;
     let ws = e.read("w", w)?;
     let sx = match qx {
@@ -175,11 +237,16 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         Some(q) => Some((e.read_scales("w_scales", w)?, q.block[0])),
         None => None,
     };
-    let y = e.write("y", 0, Part::Data, Some(&rows.shape(n)))?;
+    let shape = |columns: u32| match parts {
+        Some(parts) => vec![rows.rows, parts.into(), columns.into()],
+        None => rows.shape(columns),
+    };
+    let y = epilogue.write(&mut e, n, &shape)?;
 
     let b = &mut e.b;
     let (m0, n0) = (b.grid(rows.rows, tm), b.grid(n, tn));
     let batch = rows.batch.map(|s| b.grid(s, 1));
+    let part = parts.map(|parts| b.grid(parts, 1));
     let (m0, n0) = (times(b, m0, tm), times(b, n0, tn));
     let at = |column: Ix| -> Vec<Ix> { batch.iter().map(|&s| s.into()).chain([m0.into(), column]).collect() };
     let load = |b: &mut Builder, view: ValueId, column: Ix, width: u32| {
@@ -188,59 +255,111 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         b.reshape(tile, &[tm, width])
     };
     let left = |b: &mut Builder, kk: Ix, width: u32| load(b, xs, kk, width);
-    let right = |b: &mut Builder, kk: Ix, width: u32| b.load(ws, &[n0.into(), kk], &[tn, width]);
     let left_scales = sx.map(|s| move |b: &mut Builder, block: ValueId| load(b, s, block.into(), 1));
-    let right_scales =
-        sw.map(|(s, r)| move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, tn), r, None, block));
-    let mut scales: Vec<&LoadScales> = Vec::new();
-    scales.extend(left_scales.as_ref().map(|f| f as &LoadScales));
-    scales.extend(right_scales.as_ref().map(|f| f as &LoadScales));
-    let product = Contraction { shape: [tm, tn], k, step, left: &left, right: &right, transposed: true, scales };
-    let acc = product.emit(b);
-    store(b, y, &at(n0.into()), acc);
-    e.finish(format!("linear {} x {}: [{} x {k}] · [{n} x {k}]ᵀ -> {}", types[0], types[1], rows.rows, types[2]))
+    let offsets = epilogue.offsets(n);
+    let loads: Vec<_> = offsets
+        .iter()
+        .map(|&offset| {
+            move |b: &mut Builder, kk: Ix, width: u32| {
+                let row = plus(b, n0, offset as i32);
+                b.load(ws, &[row.into(), kk], &[tn, width])
+            }
+        })
+        .collect();
+    let scales: Vec<_> = offsets
+        .iter()
+        .map(|&offset| {
+            sw.map(|(s, r)| {
+                move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, offset, tn), r, None, block)
+            })
+        })
+        .collect();
+    let rights = loads
+        .iter()
+        .zip(&scales)
+        .map(|(load, s)| Right { load, scales: s.as_ref().map(|f| f as &LoadScales) })
+        .collect();
+    let product = Contraction {
+        shape: [tm, tn],
+        k,
+        step,
+        part: part.zip(columns),
+        left: &left,
+        left_scales: left_scales.as_ref().map(|f| f as &LoadScales),
+        rights,
+        transposed: true,
+    };
+    let accs = product.emit(b);
+    epilogue.finish(b, y, accs, n0, &|b, view, column, x| match part {
+        Some(part) => store(b, view, &[m0.into(), part.into(), column.into()], x, 1),
+        None => store(b, view, &at(column.into()), x, 0),
+    });
+    let what = epilogue.what();
+    e.finish(format!(
+        "linear {} x {}: [{} x {k}] · [{rows_of_w} x {k}]ᵀ{what} -> {}",
+        types[0], types[1], rows.rows, types[2]
+    ))
 }
 
-/// Stores an f32 matrix as the view's element type, with leading axes of 1 as its rank asks.
-fn store(b: &mut Builder, view: ValueId, index: &[Ix], x: ValueId) {
-    let matrix = b.shape(x);
-    let shape: Vec<u32> = std::iter::repeat_n(1, index.len() - matrix.len()).chain(matrix).collect();
+/// Stores an f32 matrix (or codes) as the view's element type, with axes of 1 before its axis `before` as its rank asks.
+fn store(b: &mut Builder, view: ValueId, index: &[Ix], x: ValueId, before: usize) {
+    let mut shape = b.shape(x);
+    while shape.len() < index.len() {
+        shape.insert(before, 1);
+    }
     let to = b.dtype(view);
     let x = b.cast(x, to);
     let x = b.reshape(x, &shape);
     b.store(view, index, x);
 }
 
-/// The kernel of an [`Op::HeadLinear`] node.
+/// The kernel of an [`Op::HeadLinear`] node, or of a fused one.
 pub fn emit_heads(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
-    let Op::HeadLinear { first, count, transposed } = graph.dag[node].op else {
+    let fused = super::body_of(graph, node)?;
+    let body = &fused.body;
+    let epilogue = Epilogue::of(graph, node, body)?;
+    let Op::HeadLinear { first, count, transposed } = body.dag[epilogue.product].op else {
         return Err(super::unsupported(graph, node, "not a head_linear"));
     };
-    let inputs = graph.inputs(node);
-    let (x, w, out) = (inputs[0], inputs[1], Value { node, output: 0 });
-    let types = [x, w, out].map(|v| elem_name(graph.ty(v)));
+    let inputs = body.inputs(epilogue.product);
+    let (x, w, out) = (inputs[0], inputs[1], Value { node: epilogue.product, output: 0 });
+    let types = [body.ty(x), body.ty(w), &graph.dag[node].outputs[0]].map(elem_name);
     let form = if transposed { "t" } else { "n" };
-    let name = format!("head_linear_{form}_{}_{}_{}_c{count}", types[0], types[1], types[2]);
-    let mut e = Emit::new(graph, node, None, &name);
+    let name = format!("head_linear{}_{form}_{}_{}_{}_c{count}", epilogue.name(), types[0], types[1], types[2]);
+    let mut e = Emit::new(graph, node, Some(body), &name);
     if e.quant(x).is_some() || e.quant(w).is_some() {
         return Err(e.unsupported("a quantised operand of head_linear; expand it to bf16 or f32"));
     }
     let (heads, k) = (e.dim(x, 1)?, e.dim(x, 2)?);
     let (rows_of_head, n) = (e.dim(w, 0)? / heads, e.dim(out, 2)?);
     let tokens = e.tensor(x).shape[0];
-    let step = k_step(&e, x, w, schedule)?;
-    let (tm, tn) = (tile(schedule.tile_m, 16, tokens.eval(&class.max)), tile(schedule.tile_n, 64, n.into()));
-    let (xs, ws) = (e.read("x", x)?, e.read("w", w)?);
-    let y = e.write("y", 0, Part::Data, None)?;
+    let tm = tile(schedule.tile_m, 16, tokens.eval(&class.max));
+    let tn = epilogue.tile_n(tile(schedule.tile_n, 64, n.into()));
+    let mut step = k_step(&e, x, w, schedule)?;
+    let joined = match epilogue.combine {
+        Some(combine) => Some(Joined::new(&mut e, body, combine)?),
+        None => None,
+    };
+    if let Some(joined) = &joined {
+        step = step.min((JOINED_ELEMENTS / (tm * joined.parts)).next_power_of_two().max(32));
+    }
+    let xs = if joined.is_none() { Some(e.read("x", x)?) } else { None };
+    let ws = e.read("w", w)?;
+    let y = epilogue.write(&mut e, n, &|columns| vec![tokens, heads.into(), columns.into()])?;
 
     let b = &mut e.b;
     let (m0, n0, head) = (b.grid(tokens, tm), b.grid(n, tn), b.grid(heads, 1));
     let (m0, n0) = (times(b, m0, tm), times(b, n0, tn));
     let row = times(b, head, rows_of_head);
     let row = plus(b, row, first as i32);
-    let left = |b: &mut Builder, kk: Ix, width: u32| {
-        let tile = b.load(xs, &[m0.into(), head.into(), kk], &[tm, 1, width]);
-        b.reshape(tile, &[tm, width])
+    let weights = joined.as_ref().map(|j| j.weights(b, (m0, tm), head));
+    let left = |b: &mut Builder, kk: Ix, width: u32| match (&joined, weights, xs) {
+        (Some(joined), Some(weights), _) => joined.load(b, (m0, tm), head, weights, kk, width),
+        (_, _, Some(xs)) => {
+            let tile = b.load(xs, &[m0.into(), head.into(), kk], &[tm, 1, width]);
+            b.reshape(tile, &[tm, width])
+        }
+        _ => b.full(0.0, &[tm, width]),
     };
     let offset = |b: &mut Builder, at: Ix| match at {
         Ix::Const(c) => plus(b, row, c as i32),
@@ -257,12 +376,20 @@ pub fn emit_heads(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
             b.load(ws, &[at.into(), n0.into()], &[width, tn])
         }
     };
-    let product = Contraction { shape: [tm, tn], k, step, left: &left, right: &right, transposed, scales: Vec::new() };
-    let acc = product.emit(b);
-    let to = b.dtype(y);
-    let acc = b.cast(acc, to);
-    let acc = b.reshape(acc, &[tm, 1, tn]);
-    b.store(y, &[m0.into(), head.into(), n0.into()], acc);
-    debug_assert!(b.dtype(xs) != DType::E4m3);
-    e.finish(format!("head_linear: {heads} heads, [{tokens} x {k}] · [{k} x {n}], {} x {}", types[0], types[1]))
+    let product = Contraction {
+        shape: [tm, tn],
+        k,
+        step,
+        part: None,
+        left: &left,
+        left_scales: None,
+        rights: vec![Right { load: &right, scales: None }],
+        transposed,
+    };
+    let accs = product.emit(b);
+    epilogue.finish(b, y, accs, n0, &|b, view, column, x| {
+        store(b, view, &[m0.into(), head.into(), column.into()], x, 1);
+    });
+    let what = epilogue.what();
+    e.finish(format!("head_linear: {heads} heads, [{tokens} x {k}] · [{k} x {n}]{what}, {} x {}", types[0], types[1]))
 }

@@ -28,7 +28,7 @@ use dsc_ir::tile::{Builder, Ix, ReduceKind, ValueId};
 
 /// The kernel of an [`Op::MhaAttention`] node.
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
-    let Op::MhaAttention { scale, nope, value } = graph.dag[node].op else {
+    let Op::MhaAttention { scale, nope, value, narrow } = graph.dag[node].op else {
         return Err(unsupported(graph, node, "not an mha_attention"));
     };
     let &[q, kv, rope, selected, seqs] = graph.inputs(node).as_slice() else {
@@ -80,8 +80,8 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         let scores = b.dot_t(q_rope, key_rope, Some(scores));
         let scores = causal(b, scores, at, positions, scale * std::f32::consts::LOG2_E);
         let values = part(b, nope, value);
-        let values = seen(b, values, at, last);
-        online_softmax(b, scores, values, carried)
+        let values = seen(b, values, at, last, narrow);
+        online_softmax(b, scores, values, narrow, carried)
     });
     let out = normalized(b, done[1], done[2]);
     let to = b.dtype(y);
@@ -103,14 +103,15 @@ fn causal(b: &mut Builder, scores: ValueId, at: ValueId, positions: ValueId, sca
     })
 }
 
-/// Values `[n, v]` of keys from `at`, zero beyond the last position that counts.
-fn seen(b: &mut Builder, values: ValueId, at: ValueId, last: ValueId) -> ValueId {
-    let n = b.shape(values)[0];
+/// Values `[n, v]` of keys from `at`, zero beyond the last position that counts; in f32, or as stored if `narrow`.
+fn seen(b: &mut Builder, values: ValueId, at: ValueId, last: ValueId, narrow: bool) -> ValueId {
+    let (n, stored) = (b.shape(values)[0], b.dtype(values));
     let values = b.cast(values, DType::F32);
     let rows = b.iota(0, &[n, 1]);
-    b.map(&[values, rows, at, last], |m, v| {
+    let values = b.map(&[values, rows, at, last], |m, v| {
         let (zero, key) = (m.f32(0.0), m.add(v[1], v[2]));
         let visible = m.le(key, v[3]);
         m.select(visible, v[0], zero)
-    })
+    });
+    if narrow { b.cast(values, stored) } else { values }
 }

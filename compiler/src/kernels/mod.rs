@@ -8,11 +8,11 @@
 //! | family | nodes | block of the grid |
 //! |---|---|---|
 //! | [`embed`] | `embed` | tokens × columns |
-//! | [`linear`] | `linear`, `head_linear` | rows × outputs (× sequence or head) |
-//! | [`experts`] | `route`, `expert_linear` | one block; outputs × experts |
+//! | [`linear`] | `linear`, `head_linear`, and fused `product` bodies around them | rows × outputs (× sequence, part or head) |
+//! | [`experts`] | `route`, `expert_linear`, and fused `product` bodies around it | one block; outputs × experts |
 //! | [`rows`] | fused `row` bodies, and each of their ops alone | tokens |
 //! | [`gate`] | fused `gate` bodies, and each of their ops alone | tokens |
-//! | [`sparse_attention`] | fused `sparse_attention` bodies, and each of their ops alone | tokens (× heads or pages) |
+//! | [`sparse_attention`] | fused `sparse_attention` bodies, and each of their ops alone | tokens (× heads or pages × parts) |
 //! | [`mha`] | `mha_attention` | tokens × heads |
 //! | [`cache`] | `cache_latent`, `cache_rope` | pages × sequences |
 //!
@@ -32,6 +32,7 @@ use std::borrow::Cow;
 
 pub mod cache;
 pub mod embed;
+mod epilogue;
 pub mod experts;
 pub mod gate;
 mod heuristics;
@@ -125,7 +126,7 @@ pub fn launches(graph: &Graph, node: NodeId) -> bool {
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
     match &graph.dag[node].op {
         Op::Embed => embed::emit(graph, node, schedule, class),
-        Op::Linear => linear::emit(graph, node, schedule, class),
+        Op::Linear | Op::LinearPartial { .. } => linear::emit(graph, node, schedule, class),
         Op::HeadLinear { .. } => linear::emit_heads(graph, node, schedule, class),
         Op::ExpertLinear { .. } => experts::emit(graph, node, schedule, class),
         Op::Route { .. } => experts::emit_route(graph, node, schedule, class),
@@ -135,7 +136,18 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
             FusedKind::Row => rows::emit(graph, node, schedule, class),
             FusedKind::Gate => gate::emit(graph, node, schedule, class),
             FusedKind::SparseAttention => sparse_attention::emit(graph, node, schedule, class),
+            FusedKind::Product => emit_product(graph, node, schedule, class),
         },
+    }
+}
+
+fn emit_product(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
+    let body = body_of(graph, node)?;
+    let product = epilogue::Epilogue::of(graph, node, &body.body)?.product;
+    match body.body.dag[product].op {
+        Op::HeadLinear { .. } => linear::emit_heads(graph, node, schedule, class),
+        Op::ExpertLinear { .. } => experts::emit(graph, node, schedule, class),
+        _ => linear::emit(graph, node, schedule, class),
     }
 }
 
@@ -144,8 +156,11 @@ pub(crate) fn body_of(graph: &Graph, node: NodeId) -> Result<Cow<'_, Fused>, Ker
     let data = &graph.dag[node];
     let kind = match &data.op {
         Op::Fused(fused) => return Ok(Cow::Borrowed(fused)),
-        Op::IndexerLogits | Op::TopK { .. } | Op::MqaAttention { .. } => FusedKind::SparseAttention,
-        Op::GroupTopK { .. } | Op::TakeAlong | Op::Normalize { .. } => FusedKind::Gate,
+        Op::IndexerLogits | Op::TopK { .. } | Op::MqaAttention { .. } | Op::MqaPartial { .. } => {
+            FusedKind::SparseAttention
+        }
+        Op::GroupTopK { .. } | Op::TakeAlong | Op::Normalize { .. } | Op::Append { .. } => FusedKind::Gate,
+        Op::Linear | Op::LinearPartial { .. } | Op::HeadLinear { .. } | Op::ExpertLinear { .. } => FusedKind::Product,
         op if rows::supports(op) => FusedKind::Row,
         op => return Err(unsupported(graph, node, format!("no kernel computes {op:?}"))),
     };
@@ -180,6 +195,8 @@ pub(crate) fn op_name(op: &Op) -> &'static str {
         Op::RmsNorm { .. } => "rmsnorm",
         Op::LayerNorm { .. } => "layernorm",
         Op::Linear => "linear",
+        Op::LinearPartial { .. } => "linearpartial",
+        Op::SumPartials => "sumpartials",
         Op::HeadLinear { .. } => "headlinear",
         Op::SliceLast { .. } => "slice",
         Op::Reshape => "reshape",
@@ -194,10 +211,13 @@ pub(crate) fn op_name(op: &Op) -> &'static str {
         Op::TopK { .. } => "topk",
         Op::MhaAttention { .. } => "mha",
         Op::MqaAttention { .. } => "mqa",
+        Op::MqaPartial { .. } => "mqapartial",
+        Op::MqaCombine => "mqacombine",
         Op::SwiGlu => "swiglu",
         Op::Sigmoid => "sigmoid",
         Op::GroupTopK { .. } => "grouptopk",
         Op::TakeAlong => "takealong",
+        Op::Append { .. } => "append",
         Op::Normalize { .. } => "normalize",
         Op::ExpertLinear { .. } => "expertlinear",
         Op::Route { .. } => "route",

@@ -48,6 +48,7 @@ pub fn supports(op: &Op) -> bool {
             | Op::SwiGlu
             | Op::Sigmoid
             | Op::WeightedSum
+            | Op::SumPartials
     )
 }
 
@@ -75,7 +76,9 @@ pub(crate) fn emit_body(
         .collect();
     let mut e = Emit::new(graph, node, Some(body), &kernel_name(prefix, &ops));
     let (batch, rows) = row_syms(&e, body)?;
-    let tile = schedule.tile_m.clamp(1, class.max.get(rows).max(1));
+    let most = class.max.get(rows).max(1);
+    let routes = body.dag.node_weights().any(|n| matches!(n.op, Op::Route { .. }));
+    let tile = if routes { most } else { schedule.tile_m.clamp(1, most) };
     let block = e.b.grid(rows, tile);
     let row0 = times(&mut e.b, block, tile);
     let seq = batch.map(|sym| e.b.grid(sym, 1));
@@ -226,6 +229,14 @@ impl Rows<'_> {
             Op::CacheWrite => return self.cache_write(&inputs),
             Op::Arg(_) => return Err(self.e.unsupported("an argument that cannot be read in place")),
             Op::WeightedSum => self.weighted_sum(inputs[0], inputs[1])?,
+            Op::SumPartials => {
+                let width = self.e.dim(inputs[0], 2)?;
+                self.sum_partials(inputs[0], 0, width)?
+            }
+            Op::Append { value } => {
+                let x = self.plain(inputs[0])?;
+                gate::append(&mut self.e.b, x, *value)
+            }
             Op::Dequantize => match self.value(inputs[0])? {
                 Tile::Quant { codes, scales, group } => {
                     let codes = self.e.b.cast(codes, DType::F32);
@@ -260,6 +271,11 @@ impl Rows<'_> {
     }
 
     fn slice_last(&mut self, x: Value, start: u32, len: u32) -> Result<Tile, KernelError> {
+        // Of a sum, only the slice is summed.
+        if self.body.dag[x.node].op == Op::SumPartials && !self.values.contains_key(&x) {
+            let part = self.sum_partials(self.body.inputs(x.node)[0], start, len)?;
+            return Ok(self.rounded(part, x));
+        }
         Ok(match self.value(x)? {
             Tile::Plain(x) => Tile::Plain(columns(&mut self.e.b, x, start, len)),
             Tile::Quant { codes, scales, group } if start.is_multiple_of(group) => Tile::Quant {
@@ -346,6 +362,42 @@ impl Rows<'_> {
             });
         }
         acc.ok_or_else(|| self.e.unsupported("a sum of nothing"))
+    }
+
+    /// `Σ_p x_p` in ascending `p` of columns `start..start + len`.
+    fn sum_partials(&mut self, x: Value, start: u32, len: u32) -> Result<ValueId, KernelError> {
+        let (parts, rows) = (self.e.dim(x, 1)?, self.tile);
+        let view = self.e.read("parts", x)?;
+        let b = &mut self.e.b;
+        let mut total = None;
+        for p in 0..parts {
+            let part = b.load(view, &[self.row0.into(), p.into(), start.into()], &[rows, 1, len]);
+            let part = b.reshape(part, &[rows, len]);
+            total = Some(match total {
+                None => part,
+                Some(total) => sum(b, total, part),
+            });
+        }
+        total.ok_or_else(|| self.e.unsupported("a sum of nothing"))
+    }
+
+    /// Both results of a route of all tokens.
+    fn route(&mut self, node: NodeId, experts: u32) -> Result<(), KernelError> {
+        let ids = self.plain(self.body.inputs(node)[0])?;
+        let output = |o: u32| self.body.outputs.iter().position(|(_, v)| *v == Value { node, output: o });
+        let (Some(order), Some(offsets)) = (output(0), output(1)) else {
+            return Err(self.e.unsupported("a route of which one result is not used"));
+        };
+        let order = self.e.write("order", order as u32, Part::Data, None)?;
+        let offsets = self.e.write("offsets", offsets as u32, Part::Data, None)?;
+        let rows = self.rows;
+        let b = &mut self.e.b;
+        let end = extent(b, rows.into());
+        let shape = b.shape(ids);
+        let numbers = b.iota(0, &[shape[0], 1]);
+        let ids = where_below(b, ids, numbers, end);
+        gate::route(b, ids, experts, order, offsets);
+        Ok(())
     }
 
     fn rope(&mut self, inputs: &[Value], layout: RopeLayout, start: u32) -> Result<ValueId, KernelError> {
@@ -464,6 +516,9 @@ impl Rows<'_> {
     }
 
     fn output(&mut self, output: u32, value: Value) -> Result<(), KernelError> {
+        if let Op::Route { experts } = self.body.dag[value.node].op {
+            return if value.output == 0 { self.route(value.node, experts) } else { Ok(()) };
+        }
         let ty: TensorType = match self.body.ty(value) {
             ValueType::State(_) => return self.value(value).map(|_| ()),
             ValueType::Tensor(ty) => ty.clone(),

@@ -29,7 +29,10 @@
 //! Heads come in tiles of at most 64, so that `acc` stays near; each repeats the gathers, a small part of the products. Attention
 //! with a given selection needs no scores, so heads get a grid axis: that is how one decoded token occupies a whole machine.
 //!
-//! Ops alone: `indexer_logits` writes its `[T, C]` matrix, a page a block; `top_k` reads one.
+//! Ops alone: `indexer_logits` writes its `[T, C]` matrix, a page a block; `top_k` reads one. If all are to be selected below some
+//! length, neither scores nor searches there: visible scores are 0, and what is not −inf is the selection. `mqa_partial` is
+//! attention with a third grid axis: each block takes an equal share of the tiles that hold something, and stores its accumulator as
+//! it is, with maximum and sum; [`epilogue`](super::epilogue) joins them.
 //!
 //! Floors of a token with context `C`: scoring `2 C Hi Di` operations, `C` index rows (shared by the tile's tokens); attention
 //! `2 k H (2 L + R)` operations and `k` latent rows.
@@ -41,7 +44,7 @@ use super::{Class, Emitted, KernelError, Part, body_of, elem_name, several_seque
 use dsc_ir::extent::Sym;
 use dsc_ir::graph::{Graph, NodeId, Op, PAGE_TOKENS};
 use dsc_ir::schedule::Schedule;
-use dsc_ir::tile::{Access, Builder, ReduceKind, ValueId};
+use dsc_ir::tile::{Access, Builder, Ix, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent};
 
 /// Heads that share an accumulator, unless the schedule says otherwise.
@@ -57,8 +60,8 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     match (parts.logits, parts.topk, parts.attention) {
         (Some(_), Some(_), _) => whole(e, &fused.body, &parts, fused.select_all_below, schedule, class),
         (None, None, Some(n)) => attention(e, &fused.body, n, schedule),
-        (Some(n), None, None) => logits(e, &fused.body, n, schedule, class),
-        (None, Some((n, k)), None) => select_from_matrix(e, &fused.body, n, k, schedule, class),
+        (Some(n), None, None) => logits(e, &fused.body, n, fused.select_all_below, schedule, class),
+        (None, Some(topk), None) => select_from_matrix(e, &fused.body, topk, fused.select_all_below, schedule, class),
         _ => Err(e.unsupported("this part of the sparse attention chain; leave its ops unfused")),
     }
 }
@@ -78,7 +81,7 @@ impl Parts {
                 Op::Arg(_) | Op::SliceLast { .. } | Op::Reshape => false,
                 Op::IndexerLogits => parts.logits.replace(n).is_some(),
                 Op::TopK { k } => parts.topk.replace((n, *k)).is_some(),
-                Op::MqaAttention { .. } => parts.attention.replace(n).is_some(),
+                Op::MqaAttention { .. } | Op::MqaPartial { .. } => parts.attention.replace(n).is_some(),
                 _ => true,
             };
             if again {
@@ -101,7 +104,11 @@ impl Parts {
         if let Some(n) = self.attention {
             let q = input(n, 0);
             let shape = &body.tensor(q).shape;
-            name += &format!("_mqa_{}_h{}_l{}", elem_name(body.ty(q)), shape[1].factor, shape[2].factor);
+            let part = match body.dag[n].op {
+                Op::MqaPartial { parts, .. } => format!("part{parts}_"),
+                _ => String::new(),
+            };
+            name += &format!("_mqa_{part}{}_h{}_l{}", elem_name(body.ty(q)), shape[1].factor, shape[2].factor);
         }
         name
     }
@@ -152,7 +159,7 @@ fn whole(
             let end = last_selected(b, row);
             let pick = |b: &mut Builder, j: ValueId| chosen.tile(b, row, j);
             for_each_tile(b, attend.heads, attend.head_tile, |b, head| {
-                attend.emit(b, token, head, indexer.seq, end, &pick);
+                attend.emit(b, token, head, indexer.seq, (end, None), &pick);
             });
         });
     }
@@ -268,6 +275,18 @@ impl Indexer {
         })
     }
 
+    /// f32 `[R, 64]`: 0 for visible keys of a page and −inf for others.
+    fn unscored(&self, b: &mut Builder, j: ValueId) -> ValueId {
+        let first = times(b, j, PAGE_TOKENS);
+        let columns = b.iota(1, &[1, PAGE_TOKENS]);
+        b.map(&[columns, first, self.positions], |m, v| {
+            let (zero, none) = (m.f32(0.0), m.f32(f32::NEG_INFINITY));
+            let key = m.add(v[0], v[1]);
+            let visible = m.le(key, v[2]);
+            m.select(visible, zero, none)
+        })
+    }
+
     /// i32 `[R, k]`.
     fn select(&self, b: &mut Builder, k: u32) -> ValueId {
         let pages = divided(b, self.last, PAGE_TOKENS);
@@ -345,11 +364,20 @@ struct Attend {
     latent: Cached,
     rope: Cached,
     pages: ValueId,
-    y: ValueId,
+    to: To,
     heads: u32,
     head_tile: u32,
     keys: u32,
     scale: f32,
+    narrow: bool,
+}
+
+/// Where attention goes.
+enum To {
+    /// The result.
+    Whole(ValueId),
+    /// Sums, largest scores and totals of so many parts of the selection.
+    Parts([ValueId; 3], u32),
 }
 
 impl Attend {
@@ -363,8 +391,10 @@ impl Attend {
         let &[q_latent, q_rope, state, _, _, pages] = body.inputs(node).as_slice() else {
             return Err(e.unsupported("mqa_attention without its six inputs"));
         };
-        let Op::MqaAttention { scale } = body.dag[node].op else {
-            return Err(e.unsupported("not an mqa_attention"));
+        let (scale, narrow, parts) = match body.dag[node].op {
+            Op::MqaAttention { scale, narrow } => (scale, narrow, None),
+            Op::MqaPartial { scale, narrow, parts } => (scale, narrow, Some(parts)),
+            _ => return Err(e.unsupported("not an mqa_attention")),
         };
         let output = output_of(body, node).ok_or_else(|| e.unsupported("attention that nothing reads"))?;
         let heads = e.dim(q_latent, 1)?;
@@ -379,7 +409,15 @@ impl Attend {
             latent: cache::array(e, state, Array::Latent, Access::Read)?,
             rope: cache::array(e, state, Array::Rope, Access::Read)?,
             pages: e.page_table(pages)?,
-            y: e.write("y", output, Part::Data, None)?,
+            to: match parts {
+                None => To::Whole(e.write("y", output, Part::Data, None)?),
+                Some(parts) => {
+                    let sums = e.write("sums", output, Part::Data, None)?;
+                    let largest = e.write("largest", output + 1, Part::Data, None)?;
+                    To::Parts([sums, largest, e.write("totals", output + 2, Part::Data, None)?], parts)
+                }
+            },
+            narrow,
         })
     }
 
@@ -390,7 +428,7 @@ impl Attend {
         token: ValueId,
         head: ValueId,
         seq: ValueId,
-        end: ValueId,
+        (end, part): (ValueId, Option<ValueId>),
         pick: &dyn Fn(&mut Builder, ValueId) -> ValueId,
     ) {
         let (h, n, l) = (self.head_tile, self.keys, self.latent.columns);
@@ -402,12 +440,16 @@ impl Attend {
         let q_rope = query(b, self.q_rope, self.rope.columns);
         let tiles = plus(b, end, n as i32 - 1);
         let tiles = divided(b, tiles, n);
+        let (lo, hi): (Ix, Ix) = match (&self.to, part) {
+            (To::Parts(_, parts), Some(part)) => share(b, tiles, *parts, part),
+            _ => (0.into(), tiles.into()),
+        };
         let init = [b.full(LOWEST, &[h, 1]), b.full(0.0, &[h, 1]), b.full(0.0, &[h, l])];
-        let done = b.for_(0, tiles, 1, &init, |b, j, carried| {
+        let done = b.for_(lo, hi, 1, &init, |b, j, carried| {
             let chosen = pick(b, j);
             let slots = self.slots(b, chosen, seq);
-            let keys = self.latent.gather(b, slots, n);
-            let rope = self.rope.gather(b, slots, n);
+            let keys = self.latent.gather(b, slots, n, self.narrow);
+            let rope = self.rope.gather(b, slots, n, self.narrow);
             let scores = b.dot_t(q_latent, keys, None);
             let scores = b.dot_t(q_rope, rope, Some(scores));
             let chosen = b.reshape(chosen, &[1, n]);
@@ -416,13 +458,26 @@ impl Attend {
                 let (scaled, empty) = (m.mul(v[0], scale), m.lt(v[1], zero));
                 m.select(empty, none, scaled)
             });
-            online_softmax(b, scores, keys, carried)
+            online_softmax(b, scores, keys, self.narrow, carried)
         });
-        let out = normalized(b, done[1], done[2]);
-        let to = b.dtype(self.y);
-        let out = b.cast(out, to);
-        let out = b.reshape(out, &[1, h, l]);
-        b.store(self.y, &[token.into(), head.into(), 0.into()], out);
+        match (&self.to, part) {
+            (To::Whole(y), _) => {
+                let out = normalized(b, done[1], done[2]);
+                let to = b.dtype(*y);
+                let out = b.cast(out, to);
+                let out = b.reshape(out, &[1, h, l]);
+                b.store(*y, &[token.into(), head.into(), 0.into()], out);
+            }
+            (To::Parts([sums, largest, totals], _), part) => {
+                let part: Ix = part.map_or(0.into(), Ix::from);
+                for (view, x) in [(*largest, done[0]), (*totals, done[1])] {
+                    let x = b.reshape(x, &[1, h, 1]);
+                    b.store(view, &[token.into(), head.into(), part], x);
+                }
+                let x = b.reshape(done[2], &[1, h, 1, l]);
+                b.store(*sums, &[token.into(), head.into(), part, 0.into()], x);
+            }
+        }
     }
 
     /// Slots of positions of a sequence; −1 where a position is −1.
@@ -439,8 +494,27 @@ impl Attend {
     }
 }
 
-/// One step of a softmax in powers of two: scores `[h, n]` and values `[n, l]` join (maximum, sum, accumulator).
-pub(super) fn online_softmax(b: &mut Builder, scores: ValueId, values: ValueId, carried: &[ValueId]) -> Vec<ValueId> {
+/// The tiles of one of `parts` equal shares of `tiles` tiles.
+fn share(b: &mut Builder, tiles: ValueId, parts: u32, part: ValueId) -> (Ix, Ix) {
+    let each = plus(b, tiles, parts as i32 - 1);
+    let each = divided(b, each, parts);
+    let lo = product(b, each, part);
+    let hi = b.map(&[lo, each, tiles], |m, v| {
+        let end = m.add(v[0], v[1]);
+        m.min(end, v[2])
+    });
+    (lo.into(), hi.into())
+}
+
+/// One step of a softmax in powers of two: scores `[h, n]` and values `[n, l]` join (maximum, sum, accumulator). With `narrow`,
+/// probabilities round to the type of the values before they multiply them.
+pub(super) fn online_softmax(
+    b: &mut Builder,
+    scores: ValueId,
+    values: ValueId,
+    narrow: bool,
+    carried: &[ValueId],
+) -> Vec<ValueId> {
     let (max, total, acc) = (carried[0], carried[1], carried[2]);
     let here = b.reduce(scores, 1, ReduceKind::Max);
     let new_max = b.map(&[max, here], |m, v| m.max(v[0], v[1]));
@@ -458,6 +532,8 @@ pub(super) fn online_softmax(b: &mut Builder, scores: ValueId, values: ValueId, 
         m.add(old, v[2])
     });
     let acc = product(b, acc, alpha);
+    let to = if narrow { b.dtype(values) } else { DType::F32 };
+    let p = b.cast(p, to);
     vec![new_max, total, b.dot(p, values, Some(acc))]
 }
 
@@ -480,6 +556,10 @@ fn attention(mut e: Emit, body: &Graph, node: NodeId, schedule: &Schedule) -> Re
     let b = &mut e.b;
     let token = b.grid(Sym::T, 1);
     let head = b.grid(attend.heads, attend.head_tile);
+    let part = match attend.to {
+        To::Parts(_, parts) => Some(b.grid(parts, 1)),
+        To::Whole(_) => None,
+    };
     let head = times(b, head, attend.head_tile);
     let seq = b.load_scalar(seqs, &[token.into()]);
     let row = b.load(selected, &[token.into(), 0.into()], &[1, k]);
@@ -497,12 +577,19 @@ fn attention(mut e: Emit, body: &Graph, node: NodeId, schedule: &Schedule) -> Re
         let width = b.full_i32(k as i32, &[]);
         super::view::where_below(b, tile, columns, width)
     };
-    attend.emit(b, token, head, seq, end, &pick);
+    attend.emit(b, token, head, seq, (end, part), &pick);
     e.finish(format!("sparse attention: {} heads over a given selection of {k}", attend.heads))
 }
 
 /// The `[T, C]` matrix of indexer logits.
-fn logits(mut e: Emit, body: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
+fn logits(
+    mut e: Emit,
+    body: &Graph,
+    node: NodeId,
+    select_all_below: u32,
+    schedule: &Schedule,
+    class: &Class,
+) -> Result<Emitted, KernelError> {
     let rows = tokens_of_block(schedule, class);
     let page = e.b.grid(Sym::C, PAGE_TOKENS);
     let token = e.b.grid(Sym::T, rows);
@@ -513,18 +600,28 @@ fn logits(mut e: Emit, body: &Graph, node: NodeId, schedule: &Schedule, class: &
     let b = &mut e.b;
     let first = times(b, page, PAGE_TOKENS);
     let visible = b.map(&[first, indexer.last], |m, v| m.le(v[0], v[1]));
-    let scores =
-        b.if_(visible, |b| vec![indexer.scores(b, page)], |b| vec![b.full(f32::NEG_INFINITY, &[rows, PAGE_TOKENS])])[0];
+    let wanted = if select_all_below == 0 {
+        visible
+    } else {
+        let context = b.sym(Sym::C);
+        b.map(&[visible, context], |m, v| {
+            let below = m.i32(select_all_below as i32);
+            let long = m.lt(below, v[1]);
+            m.and(v[0], long)
+        })
+    };
+    let scores = b.if_(wanted, |b| vec![indexer.scores(b, page)], |b| vec![indexer.unscored(b, page)])[0];
     b.store(y, &[token.into(), first.into()], scores);
     e.finish("indexer logits of a page a block")
 }
 
-/// Top-k of the rows of a `[T, C]` matrix.
+/// Top-k of the rows of a `[T, C]` matrix. Rows of at most `select_all_below` columns select all that are not −inf, which then
+/// come first: no search.
 fn select_from_matrix(
     mut e: Emit,
     body: &Graph,
-    node: NodeId,
-    k: u32,
+    (node, k): (NodeId, u32),
+    select_all_below: u32,
     schedule: &Schedule,
     class: &Class,
 ) -> Result<Emitted, KernelError> {
@@ -539,18 +636,40 @@ fn select_from_matrix(
     let token = b.grid(Sym::T, rows);
     let token = times(b, token, rows);
     let end = super::view::extent(b, width);
-    let state = b.topk_init(rows, k);
-    let state = b.for_(0, end, step, &[state], |b, at, state| {
-        let values = b.load(x, &[token.into(), at.into()], &[rows, step]);
-        let columns = b.iota(1, &[1, step]);
-        let values = b.map(&[values, columns, at, end], |m, v| {
-            let column = m.add(v[1], v[2]);
-            let (inside, none) = (m.lt(column, v[3]), m.f32(f32::NEG_INFINITY));
-            m.select(inside, v[0], none)
+    let search = |b: &mut Builder| {
+        let state = b.topk_init(rows, k);
+        let state = b.for_(0, end, step, &[state], |b, at, state| {
+            let values = b.load(x, &[token.into(), at.into()], &[rows, step]);
+            let columns = b.iota(1, &[1, step]);
+            let values = b.map(&[values, columns, at, end], |m, v| {
+                let column = m.add(v[1], v[2]);
+                let (inside, none) = (m.lt(column, v[3]), m.f32(f32::NEG_INFINITY));
+                m.select(inside, v[0], none)
+            });
+            vec![b.topk_push(state[0], values, at)]
+        })[0];
+        b.topk_take(state).1
+    };
+    let all = |b: &mut Builder| {
+        let values = b.load(x, &[token.into(), 0.into()], &[rows, k]);
+        let columns = b.iota(1, &[rows, k]);
+        b.map(&[values, columns, end], |m, v| {
+            let (lowest, none) = (m.f32(f32::NEG_INFINITY), m.i32(-1));
+            let (some, inside) = (m.lt(lowest, v[0]), m.lt(v[1], v[2]));
+            let here = m.and(some, inside);
+            m.select(here, v[1], none)
+        })
+    };
+    let below = select_all_below.min(k);
+    let numbers = if below == 0 {
+        search(b)
+    } else {
+        let short = b.map(&[end], |m, v| {
+            let below = m.i32(below as i32);
+            m.le(v[0], below)
         });
-        vec![b.topk_push(state[0], values, at)]
-    })[0];
-    let (_, numbers) = b.topk_take(state);
+        b.if_(short, |b| vec![all(b)], |b| vec![search(b)])[0]
+    };
     b.store(y, &[token.into(), 0.into()], numbers);
     e.finish(format!("top {k} of a matrix of scores"))
 }

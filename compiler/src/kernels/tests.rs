@@ -15,6 +15,7 @@ use dsc_ir::graph::{
     Elem, Fused, PAGE_TOKENS, Quant, RopeLayout, State, StateFormat, StepInput, TensorType, ValueType, Weight,
 };
 use dsc_ir::tile::interp::{Binding, Options, block_count, run_blocks};
+use dsc_ir::tile::{self, Region};
 use dsc_ir::{Extent, SymValues};
 use std::collections::HashMap;
 use std::path::Path;
@@ -367,14 +368,18 @@ fn compare(name: &str, expected: &TensorData<f32>, (data, scales): &Made, ty: &T
             close(name, e, &decode(dtype, data), tolerance);
         }
         (Data::Quant { scales: s, .. }, _) => {
-            close(name, s, &decode(DType::F32, scales), 1e-6);
+            let got_scales = decode(DType::F32, scales);
+            // Of cached codes the interpreter knows what they stand for only: it may write the same with half the scale.
+            if !name.contains("cachelatent") {
+                close(name, s, &got_scales, 1e-6);
+            }
             let columns = *expected.shape.last().unwrap();
             let Elem::Quant(q) = ty.elem else { panic!("{name}: plain for quantised") };
             let groups = columns.div_ceil(q.block[1] as usize);
             let got: Vec<f32> = decode(DType::E4m3, data)
                 .iter()
                 .enumerate()
-                .map(|(i, c)| c * s[i / columns * groups + i % columns / q.block[1] as usize])
+                .map(|(i, c)| c * got_scales[i / columns * groups + i % columns / q.block[1] as usize])
                 .collect();
             close(name, expected.values(), &got, 0.1);
         }
@@ -689,7 +694,7 @@ fn sparse(lab: &mut Lab, index: StateFormat, latent: StateFormat, k: u32, below:
     let (ql, qr) = (lab.act(DType::F32, &[6, l]), lab.act(DType::F32, &[6, rope + 8]));
     let qr = lab.op(Op::SliceLast { start: 8, len: rope }, &[qr], f32s(dims![T, 6, rope]));
     let (logits_ty, selected_ty) = (f32s(dims![T, Sym::C]), plain(DType::I32, dims![T, k]));
-    let (logits, topk, mqa) = (Op::IndexerLogits, Op::TopK { k }, Op::MqaAttention { scale: 0.17 });
+    let (logits, topk, mqa) = (Op::IndexerLogits, Op::TopK { k }, Op::MqaAttention { scale: 0.17, narrow: false });
     let o_ty = plain(DType::F32, dims![T, 6, l]);
     let args = [q, weights, keys, positions, seqs, pages, ql, qr, rows];
     match form {
@@ -806,7 +811,7 @@ fn mha_of_short_contexts() {
         let w = lab.weight(plain(dtype, dims![6 * (40 + 24), 48]));
         let kv = lab.op(Op::Linear, &[c, w], plain(dtype, dims![Sym::S, Sym::C, 6 * 64]));
         let q = lab.act(dtype, &[6, 56]);
-        let op = Op::MhaAttention { scale: 0.13, nope: 40, value: 24 };
+        let op = Op::MhaAttention { scale: 0.13, nope: 40, value: 24, narrow: false };
         let o = lab.op(op, &[q, kv, rope, selected, seqs], plain(dtype, dims![T, 6 * 24]));
         lab.out(o);
         lab.check(&[sequence(70, 0), sequence(1, 70), sequence(5, 71)]);
@@ -857,12 +862,18 @@ fn aliases_become_strided_views() {
 }
 
 /// The graph of a model after all passes, with every result of a launch as an output, and random weights.
-fn model(config: &ModelConfig, numerics: Numerics, target_fp8: bool, class: &Class, seed: u64) -> Lab {
+fn model(config: &ModelConfig, numerics: Numerics, (target_fp8, blocks): (bool, u32), class: &Class, seed: u64) -> Lab {
     let options = BuildOptions { numerics, layers: None, max_context: 512 };
     let mut lab = Lab::new(seed);
     lab.g = front::model::build(config, &options);
-    let cx =
-        Cx { class: class.clone(), target_fp8, bf16_weights: false, numerics, index_topk: config.index_topk as u32 };
+    let cx = Cx {
+        class: class.clone(),
+        target_fp8,
+        bf16_weights: false,
+        blocks,
+        numerics,
+        index_topk: config.index_topk as u32,
+    };
     passes::run(&mut lab.g, &cx, &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e}"));
     for weight in lab.g.weights.clone() {
         let shape = weight.ty.shape.iter().map(|e| e.constant().unwrap_or(512) as usize).collect::<Vec<_>>();
@@ -895,20 +906,26 @@ fn every_launch_of_small_models() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
     for name in ["v32-tiny", "glm-tiny", "v32-heads-fp8"] {
         let config = ModelConfig::read(&golden.join(name)).unwrap_or_else(|e| panic!("{e}"));
-        for (numerics, target_fp8) in
-            [(Numerics::Exact, false), (Numerics::Deployed, false), (Numerics::Deployed, true)]
-        {
+        for (numerics, target_fp8, blocks) in [
+            (Numerics::Exact, false, 0),
+            (Numerics::Deployed, false, 0),
+            (Numerics::Deployed, true, 0),
+            (Numerics::Exact, false, 132),
+            (Numerics::Deployed, true, 132),
+        ] {
             // The widest model is slow here: once, as deployed.
             let wide = name == "v32-heads-fp8";
             if wide && !target_fp8 {
                 continue;
             }
-            for keep_mha in [false, true] {
+            // Steps of many tokens, and, where it makes a difference, of few.
+            let few = if blocks > 0 { vec![200, 64] } else { vec![64] };
+            for (keep_mha, tokens) in [false, true].into_iter().flat_map(|mha| few.iter().map(move |&t| (mha, t))) {
                 let k = config.index_topk as u32;
                 let context = if keep_mha { k } else { 512 };
-                let max = SymValues([64, 1, 8, 64, 8, context]);
+                let max = SymValues([tokens, 1, 8, tokens, 8, context]);
                 let class = Class { name: "test".into(), max, keep_mha };
-                let mut lab = model(&config, numerics, target_fp8, &class, 14);
+                let mut lab = model(&config, numerics, (target_fp8, blocks), &class, 14);
                 lab.races = !wide;
                 lab.schedule = Schedule { tile_m: 4, tile_n: 32, tile_k: 128, ..Schedule::default() };
                 let first = if keep_mha { k - 1 } else { k + 9 };
@@ -950,7 +967,9 @@ fn every_launch_of_full_models_has_a_program() {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
     for name in ["deepseek-v3.2", "glm-5"] {
         let config = ModelConfig::read(&examples.join(name)).unwrap_or_else(|e| panic!("{e}"));
-        for (numerics, target_fp8) in [(Numerics::Exact, false), (Numerics::Deployed, true)] {
+        for (numerics, target_fp8, blocks) in
+            [(Numerics::Exact, false, 0), (Numerics::Deployed, true, 0), (Numerics::Deployed, true, 132)]
+        {
             let options = BuildOptions { numerics, layers: Some(vec![0, 5]), max_context: 163_840 };
             let graph = front::model::build(&config, &options);
             for (tokens, seqs, context, keep_mha) in
@@ -963,15 +982,39 @@ fn every_launch_of_full_models_has_a_program() {
                     class: class.clone(),
                     target_fp8,
                     bf16_weights: false,
+                    blocks,
                     numerics,
                     index_topk: config.index_topk as u32,
                 };
                 passes::run(&mut g, &cx, &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e}"));
                 for node in g.dag.node_indices().filter(|&n| launches(&g, n)) {
-                    let schedule = default_schedule(&shape_of(&g, node, &class), &class);
-                    emit(&g, node, &schedule, &class).unwrap_or_else(|e| panic!("{e}"));
+                    let shape = shape_of(&g, node, &class);
+                    let schedule = match blocks {
+                        0 => default_schedule(&shape, &class),
+                        _ => Schedule::wide(&shape, tokens),
+                    };
+                    let made = emit(&g, node, &schedule, &class).unwrap_or_else(|e| panic!("{e}"));
+                    if target_fp8 && numerics == Numerics::Deployed {
+                        check_dots(&made.program, &made.program.body);
+                    }
                 }
             }
+        }
+    }
+}
+
+/// Deployed numerics on a target with matrix units: both operands of every product are e4m3, or both bf16.
+fn check_dots(program: &Program, region: &Region) {
+    for inst in &region.insts {
+        match &inst.op {
+            tile::Op::Dot { a, b, .. } => {
+                let types = [a, b].map(|&v| program.tile(v).map(|t| t.dtype));
+                let fits = [[Some(DType::E4m3); 2], [Some(DType::Bf16); 2]].contains(&types);
+                assert!(fits, "{}: a product of {types:?}", program.name);
+            }
+            tile::Op::For { body, .. } => check_dots(program, body),
+            tile::Op::If { then, otherwise, .. } => [then, otherwise].into_iter().for_each(|r| check_dots(program, r)),
+            _ => {}
         }
     }
 }

@@ -39,11 +39,12 @@ fn products(graph: &Graph, node: NodeId, below: u32) -> Option<(DType, Term)> {
         Op::Linear | Op::HeadLinear { .. } | Op::ExpertLinear { .. } => {
             Some((both(0, 1), Term::of(2, &[out(), vec![last(0)]].concat())))
         }
+        Op::LinearPartial { .. } => Some((both(0, 1), Term::of(2, &[shape(0), shape(1)[..1].to_vec()].concat()))),
         Op::IndexerLogits => {
             let scores = Term::of(2, &shape(0)[1..]).times(Count::Pairs(u32::MAX));
             Some((both(0, 2), Term { context_above: below, ..scores }))
         }
-        Op::MqaAttention { .. } => {
+        Op::MqaAttention { .. } | Op::MqaPartial { .. } => {
             // Scores over latent and rope key, then the sum of latents.
             let (latent, rope) = (last(0).factor, last(1).factor);
             let each = latent.saturating_mul(2).saturating_add(rope);
@@ -144,7 +145,7 @@ fn cached(graph: &Graph, node: NodeId, ty: &ValueType, below: u32) -> Option<Ter
         Op::CacheLatent => Some(Term::of(row - rope_bytes(*format), &context)),
         Op::CacheRope => Some(Term::of(rope_bytes(*format), &context)),
         Op::IndexerLogits => Some(Term { context_above: below, ..Term::of(row, &context) }),
-        Op::MqaAttention { .. } => {
+        Op::MqaAttention { .. } | Op::MqaPartial { .. } => {
             let selected = graph.tensor(inputs[3]).shape.last()?.constant()?;
             Some(Term::of(row, &[Sym::S.into()]).times(Count::AtMost(Sym::C.into(), selected)))
         }

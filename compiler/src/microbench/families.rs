@@ -422,7 +422,7 @@ impl Case {
         let q_rope = self.act("q_rope", choice.act(), &[heads, rope]);
         let cache = self.state("latent", choice.latent());
         let (seqs, pages) = (self.input(StepInput::Seqs), self.input(StepInput::PageTable));
-        let op = Op::MqaAttention { scale: ((latent + rope) as f32).sqrt().recip() };
+        let op = Op::MqaAttention { scale: ((latent + rope) as f32).sqrt().recip(), narrow: false };
         let inputs = [q_latent, q_rope, cache, selected, seqs, pages];
         self.op("kernel.attention", op, &inputs, choice.act(), dims![T, heads, latent])
     }
@@ -502,7 +502,7 @@ fn mha(choice: &Choice) -> Case {
     let kv = case.op("setup.kv", Op::Linear, &[latent, w], dtype, dims![Sym::S, Sym::C, columns]);
     let selected = case.selection("setup", choice, 1, 16, choice.get("context"));
     let q = case.act("q", dtype, &[heads, nope.saturating_add(rope)]);
-    let op = Op::MhaAttention { scale: ((nope + rope) as f32).sqrt().recip(), nope, value };
+    let op = Op::MhaAttention { scale: ((nope + rope) as f32).sqrt().recip(), nope, value, narrow: false };
     let y = case.op("kernel", op, &[q, kv, k_rope, selected, seqs], dtype, dims![T, heads.saturating_mul(value)]);
     case.done(y)
 }

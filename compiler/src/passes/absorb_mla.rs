@@ -60,7 +60,7 @@ struct Mha {
 
 impl Mha {
     fn find(graph: &Graph, node: NodeId) -> Option<Mha> {
-        let Op::MhaAttention { scale, nope, value } = graph.dag[node].op else { return None };
+        let Op::MhaAttention { scale, nope, value, .. } = graph.dag[node].op else { return None };
         let &[q, kv, rope, selected, seqs] = graph.inputs(node).as_slice() else { return None };
         let linear = base(graph, kv).node;
         if graph.dag[linear].op != Op::Linear || graph.dag[rope.node].op != Op::CacheRope {
@@ -112,7 +112,12 @@ fn absorb(graph: &mut Graph, cx: &Cx, mha: &Mha) {
     let q_latent = graph.add1(format!("{name}.q_latent"), op, &[q_nope, weight], of(q_type.elem, latent));
 
     let inputs = [q_latent, q_rope, mha.state, mha.selected, mha.seqs, mha.page_table];
-    let o_latent = graph.add1(name.clone(), Op::MqaAttention { scale: mha.scale }, &inputs, of(q_type.elem, latent));
+    let o_latent = graph.add1(
+        name.clone(),
+        Op::MqaAttention { scale: mha.scale, narrow: false },
+        &inputs,
+        of(q_type.elem, latent),
+    );
 
     let old = Value { node: mha.node, output: 0 };
     let o_type = graph.tensor(old).clone();

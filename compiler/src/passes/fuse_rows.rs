@@ -73,9 +73,14 @@ pub(super) fn is_row_op(op: &Op) -> bool {
             | Op::CacheWrite
             | Op::SwiGlu
             | Op::WeightedSum
+            | Op::SumPartials
             | Op::TakeRows
             | Op::Sigmoid
     )
+}
+
+fn is_product(op: &Op) -> bool {
+    matches!(op, Op::Linear | Op::LinearPartial { .. } | Op::ExpertLinear { .. } | Op::HeadLinear { .. })
 }
 
 /// The symbolic dims of what the op makes; for a cache write, of the slots. `None`: constant, or a product of matrices.
@@ -170,10 +175,7 @@ impl<'a> Clusters<'a> {
 
     /// Clusters that made the activations of the matrix products that a row op reads.
     fn products_read(&self, node: usize) -> Vec<Read> {
-        let products = self
-            .values_read(node)
-            .into_iter()
-            .filter(|&(from, _)| matches!(self.op(from), Op::Linear | Op::ExpertLinear { .. } | Op::HeadLinear { .. }));
+        let products = self.values_read(node).into_iter().filter(|&(from, _)| is_product(self.op(from)));
         products.map(|(from, _)| (self.cluster[self.producers[from][0]], 0)).collect()
     }
 

@@ -7,7 +7,19 @@
 //! o  = mqa_attention ql, qr, s, sel, seqs, pages        }
 //! ```
 //!
-//! The first attention that reads a selection takes the indexer with it. `sel` is a second result if something else wants it: a
+//! Where launches run all blocks at once ([`Cx::blocks`]) the chain is cut, so that each part has many blocks:
+//!
+//! ```text
+//! many tokens (a block's tokens fill the target)         few tokens
+//! sel = fused sparse_attention (..) { logits, topk }     l = fused sparse_attention (..) { logits }    pages x tokens
+//! o = fused sparse_attention (..) { mqa_attention }      sel = fused sparse_attention (l) { topk }     tokens
+//!                                                        p, m, t = mqa_partial[parts=16] ..            tokens x heads x parts
+//!                                                        o = mqa_combine p, m, t
+//! ```
+//!
+//! With few tokens `l` is a matrix in memory, of fewer rows than the target has blocks; with many it never is.
+//!
+//! Elsewhere the first attention that reads a selection takes the indexer with it. `sel` is a second result if something else wants it: a
 //! later layer that shares the selection (whose attention becomes a node of its own), or the tap `topk.i`. A selection that no
 //! MQA attention reads (the MHA class) becomes a node with the selection as its result.
 //!
@@ -19,10 +31,14 @@
 
 use super::Cx;
 use super::outline::{escaping, is_convex, outline};
-use dsc_ir::graph::{FusedKind, Graph, NodeId, Op};
+use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, TensorType, Value, ValueType};
+use dsc_ir::{DType, Extent, Sym};
 
 /// See the top of the file. Returns the number of fused nodes made.
-pub fn fuse_sparse_attention(graph: &mut Graph, _cx: &Cx) -> usize {
+pub fn fuse_sparse_attention(graph: &mut Graph, cx: &Cx) -> usize {
+    if cx.blocks > 0 {
+        return cut(graph, cx);
+    }
     let mut fused = 0;
     for attention in nodes(graph, |op| matches!(op, Op::MqaAttention { .. })) {
         let mut members = indexer_of(graph, attention);
@@ -42,6 +58,58 @@ pub fn fuse_sparse_attention(graph: &mut Graph, _cx: &Cx) -> usize {
     fused
 }
 
+/// Heads that share a block of a split attention, and selected keys that are worth one.
+const HEADS: u32 = 64;
+const KEYS: u32 = 128;
+
+fn cut(graph: &mut Graph, cx: &Cx) -> usize {
+    let few = cx.few_tokens();
+    let mut fused = 0;
+    for attention in nodes(graph, |op| matches!(op, Op::MqaAttention { .. })) {
+        let parts = if few { parts(graph, cx, attention) } else { 1 };
+        if parts > 1 {
+            split(graph, attention, parts)
+        } else {
+            fuse(graph, &[attention])
+        }
+        fused += 1;
+    }
+    for topk in nodes(graph, |op| matches!(op, Op::TopK { .. })) {
+        let Some(logits) = logits_of(graph, topk) else { continue };
+        if few && !cx.class.keep_mha {
+            fuse(graph, &[logits]);
+            fuse(graph, &[topk]);
+        } else {
+            fuse(graph, &[logits, topk]);
+        }
+        fused += 1;
+    }
+    fused
+}
+
+/// Parts of the selected keys such that all blocks together fill the target.
+fn parts(graph: &Graph, cx: &Cx, attention: NodeId) -> u32 {
+    let inputs = graph.inputs(attention);
+    let dim = |v: Value, d: usize| graph.tensor(v).shape[d].constant().unwrap_or(1);
+    let blocks = cx.class.max.get(Sym::T) * dim(inputs[0], 1).div_ceil(HEADS);
+    (cx.blocks / blocks.max(1)).min(dim(inputs[3], 1) / KEYS).min(16)
+}
+
+fn split(graph: &mut Graph, attention: NodeId, parts: u32) {
+    let Op::MqaAttention { scale, narrow } = graph.dag[attention].op else { unreachable!("chosen as one") };
+    let old = Value { node: attention, output: 0 };
+    let (name, ty, inputs) = (graph.dag[attention].name.clone(), graph.tensor(old).clone(), graph.inputs(attention));
+    let mut shape = ty.shape.clone();
+    shape.insert(2, parts.into());
+    let f32s = |shape: &[Extent]| ValueType::Tensor(TensorType::plain(DType::F32, shape));
+    let types = vec![f32s(&shape), f32s(&shape[..3]), f32s(&shape[..3])];
+    let node = graph.add(name.clone(), Op::MqaPartial { scale, narrow, parts }, &inputs, types);
+    let made = [0, 1, 2].map(|output| Value { node, output });
+    let joined = graph.add1(format!("{name}.combine"), Op::MqaCombine, &made, ty);
+    graph.replace_uses(old, joined);
+    graph.detach(attention);
+}
+
 fn nodes(graph: &Graph, wanted: impl Fn(&Op) -> bool) -> Vec<NodeId> {
     graph.order().into_iter().filter(|&n| wanted(&graph.dag[n].op)).collect()
 }
@@ -58,7 +126,8 @@ fn logits_of(graph: &Graph, topk: NodeId) -> Option<NodeId> {
     if !matches!(graph.dag[topk].op, Op::TopK { .. }) {
         return None;
     }
-    let logits = graph.inputs(topk)[0];
+    // None: an earlier attention has taken it.
+    let logits = *graph.inputs(topk).first()?;
     let private = graph.users(logits).len() == 1 && !graph.is_output(logits);
     (private && graph.dag[logits.node].op == Op::IndexerLogits).then_some(logits.node)
 }

@@ -109,7 +109,7 @@ fn merge(graph: &mut Graph, key: &Key, linears: Vec<Projection>) -> usize {
         let (name, ty) = (graph.dag[part.node].name.clone(), graph.tensor(old).clone());
         let slice = graph.add1(name, Op::SliceLast { start, len: part.rows }, &[merged], ty);
         graph.replace_uses(old, slice);
-        graph.dag.remove_node(part.node);
+        graph.detach(part.node);
         start += part.rows;
     }
     parts.len() - 1

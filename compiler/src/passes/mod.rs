@@ -5,20 +5,25 @@
 //!
 //! **Invariants.** A pass never changes what a graph output means (its rounding, at most, and then its file says so). After every
 //! pass the graph verifies. Passes know the class of steps they compile for and two facts about the target ([`Cx`]): they never
-//! name a target. Fused bodies are made by `outline` only, and only of sets that it found convex.
+//! name a target. Fused bodies are made by `outline` only, and only of sets that it found convex. Passes cut nodes off rather than
+//! remove them: ids are not used again within a pass, so what is done to each of many equal layers comes out equal.
 
 mod absorb_mla;
 mod compact_tables;
 mod expand_fp8;
 mod fuse_gate;
+mod fuse_products;
 mod fuse_rows;
 mod fuse_sparse_attention;
 mod group_experts;
+mod match_operands;
 mod merge_projections;
+mod merge_shared_expert;
 mod narrow_weights;
 mod outline;
 mod share_repeats;
 mod skip_short_selection;
+mod split_products;
 #[cfg(test)]
 mod tests;
 
@@ -26,18 +31,22 @@ pub use absorb_mla::absorb_mla;
 pub use compact_tables::compact_tables;
 pub use expand_fp8::expand_fp8;
 pub use fuse_gate::fuse_gate;
+pub use fuse_products::fuse_products;
 pub use fuse_rows::fuse_rows;
 pub use fuse_sparse_attention::fuse_sparse_attention;
 pub use group_experts::group_experts;
+pub use match_operands::match_operands;
 pub use merge_projections::merge_projections;
+pub use merge_shared_expert::merge_shared_expert;
 pub use narrow_weights::narrow_weights;
 pub use share_repeats::share_repeats;
 pub use skip_short_selection::skip_short_selection;
+pub use split_products::split_products;
 
-use dsc_ir::SymValues;
 use dsc_ir::artifact::Numerics;
 use dsc_ir::graph::verify::verify;
 use dsc_ir::graph::{Graph, Op};
+use dsc_ir::{Sym, SymValues};
 use std::time::{Duration, Instant};
 
 /// The steps one compiled step graph serves: the passes choose forms by it, the kernels choose tiles.
@@ -63,10 +72,21 @@ pub struct Cx {
     pub target_fp8: bool,
     /// Whether every matrix of the checkpoint is exactly bf16 (false if the weights are not known).
     pub bf16_weights: bool,
+    /// Blocks that a launch needs to fill the target, where it runs all of them at once; 0 where a few workers take them one
+    /// after another. If not 0, work is split over more and smaller launches rather than done by few blocks.
+    pub blocks: u32,
     /// Numerics of the artifact.
     pub numerics: Numerics,
     /// Keys the indexer selects.
     pub index_topk: u32,
+}
+
+impl Cx {
+    /// Whether steps have so few tokens that blocks of tokens alone do not fill the target: work splits over keys, contracted
+    /// columns and pages too.
+    fn few_tokens(&self) -> bool {
+        self.class.max.get(Sym::T) < self.blocks
+    }
 }
 
 /// A pass left a graph that the verifier rejects: a defect of that pass (of the front end, if `pass` is `input`).
@@ -84,12 +104,16 @@ pub const PASSES: &[&str] = &[
     "share_repeats",
     "absorb_mla",
     "expand_fp8",
+    "match_operands",
     "narrow_weights",
+    "merge_shared_expert",
     "merge_projections",
+    "split_products",
     "fuse_sparse_attention",
     "skip_short_selection",
-    "fuse_gate",
     "group_experts",
+    "fuse_gate",
+    "fuse_products",
     "fuse_rows",
     "compact_tables",
 ];
@@ -108,6 +132,7 @@ pub fn run(
         let start = Instant::now();
         pass(graph, cx);
         graph.remove_dead();
+        graph.close_gaps();
         observer(name, graph, start.elapsed());
         check(name, graph)
     };
@@ -116,14 +141,18 @@ pub fn run(
     stage("share_repeats", share_repeats)?;
     stage("absorb_mla", absorb_mla)?;
     stage("expand_fp8", expand_fp8)?;
+    stage("match_operands", match_operands)?;
     stage("narrow_weights", narrow_weights)?;
+    stage("merge_shared_expert", merge_shared_expert)?;
     stage("merge_projections", merge_projections)?;
+    stage("split_products", split_products)?;
 
     // Kernels: what is launched together.
     stage("fuse_sparse_attention", fuse_sparse_attention)?;
     stage("skip_short_selection", skip_short_selection)?;
-    stage("fuse_gate", fuse_gate)?;
     stage("group_experts", group_experts)?;
+    stage("fuse_gate", fuse_gate)?;
+    stage("fuse_products", fuse_products)?;
     stage("fuse_rows", fuse_rows)?;
 
     // Tables: what the artifact lists.

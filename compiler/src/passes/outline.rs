@@ -134,25 +134,11 @@ impl Making {
     }
 }
 
-/// Removes the members and the views of them that nothing uses any more.
+/// Cuts off the members and the views of them, which nothing else uses any more.
 fn remove(graph: &mut Graph, members: &[NodeId]) {
-    let mut views: Vec<NodeId> = members.iter().flat_map(|&m| graph.dag.neighbors(m)).collect();
-    views.retain(|&n| is_view(&graph.dag[n].op));
-    for &m in members {
-        graph.dag.remove_node(m);
-    }
-    // Depth first: a view goes after the views of it.
-    while let Some(&view) = views.last() {
-        let next: Vec<NodeId> = if graph.dag.contains_node(view) {
-            graph.dag.neighbors(view).filter(|&n| is_view(&graph.dag[n].op)).collect()
-        } else {
-            Vec::new()
-        };
-        if next.is_empty() {
-            views.pop();
-            graph.dag.remove_node(view);
-        } else {
-            views.extend(next);
-        }
+    let mut work: Vec<NodeId> = members.to_vec();
+    while let Some(node) = work.pop() {
+        work.extend(graph.dag.neighbors(node).filter(|&n| is_view(&graph.dag[n].op)));
+        graph.detach(node);
     }
 }

@@ -32,7 +32,7 @@ pub fn share_repeats(graph: &mut Graph, _cx: &Cx) -> usize {
         for output in 0..outputs {
             graph.replace_uses(Value { node, output }, Value { node: kept, output });
         }
-        graph.dag.remove_node(node);
+        graph.detach(node);
         shared += 1;
     }
     shared

@@ -58,22 +58,25 @@ pub fn arity(op: &Op) -> (usize, usize) {
         | Op::Sigmoid
         | Op::GroupTopK { .. }
         | Op::Normalize { .. }
+        | Op::SumPartials
+        | Op::Append { .. }
         | Op::Route { .. } => (1, 1),
         Op::Embed
         | Op::TakeRows
         | Op::Add
         | Op::RmsNorm { .. }
         | Op::Linear
+        | Op::LinearPartial { .. }
         | Op::HeadLinear { .. }
         | Op::CacheLatent
         | Op::CacheRope
         | Op::SwiGlu
         | Op::TakeAlong
         | Op::WeightedSum => (2, 2),
-        Op::LayerNorm { .. } | Op::Rope { .. } => (3, 3),
+        Op::LayerNorm { .. } | Op::Rope { .. } | Op::MqaCombine => (3, 3),
         Op::CacheWrite | Op::ExpertLinear { .. } => (3, 4),
         Op::MhaAttention { .. } => (5, 5),
-        Op::IndexerLogits | Op::MqaAttention { .. } => (6, 6),
+        Op::IndexerLogits | Op::MqaAttention { .. } | Op::MqaPartial { .. } => (6, 6),
         Op::Fused(_) => (0, usize::MAX),
     }
 }
@@ -95,7 +98,9 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
     | Op::RmsNorm { eps: x }
     | Op::LayerNorm { eps: x }
     | Op::MhaAttention { scale: x, .. }
-    | Op::MqaAttention { scale: x }
+    | Op::MqaAttention { scale: x, .. }
+    | Op::MqaPartial { scale: x, .. }
+    | Op::Append { value: x }
     | Op::Normalize { factor: x, .. } = op
         && !x.is_finite()
     {
@@ -113,6 +118,17 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
         Op::Add | Op::SwiGlu => cx.pair(op),
         Op::RmsNorm { .. } | Op::LayerNorm { .. } => cx.norm(),
         Op::Linear => cx.linear(),
+        Op::LinearPartial { parts } => {
+            positive("parts", *parts)?;
+            let [Rule::Tensor(shape, _)] = &cx.linear()?[..] else { return Err("x is no matrix".into()) };
+            let &[t, n] = shape.as_slice() else { return Err(format!("the result is {shape:?}, wants 2 dims")) };
+            one(vec![t, (*parts).into(), n], Elems::Is(Elem::Plain(DType::F32)))
+        }
+        Op::SumPartials => {
+            let x = cx.typed(0, DType::F32, 3)?;
+            constant(x.shape[1], "parts")?;
+            one(vec![x.shape[0], x.shape[2]], Elems::Float)
+        }
         Op::HeadLinear { first, count, transposed } => cx.head_linear(*first, *count, *transposed),
         Op::SliceLast { start, len } => cx.slice_last(*start, *len),
         Op::Reshape => cx.reshape(declared),
@@ -134,7 +150,7 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
             _ => Err("input 0 is not quantised".into()),
         },
         Op::CacheWrite => cx.cache_write(),
-        Op::CacheLatent | Op::CacheRope => cx.cache_read(op),
+        Op::CacheLatent | Op::CacheRope => cx.cache_read(op, declared),
         Op::IndexerLogits => cx.indexer_logits(),
         Op::TopK { k } => {
             let x = cx.typed(0, DType::F32, 2)?;
@@ -142,9 +158,33 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
             one(vec![x.shape[0], (*k).into()], Elems::Is(Elem::Plain(DType::I32)))
         }
         Op::MhaAttention { nope, value, .. } => cx.mha(*nope, *value),
-        Op::MqaAttention { .. } => cx.mqa(),
+        Op::MqaAttention { .. } => one(cx.mqa()?, Elems::Float),
+        Op::MqaPartial { parts, .. } => {
+            positive("parts", *parts)?;
+            let mut shape = cx.mqa()?;
+            shape.insert(2, (*parts).into());
+            let f32s = Elems::Is(Elem::Plain(DType::F32));
+            let each = Rule::Tensor(shape[..3].to_vec(), f32s);
+            Ok(vec![Rule::Tensor(shape, f32s), each.clone(), each])
+        }
+        Op::MqaCombine => {
+            let [t, h, p, l] = dims(cx.typed(0, DType::F32, 4)?, "sums")?;
+            constant(p, "parts")?;
+            cx.shaped(1, "largest", DType::F32, &[t, h, p])?;
+            cx.shaped(2, "totals", DType::F32, &[t, h, p])?;
+            one(vec![t, h, l], Elems::Float)
+        }
         Op::GroupTopK { groups, keep, k } => cx.group_topk(*groups, *keep, *k),
         Op::ExpertLinear { per_token } => cx.expert_linear(*per_token),
+        Op::Append { .. } => {
+            let x = cx.tensor(0)?;
+            let [t, k] = dims(x, "x")?;
+            let k = constant(k, "columns")?.checked_add(1).ok_or("a dim overflows")?;
+            match x.elem {
+                Elem::Quant(_) => Err("x is quantised".into()),
+                elem => one(vec![t, k.into()], Elems::Is(elem)),
+            }
+        }
         Op::Route { experts } => {
             let ids = cx.typed(0, DType::I32, 2)?;
             let per_token = ids.shape[1].constant().ok_or("the experts of a token must be constant in number")?;
@@ -412,11 +452,16 @@ impl<'a> Inputs<'a> {
         Ok(vec![Rule::State(format)])
     }
 
-    fn cache_read(&self, op: &Op) -> Result<Vec<Rule>, String> {
+    fn cache_read(&self, op: &Op, declared: &[ValueType]) -> Result<Vec<Rule>, String> {
         let (latent, rope) = self.latent(0)?;
         let s = self.page_table(1)?;
         let columns = if matches!(op, Op::CacheLatent) { latent } else { rope };
-        Ok(vec![Rule::Tensor(vec![s, Sym::C.into(), columns.into()], Elems::Float)])
+        let codes = Elem::Quant(Quant { block: [1, StateFormat::GROUP], pow2: true });
+        let as_stored = matches!(op, Op::CacheLatent)
+            && matches!(self.state(0)?, StateFormat::LatentFp8 { .. })
+            && matches!(declared.first(), Some(ValueType::Tensor(t)) if t.elem == codes);
+        let elems = if as_stored { Elems::Is(codes) } else { Elems::Float };
+        Ok(vec![Rule::Tensor(vec![s, Sym::C.into(), columns.into()], elems)])
     }
 
     fn latent(&self, i: usize) -> Result<(u32, u32), String> {
@@ -458,7 +503,8 @@ impl<'a> Inputs<'a> {
         Ok(vec![Rule::Tensor(vec![t, times(value.into(), heads)?], Elems::Float)])
     }
 
-    fn mqa(&self) -> Result<Vec<Rule>, String> {
+    /// The shape of the result.
+    fn mqa(&self) -> Result<Vec<Extent>, String> {
         let [t, h, l] = dims(self.float(0)?, "q_latent")?;
         let [t2, h2, r] = dims(self.float(1)?, "q_rope")?;
         let (latent, rope) = self.latent(2)?;
@@ -469,7 +515,7 @@ impl<'a> Inputs<'a> {
         self.selected(3, t)?;
         self.shaped(4, "seqs", DType::I32, &[t])?;
         self.page_table(5)?;
-        Ok(vec![Rule::Tensor(vec![t, h, l], Elems::Float)])
+        Ok(vec![t, h, l])
     }
 
     fn group_topk(&self, groups: u32, keep: u32, k: u32) -> Result<Vec<Rule>, String> {

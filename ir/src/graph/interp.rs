@@ -339,7 +339,11 @@ impl<F: Real> Step<'_, F> {
             Op::Weight(i) => StepValue::Tensor(self.weights[*i as usize].clone()),
             Op::State(i) => StepValue::State(self.states[*i as usize].clone()),
             Op::Arg(i) => args[*i as usize].clone(),
-            Op::Fused(fused) => return self.run(&fused.body, &fed),
+            Op::Fused(fused) => {
+                let made = self.run(&fused.body, &fed)?;
+                let short = self.syms.get(Sym::C) <= fused.select_all_below;
+                return Ok(if short { unscored(&fused.body, made) } else { made });
+            }
             op => {
                 let mut eval = Eval { fed, outs: Vec::new(), syms: self.syms };
                 for ty in node.outputs.iter().filter_map(ValueType::tensor) {
@@ -364,6 +368,22 @@ impl<F: Real> Step<'_, F> {
         };
         TensorData::int(shape, data)
     }
+}
+
+/// What a body makes, its logits without scores.
+fn unscored<F: Real>(body: &Graph, made: Vec<StepValue<F>>) -> Vec<StepValue<F>> {
+    let least = F::from_f64(f64::NEG_INFINITY);
+    let visible = |x: &F| if *x > least { F::default() } else { least };
+    let hide = |value: StepValue<F>| match &value {
+        StepValue::Tensor(t) => {
+            let zeros = Data::Real(t.values().iter().map(visible).collect());
+            StepValue::Tensor(Arc::new(TensorData::new(t.shape.clone(), zeros)))
+        }
+        StepValue::State(_) => value,
+    };
+    let logits = |v: &Value| body.dag[v.node].op == Op::IndexerLogits;
+    let outputs = body.outputs.iter().map(|(_, v)| logits(v));
+    made.into_iter().zip(outputs).map(|(value, logits)| if logits { hide(value) } else { value }).collect()
 }
 
 /// The declared type of an output, with sizes.
@@ -459,6 +479,8 @@ impl<F: Real> Eval<F> {
                 let (x, w) = (self.t(0)?, self.t(1)?);
                 self.rounded(matmul(x.values(), w.values(), w.columns(), w.shape[0]))
             }
+            Op::LinearPartial { parts } => self.linear_partial(*parts),
+            Op::SumPartials => self.sum_partials(),
             Op::HeadLinear { first, count, transposed } => {
                 self.head_linear(*first as usize, *count as usize, *transposed)
             }
@@ -471,8 +493,13 @@ impl<F: Real> Eval<F> {
             Op::CacheLatent | Op::CacheRope => self.cache_read(matches!(op, Op::CacheLatent)),
             Op::IndexerLogits => self.indexer_logits(),
             Op::TopK { k } => self.topk(*k as usize),
-            Op::MhaAttention { scale, nope, value } => self.mha(F::from_f32(*scale), *nope as usize, *value as usize),
-            Op::MqaAttention { scale } => self.mqa(F::from_f32(*scale)),
+            Op::MhaAttention { scale, nope, value, narrow } => {
+                self.mha(F::from_f32(*scale), [*nope, *value].map(|n| n as usize), *narrow)
+            }
+            Op::MqaAttention { scale, narrow } => self.mqa(F::from_f32(*scale), *narrow),
+            Op::MqaPartial { scale, narrow, parts } => self.mqa_partial(F::from_f32(*scale), *narrow, *parts as usize),
+            Op::MqaCombine => self.mqa_combine(),
+            Op::Append { value } => self.append(*value),
             Op::GroupTopK { groups, keep, k } => self.group_topk(*groups as usize, *keep as usize, *k as usize),
             Op::TakeAlong => self.take_along(),
             Op::Normalize { factor, by_sum } => self.normalize(F::from_f32(*factor), *by_sum),
@@ -600,8 +627,12 @@ impl<F: Real> Eval<F> {
     fn quantize(&self) -> Made<F> {
         let x = self.t(0)?;
         let Elem::Quant(quant) = self.out()?.elem else { return Err("its output is not quantised".into()) };
-        let (mut codes, mut scales) = (Vec::with_capacity(x.elements()), Vec::new());
-        for row in x.values().chunks(x.columns().max(1)) {
+        self.quantized(x.values(), x.columns(), quant)
+    }
+
+    fn quantized(&self, x: &[F], columns: usize, quant: Quant) -> Made<F> {
+        let (mut codes, mut scales) = (Vec::with_capacity(x.len()), Vec::new());
+        for row in x.chunks(columns.max(1)) {
             for block in row.chunks(quant.block[1].max(1) as usize) {
                 let scale = quantize_block(block.iter().map(|v| v.to_f32()), quant, &mut codes);
                 scales.push(scale);
@@ -647,6 +678,7 @@ impl<F: Real> Eval<F> {
         Ok(slot.and_then(|slot| self.cache(cache).ok()?.row(slot)))
     }
 
+    /// Codes of a cache in fp8 are made again: what was quantised to powers of two quantises to itself.
     fn cache_read(&self, first: bool) -> Made<F> {
         let (s, c, columns) = (self.out()?.shape[0], self.out()?.shape[1], self.out()?.shape[2]);
         let mut out = Vec::with_capacity(s * c * columns);
@@ -658,6 +690,9 @@ impl<F: Real> Eval<F> {
                     None => out.resize(out.len() + columns, F::default()),
                 }
             }
+        }
+        if let Elem::Quant(quant) = self.out()?.elem {
+            return self.quantized(&out, columns, quant);
         }
         self.rounded(out)
     }
@@ -724,7 +759,7 @@ impl<F: Real> Eval<F> {
         row.iter().filter(|&&s| s >= 0).map(check).collect()
     }
 
-    fn mha(&self, scale: F, nope: usize, value: usize) -> Made<F> {
+    fn mha(&self, scale: F, [nope, value]: [usize; 2], narrow: bool) -> Made<F> {
         let (q, kv, rope, seqs) = (self.t(0)?, self.t(1)?, self.t(2)?, self.ints(4)?);
         let (heads, c, r) = (q.shape[1], kv.shape[1], rope.columns());
         let (width, stride) = (nope + value, kv.columns());
@@ -739,7 +774,7 @@ impl<F: Real> Eval<F> {
                 let score = |&s: &usize| {
                     (dot(qn, &kvs[s * stride + h * width..][..nope]) + dot(qr, &ropes[s * r..][..r])) * scale
                 };
-                let p = softmax(rows.iter().map(score).collect());
+                let p = softmax(rows.iter().map(score).collect(), narrow);
                 let o = &mut out[(t * heads + h) * value..][..value];
                 for (&p, &s) in p.iter().zip(&rows) {
                     add_scaled(o, p, &kvs[s * stride + h * width + nope..][..value]);
@@ -749,25 +784,129 @@ impl<F: Real> Eval<F> {
         self.rounded(out)
     }
 
-    fn mqa(&self, scale: F) -> Made<F> {
-        let (q, q_rope, seqs) = (self.t(0)?, self.t(1)?, self.ints(4)?);
-        let (heads, l, r) = (q.shape[1], q.columns(), q_rope.columns());
-        let c = self.syms.get(Sym::C) as usize;
-        let mut out = vec![F::default(); q.elements()];
-        for (t, &seq) in seqs.iter().enumerate() {
-            let row = |s: usize| {
-                let row = self.cached(2, 5, seq as usize, s)?;
-                row.ok_or_else(|| format!("position {s} of sequence {seq} is not cached"))
-            };
-            let keys = self.selection(3, t, c)?.into_iter().map(row).collect::<Result<Vec<_>, String>>()?;
+    fn mqa(&self, scale: F, narrow: bool) -> Made<F> {
+        let (heads, l) = (self.t(0)?.shape[1], self.t(0)?.columns());
+        let mut out = vec![F::default(); self.t(0)?.elements()];
+        for t in 0..self.t(0)?.shape[0] {
+            let keys = self.selected_keys(t)?;
             for h in 0..heads {
-                let (ql, qr) = (&q.values()[(t * heads + h) * l..][..l], &q_rope.values()[(t * heads + h) * r..][..r]);
-                let p = softmax(keys.iter().map(|k| (dot(ql, &k[..l]) + dot(qr, &k[l..])) * scale).collect());
+                let p = softmax(self.mqa_scores(t * heads + h, &keys, scale)?, narrow);
                 let o = &mut out[(t * heads + h) * l..][..l];
                 p.iter().zip(&keys).for_each(|(&p, k)| add_scaled(o, p, &k[..l]));
             }
         }
         self.rounded(out)
+    }
+
+    /// The cached rows that token `t` selects.
+    fn selected_keys(&self, t: usize) -> Result<Vec<Vec<F>>, String> {
+        let (seq, c) = (self.ints(4)?[t], self.syms.get(Sym::C) as usize);
+        let row = |s: usize| {
+            let row = self.cached(2, 5, seq as usize, s)?;
+            row.ok_or_else(|| format!("position {s} of sequence {seq} is not cached"))
+        };
+        self.selection(3, t, c)?.into_iter().map(row).collect()
+    }
+
+    /// Scaled scores of one token and head, as row `at` of the queries.
+    fn mqa_scores(&self, at: usize, keys: &[Vec<F>], scale: F) -> Result<Vec<F>, String> {
+        let (q, q_rope) = (self.t(0)?, self.t(1)?);
+        let (l, r) = (q.columns(), q_rope.columns());
+        let (ql, qr) = (&q.values()[at * l..][..l], &q_rope.values()[at * r..][..r]);
+        Ok(keys.iter().map(|k| (dot(ql, &k[..l]) + dot(qr, &k[l..])) * scale).collect())
+    }
+
+    /// Parts of equal numbers of positions.
+    fn mqa_partial(&self, scale: F, narrow: bool, parts: usize) -> Made<F> {
+        let (rows, heads, l) = (self.t(0)?.shape[0], self.t(0)?.shape[1], self.t(0)?.columns());
+        let log2_e = F::from_f64(std::f64::consts::LOG2_E);
+        let cells = rows * heads * parts;
+        let (mut sums, mut largest) = (vec![F::default(); cells * l], vec![F::from_f32(NO_SCORE); cells]);
+        let mut totals = vec![F::default(); cells];
+        for t in 0..rows {
+            let keys = self.selected_keys(t)?;
+            let each = keys.len().div_ceil(parts).max(1);
+            for (h, (part, keys)) in (0..heads).flat_map(|h| keys.chunks(each).enumerate().map(move |k| (h, k))) {
+                let at = (t * heads + h) * parts + part;
+                let scores = self.mqa_scores(t * heads + h, keys, scale)?;
+                let most = scores.iter().copied().fold(scores[0], |a, b| if b > a { b } else { a });
+                let e: Vec<F> = scores.iter().map(|&s| (s - most).exp()).collect();
+                (largest[at], totals[at]) = (most * log2_e, sum(e.iter().copied()));
+                let o = &mut sums[at * l..][..l];
+                e.iter().zip(keys).for_each(|(&e, k)| add_scaled(o, narrowed(e, narrow), &k[..l]));
+            }
+        }
+        self.outputs(vec![sums, largest, totals])
+    }
+
+    fn mqa_combine(&self) -> Made<F> {
+        let (sums, largest, totals) = (self.t(0)?, self.x(1)?, self.x(2)?);
+        let (parts, l) = (sums.shape[2].max(1), sums.columns());
+        let ln_2 = F::from_f64(std::f64::consts::LN_2);
+        let mut out = vec![F::default(); sums.elements() / parts];
+        for (i, o) in out.chunks_mut(l.max(1)).enumerate() {
+            let range = i * parts..(i + 1) * parts;
+            let most =
+                largest[range.clone()].iter().copied().fold(F::from_f32(NO_SCORE), |a, b| if b > a { b } else { a });
+            let weight = |p: usize| ((largest[p] - most) * ln_2).exp();
+            let total = sum(range.clone().map(|p| weight(p) * totals[p]));
+            if total > F::default() {
+                range.for_each(|p| add_scaled(o, weight(p) / total, &sums.values()[p * l..][..l]));
+            }
+        }
+        self.rounded(out)
+    }
+
+    fn linear_partial(&self, parts: u32) -> Made<F> {
+        let (x, w) = (self.t(0)?, self.t(1)?);
+        let (k, n) = (w.columns(), w.shape[0]);
+        let each = super::part_columns(k as u32, parts) as usize;
+        let cut = |v: &[F], part: usize| {
+            let (from, to) = ((part * each).min(k), ((part + 1) * each).min(k));
+            v.chunks(k.max(1)).flat_map(|row| row[from..to].iter().copied()).collect::<Vec<F>>()
+        };
+        let mut out = vec![F::default(); self.out()?.elements];
+        for part in 0..parts as usize {
+            let (xs, ws) = (cut(x.values(), part), cut(w.values(), part));
+            if ws.is_empty() {
+                continue;
+            }
+            let y = matmul(&xs, &ws, ws.len() / n.max(1), n);
+            for (t, row) in y.chunks(n.max(1)).enumerate() {
+                out[(t * parts as usize + part) * n..][..n].copy_from_slice(row);
+            }
+        }
+        self.rounded(out)
+    }
+
+    fn sum_partials(&self) -> Made<F> {
+        let x = self.t(0)?;
+        let (parts, n) = (x.shape[1].max(1), x.columns().max(1));
+        let mut out = vec![F::default(); x.elements() / parts];
+        for (i, row) in x.values().chunks(n).enumerate() {
+            add_scaled(&mut out[i / parts * n..][..n], F::from_f32(1.0), row);
+        }
+        self.rounded(out)
+    }
+
+    fn append(&self, value: f32) -> Made<F> {
+        let x = self.t(0)?;
+        let columns = x.columns().max(1);
+        match &x.data {
+            Data::Int(v) => self.tensor(Data::Int(appended(v, columns, value as i32))),
+            _ => self.rounded(appended(x.values(), columns, F::from_f32(value))),
+        }
+    }
+
+    /// Several f32 outputs.
+    fn outputs(&self, data: Vec<Vec<F>>) -> Made<F> {
+        let shapes = self.outs.iter().map(|o| (o.shape.clone(), o.elements));
+        let tensor = |((shape, elements), data): ((Vec<usize>, usize), Vec<F>)| {
+            let out = TensorData::new(shape, Data::Real(data));
+            let fits = out.elements() == elements;
+            fits.then(|| StepValue::Tensor(Arc::new(out))).ok_or_else(|| format!("did not make {elements} elements"))
+        };
+        shapes.zip(data).map(tensor).collect()
     }
 
     fn group_topk(&self, groups: usize, keep: usize, k: usize) -> Made<F> {
@@ -929,11 +1068,23 @@ fn matmul<F: Real>(x: &[F], w: &[F], k: usize, n: usize) -> Vec<F> {
     out
 }
 
-fn softmax<F: Real>(mut scores: Vec<F>) -> Vec<F> {
+/// Each row of `columns` and one more element.
+fn appended<T: Copy>(x: &[T], columns: usize, value: T) -> Vec<T> {
+    x.chunks(columns).flat_map(|row| row.iter().copied().chain([value])).collect()
+}
+
+/// The largest score of a part of an attention without keys.
+const NO_SCORE: f32 = -1e30;
+
+fn narrowed<F: Real>(x: F, narrow: bool) -> F {
+    if narrow { x.round(DType::Bf16) } else { x }
+}
+
+fn softmax<F: Real>(mut scores: Vec<F>, narrow: bool) -> Vec<F> {
     let most = scores.iter().copied().fold(F::from_f64(f64::NEG_INFINITY), |a, b| if b > a { b } else { a });
     scores.iter_mut().for_each(|s| *s = (*s - most).exp());
     let total = sum(scores.iter().copied());
-    scores.iter_mut().for_each(|s| *s = *s / total);
+    scores.iter_mut().for_each(|s| *s = narrowed(*s, narrow) / total);
     scores
 }
 
@@ -1205,7 +1356,7 @@ mod tests {
         let kv = r(&[1, 3, 2], &[1., 10., 2., 20., 3., 30.]);
         let (q, rope) = (r(&[1, 1, 2], &[0., 1.]), r(&[1, 3, 1], &[0., 0., 2f32.ln()]));
         let inputs = [q, kv, rope, i(&[1, 3], &[0, 2, -1]), i(&[1], &[0])];
-        let op = Op::MhaAttention { scale: 1.0, nope: 1, value: 1 };
+        let op = Op::MhaAttention { scale: 1.0, nope: 1, value: 1, narrow: false };
         close(&floats(op, &inputs, &[1, 1]), &[(10. + 2. * 30.) / 3.]);
 
         let mut inputs = StepInputs::sequence(&[1, 2], 0);
@@ -1226,7 +1377,7 @@ mod tests {
         let mut fed: Vec<StepValue<f32>> = tensors.into_iter().map(|t| StepValue::Tensor(Arc::new(t))).collect();
         fed.insert(2, StepValue::State(Arc::new(cache)));
         let eval = Eval { fed, outs: vec![Out::new(&out, &syms).expect("a size")], syms };
-        let made = eval.op(&Op::MqaAttention { scale: 1.0 }).expect("a result");
+        let made = eval.op(&Op::MqaAttention { scale: 1.0, narrow: false }).expect("a result");
         close(made[0].tensor().expect("a tensor").values(), &[1., 7.]);
     }
 }

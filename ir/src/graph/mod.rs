@@ -81,6 +81,15 @@ impl TensorType {
     }
 }
 
+/// Columns of each part of an [`Op::LinearPartial`] over `k` columns but the last: a multiple of 128, the usual scale block.
+pub fn part_columns(k: u32, parts: u32) -> u32 {
+    k.div_ceil(128).div_ceil(parts.max(1)).saturating_mul(128)
+}
+
+fn is_false(x: &bool) -> bool {
+    !x
+}
+
 /// Tokens a cache page holds.
 pub const PAGE_TOKENS: u32 = 64;
 
@@ -248,6 +257,14 @@ pub enum Op {
     },
     /// `(x [.., K], w [N, K])`: `x · wᵀ`, rounds. Either side may be quantised. With an f32 output nothing is rounded.
     Linear,
+    /// `(x [T, K], w [N, K])`: f32 `[T, parts, N]`: the sum of [`Op::Linear`] in parts: `x · wᵀ` over the columns
+    /// `p·c..(p + 1)·c`, with `c` as [`part_columns`] gives it. For products with few outputs, whose parts run side by side.
+    LinearPartial {
+        /// Parts of K.
+        parts: u32,
+    },
+    /// `(x [T, P, N])` f32: `Σ_p x_p` in ascending `p`, `[T, N]`, rounds.
+    SumPartials,
     /// `(x [T, H, A], w [H·R, K])`: for each head `h` the rows `first..first + count` of its `R` rows of `w`, `wh [count, K]`:
     /// `x_h · wh` (`A = count`, result `[T, H, K]`), or `x_h · whᵀ` if `transposed` (`A = K`, result `[T, H, count]`). Rounds.
     HeadLinear {
@@ -285,8 +302,8 @@ pub enum Op {
     /// `(state, slots [T], latent [T, L], rope [T, R])` or `(state, slots [T], key [T, D])`: the state with these rows written.
     /// The fp8 formats take their first part quantised with blocks `[1, 128]` (latent) or `[1, D]` (key).
     CacheWrite,
-    /// `(state, page_table [S, P])` of a latent cache: `[S, C, latent]` by position, dequantised. Rows past the cached ones are
-    /// unspecified.
+    /// `(state, page_table [S, P])` of a latent cache: `[S, C, latent]` by position, dequantised; or, of an fp8 cache, its codes
+    /// and scales as a quantised tensor of the cache's blocks. Rows past the cached ones are unspecified.
     CacheLatent,
     /// `(state, page_table [S, P])` of a latent cache: `[S, C, rope]` by position.
     CacheRope,
@@ -308,13 +325,34 @@ pub enum Op {
         nope: u32,
         /// V.
         value: u32,
+        /// Whether probabilities round to bf16 before they multiply values; their sum does not.
+        #[serde(default, skip_serializing_if = "is_false")]
+        narrow: bool,
     },
     /// `(q_latent [T, H, L], q_rope [T, H, R], state, selected [T, k], seqs [T], page_table)`: softmax attention with one shared key
     /// (latent and rope) and the latent as value: `[T, H, L]`, rounds.
     MqaAttention {
         /// Multiplies the scores.
         scale: f32,
+        /// Whether probabilities round to bf16 before they multiply values; their sum does not.
+        #[serde(default, skip_serializing_if = "is_false")]
+        narrow: bool,
     },
+    /// The inputs of [`Op::MqaAttention`]: the attention over each of `parts` parts of the selected positions, for
+    /// [`Op::MqaCombine`] to join: f32 `Σ e_s c_s` `[T, H, parts, L]`, the largest score in units of `ln 2` and `Σ e_s`, both
+    /// `[T, H, parts]`, with `e_s = 2^(score_s − largest)`. A part without positions is 0, a score below all others, 0. Which
+    /// positions are in which part is the kernel's choice.
+    MqaPartial {
+        /// Multiplies the scores.
+        scale: f32,
+        /// Whether probabilities round to bf16 before they multiply values; their sum does not.
+        #[serde(default, skip_serializing_if = "is_false")]
+        narrow: bool,
+        /// Parts.
+        parts: u32,
+    },
+    /// `(sums [T, H, P, L], largest [T, H, P], totals [T, H, P])` of [`Op::MqaPartial`]: `[T, H, L]`, rounds.
+    MqaCombine,
     /// `(gate, up)` of one shape: `silu(gate) · up`, rounds.
     SwiGlu,
     /// `(x)`: `1 / (1 + e^-x)`, rounds.
@@ -331,6 +369,11 @@ pub enum Op {
     },
     /// `(x [T, E], columns [T, k])`: `x[t, columns[t, j]]`.
     TakeAlong,
+    /// `(x [T, k])`: `[T, k + 1]` of the same type: `x` and a last column of one number.
+    Append {
+        /// The number.
+        value: f32,
+    },
     /// `(x [T, k])`: `x / Σ_j x · factor`.
     Normalize {
         /// The sum of the result.
@@ -364,8 +407,11 @@ pub enum FusedKind {
     Row,
     /// Indexer logits, top-k and sparse MQA attention (or a part of that chain) by tiles of tokens.
     SparseAttention,
-    /// Router logits to expert ids and weights.
+    /// Router logits to expert ids and weights; with a route, for all tokens at once.
     Gate,
+    /// A matrix product with what makes its operand or is made of its result, block by block: joined partial attention before
+    /// it, SwiGLU and quantisation after it.
+    Product,
 }
 
 /// The body of a fused node.
@@ -373,7 +419,8 @@ pub enum FusedKind {
 pub struct Fused {
     /// What kind of kernel.
     pub kind: FusedKind,
-    /// When the context is at most this, every visible position is selected and scoring is skipped. 0: never.
+    /// When the context (`C`) is at most this, every visible position is selected and scoring is skipped: logits that are a result
+    /// are 0 where a position is visible. 0: never.
     pub select_all_below: u32,
     /// The ops; its [`Op::Arg`]s are the node's inputs, its outputs the node's outputs.
     pub body: Graph,
@@ -513,6 +560,34 @@ impl Graph {
             self.dag.remove_edge(edge);
         }
         self.dag.add_edge(value.node, node, Edge { output: value.output, input });
+    }
+
+    /// Cuts a node off: nothing feeds it and it feeds nothing. Its id stays taken until [`Graph::remove_dead`].
+    pub fn detach(&mut self, node: NodeId) {
+        for direction in [Direction::Incoming, Direction::Outgoing] {
+            let edges: Vec<_> = self.dag.edges_directed(node, direction).map(|e| e.id()).collect();
+            edges.into_iter().for_each(|e| {
+                self.dag.remove_edge(e);
+            });
+        }
+    }
+
+    /// Numbers nodes from 0 in the order of their ids. New nodes then get the highest ids instead of those of nodes that were
+    /// removed, so equal layers of a model keep equal orders.
+    pub fn close_gaps(&mut self) {
+        let old = std::mem::take(&mut self.dag);
+        let mut moved = std::collections::HashMap::new();
+        for n in old.node_indices() {
+            moved.insert(n, self.dag.add_node(old[n].clone()));
+        }
+        for e in old.edge_indices() {
+            if let (Some((from, to)), Some(edge)) = (old.edge_endpoints(e), old.edge_weight(e)) {
+                self.dag.add_edge(moved[&from], moved[&to], *edge);
+            }
+        }
+        for (_, v) in &mut self.outputs {
+            v.node = moved[&v.node];
+        }
     }
 
     /// Removes nodes whose outputs nothing uses; returns how many.

@@ -267,7 +267,7 @@ impl Mini {
         let w = self.matrix(&n("kv_b"), [BLOCK, StateFormat::GROUP], &[HEADS * (NOPE + VALUE), LATENT]);
         let kv = self.linear_with(&n("kv_b"), cached, w, act);
         let keys = self.graph.add1(n("keys"), Op::CacheRope, &[state, self.pages], expanded(ROPE));
-        let op = Op::MhaAttention { scale: 0.3, nope: NOPE, value: VALUE };
+        let op = Op::MhaAttention { scale: 0.3, nope: NOPE, value: VALUE, narrow: false };
         let inputs = [q, kv, keys, selected, self.seqs];
         let o = self.graph.add1(n("mha"), op, &inputs, TensorType::plain(act, &[t, (HEADS * VALUE).into()]));
         (self.linear(&n("o"), o, HIDDEN), selected)

@@ -27,8 +27,20 @@ fn launches_of_each_kind_of_layer() {
     let mut table = String::from("dense, moe\n");
     for (name, config) in [("deepseek", DEEPSEEK), ("glm", GLM)] {
         for numerics in BOTH {
-            for (form, fp8, mha) in [("mqa", true, false), ("mha", true, true), ("mqa no fp8", false, false)] {
-                let cx = cx(numerics, fp8, mha);
+            for (form, fp8, mha) in [
+                ("mqa", true, false),
+                ("mha", true, true),
+                ("mqa no fp8", false, false),
+                ("mqa wide", true, false),
+                ("mqa wide prefill", true, false),
+            ] {
+                let mut cx = cx(numerics, fp8, mha);
+                if form.contains("wide") {
+                    cx.blocks = 132;
+                }
+                if form.contains("prefill") {
+                    cx.class.max = cx.class.max.with(Sym::T, 512);
+                }
                 let (dense, moe) = (per_layer(config, 0, &cx), per_layer(config, 10, &cx));
                 table += &format!("{name} {numerics:?} {form}: {dense} {moe}\n");
             }
@@ -39,15 +51,23 @@ fn launches_of_each_kind_of_layer() {
         deepseek Exact mqa: 13 17
         deepseek Exact mha: 15 19
         deepseek Exact mqa no fp8: 13 17
+        deepseek Exact mqa wide: 14 16
+        deepseek Exact mqa wide prefill: 13 16
         deepseek Deployed mqa: 15 20
         deepseek Deployed mha: 17 22
         deepseek Deployed mqa no fp8: 15 20
+        deepseek Deployed mqa wide: 15 17
+        deepseek Deployed mqa wide prefill: 14 17
         glm Exact mqa: 13 17
         glm Exact mha: 15 19
         glm Exact mqa no fp8: 13 17
+        glm Exact mqa wide: 14 16
+        glm Exact mqa wide prefill: 13 16
         glm Deployed mqa: 14 19
         glm Deployed mha: 16 21
         glm Deployed mqa no fp8: 14 19
+        glm Deployed mqa wide: 15 17
+        glm Deployed mqa wide prefill: 14 17
     "#]]
     .assert_eq(&table);
 }
