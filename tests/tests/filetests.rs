@@ -5,7 +5,8 @@
 //! ```text
 //! ; test print             the text is canonical: printing it gives it back
 //! ; test verify            `; error:` lines behind a text are what the parser or the verifier says of it; none: it is valid
-//! ; test run               each `; run` behind a kernel is a launch of it, on the interpreter and on every target
+//! ; test run               each `; run` behind a kernel is a launch of it, on the interpreter and on every target; a scheduled kernel
+//!                          runs on the interpreter alone, with its roles interleaved in several ways
 //! ; test pass NAME [FLAG]  the second graph of the file is what that pass makes of the first; FLAG: exact, fp8, bf16, mha
 //! ```
 //!
@@ -19,8 +20,9 @@ use dsc::passes::{self, Class, Cx};
 use dsc_ir::SymValues;
 use dsc_ir::artifact::Numerics;
 use dsc_ir::graph::{self, Graph};
+use dsc_ir::sched::{self, Budget, Scheduled};
 use dsc_ir::tile::{self, Program};
-use launch::launch;
+use launch::{launch, launch_scheduled};
 use libtest_mimic::{Arguments, Trial};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -44,7 +46,7 @@ fn find(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).expect("a folder of tests").map(|e| e.expect("an entry").path()) {
         match entry.extension().and_then(|e| e.to_str()) {
             _ if entry.is_dir() => find(&entry, found),
-            Some("tile" | "graph") => found.push(entry),
+            Some("tile" | "graph" | "sched") => found.push(entry),
             _ => {}
         }
     }
@@ -61,7 +63,19 @@ impl Section {
     /// Puts what is wrong with the text in the place of the notes before its launches.
     fn expect_errors<E: ToString>(&mut self, errors: impl IntoIterator<Item = E>) {
         let launches = self.notes.iter().position(|n| n.starts_with("run")).unwrap_or(self.notes.len());
-        self.notes.splice(..launches, errors.into_iter().map(|e| format!("error: {}", e.to_string())));
+        let errors: Vec<String> = errors.into_iter().map(|e| format!("error: {}", e.to_string())).collect();
+        self.notes.splice(..launches, errors.iter().flat_map(|e| e.lines()).map(str::to_string));
+    }
+
+    /// Runs every launch of the notes.
+    fn expect_runs(&mut self, launch: &dyn Fn(&[String]) -> Outcome<Vec<String>>) -> Outcome {
+        let launches: Vec<&[String]> = self.notes.chunk_by(|_, next| !next.starts_with("run")).collect();
+        if launches.is_empty() {
+            return Err("the kernel has no `; run`".into());
+        }
+        let ran = launches.iter().map(|notes| launch(notes)).collect::<Outcome<Vec<_>>>()?;
+        self.notes = ran.concat();
+        Ok(())
     }
 
     /// Takes over the canonical form, if it is not the text but for comments and empty lines.
@@ -95,12 +109,17 @@ fn check(path: &Path) -> Outcome {
         }
     }
     let is_graph = path.extension().is_some_and(|e| e == "graph");
+    let is_sched = path.extension().is_some_and(|e| e == "sched");
     for line in &header {
         let words: Vec<&str> = line.trim_start_matches(';').split_whitespace().collect();
         match words.as_slice() {
             ["test", "pass", name, flags @ ..] if is_graph => pass_test(&mut sections, name, flags)?,
             ["test", test] => {
-                let test_of = if is_graph { graph_test } else { tile_test };
+                let test_of = match (is_graph, is_sched) {
+                    (true, _) => graph_test,
+                    (_, true) => sched_test,
+                    _ => tile_test,
+                };
                 let mut sections = sections.iter_mut().filter(|s| !s.text.trim().is_empty());
                 sections.try_for_each(|section| test_of(section, test))?;
             }
@@ -202,15 +221,34 @@ fn tile_test(section: &mut Section, test: &str) -> Outcome {
         ("verify", Err(e)) => section.expect_errors([e]),
         ("run", Ok(programs)) => {
             let [program] = programs.as_slice() else { return Err("launches follow one kernel".into()) };
-            let launches: Vec<&[String]> = section.notes.chunk_by(|_, next| !next.starts_with("run")).collect();
-            if launches.is_empty() {
-                return Err(format!("kernel {} has no `; run`", program.name).into());
-            }
-            let ran = launches.iter().map(|notes| launch(program, notes)).collect::<Outcome<Vec<_>>>()?;
-            section.notes = ran.concat();
+            section.expect_runs(&|notes| launch(program, notes))?;
         }
         (_, Err(e)) => return Err(e.into()),
         _ => return Err(format!("kernels have no test `{test}`").into()),
+    }
+    Ok(())
+}
+
+/// What a block may use in tests: a GPU of these days, but for shared memory, which is small so that texts are.
+const LIMITS: Budget =
+    Budget { shared_bytes: 65536, registers: 65536, thread_registers: 255, named_barriers: 15, threads: 1024 };
+
+fn sched_test(section: &mut Section, test: &str) -> Outcome {
+    let parsed = sched::parse(&section.text);
+    match (test, parsed) {
+        ("print", Ok(kernels)) => {
+            section.expect_text(&kernels.iter().map(Scheduled::to_string).collect::<Vec<_>>().join("\n"))?;
+        }
+        ("verify", Ok(kernels)) => {
+            section.expect_errors(kernels.iter().flat_map(|k| sched::verify(&sched::canonical(k), &LIMITS)));
+        }
+        ("verify", Err(e)) => section.expect_errors([e]),
+        ("run", Ok(kernels)) => {
+            let [kernel] = kernels.as_slice() else { return Err("launches follow one kernel".into()) };
+            section.expect_runs(&|notes| launch_scheduled(kernel, notes))?;
+        }
+        (_, Err(e)) => return Err(e.into()),
+        _ => return Err(format!("scheduled kernels have no test `{test}`").into()),
     }
     Ok(())
 }

@@ -222,10 +222,10 @@ impl<'a> Executor<'a> {
             Op::Tile(op) => self.tile_op(op, inst)?,
             Op::Barrier => self.shared.barrier(unit),
             Op::Acquire(c) => return Ok(self.rings[c.0 as usize].acquire().map_err(|e| misuse(self, e))?.is_some()),
-            Op::Copy { channel, slot, view, index, shape } => {
+            Op::Copy { channel, slot, view, rows, index, shape } => {
                 let stage = self.rings[channel.0 as usize].filling().map_err(|e| misuse(self, e))?;
                 self.prepare(&operands(&inst.op))?;
-                let access = self.machine.access(*view, index, None, shape)?;
+                let access = self.machine.access(*view, index, *rows, shape)?;
                 let shape = rows_and_columns(shape);
                 self.copies.push(Copying {
                     channel: *channel,

@@ -221,7 +221,8 @@ pub enum Op {
     Barrier,
     /// Waits until the next stage is free.
     Acquire(ChannelId),
-    /// Starts filling a slot of the acquired stage from memory: the tile at `index`, zero outside the view. Complete when the stage is full.
+    /// Starts filling a slot of the acquired stage from memory: the tile at `index`, or rows chosen by number as of
+    /// [`tile::Op::Gather`]; zero outside the view. Complete when the stage is full.
     Copy {
         /// The channel.
         channel: ChannelId,
@@ -229,6 +230,8 @@ pub enum Op {
         slot: u32,
         /// The view.
         view: ValueId,
+        /// i32 tile of rank 1: coordinates in dim 0, if rows are chosen; `index` is then of the other dims.
+        rows: Option<ValueId>,
         /// Start along each dim.
         index: Vec<Index>,
         /// Shape of the tile.

@@ -230,14 +230,14 @@ impl BlockPrinter<'_> {
             Op::Tile(op) => self.tile.op(op),
             Op::Barrier => "barrier".into(),
             Op::Acquire(c) => format!("acquire {c}"),
-            Op::Copy { channel, slot, view, index, shape } => {
+            Op::Copy { channel, slot, view, rows, index, shape } => {
                 // The element type is the view's; a shape is all that the copy says itself.
                 let dtype = match self.tile.types.get(view.0 as usize) {
                     Some(Type::View(t)) => t.dtype,
                     _ => DType::F32,
                 };
                 let tile = TileType { dtype, shape: shape.clone() };
-                format!("copy {channel}.{slot}, {} : {tile}", self.tile.access(*view, None, index))
+                format!("copy {channel}.{slot}, {} : {tile}", self.tile.access(*view, *rows, index))
             }
             Op::Commit(c) => format!("commit {c}"),
             Op::Wait(c) => format!("wait {c}"),
@@ -532,7 +532,7 @@ impl<'a> BlockParser<'a> {
             "copy" => {
                 let (channel, slot) = slot(p)?;
                 p.expect(",")?;
-                let (view, _, index) = p.access(false)?;
+                let (view, rows, index) = p.access_or_rows()?;
                 p.expect(":")?;
                 let Type::Tile(TileType { dtype, shape }) = p.ty()? else {
                     return Err(p.error("a copy is of a tile"));
@@ -541,7 +541,7 @@ impl<'a> BlockParser<'a> {
                     Some(Type::View(t)) if t.dtype != dtype => {
                         return Err(p.error(format!("a copy of {dtype} from {t}")));
                     }
-                    _ => Op::Copy { channel, slot, view, index, shape },
+                    _ => Op::Copy { channel, slot, view, rows, index, shape },
                 }
             }
             _ => return Ok(None),
@@ -686,7 +686,7 @@ role consumer warps 1..2 {
                 Some(lag @ 160..200) => Some(plain(Op::Release { channel, lag: lag.into() })),
                 Some(slot @ 200..) => kernel.params.first().map(|p| {
                     let at = [1, -1].map(tile::Index::Const).to_vec();
-                    plain(Op::Copy { channel, slot: slot.into(), view: p.value, index: at, shape: vec![8, 4] })
+                    plain(Op::Copy { channel, slot: slot.into(), view: p.value, rows: None, index: at, shape: vec![8, 4] })
                 }),
                 None => None,
             });

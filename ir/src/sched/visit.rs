@@ -20,8 +20,9 @@ pub(crate) fn for_each_operand(op: &mut Op, f: &mut dyn FnMut(&mut ValueId)) {
             init.iter_mut().for_each(f);
         }
         Op::If { cond, .. } => f(cond),
-        Op::Copy { view, index: at, .. } => {
+        Op::Copy { view, rows, index: at, .. } => {
             f(view);
+            rows.iter_mut().for_each(&mut *f);
             at.iter_mut().for_each(|i| index(i, f));
         }
         Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Take { .. } | Op::Release { .. } => {}
@@ -37,7 +38,9 @@ pub fn operands(op: &Op) -> Vec<ValueId> {
         Op::Tile(op) => tile::operands(op),
         Op::For { lo, hi, init, .. } => [values(&[*lo, *hi]), init.clone()].concat(),
         Op::If { cond, .. } => vec![*cond],
-        Op::Copy { view, index, .. } => [vec![*view], values(index)].concat(),
+        Op::Copy { view, rows, index, .. } => {
+            vec![*view].into_iter().chain(*rows).chain(values(index)).collect()
+        }
         Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Take { .. } | Op::Release { .. } => Vec::new(),
     }
 }

@@ -7,12 +7,15 @@
 //! ; out %y = 2 4 6 8        what the interpreter leaves there; memory that is not given is `nan` and `-1` before
 //! ; error: ...              or why the interpreter refuses the launch
 //! ```
+//!
+//! Scheduled kernels run on their interpreter, several times: however their roles interleave, they must leave the same.
 
 use super::Outcome;
 use dsc_ir::artifact::{Header, KernelEntry, ModelFacts, Numerics, ParamEntry};
 use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
+use dsc_ir::sched::{self, Scheduled};
 use dsc_ir::schedule::Schedule;
-use dsc_ir::tile::interp::{Binding, Options, block_count, run_blocks};
+use dsc_ir::tile::interp::{Binding, InterpError, Options, block_count, run_blocks};
 use dsc_ir::tile::{self, Access, Program, ViewType};
 use dsc_ir::{DType, Sym, SymValues};
 use dsc_runtime::device::{BoundLaunch, Code};
@@ -23,8 +26,64 @@ use half::{bf16, f16};
 /// What launches run on besides the interpreter; those that this machine lacks are left out.
 const TARGETS: [&str; 2] = ["cpu-v3", "cpu-v4"];
 
+/// Runs of a scheduled kernel, each with units interleaved in another way.
+const SEEDS: u64 = 8;
+
+/// Memory before and after a launch.
+struct Ran<'a> {
+    syms: &'a SymValues,
+    before: &'a [Vec<u8>],
+    after: &'a mut [Vec<u8>],
+    bindings: &'a [Binding],
+}
+
 /// Runs one launch: its notes, with what the interpreter leaves in memory.
 pub fn launch(program: &Program, notes: &[String]) -> Outcome<Vec<String>> {
+    run_notes(program, notes, &|Ran { syms, before, after, bindings }| {
+        let blocks = 0..block_count(program, syms).ok_or("the grid is endless")?;
+        let result = run_blocks(program, syms, after, bindings, blocks, Options { check_races: true });
+        if result.is_ok() {
+            TARGETS.into_iter().try_for_each(|target| on_target(target, program, syms, before, after))?;
+        }
+        Ok(result)
+    })
+}
+
+/// The same for a scheduled kernel.
+pub fn launch_scheduled(kernel: &Scheduled, notes: &[String]) -> Outcome<Vec<String>> {
+    let interface = Program {
+        name: kernel.name.clone(),
+        grid: kernel.grid.clone(),
+        params: kernel.params.clone(),
+        types: kernel.types.clone(),
+        body: tile::Region::default(),
+    };
+    run_notes(&interface, notes, &|Ran { syms, before, after, bindings }| {
+        let run = |seed| {
+            let mut memory = before.to_vec();
+            let result = sched::interp::run(
+                kernel,
+                syms,
+                &mut memory,
+                bindings,
+                sched::interp::Options { seed, check_races: true },
+            );
+            (result, memory)
+        };
+        let (result, memory) = run(0);
+        if let Some(seed) = (1..SEEDS).find(|&seed| run(seed) != (result.clone(), memory.clone())) {
+            return Err(format!("what {} leaves depends on how its units interleave: seed {seed}", kernel.name).into());
+        }
+        after.clone_from_slice(&memory);
+        Ok(result)
+    })
+}
+
+fn run_notes(
+    program: &Program,
+    notes: &[String],
+    run: &dyn Fn(Ran<'_>) -> Outcome<Result<(), InterpError>>,
+) -> Outcome<Vec<String>> {
     let words = notes.first().and_then(|n| n.strip_prefix("run")).ok_or("a launch starts with `; run`")?;
     let mut syms = SymValues::default();
     for word in words.split_whitespace() {
@@ -49,9 +108,8 @@ pub fn launch(program: &Program, notes: &[String]) -> Outcome<Vec<String>> {
         });
     }
     let bindings: Vec<Binding> = (0..memory.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
-    let blocks = 0..block_count(program, &syms).ok_or("the grid is endless")?;
     let mut left = memory.clone();
-    let result = run_blocks(program, &syms, &mut left, &bindings, blocks, Options { check_races: true });
+    let result = run(Ran { syms: &syms, before: &memory, after: &mut left, bindings: &bindings })?;
     let mut new = notes[..1].to_vec();
     for group in groups {
         let of = |word| entries.iter().position(|p| group[0].starts_with(&format!("{word} %{} =", p.name)));
@@ -62,9 +120,8 @@ pub fn launch(program: &Program, notes: &[String]) -> Outcome<Vec<String>> {
             _ => return Err(format!("`{}` means nothing here", group[0]).into()),
         }
     }
-    match result {
-        Err(e) => new.push(format!("error: {e}")),
-        Ok(()) => TARGETS.into_iter().try_for_each(|target| on_target(target, program, &syms, &memory, &left))?,
+    if let Err(e) = result {
+        new.push(format!("error: {e}"));
     }
     Ok(new)
 }

@@ -169,6 +169,7 @@ fn fuzz(seconds: Option<&String>) -> Outcome {
         ("weights", "weights", None),
         ("config", "config", None),
         ("graph_text", "graph_text", Some("tests/filetests/graph")),
+        ("sched_text", "sched_text", Some("tests/filetests/sched")),
         ("tile_text", "tile_text", Some("tests/filetests/tile")),
         ("tile_cpu", "tile_text", Some("tests/filetests/tile")),
     ];

@@ -33,8 +33,8 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     if !pairs(kernel, report) {
         return;
     }
-    let of = |unit: Unit, block| Needed::new(kernel, unit, block);
-    let needed: Vec<Needed> = units(kernel).into_iter().enumerate().map(|(unit, block)| of(unit, block)).collect();
+    let definitions = Definitions::new(kernel);
+    let needed: Vec<Needed> = units(kernel).into_iter().map(|block| Needed::new(&definitions, block)).collect();
     for seed in 0..if kernel.channels.is_empty() { 0 } else { TRIALS } {
         let before = report.diagnostics.len();
         Run::new(kernel, &needed, seed).all(report);
@@ -72,19 +72,19 @@ struct Needed {
 }
 
 impl Needed {
-    fn new(kernel: &Scheduled, unit: Unit, block: &Block) -> Needed {
+    fn new(definitions: &Definitions<'_>, block: &Block) -> Needed {
         let mut needed = Needed { loops: HashSet::new() };
-        needed.block(&Definitions::new(kernel), unit, block);
+        needed.block(definitions, block);
         needed
     }
 
     /// Whether a block holds a channel operation, or reads a slot.
-    fn block(&mut self, definitions: &Definitions<'_>, unit: Unit, block: &Block) -> bool {
+    fn block(&mut self, definitions: &Definitions<'_>, block: &Block) -> bool {
         let mut any = reads_slot(definitions, &block.yields);
         for inst in &block.insts {
             let mut inside = false;
             for b in inst.op.blocks() {
-                inside |= self.block(definitions, unit, b);
+                inside |= self.block(definitions, b);
             }
             if let (Op::For { body, .. }, true) = (&inst.op, inside) {
                 self.loops.extend(body.args.first());

@@ -78,14 +78,18 @@ impl Eraser {
                 Op::If { cond, then, otherwise } => {
                     tile::Op::If { cond: *cond, then: self.block(then), otherwise: self.block(otherwise) }
                 }
-                Op::Copy { channel, slot, view, index, shape } => {
+                Op::Copy { channel, slot, view, rows, index, shape } => {
                     let dtype = match self.program.types.get(view.0 as usize) {
                         Some(Type::View(t)) => t.dtype,
                         _ => DType::F32,
                     };
                     let tile = self.fresh(Type::Tile(TileType { dtype, shape: shape.clone() }));
                     self.copies.push((tile, format!("copy {channel}.{slot}")));
-                    let op = tile::Op::Load { view: *view, index: index.clone(), shape: shape.clone() };
+                    let (view, index, shape) = (*view, index.clone(), shape.clone());
+                    let op = match *rows {
+                        Some(rows) => tile::Op::Gather { view, rows, index, shape },
+                        None => tile::Op::Load { view, index, shape },
+                    };
                     region.insts.push(tile::Inst { results: vec![tile], op });
                     self.no_results(inst);
                     continue;
