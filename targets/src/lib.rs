@@ -8,7 +8,7 @@
 
 #[cfg(feature = "cpu")]
 pub mod cpu;
-#[cfg(feature = "nvidia")]
+#[cfg(any(feature = "nvidia", feature = "emulate"))]
 pub mod nvidia;
 #[cfg(any(feature = "cpu", feature = "nvidia"))]
 mod parallel;

@@ -1,6 +1,6 @@
 //! From MLIR written by hand to code: what lies behind the lowering.
 
-use super::arch::ARCHS;
+use crate::nvidia::arch::ARCHS;
 use super::*;
 use dsc_ir::artifact::GpuKernel;
 

@@ -375,7 +375,6 @@ impl<'a> Emitter<'a> {
         let last = self.shape(v).last().copied().unwrap_or(1);
         let most = power_of_two_in(last).min(16);
         match self.place(v) {
-            Place::Uniform => 16,
             Place::Lazy => self.defs.get(&v).map_or(1, |op| self.width_of(op, v)).min(most),
             _ => most,
         }

@@ -15,8 +15,8 @@ mod arith;
 pub mod block;
 mod dot;
 mod emit;
-#[cfg(test)]
-mod emulate;
+#[cfg(any(test, feature = "emulate"))]
+pub mod emulate;
 mod fragment;
 pub mod isa;
 pub mod mlir;

@@ -172,7 +172,7 @@ impl Analysis {
         let here = *regions;
         *regions += 1;
         home.extend(region.args.iter().map(|&v| (v, here)));
-        let mut used = |uses: &mut HashMap<ValueId, Uses>, home: &HashMap<ValueId, u32>, v: ValueId, reach: usize| {
+        let used = |uses: &mut HashMap<ValueId, Uses>, home: &HashMap<ValueId, u32>, v: ValueId, reach: usize| {
             let u = uses.entry(v).or_default();
             u.count += 1;
             u.elsewhere |= home.get(&v) != Some(&here);
@@ -348,7 +348,7 @@ impl Scheduler<'_> {
         let t = self.tile(v);
         let [rows, cols] = matrix(&t.shape);
         let bytes = t.dtype.bytes() as u32;
-        let name = format!("%{}", v.0);
+        let name = format!("v{}", v.0);
         let id = match self.operands.get(&v) {
             Some(o) => {
                 let shape = [rows.next_multiple_of(o.rows), cols.next_multiple_of(o.cols)];
@@ -552,8 +552,8 @@ impl Scheduler<'_> {
                 scratch = match (direct, self.place(x).clone()) {
                     // One partial result a row (or column) for each warp along the reduced axis.
                     (true, Place::Fragment(f)) => {
-                        let along = f.warps[1 - *axis as usize];
-                        self.scratch(if along > 1 || outputs == 1 { outputs.max(32) * along.max(warps) * 4 } else { 0 })
+                        let along = f.warps[*axis as usize];
+                        self.scratch(if along > 1 || outputs == 1 { outputs * along * 4 } else { 0 })
                     }
                     _ => {
                         let inner: u32 = t.shape[*axis as usize + 1..].iter().product();
@@ -580,7 +580,7 @@ impl Scheduler<'_> {
                 let r = inst.results[0];
                 let bytes = self.state_of(r).bytes();
                 let id = self.buffer(
-                    format!("%{} top-k", r.0),
+                    format!("v{}_topk", r.0),
                     DType::I32,
                     [1, bytes.div_ceil(4)],
                     bytes.next_multiple_of(16),
@@ -752,7 +752,7 @@ impl Scheduler<'_> {
             let v = body.yields[i];
             if matches!(target, Place::Shared(_))
                 && !self.is_state(v)
-                && self.place(v) == target
+                && targets.contains(self.place(v))
                 && v != body.args[i + 1]
             {
                 let copy = self.copy_elsewhere(v, &mut body.insts);

@@ -1,0 +1,202 @@
+//! Kernels to a module: every kernel by itself and on all cores, then laid out one after another.
+
+use super::arch::Arch;
+use super::lower::{Lowered, lower};
+use super::ptxas::{Cubin, Ptxas};
+use super::{llvm, ptxas};
+use crate::parallel::in_parallel;
+use crate::{Kernel, KernelCode, Level, Listing, Module, Target, TargetError, TargetOptions};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// Cubins start at multiples of this, as the driver reads their headers by words.
+const CODE_ALIGN: usize = 64;
+
+/// Code for one NVIDIA architecture.
+#[derive(Clone, Debug)]
+pub struct NvidiaTarget {
+    arch: &'static Arch,
+    levels: Vec<Level>,
+    ptxas: Option<PathBuf>,
+}
+
+/// A kernel before its machine code.
+struct Assembly {
+    lowered: Lowered,
+    code: llvm::Code,
+}
+
+impl NvidiaTarget {
+    /// The target of that name.
+    pub fn named(name: &str, options: &TargetOptions) -> Option<NvidiaTarget> {
+        let arch = Arch::named(name)?;
+        Some(NvidiaTarget { arch, levels: options.levels.clone(), ptxas: options.ptxas.clone() })
+    }
+
+    /// The architecture compiled for.
+    pub fn arch(&self) -> &'static Arch {
+        self.arch
+    }
+
+    fn keeps(&self, level: Level) -> bool {
+        self.levels.contains(&level)
+    }
+
+    /// PTX of one kernel.
+    fn assembly(&self, kernel: &str, lowered: Lowered) -> Result<Assembly, TargetError> {
+        let options = llvm::Options { llvm_ir: self.keeps(Level::Llvm), ..llvm::Options::default() };
+        let code = llvm::generate(kernel, &lowered.mlir, self.arch, options)
+            .map_err(|reason| TargetError::Codegen { kernel: kernel.to_owned(), reason })?;
+        Ok(Assembly { lowered, code })
+    }
+
+    /// One module of kernels that have their PTX: machine code for each, if there is a ptxas.
+    fn link(&self, names: &[&str], kernels: &[Assembly]) -> Result<Module, TargetError> {
+        let ptxas = Ptxas::find(self.ptxas.as_deref(), self.arch)
+            .map_err(|reason| TargetError::Setup { target: self.arch.name.to_owned(), reason })?;
+        let mut module = Module::default();
+        let cubins = match &ptxas {
+            Some(ptxas) => assemble(ptxas, names, kernels)?,
+            None => {
+                module.warnings.push(format!(
+                    "no machine code: without ptxas the artifact holds PTX, which the driver compiles at each start; {}",
+                    ptxas::REMEDY
+                ));
+                BTreeMap::new()
+            }
+        };
+        let mut entries: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut portable = Vec::new();
+        for (&name, kernel) in names.iter().zip(kernels) {
+            let ptx = kernel.code.ptx.as_str();
+            let mut gpu = kernel.lowered.gpu.clone();
+            gpu.asm = [portable.len() as u64, (portable.len() + ptx.len()) as u64];
+            portable.extend(ptx.as_bytes());
+            let cubin = cubins.get(ptx);
+            let entry = match cubin {
+                Some(cubin) => *entries.entry(ptx).or_insert_with(|| {
+                    module.code.resize(module.code.len().next_multiple_of(CODE_ALIGN), 0);
+                    module.code.extend(&cubin.bytes);
+                    (module.code.len() - cubin.bytes.len()) as u64
+                }),
+                None => 0,
+            };
+            if let Some(cubin) = cubin {
+                let mut resources = cubin.resources;
+                resources.blocks_per_sm = self.arch.occupancy(gpu.threads, gpu.shared_bytes, &resources);
+                fits(self.arch, name, &gpu, resources)?;
+                module.warnings.extend(remarks(name, cubin));
+                gpu.resources = Some(resources);
+            }
+            let code_bytes = cubin.map_or(0, |c| c.bytes.len() as u64);
+            module.kernels.push(KernelCode {
+                name: name.to_owned(),
+                entry,
+                code_bytes,
+                scratch_bytes: 0,
+                gpu: Some(gpu),
+            });
+            module.listings.extend(self.listings(name, kernel));
+        }
+        module.portable = Some(portable);
+        Ok(module)
+    }
+
+    fn listings(&self, name: &str, kernel: &Assembly) -> impl Iterator<Item = Listing> {
+        let levels = [
+            (Level::Sched, Some(&kernel.lowered.sched)),
+            (Level::Mlir, Some(&kernel.lowered.mlir)),
+            (Level::Llvm, kernel.code.llvm_ir.as_ref()),
+            (Level::Asm, Some(&kernel.code.ptx)),
+        ];
+        levels
+            .into_iter()
+            .filter(|(level, _)| self.keeps(*level))
+            .filter_map(move |(level, text)| Some(Listing { kernel: name.to_owned(), level, text: text?.clone() }))
+    }
+}
+
+impl Target for NvidiaTarget {
+    fn name(&self) -> &'static str {
+        self.arch.name
+    }
+
+    fn levels(&self) -> &'static [Level] {
+        &[Level::Sched, Level::Mlir, Level::Llvm, Level::Asm]
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        self.arch.has_fp8_mma
+    }
+
+    fn blocks(&self) -> u32 {
+        self.arch.device.sms
+    }
+
+    fn compile(&self, kernels: &[Kernel]) -> Result<Module, TargetError> {
+        let assembled = in_parallel(kernels, |kernel| self.assembly(&kernel.program.name, lower(kernel, self.arch)?));
+        let assembled = assembled.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let names: Vec<&str> = kernels.iter().map(|k| k.program.name.as_str()).collect();
+        self.link(&names, &assembled)
+    }
+}
+
+/// The cubin of each different PTX.
+fn assemble<'k>(
+    ptxas: &Ptxas,
+    names: &[&str],
+    kernels: &'k [Assembly],
+) -> Result<BTreeMap<&'k str, Cubin>, TargetError> {
+    let mut seen = BTreeSet::new();
+    let different: Vec<(&str, &str)> = names
+        .iter()
+        .zip(kernels)
+        .map(|(&name, kernel)| (name, kernel.code.ptx.as_str()))
+        .filter(|(_, ptx)| seen.insert(*ptx))
+        .collect();
+    let cubins = in_parallel(&different, |(name, ptx)| {
+        let cubin =
+            ptxas.assemble(ptx).map_err(|reason| TargetError::Codegen { kernel: (*name).to_owned(), reason })?;
+        Ok((*ptx, cubin))
+    });
+    cubins.into_iter().collect()
+}
+
+/// A block that no multiprocessor can hold would only be found out at its launch.
+fn fits(
+    arch: &Arch,
+    kernel: &str,
+    gpu: &dsc_ir::artifact::GpuKernel,
+    resources: dsc_ir::artifact::Resources,
+) -> Result<(), TargetError> {
+    if resources.blocks_per_sm > 0 {
+        return Ok(());
+    }
+    let reason = format!(
+        "a block does not fit on a multiprocessor of {}: {} threads of {} registers, {} + {} bytes of shared memory of {}",
+        arch.name,
+        gpu.threads,
+        resources.registers,
+        gpu.shared_bytes,
+        resources.static_shared_bytes,
+        arch.shared_per_block
+    );
+    Err(TargetError::Codegen { kernel: kernel.to_owned(), reason })
+}
+
+/// What costs speed.
+fn remarks(kernel: &str, cubin: &Cubin) -> Vec<String> {
+    let [stores, loads] = cubin.resources.spill_bytes;
+    let spills = (stores + loads > 0).then(|| {
+        let registers = cubin.resources.registers;
+        format!(
+            "kernel {kernel} spills: {stores} bytes of stores, {loads} of loads, with {registers} registers a thread"
+        )
+    });
+    let said = cubin.remarks.iter().map(|r| format!("kernel {kernel}: ptxas: {r}"));
+    spills.into_iter().chain(said).collect()
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;
