@@ -1,13 +1,17 @@
 //! Matrix products for Hopper as cubins, with what a program needs to launch them:
 //! `cargo run --release -p dsc-targets --features nvidia --example hopper DIR`. `tests/bench/hopper.py DIR` checks and times them.
 
+#[path = "../tests/support/experts.rs"]
+mod experts;
 #[path = "../tests/support/linear.rs"]
 mod linear;
 
 use dsc_ir::DType;
 use dsc_ir::artifact::TensorMap;
 use dsc_ir::schedule::Schedule;
+use dsc_ir::tile::Program;
 use dsc_targets::{Kernel, Target, TargetOptions};
+use experts::Experts;
 use linear::Linear;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -16,11 +20,11 @@ use std::path::PathBuf;
 type Rows = &'static [u32];
 
 fn bf16(n: u32, k: u32, tile: [u32; 2]) -> Linear {
-    Linear { dtype: DType::Bf16, n, k, tile, step: 64, out: DType::Bf16 }
+    Linear { dtype: DType::Bf16, n, k, tile, step: 64, out: DType::Bf16, glu: false, part: None }
 }
 
 fn fp8(n: u32, k: u32, tile: [u32; 2]) -> Linear {
-    Linear { dtype: DType::E4m3, n, k, tile, step: 128, out: DType::Bf16 }
+    Linear { dtype: DType::E4m3, n, k, tile, step: 128, out: DType::Bf16, glu: false, part: None }
 }
 
 /// The products of a layer, at prefill and at decode.
@@ -40,38 +44,75 @@ fn products() -> Vec<(Linear, Rows)> {
         all.push((fp8(n, k, [32, 64]), &[32]));
         all.push((fp8(n, k, [64, 128]), &[64, 128]));
     }
+    // Few outputs: parts of the sum, stored apart.
+    for (n, k, columns) in [(2112, 7168, 1792), (4096, 7168, 3584), (7168, 16384, 8192)] {
+        all.push((Linear { part: Some(columns), out: DType::F32, ..fp8(n, k, [16, 64]) }, &[1, 16]));
+    }
+    all.push((Linear { glu: true, ..fp8(2048, 7168, [128, 64]) }, &[4096]));
+    all.push((Linear { glu: true, ..fp8(2048, 7168, [16, 64]) }, &[16]));
     all.push((bf16(4096, 7168, [16, 64]), &[16]));
     all.push((Linear { out: DType::F32, ..bf16(129_280, 7168, [16, 128]) }, &[3]));
     all
 }
 
-fn name(l: &Linear) -> String {
-    let [m, n] = l.tile;
-    format!("{}_n{}_k{}_{m}x{n}_{}", l.dtype, l.n, l.k, l.out)
+/// The products of experts, 8 a token: gate and up, and down, for the experts of one rank of eight; row counts are of (token, expert) pairs.
+fn experts() -> Vec<(Experts, Rows)> {
+    let mut all: Vec<(Experts, Rows)> = Vec::new();
+    for (per_token, n, k) in [(8, 4096, 7168), (0, 7168, 2048)] {
+        let of = |tile| Experts { experts: 32, per_token, n, k, tile };
+        all.push((of([128, 128]), &[8192]));
+        all.push((of([64, 128]), &[8192, 1000]));
+        all.push((of([16, 64]), &[8, 128]));
+    }
+    all
+}
+
+/// A kernel and what a launch has to know of it, as JSON.
+fn described() -> Vec<(Program, String, Rows)> {
+    let mut all = Vec::new();
+    for (l, rows) in products() {
+        let [m, n] = l.tile;
+        let glu = if l.glu { "_glu" } else { "" };
+        let part = l.part.map_or(String::new(), |p| format!("_part{p}"));
+        let name = format!("{}_n{}_k{}_{m}x{n}_{}{glu}{part}", l.dtype, l.n, l.k, l.out);
+        let mut text = format!(r#""kind":"linear","dtype":"{}","out":"{}","n":{},"k":{},"#, l.dtype, l.out, l.n, l.k);
+        let _ = write!(text, r#""tile":{:?},"glu":{},"part":{}"#, l.tile, l.glu, l.part.unwrap_or(0));
+        all.push((l.program(&name), text, rows));
+    }
+    for (e, rows) in experts() {
+        let [m, n] = e.tile;
+        let name = format!("experts{}_n{}_k{}_{m}x{n}", e.experts, e.n, e.k);
+        let mut text = format!(r#""kind":"experts","dtype":"e4m3","out":"bf16","n":{},"k":{},"#, e.n, e.k);
+        let _ = write!(text, r#""tile":{:?},"experts":{},"per_token":{}"#, e.tile, e.experts, e.per_token);
+        all.push((e.program(&name), text, rows));
+    }
+    all
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = PathBuf::from(std::env::args().nth(1).ok_or("give the folder to write to")?);
     std::fs::create_dir_all(&folder)?;
-    let products = products();
+    let described = described();
     let kernels: Vec<Kernel> =
-        products.iter().map(|(l, _)| Kernel { program: l.program(&name(l)), schedule: Schedule::default() }).collect();
+        described.iter().map(|(p, ..)| Kernel { program: p.clone(), schedule: Schedule::default() }).collect();
     let target = dsc_targets::nvidia::NvidiaTarget::named("sm_90a", &TargetOptions::default()).ok_or("no sm_90a")?;
     let module = target.compile(&kernels)?;
     module.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
     let mut lines = Vec::new();
-    for ((l, rows), kernel) in products.iter().zip(&module.kernels) {
+    for ((_, text, rows), kernel) in described.iter().zip(&module.kernels) {
         let gpu = kernel.gpu.as_ref().ok_or("no launch")?;
         let code = &module.code[kernel.entry as usize..(kernel.entry + kernel.code_bytes) as usize];
         std::fs::write(folder.join(format!("{}.cubin", kernel.name)), code)?;
         let maps: Vec<String> = gpu.maps.iter().map(map).collect();
-        let mut line = String::new();
-        write!(line, r#"{{"name":"{}","dtype":"{}","out":"{}","n":{},"k":{},"#, kernel.name, l.dtype, l.out, l.n, l.k)?;
-        write!(line, r#""tile":{:?},"rows":{rows:?},"threads":{},"#, l.tile, gpu.threads)?;
-        write!(line, r#""shared_bytes":{},"persistent":{},"#, gpu.shared_bytes, gpu.persistent)?;
         let blocks = gpu.resources.map_or(0, |r| r.blocks_per_sm);
-        write!(line, r#""blocks_per_sm":{blocks},"maps":[{}]}}"#, maps.join(","))?;
-        lines.push(line);
+        lines.push(format!(
+            r#"{{"name":"{}",{text},"rows":{rows:?},"threads":{},"shared_bytes":{},"persistent":{},"blocks_per_sm":{blocks},"maps":[{}]}}"#,
+            kernel.name,
+            gpu.threads,
+            gpu.shared_bytes,
+            gpu.persistent,
+            maps.join(",")
+        ));
     }
     std::fs::write(folder.join("manifest.json"), format!("[\n{}\n]\n", lines.join(",\n")))?;
     println!("{} kernels in {}", lines.len(), folder.display());

@@ -63,13 +63,11 @@ class TensorMap:
 class Launch:
     """One kernel with its arguments."""
 
-    def __init__(self, function, kernel, tensors, syms, rows, sms):
-        tm, tn = kernel["tile"]
-        grid = (-(-rows // tm), -(-kernel["n"] // tn))
-        self.grid = (min(grid[0] * grid[1], sms * kernel["blocks_per_sm"]), 1) if kernel["persistent"] else grid
+    def __init__(self, function, kernel, tensors, syms, grid, sms):
+        tiles = grid[0] * grid[1] * grid[2]
+        self.grid = (min(tiles, sms * kernel["blocks_per_sm"]), 1, 1) if kernel["persistent"] else grid
         self.function, self.kernel = function, kernel
-        dtypes = {0: kernel["dtype"], 1: kernel["dtype"], len(tensors) - 1: kernel["out"]}
-        self.maps = [TensorMap(tensors[m["param"]], dtypes[m["param"]], m["tile"], m["swizzle"]) for m in kernel["maps"]]
+        self.maps = [TensorMap(tensors[m["param"]], kernel["dtype"], m["tile"], m["swizzle"]) for m in kernel["maps"]]
         self.pointers = [ctypes.c_uint64(t.data_ptr()) for t in [*tensors, syms]]
         addresses = [ctypes.addressof(p) for p in self.pointers] + [m.address for m in self.maps]
         self.args = (ctypes.c_void_p * len(addresses))(*addresses)
@@ -77,7 +75,7 @@ class Launch:
     def __call__(self):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         code = cuda.cuLaunchKernel(
-            self.function, self.grid[0], self.grid[1], 1, self.kernel["threads"], 1, 1, self.kernel["shared_bytes"], stream, self.args, None
+            self.function, *self.grid, self.kernel["threads"], 1, 1, self.kernel["shared_bytes"], stream, self.args, None
         )
         check(code, f"launch of {self.kernel['name']}")
 
@@ -114,22 +112,24 @@ def dequantised(codes, scales, rows):
 
 
 def measure(kernel, function, rows, sms):
-    n, k, fp8 = kernel["n"], kernel["k"], kernel["dtype"] == "e4m3"
+    n, k, fp8, glu = kernel["n"], kernel["k"], kernel["dtype"] == "e4m3", kernel["glu"]
+    w_rows, parts = n * (2 if glu else 1), -(-k // kernel["part"]) if kernel["part"] else 1
     element = torch.float8_e4m3fn if fp8 else torch.bfloat16
     out = torch.bfloat16 if kernel["out"] == "bf16" else torch.float32
     x = torch.randn(rows, k, device="cuda").to(element)
-    copies = 1 if rows > 256 else max(2, min(24, CACHE_BYTES // (n * k * x.element_size()) + 1))
-    w = torch.randn(n, k, device="cuda").to(element)
+    copies = 1 if rows > 256 else max(2, min(24, CACHE_BYTES // (w_rows * k * x.element_size()) + 1))
+    w = torch.randn(w_rows, k, device="cuda").to(element)
     weights = [w] + [w.clone() for _ in range(copies - 1)]
     scales = []
     if fp8:
         blocks = -(-k // 128)
-        scales = [torch.rand(rows, blocks, device="cuda") + 0.5, torch.rand(-(-n // 128), blocks, device="cuda") + 0.5]
+        scales = [torch.rand(rows, blocks, device="cuda") + 0.5, torch.rand(-(-w_rows // 128), blocks, device="cuda") + 0.5]
     syms = torch.tensor([rows, 1, 1, 1, 1, 1], dtype=torch.int32, device="cuda")
     # Memory behind the result must stay as it was.
     guard = 64
-    y = torch.full((rows + guard, n), float("nan"), device="cuda", dtype=out)
-    launches = [Launch(function, kernel, [x, w, *scales, y[:rows]], syms, rows, sms) for w in weights]
+    y = torch.full((rows + guard, n * parts), float("nan"), device="cuda", dtype=out)
+    grid = (-(-rows // kernel["tile"][0]), -(-n // kernel["tile"][1]), parts)
+    launches = [Launch(function, kernel, [x, w, *scales, y[:rows]], syms, grid, sms) for w in weights]
     launches[0]()
     torch.cuda.synchronize()
     error, nans, first_last = 0.0, int(y[:rows].isnan().sum()), sorted({0, max(0, rows - 256)})
@@ -138,7 +138,10 @@ def measure(kernel, function, rows, sms):
         a = dequantised(x[part], scales[0][part], 1) if fp8 else x[part].double()
         b = dequantised(w, scales[1], 128) if fp8 else w.double()
         want = a @ b.T
-        error = max(error, ((y[part].double() - want).norm() / want.norm()).item())
+        if glu:
+            want = torch.nn.functional.silu(want[:, :n]) * want[:, n:]
+        got = y[part].double().view(-1, parts, n).sum(1)
+        error = max(error, ((got - want).norm() / want.norm()).item())
         del a, b, want
     again = y.clone()
     launches[0]()
@@ -169,13 +172,57 @@ def measure(kernel, function, rows, sms):
             del candidates[name]
     repeats = max(1, 10 // copies)
     times = timed({name: calls * repeats for name, calls in candidates.items()})
-    moved = (rows + n) * k * x.element_size() + rows * n * y.element_size()
+    moved = (rows + w_rows) * k * x.element_size() + rows * n * parts * y.element_size()
     result["times"] = {
-        name: {"us": round(t[0], 2), "min": round(t[1], 2), "max": round(t[2], 2), "tflops": round(2 * rows * n * k / t[0] / 1e6, 1),
+        name: {"us": round(t[0], 2), "min": round(t[1], 2), "max": round(t[2], 2), "tflops": round(2 * rows * w_rows * k / t[0] / 1e6, 1),
                "gb_per_s": round(moved / t[0] / 1e3)}
         for name, t in times.items()
     }
     return result
+
+
+def measure_experts(kernel, function, rows, sms):
+    n, k, experts, per_token = kernel["n"], kernel["k"], kernel["experts"], kernel["per_token"]
+    tokens = rows // per_token if per_token else rows
+    blocks, scale_rows = k // 128, n // 128
+    x = torch.randn(tokens, k, device="cuda").to(torch.float8_e4m3fn)
+    w = torch.empty(experts * n, k, device="cuda", dtype=torch.float8_e4m3fn)
+    for e in range(experts):
+        w[e * n : (e + 1) * n] = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
+    xs = torch.rand(tokens, blocks, device="cuda") + 0.5
+    ws = torch.rand(experts * scale_rows, blocks, device="cuda") + 0.5
+    # Each token goes to different experts, as a router would have it.
+    picks = torch.rand(tokens if per_token else -(-rows // 8), experts, device="cuda").argsort(1)[:, :8].flatten()[:rows]
+    order = picks.argsort(stable=True).int()
+    counts = torch.bincount(picks, minlength=experts)
+    offsets = torch.cat([torch.zeros(1, device="cuda", dtype=torch.int64), counts.cumsum(0)]).int()
+    y = torch.full((rows + 64, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+    syms = torch.tensor([tokens, 1, 1, rows, 1, 1], dtype=torch.int32, device="cuda")
+    launch = Launch(function, kernel, [x, w, xs, ws, order, offsets, y[:rows]], syms, (-(-n // kernel["tile"][1]), experts, 1), sms)
+    launch()
+    torch.cuda.synchronize()
+    error, bounds = 0.0, offsets.tolist()
+    for e in sorted({0, experts // 2, experts - 1, int(counts.argmax())}):
+        mine = order[bounds[e] : bounds[e + 1]].long()
+        if not len(mine):
+            continue
+        source = mine // per_token if per_token else mine
+        a = dequantised(x[source], xs[source], 1)
+        b = dequantised(w[e * n : (e + 1) * n], ws[e * scale_rows : (e + 1) * scale_rows], 128)
+        want = a @ b.T
+        error = max(error, ((y[mine].double() - want).norm() / want.norm()).item())
+    again = y.clone()
+    launch()
+    torch.cuda.synchronize()
+    same = bool((again.view(torch.int16) == y.view(torch.int16)).all())
+    touched = int((~y[rows:].isnan()).sum())
+    used = int((counts > 0).sum())
+    moved = used * n * k + rows * k + rows * n * 2
+    us, low, high = timed({"dsc": [launch] * 5})["dsc"]
+    times = {"dsc": {"us": round(us, 2), "min": round(low, 2), "max": round(high, 2), "tflops": round(2 * rows * n * k / us / 1e6, 1),
+                     "gb_per_s": round(moved / us / 1e3)}}
+    nans = int(y[:rows].isnan().sum())
+    return {"name": kernel["name"], "rows": rows, "error": error, "nan": nans, "written_outside": touched, "same_bits_again": same, "times": times}
 
 
 def show(result):
@@ -202,7 +249,8 @@ def main():
             continue
         function = load(options.folder / f"{kernel['name']}.cubin", kernel["name"], kernel["shared_bytes"])
         for rows in kernel["rows"]:
-            results.append(measure(kernel, function, rows, header["sms"]))
+            how = measure_experts if kernel["kind"] == "experts" else measure
+            results.append(how(kernel, function, rows, header["sms"]))
             show(results[-1])
             torch.cuda.empty_cache()
     if options.out:

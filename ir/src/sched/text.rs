@@ -686,7 +686,14 @@ role consumer warps 1..2 {
                 Some(lag @ 160..200) => Some(plain(Op::Release { channel, lag: lag.into() })),
                 Some(slot @ 200..) => kernel.params.first().map(|p| {
                     let at = [1, -1].map(tile::Index::Const).to_vec();
-                    plain(Op::Copy { channel, slot: slot.into(), view: p.value, rows: None, index: at, shape: vec![8, 4] })
+                    plain(Op::Copy {
+                        channel,
+                        slot: slot.into(),
+                        view: p.value,
+                        rows: (slot > 230).then_some(p.value),
+                        index: at,
+                        shape: vec![8, 4],
+                    })
                 }),
                 None => None,
             });

@@ -38,9 +38,7 @@ pub fn operands(op: &Op) -> Vec<ValueId> {
         Op::Tile(op) => tile::operands(op),
         Op::For { lo, hi, init, .. } => [values(&[*lo, *hi]), init.clone()].concat(),
         Op::If { cond, .. } => vec![*cond],
-        Op::Copy { view, rows, index, .. } => {
-            vec![*view].into_iter().chain(*rows).chain(values(index)).collect()
-        }
+        Op::Copy { view, rows, index, .. } => vec![*view].into_iter().chain(*rows).chain(values(index)).collect(),
         Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Take { .. } | Op::Release { .. } => Vec::new(),
     }
 }

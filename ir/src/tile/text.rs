@@ -736,13 +736,13 @@ impl<'a> Parser<'a> {
         Err(self.error(format!("the result of this operation is {want}")))
     }
 
-    /// `%x[rows %1, 0, %2]`
     /// [`Parser::access`] of what may name rows or not.
     pub(crate) fn access_or_rows(&mut self) -> Parsed<(ValueId, Option<ValueId>, Vec<Index>)> {
         let inside = self.rest().split_once('[').map_or("", |(_, inside)| inside);
         self.access(inside.trim_start().starts_with("rows "))
     }
 
+    /// `%x[rows %1, 0, %2]`
     pub(crate) fn access(&mut self, has_rows: bool) -> Parsed<(ValueId, Option<ValueId>, Vec<Index>)> {
         let view = self.value()?;
         self.expect("[")?;

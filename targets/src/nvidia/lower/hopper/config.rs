@@ -29,16 +29,21 @@ pub struct Config {
     pub partials: u32,
     /// Stages of the ring.
     pub stages: u32,
-    /// Bytes of a stage's left and right operand.
+    /// Bytes of a stage's left operand, and of each right one.
     pub slot_bytes: [u32; 2],
     /// Bytes of staging for the result, over all warpgroups.
     pub staging_bytes: u32,
 }
 
+/// Stages that gathered rows may be behind in a ring of that depth: their copies are in flight meanwhile.
+pub fn behind_most(stages: u32) -> u32 {
+    (stages / 2).min(4)
+}
+
 impl Config {
     /// How to run `rows` x `columns` results of that contraction, if the hardware can; `staged`: 16-bit results go to memory through shared memory.
     pub fn of(c: &Contraction<'_>, staged: bool, arch: &Arch) -> Option<Config> {
-        let (rows, columns) = (c.left.rows, c.right.rows);
+        let [rows, columns] = c.shape();
         let transposed = rows < STRAIGHT_FROM;
         let (long, short) = if transposed { (columns, rows) } else { (rows, columns) };
         let groups = match (long / ROWS, short) {
@@ -52,10 +57,10 @@ impl Config {
         if padded > MOST_COLUMNS || (!transposed && padded != wide) {
             return None;
         }
-        let accumulators = long / groups[0] / ROWS * padded / 2;
+        let accumulators = long / groups[0] / ROWS * padded / 2 * c.dots.len() as u32;
         let partials = match () {
             () if c.direct => 0,
-            () if accumulators * 3 <= MOST_REGISTERS && c.rounds > 1 => 2,
+            () if accumulators * 3 <= MOST_REGISTERS && c.rounds.is_some_and(|n| n > 1) => 2,
             () => 1,
         };
         if accumulators * (1 + partials) > MOST_REGISTERS {
@@ -66,11 +71,14 @@ impl Config {
         let staging_rows = if transposed { padded.next_multiple_of(16) } else { ROWS };
         let staging_bytes = if staged { warpgroups * staging_rows * panels * STEP_BYTES } else { 0 };
         let slot_bytes = [rows, columns].map(|r| r.next_multiple_of(8) * STEP_BYTES);
-        let stage = slot_bytes[0] + slot_bytes[1];
+        let stage = slot_bytes[0] + slot_bytes[1] * c.rights.len() as u32;
         // Small tiles wait for memory, not for the multiplier: two blocks a multiprocessor overlap one's end with the other's start.
         let limit = if transposed { arch.shared_per_sm / 2 - Arch::SHARED_RESERVED } else { arch.shared_per_block };
         let stages = ((limit - staging_bytes.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
-        let depth = stages >= 2 && stages > partials.max(1);
+        // Stages that consumers hold at once, and stages that gathered rows may be behind, must leave the producer one to go on.
+        let held = (partials * (c.step / c.stage_k())).max(2);
+        let behind = if c.left.gathered.is_some() { behind_most(stages) } else { 0 };
+        let depth = stages >= held + behind;
         depth.then_some(Config {
             transposed,
             groups: if transposed { [groups[1], groups[0]] } else { groups },

@@ -1,7 +1,8 @@
-//! Finds the one contraction of a tile program: a loop over `k` around a matrix product whose operands come straight from memory.
+//! Finds the contraction of a tile program: a loop over `k` around matrix products whose operands come straight from memory. There may
+//! be several products of one left operand (gate and up, say).
 //!
 //! ```text
-//! for kk in 0..K step s (acc) {          for block in 0..K/s (acc) {
+//! for kk in lo..hi step s (acc) {        for block in lo..hi (acc) {
 //!     acc + load x · load wᵀ                 acc + (load x · load wᵀ) scaled by loads of scales
 //! }                                      }
 //! ```
@@ -33,23 +34,25 @@ pub struct Operand<'a> {
 /// The contraction of a program.
 #[derive(Clone, Debug)]
 pub struct Contraction<'a> {
-    /// The loop over `k`, its bounds constants from zero.
+    /// The loop over `k`.
     pub k_loop: &'a Inst,
+    /// Its bounds and step.
+    pub range: (Index, Index, u32),
     /// Its body.
     pub body: &'a Region,
-    /// Rounds of the loop as the program has them.
-    pub rounds: u32,
+    /// Rounds of the loop, if its bounds are constants.
+    pub rounds: Option<u32>,
     /// Elements of `k` that a round takes.
     pub step: u32,
-    /// The product.
-    pub dot: &'a Inst,
-    /// Left operand: rows of the result.
+    /// The products, all of one left operand.
+    pub dots: Vec<&'a Inst>,
+    /// Left operand: rows of the results.
     pub left: Operand<'a>,
-    /// Right operand: columns of the result.
-    pub right: Operand<'a>,
-    /// Element type of both.
+    /// Right operands, one a product: columns of the results.
+    pub rights: Vec<Operand<'a>>,
+    /// Element type of all.
     pub dtype: DType,
-    /// Whether the product adds to the carried tile itself; else a map combines the two.
+    /// Whether products add to the carried tiles themselves; else maps combine them.
     pub direct: bool,
 }
 
@@ -89,52 +92,87 @@ fn products(region: &Region) -> usize {
 }
 
 impl<'a> Contraction<'a> {
-    /// The contraction of a program that has exactly one.
+    /// The contraction of a program whose products are all in one loop.
     pub fn of(program: &'a Program) -> Option<Contraction<'a>> {
         let mut loops = Vec::new();
         product_loops(&program.body, &mut loops);
         let &[(k_loop, body)] = loops.as_slice() else { return None };
-        if products(&program.body) != 1 {
+        let dots: Vec<&Inst> = body.insts.iter().filter(|i| matches!(i.op, Op::Dot { .. })).collect();
+        let Op::For { lo, hi, step, init, .. } = &k_loop.op else { return None };
+        if products(&program.body) != dots.len() || init.len() != dots.len() {
             return None;
         }
         let mut defs = HashMap::new();
         definitions(&program.body, &mut defs);
-        let dot = body.insts.iter().find(|i| matches!(i.op, Op::Dot { .. }))?;
-        let (Op::For { lo, hi, step, init, .. }, Op::Dot { a, b, acc, trans_b: true }) = (&k_loop.op, &dot.op) else {
-            return None;
-        };
-        let (&Index::Const(0), &Index::Const(hi)) = (lo, hi) else { return None };
-        let (&[carried], &[yielded], &[init]) = (&body.args[1..], body.yields.as_slice(), init.as_slice()) else {
-            return None;
-        };
-        if !is_zero(defs.get(&init)?) {
+        if !init.iter().all(|v| defs.get(v).is_some_and(|i| is_zero(i))) {
             return None;
         }
-        let direct = *acc == Some(carried) && yielded == dot.results[0];
-        if !direct && (acc.is_some() || !combines(defs.get(&yielded)?, carried)) {
+        let carried = &body.args[1..];
+        let direct = dots.iter().enumerate().all(|(i, dot)| adds_to(dot) == carried.get(i).copied())
+            && dots.iter().map(|d| d.results[0]).eq(body.yields.iter().copied());
+        let combined = || {
+            let map = |(y, &c): (&ValueId, &ValueId)| defs.get(y).is_some_and(|i| combines(i, c));
+            dots.iter().all(|d| adds_to(d).is_none()) && body.yields.iter().zip(carried).all(map)
+        };
+        if !direct && !combined() {
             return None;
         }
-        let [left, right] = [*a, *b].map(|v| operand(program, body, &defs, v));
-        let (left, right) = (left?, right?);
-        let types = [*a, *b].map(|v| program.tile(v).map(|t| t.dtype));
-        let [Some(dtype), Some(other)] = types else { return None };
-        let width = program.tile(*a)?.shape.get(1).copied()?;
-        (dtype == other).then_some(Contraction {
+        let pairs: Vec<(ValueId, ValueId)> = dots
+            .iter()
+            .filter_map(|d| match d.op {
+                Op::Dot { a, b, trans_b: true, .. } => Some((a, b)),
+                _ => None,
+            })
+            .collect();
+        let &(a, _) = pairs.first()?;
+        let one_left = pairs.len() == dots.len() && pairs.iter().all(|p| p.0 == a);
+        let left = program.tile(a)?;
+        let rights: Vec<&TileType> = pairs.iter().map(|p| program.tile(p.1)).collect::<Option<_>>()?;
+        let alike = rights.iter().all(|t| t.dtype == left.dtype && t.shape == rights[0].shape);
+        let rounds = match (lo, hi) {
+            (Index::Const(lo), Index::Const(hi)) => u32::try_from(hi.checked_sub(*lo)?).ok().map(|n| n.div_ceil(*step)),
+            _ => None,
+        };
+        (one_left && alike && rounds != Some(0)).then_some(Contraction {
             k_loop,
+            range: (*lo, *hi, *step),
             body,
-            rounds: u32::try_from(hi).ok()?.div_ceil(*step),
-            step: width,
-            dot,
-            left,
-            right,
-            dtype,
+            rounds,
+            step: *left.shape.get(1)?,
+            left: operand(program, body, &defs, a)?,
+            rights: pairs.iter().map(|p| operand(program, body, &defs, p.1)).collect::<Option<_>>()?,
+            dots,
+            dtype: left.dtype,
             direct,
         })
+    }
+
+    /// Rows and columns of each result.
+    pub fn shape(&self) -> [u32; 2] {
+        [self.left.rows, self.rights[0].rows]
+    }
+
+    /// Left operand, then the right ones: slots of a stage.
+    pub fn operands(&self) -> Vec<&Operand<'a>> {
+        [&self.left].into_iter().chain(&self.rights).collect()
+    }
+
+    /// Whether a value is one of the products.
+    pub fn is_product(&self, v: ValueId) -> bool {
+        self.dots.iter().any(|d| d.results[0] == v)
     }
 
     /// Elements of `k` in a stage.
     pub fn stage_k(&self) -> u32 {
         STEP_BYTES / self.dtype.bytes() as u32
+    }
+}
+
+/// What a product adds to.
+fn adds_to(dot: &Inst) -> Option<ValueId> {
+    match dot.op {
+        Op::Dot { acc, .. } => acc,
+        _ => None,
     }
 }
 

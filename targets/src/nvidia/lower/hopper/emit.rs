@@ -4,7 +4,7 @@
 //! A stage of a ring has two barriers: `full`, on which the copies of a stage count their bytes, and `empty`, on which each
 //! consumer warpgroup arrives. Products stay in flight until something needs their end: [`super::wgmma`].
 
-use super::fragment::{Geometry, Register};
+use super::fragment::{Geometry, Register, varies};
 use super::ptx;
 use super::ring::Ring;
 use super::tensor_map::Maps;
@@ -15,7 +15,7 @@ use crate::nvidia::lower::mlir::{Fn, Ty, Val, i32, i64};
 use crate::nvidia::lower::{arith, isa};
 use dsc_ir::Sym;
 use dsc_ir::artifact::GpuKernel;
-use dsc_ir::sched::{Block, BufferId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::sched::{Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
 use dsc_ir::tile::{self, Index, MapArg, Type, ValueId};
 use std::collections::HashMap;
 
@@ -59,9 +59,13 @@ pub struct Emit<'a> {
     pub block: [Val; 3],
     /// This thread's number in its role.
     pub role_tid: Val,
+    /// Whether one thread runs the role.
+    pub elected: bool,
     /// The barrier of this role's threads: its number, and how many they are.
     role_barrier: (u32, u32),
     geometries: HashMap<(Fragment, [u32; 2]), Geometry>,
+    /// Addresses of gathered rows that this thread brings, and whether there is such a row.
+    pub sources: HashMap<(ValueId, ValueId), Vec<(Val, Val)>>,
 }
 
 /// MLIR of a scheduled kernel, and how to launch it.
@@ -74,7 +78,9 @@ pub fn lower(s: &Scheduled, arch: &Arch) -> Result<(String, GpuKernel), String> 
     let mut barriers = data;
     let mut rings = Vec::new();
     for channel in &s.channels {
-        rings.push(Ring::new(channel.stages, barriers));
+        let number = ChannelId(rings.len() as u32);
+        let gathers = s.roles.iter().any(|r| gathers(&r.body, number));
+        rings.push(Ring::new(channel.stages, barriers, gathers));
         barriers += 2 * 8 * channel.stages;
     }
     let mut e = Emit {
@@ -89,8 +95,10 @@ pub fn lower(s: &Scheduled, arch: &Arch) -> Result<(String, GpuKernel), String> 
         syms: [i32(0); 6],
         block: [i32(0); 3],
         role_tid: i32(0),
+        elected: false,
         role_barrier: (0, s.threads),
         geometries: HashMap::new(),
+        sources: HashMap::new(),
     };
     s.roles.iter().for_each(|r| define(&r.body, &mut e.defs));
     e.kernel()?;
@@ -164,7 +172,7 @@ impl<'a> Emit<'a> {
     }
 
     fn init_barriers(&mut self) {
-        let consumers = self.s.roles.iter().filter(|r| !r.elected).map(|r| warpgroups(r)).sum();
+        let consumers = self.s.roles.iter().filter(|r| waits(&r.body)).map(warpgroups).sum();
         let tid = self.t.tid;
         let one = self.t.f.cmp("eq", tid, i32(0));
         let rings: Vec<Ring> = self.rings.clone();
@@ -172,7 +180,7 @@ impl<'a> Emit<'a> {
             for ring in &rings {
                 for stage in 0..ring.stages {
                     let full = t.f.add(t.shared32, i32((ring.barriers + 8 * stage).into()));
-                    ptx::barrier_init(&mut t.f, full, 1);
+                    ptx::barrier_init(&mut t.f, full, ring.arrivals);
                     let empty = t.f.add(t.shared32, i32((ring.barriers + 8 * (ring.stages + stage)).into()));
                     ptx::barrier_init(&mut t.f, empty, consumers);
                 }
@@ -187,8 +195,10 @@ impl<'a> Emit<'a> {
         self.held.clear();
         self.descriptors.clear();
         self.geometries.clear();
+        self.sources.clear();
         self.flight = Flight::default();
         self.rings.iter_mut().for_each(Ring::restart);
+        self.elected = role.elected;
         let even = self.s.threads / Arch::WARP;
         if let Some(registers) = role.registers {
             // What a thread has at the start follows from the block's size.
@@ -199,7 +209,8 @@ impl<'a> Emit<'a> {
         self.role_tid = self.t.f.sub(self.t.tid, i32((role.warps[0] * Arch::WARP).into()));
         if !role.elected {
             self.prepare(&role.body)?;
-            return self.tiles(&role.body);
+            self.tiles(&role.body)?;
+            return self.deliver_rest();
         }
         let (first, chosen, out) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
         let warp = self.t.warp;
@@ -263,12 +274,13 @@ impl<'a> Emit<'a> {
         match &inst.op {
             Op::For { lo, hi, step, init, body } => self.for_loop(inst, (*lo, *hi, *step), init, body),
             Op::Acquire(c) => self.acquire(*c),
-            Op::Copy { channel, slot, view, index, shape } => self.copy(*channel, *slot, *view, index, shape),
-            Op::Commit(c) => {
-                let ring = &mut self.rings[c.0 as usize];
-                ring.advance(&mut self.t.f);
-                Ok(())
+            Op::Copy { channel, slot, view, rows: None, index, shape } => {
+                self.copy(*channel, *slot, *view, index, shape)
             }
+            Op::Copy { channel, slot, view, rows: Some(rows), index, .. } => {
+                self.gather_rows(*channel, *slot, *view, *rows, index)
+            }
+            Op::Commit(c) => self.commit(*c),
             Op::Wait(c) => self.wait(*c),
             Op::Take { channel, slot } => self.take(*channel, *slot, inst.results[0]),
             Op::Release { channel, lag } => self.release(*channel, *lag),
@@ -284,7 +296,10 @@ impl<'a> Emit<'a> {
 
     fn tile_op(&mut self, inst: &'a Inst, op: &'a tile::Op) -> Result<(), String> {
         match op {
-            tile::Op::Store { view, index, value } => return self.store(*view, index, *value, inst.scratch),
+            tile::Op::Store { view, index, value } => return self.store((*view, None, index), *value, inst.scratch),
+            tile::Op::Scatter { view, rows, index, value } => {
+                return self.store((*view, Some(*rows), index), *value, inst.scratch);
+            }
             tile::Op::Dot { a, b, acc, trans_b: true } => return self.dot(inst.results[0], *a, *b, *acc),
             _ => {}
         }
@@ -297,6 +312,19 @@ impl<'a> Emit<'a> {
                 Ok(())
             }
             (Place::Fragment(_), tile::Op::Load { view, index, .. }) => self.load_fragment(r, *view, index),
+            (Place::Fragment(_), tile::Op::Gather { view, rows, index, .. }) => {
+                self.gather_fragment(r, *view, *rows, index)
+            }
+            (Place::Fragment(_), tile::Op::Map { .. }) if self.shape(r).len() == 1 => {
+                let geometry = self.the_geometry()?;
+                let mut values = Vec::new();
+                for register in geometry.varying(true, false) {
+                    let [row, _] = geometry.coordinates(&mut self.t, register);
+                    values.push(self.row_element(r, row)?);
+                }
+                self.held.insert(r, Held::Registers(values, [true, false]));
+                Ok(())
+            }
             (Place::Fragment(_), tile::Op::Map { .. }) => {
                 let geometry = self.the_geometry()?;
                 let mut seen = HashMap::new();
@@ -332,6 +360,7 @@ impl<'a> Emit<'a> {
             tile::Op::Sym(sym) => Ok(self.syms[*sym as usize]),
             tile::Op::Full { value, .. } => Ok(arith::constant(*value)),
             tile::Op::Reshape { x, .. } => self.uniform(*x),
+            tile::Op::Iota { .. } => Ok(i32(0)),
             tile::Op::Map { inputs, body } => {
                 let args = inputs
                     .iter()
@@ -475,15 +504,19 @@ impl<'a> Emit<'a> {
     }
 }
 
+/// Whether a block waits for stages.
+fn waits(block: &Block) -> bool {
+    let inside = |i: &Inst| i.op.blocks().into_iter().any(waits);
+    block.insts.iter().any(|i| matches!(i.op, Op::Wait(_)) || inside(i))
+}
+
+/// Whether a block gathers rows into a channel.
+fn gathers(block: &Block, number: ChannelId) -> bool {
+    let here = |op: &Op| matches!(op, Op::Copy { channel, rows: Some(_), .. } if *channel == number);
+    block.insts.iter().any(|i| here(&i.op) || i.op.blocks().into_iter().any(|b| gathers(b, number)))
+}
+
 /// Warpgroups of a role.
 fn warpgroups(role: &Role) -> u32 {
     (role.warps[1] - role.warps[0]) * Arch::WARP / WARPGROUP
-}
-
-/// Whether a tile varies along its rows and along its columns, axes of one element left out.
-fn varies(shape: &[u32]) -> [bool; 2] {
-    match shape.split_last() {
-        Some((columns, outer)) => [outer.iter().any(|&n| n > 1), *columns > 1],
-        None => [false, false],
-    }
 }

@@ -99,3 +99,12 @@ impl Geometry {
         if self.transposed { [column, row] } else { [row, column] }
     }
 }
+
+/// Whether a tile varies along its rows and along its columns, axes of one element left out; a vector is of rows.
+pub fn varies(shape: &[u32]) -> [bool; 2] {
+    match shape {
+        [] => [false, false],
+        [rows] => [*rows > 1, false],
+        [outer @ .., columns] => [outer.iter().any(|&n| n > 1), *columns > 1],
+    }
+}

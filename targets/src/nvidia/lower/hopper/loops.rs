@@ -1,6 +1,7 @@
 //! Loops: over the tiles of a block, and those of the kernel.
 
 use super::emit::{Emit, Held};
+use super::ring::RING_STATE;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::sched::{Block, Inst, Place};
@@ -30,13 +31,14 @@ impl<'a> Emit<'a> {
         let tiles = self.t.f.mul(tiles, sizes[2]);
         let band = self.s.persistent.unwrap_or(1);
         let state: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
-        self.counted((first, tiles, blocks), &state, |e, tile, state| {
+        let end = self.counted((first, tiles, blocks), &state, |e, tile, state| {
             e.resume(state);
             e.block = e.coordinates(tile, sizes, band);
             e.block(body)?;
             e.settle_all();
             Ok(e.rings.iter().flat_map(|r| r.state()).collect())
         })?;
+        self.resume(&end);
         Ok(())
     }
 
@@ -61,7 +63,7 @@ impl<'a> Emit<'a> {
     }
 
     fn resume(&mut self, state: &[Val]) {
-        for (ring, state) in self.rings.iter_mut().zip(state.chunks(2)) {
+        for (ring, state) in self.rings.iter_mut().zip(state.chunks(RING_STATE)) {
             ring.resume(state);
         }
     }
@@ -120,6 +122,7 @@ impl<'a> Emit<'a> {
         if !self.flight.all_among(init) {
             self.settle_all();
         }
+        self.prepare_rows(body)?;
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
         let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
         let counters = carried.len();

@@ -6,7 +6,7 @@
 //! | `config` | tile, warpgroups, depth of the ring |
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan` | contraction to scheduled tile IR with a producer and consumers |
-//! | `emit`, `loops`, `ring`, `wgmma`, `fragment`, `memory`, `store` | that to MLIR |
+//! | `emit`, `loops`, `ring`, `gather`, `wgmma`, `fragment`, `memory`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
@@ -16,6 +16,7 @@ mod config;
 mod contraction;
 mod emit;
 mod fragment;
+mod gather;
 mod loops;
 mod memory;
 mod plan;

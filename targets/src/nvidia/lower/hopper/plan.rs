@@ -1,6 +1,6 @@
 //! Contraction to scheduled tile IR with roles.
 //!
-//! A producer (one thread that drives the copy engine) fills a ring of stages with tiles of both operands; consumer warpgroups multiply from
+//! A producer (one thread that drives the copy engine; a warpgroup, where rows are gathered by number) fills a ring of stages with tiles of both operands; consumer warpgroups multiply from
 //! it and store. Everything else of the program goes to the roles that need it: scalars to both, scales and the
 //! epilogue to the consumers. Products are kept one group deep: a stage is released when the product after it has been issued, so
 //! the first round of a plain contraction stands before the loop.
@@ -8,7 +8,8 @@
 //! With scales, partial sums of two rounds are in flight and each is added to the accumulator while the other is made.
 
 use super::config::{Config, WARPGROUP};
-use super::contraction::{Contraction, Operand, STEP_BYTES, definitions};
+use super::contraction::{Contraction, STEP_BYTES, definitions};
+use super::fragment::varies;
 use super::store::in_pieces;
 use super::tensor_map::{can_copy, view_type};
 use crate::nvidia::arch::Arch;
@@ -21,6 +22,8 @@ use std::collections::{HashMap, HashSet};
 const BAND: u32 = 16;
 /// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
 const REGISTERS: [u32; 2] = [40, 232];
+/// The same where the producer's threads gather rows.
+const GATHERING_REGISTERS: [u32; 2] = [56, 224];
 /// The only channel.
 const RING: ChannelId = ChannelId(0);
 
@@ -30,8 +33,8 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
     if !matches!(c.dtype, DType::Bf16 | DType::F16 | DType::E4m3) || !c.step.is_multiple_of(c.stage_k()) {
         return None;
     }
-    for operand in [&c.left, &c.right] {
-        can_copy(operand, view_type(&program.types, operand.view)?).then_some(())?;
+    for operand in c.operands() {
+        can_copy(operand, view_type(&program.types, operand.view)?, c.stage_k()).then_some(())?;
     }
     let config = Config::of(&c, staged(program)?, arch)?;
     Planner::new(program, c, config).scheduled()
@@ -44,13 +47,25 @@ fn staged(program: &Program) -> Option<bool> {
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
     let mut stores = Vec::new();
-    for inst in &program.body.insts {
-        if let tile::Op::Store { index, .. } = &inst.op {
+    for_each(&program.body, &mut |inst| {
+        if let tile::Op::Store { index, .. } | tile::Op::Scatter { index, .. } = &inst.op {
             stores.push(index.last().map_or(1, |&i| divisor(i, &defs)));
         }
-    }
+    });
     let columns = *stores.first()?;
     Some(in_pieces(view_type(&program.types, one.value)?, columns) && stores.len() == 1)
+}
+
+/// Visits every instruction.
+fn for_each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
+    for inst in &region.insts {
+        visit(inst);
+        match &inst.op {
+            tile::Op::For { body, .. } => for_each(body, visit),
+            tile::Op::If { then, otherwise, .. } => [then, otherwise].into_iter().for_each(|r| for_each(r, visit)),
+            _ => {}
+        }
+    }
 }
 
 /// A number that divides an index.
@@ -85,6 +100,8 @@ struct Planner<'a> {
     consumed: HashSet<ValueId>,
     /// What of that needs the product.
     after: HashSet<ValueId>,
+    /// Numbers of rows that scales are gathered by.
+    scale_rows: HashSet<ValueId>,
     types: Vec<Type>,
     places: Vec<Place>,
     params: Vec<tile::Param>,
@@ -107,6 +124,7 @@ impl<'a> Planner<'a> {
             produced: HashSet::new(),
             consumed: HashSet::new(),
             after: HashSet::new(),
+            scale_rows: HashSet::new(),
             types: Vec::new(),
             places: Vec::new(),
             params: Vec::new(),
@@ -117,17 +135,60 @@ impl<'a> Planner<'a> {
             p.names.insert(param.value, value);
             p.params.push(tile::Param { value, ..param.clone() });
         }
-        let indices =
-            |o: &Operand<'_>| o.index.iter().filter_map(|i| value_of(*i)).chain(o.gathered).collect::<Vec<_>>();
-        let copied = [indices(&p.c.left), indices(&p.c.right)].concat();
+        let mut copied = p.bounds();
+        for operand in p.c.operands() {
+            copied.extend(operand.index.iter().filter_map(|i| value_of(*i)).chain(operand.gathered));
+        }
         p.produced = p.slice(copied);
-        let mut kept = Vec::new();
-        effects(&program.body, &mut kept);
+        let mut kept = p.bounds();
+        for_each(&program.body, &mut |inst| {
+            if let tile::Op::Store { .. } | tile::Op::Scatter { .. } = &inst.op {
+                kept.extend(tile::operands(&inst.op));
+            }
+        });
         kept.extend(&p.c.body.yields);
         p.consumed = p.slice(kept);
-        let after = |p: &Planner<'_>, v: ValueId| p.slice(vec![v]).contains(&p.c.dot.results[0]);
+        let after = |p: &Planner<'_>, v: ValueId| p.slice(vec![v]).iter().any(|&v| p.c.is_product(v));
+        let gathered = p.c.body.insts.iter().filter_map(|i| match i.op {
+            tile::Op::Gather { rows, .. } => Some(rows),
+            _ => None,
+        });
+        p.scale_rows = gathered.collect();
         p.after = p.c.body.insts.iter().filter_map(|i| i.results.first().copied()).filter(|&v| after(&p, v)).collect();
         p
+    }
+
+    /// Values that bound loops.
+    fn bounds(&self) -> Vec<ValueId> {
+        let mut out = Vec::new();
+        for_each(&self.program.body, &mut |inst| {
+            if let tile::Op::For { lo, hi, .. } = inst.op {
+                out.extend([lo, hi].into_iter().filter_map(value_of));
+            }
+        });
+        out
+    }
+
+    /// The body of a loop around the contraction, without carried values.
+    fn around(&self, inst: &'a tile::Inst) -> Option<(Index, Index, u32, &'a Region)> {
+        let tile::Op::For { lo, hi, step, init, body } = &inst.op else { return None };
+        let mut holds = false;
+        for_each(body, &mut |i| holds |= i.results == self.c.k_loop.results);
+        (holds && init.is_empty()).then_some((*lo, *hi, *step, body))
+    }
+
+    /// That loop as a role runs it.
+    fn loop_around(
+        &mut self,
+        (lo, hi, step, body): (Index, Index, u32, &'a Region),
+        names: &mut Names,
+        role: fn(&mut Self, &'a Region, &mut Names) -> Option<Vec<Inst>>,
+    ) -> Option<Inst> {
+        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
+        let counter = self.fresh(self.program.ty(body.args[0]).clone(), Place::Uniform);
+        names.insert(body.args[0], counter);
+        let body = Block { args: vec![counter], insts: role(self, body, names)?, yields: Vec::new() };
+        Some(plain(Op::For { lo, hi, step, init: Vec::new(), body }))
     }
 
     /// These values and what they are computed from; a product's operands are not followed.
@@ -138,7 +199,7 @@ impl<'a> Planner<'a> {
                 continue;
             }
             match self.defs.get(&v) {
-                Some(inst) if inst.results == self.c.dot.results => {}
+                Some(_) if self.c.is_product(v) => {}
                 Some(inst) => pending.extend(tile::operands(&inst.op)),
                 None => {}
             }
@@ -167,9 +228,16 @@ impl<'a> Planner<'a> {
         if t.elements() == 1 {
             return Some(Place::Uniform);
         }
-        let matrix = [self.c.left.rows, self.c.right.rows];
+        let matrix = self.c.shape();
         match &inst.op {
-            tile::Op::Full { .. } | tile::Op::Map { .. } | tile::Op::Reshape { .. } => Some(Place::Lazy),
+            // Numbers of rows that operands are scaled by: each thread keeps those of its rows.
+            tile::Op::Map { .. } if self.scale_rows.contains(&inst.results[0]) => Some(self.fragment()),
+            tile::Op::Reshape { x, .. } => (varies(&self.tile(*x)?.shape) == varies(&t.shape)).then_some(Place::Lazy),
+            tile::Op::Full { .. } | tile::Op::Map { .. } => Some(Place::Lazy),
+            tile::Op::Iota { .. } | tile::Op::Load { .. } if t.dtype == DType::I32 => {
+                (t.shape == [matrix[0]]).then_some(Place::Lazy)
+            }
+            tile::Op::Gather { .. } if t.dtype == DType::F32 && t.shape == [matrix[0], 1] => Some(self.fragment()),
             tile::Op::Load { .. } if t.dtype == DType::F32 => match t.shape[..] {
                 [r, 1] if r == matrix[0] => Some(self.fragment()),
                 [1, c] if c == matrix[1] => Some(self.fragment()),
@@ -213,10 +281,15 @@ impl<'a> Planner<'a> {
         let mut names = self.names.clone();
         let consumer = self.consumer(&self.program.body, &mut names)?;
         let warps = self.config.warpgroups() * WARPGROUP / Arch::WARP;
+        let gathers = self.c.left.gathered.is_some();
         let redistributed = self.config.warpgroups() == 2 && !self.config.transposed;
-        // Registers move between whole warpgroups; without that, one warp is enough to drive the copies.
-        let (produces, consumes) =
-            if redistributed { ([0, 4], [4, 4 + warps]) } else { ([warps, warps + 1], [0, warps]) };
+        // Registers move between whole warpgroups; without that, one warp is enough to drive the copy engine.
+        let (produces, consumes) = match (redistributed, gathers) {
+            (true, _) => ([0, 4], [4, 4 + warps]),
+            (false, true) => ([warps, warps + 4], [0, warps]),
+            (false, false) => ([warps, warps + 1], [0, warps]),
+        };
+        let registers = if gathers { GATHERING_REGISTERS } else { REGISTERS };
         let role = |name: &str, warps, registers, elected, insts| Role {
             name: name.into(),
             warps,
@@ -225,8 +298,8 @@ impl<'a> Planner<'a> {
             body: Block { insts, ..Block::default() },
         };
         let roles = vec![
-            role("producer", produces, REGISTERS[0], true, producer),
-            role("consumer", consumes, REGISTERS[1], false, consumer),
+            role("producer", produces, registers[0], !gathers, producer),
+            role("consumer", consumes, registers[1], false, consumer),
         ];
         Some(Scheduled {
             name: self.program.name.clone(),
@@ -238,7 +311,7 @@ impl<'a> Planner<'a> {
             channels: vec![Channel {
                 name: "operands".into(),
                 stages: self.config.stages,
-                slots: vec![BufferId(0), BufferId(1)],
+                slots: (0..=self.c.rights.len() as u32).map(BufferId).collect(),
             }],
             types: self.types,
             places: self.places,
@@ -258,9 +331,14 @@ impl<'a> Planner<'a> {
             copies: self.config.stages,
             offset,
         };
-        let mut buffers = vec![slot("left", left, 0), slot("right", right, left * self.config.stages)];
+        let mut buffers = vec![slot("left", left, 0)];
+        let mut end = left * self.config.stages;
+        for _ in &self.c.rights {
+            buffers.push(slot("right", right, end));
+            end += right * self.config.stages;
+        }
         if self.config.staging_bytes > 0 {
-            let mut staging = slot("result", self.config.staging_bytes, (left + right) * self.config.stages);
+            let mut staging = slot("result", self.config.staging_bytes, end);
             (staging.dtype, staging.copies) = (DType::Bf16, 1);
             staging.shape[1] = STEP_BYTES / 2;
             buffers.push(staging);
@@ -274,8 +352,12 @@ impl<'a> Planner<'a> {
         for inst in &region.insts {
             if inst.results == self.c.k_loop.results {
                 out.push(self.fill_loop(names)?);
+            } else if let Some(around) = self.around(inst) {
+                out.push(self.loop_around(around, names, Self::producer)?);
             } else if inst.results.first().is_some_and(|r| self.produced.contains(r)) {
+                // Which rows a thread brings is its own affair: no place of a fragment.
                 let place = self.place(inst)?;
+                let place = if matches!(place, Place::Fragment(_)) { Place::Lazy } else { place };
                 out.push(self.copied(inst, place, names)?);
             }
         }
@@ -285,7 +367,8 @@ impl<'a> Planner<'a> {
     /// The loop over `k` that fills stages.
     fn fill_loop(&mut self, names: &mut Names) -> Option<Inst> {
         let c = self.c.clone();
-        let tile::Op::For { lo, hi, step, .. } = &c.k_loop.op else { return None };
+        let (lo, hi, step) = c.range;
+        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
         let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
         names.insert(c.body.args[0], counter);
         let mut insts = Vec::new();
@@ -298,7 +381,7 @@ impl<'a> Planner<'a> {
         }
         for part in 0..c.step / c.stage_k() {
             let mut copies = Vec::new();
-            for (slot, operand) in [&c.left, &c.right].into_iter().enumerate() {
+            for (slot, operand) in c.operands().into_iter().enumerate() {
                 let mut index: Vec<Index> =
                     operand.index.iter().map(|&i| rename_index(i, names)).collect::<Option<_>>()?;
                 let last = index.last_mut()?;
@@ -315,14 +398,15 @@ impl<'a> Planner<'a> {
                 let mut shape = operand.shape.to_vec();
                 *shape.last_mut()? = c.stage_k();
                 let view = *names.get(&operand.view)?;
-                copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, index, shape }));
+                let rows = operand.gathered.map(|r| names.get(&r).copied().ok_or(())).transpose().ok()?;
+                copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, rows, index, shape }));
             }
             insts.push(plain(Op::Acquire(RING)));
             insts.extend(copies);
             insts.push(plain(Op::Commit(RING)));
         }
         let body = Block { args: vec![counter], insts, yields: Vec::new() };
-        Some(plain(Op::For { lo: *lo, hi: *hi, step: *step, init: Vec::new(), body }))
+        Some(plain(Op::For { lo, hi, step, init: Vec::new(), body }))
     }
 
     /// A region as the consumers run it.
@@ -330,14 +414,16 @@ impl<'a> Planner<'a> {
         let mut out = Vec::new();
         for inst in &region.insts {
             if inst.results == self.c.k_loop.results {
-                let total = if self.c.direct { self.sum(names, &mut out)? } else { self.scaled_sum(names, &mut out)? };
-                names.insert(inst.results[0], total);
-            } else if let tile::Op::Store { .. } = &inst.op {
+                let totals = if self.c.direct { self.sum(names, &mut out)? } else { self.scaled_sum(names, &mut out)? };
+                names.extend(inst.results.iter().copied().zip(totals));
+            } else if let Some(around) = self.around(inst) {
+                out.push(self.loop_around(around, names, Self::consumer)?);
+            } else if let tile::Op::Store { .. } | tile::Op::Scatter { .. } = &inst.op {
                 let mut store = self.copied(inst, Place::Lazy, names)?;
                 if self.config.staging_bytes > 0 {
                     // The last tile's results may still be on their way through the same memory.
                     out.push(plain(Op::Barrier));
-                    store.scratch = Some(BufferId(2));
+                    store.scratch = Some(BufferId(1 + self.c.rights.len() as u32));
                 }
                 out.push(store);
             } else if inst.results.first().is_some_and(|r| self.consumed.contains(r)) {
@@ -350,111 +436,156 @@ impl<'a> Planner<'a> {
         Some(out)
     }
 
-    /// Waits for the stages of one round and multiplies them; the sum with `acc`. Stages before the newest are released as the products
-    /// that read them end, from the second of the kernel on.
-    fn multiply(&mut self, mut acc: Option<ValueId>, release: bool, out: &mut Vec<Inst>) -> Option<ValueId> {
+    /// A new value for each product's result.
+    fn results(&mut self) -> Vec<ValueId> {
+        let types: Vec<Type> = self.c.dots.iter().map(|d| self.program.ty(d.results[0]).clone()).collect();
+        let place = self.fragment();
+        types.into_iter().map(|ty| self.fresh(ty, place.clone())).collect()
+    }
+
+    /// Waits for the stages of one round and multiplies them; the sums with `accs`. Of each stage but the first the one `lag` before is
+    /// released once it is multiplied; of the first too if `first`.
+    fn multiply(
+        &mut self,
+        mut accs: Option<Vec<ValueId>>,
+        (lag, first): (Option<u32>, bool),
+        out: &mut Vec<Inst>,
+    ) -> Vec<ValueId> {
         let c = self.c.clone();
         for part in 0..c.step / c.stage_k() {
             out.push(plain(Op::Wait(RING)));
-            let mut taken = [ValueId(0); 2];
-            for (slot, operand) in [&c.left, &c.right].into_iter().enumerate() {
+            let mut taken = Vec::new();
+            for (slot, operand) in c.operands().into_iter().enumerate() {
                 let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
-                taken[slot] = self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32));
+                taken.push(self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
                 let op = Op::Take { channel: RING, slot: slot as u32 };
                 out.push(Inst { results: vec![taken[slot]], op, scratch: None });
             }
-            let result = self.fresh(self.program.ty(c.dot.results[0]).clone(), self.fragment());
-            let op = tile::Op::Dot { a: taken[0], b: taken[1], acc, trans_b: true };
-            out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
-            if release || (part > 0 && c.direct) {
-                out.push(plain(Op::Release { channel: RING, lag: 1 }));
+            let results = self.results();
+            for (i, &result) in results.iter().enumerate() {
+                let acc = accs.as_ref().map(|accs| accs[i]);
+                let op = tile::Op::Dot { a: taken[0], b: taken[i + 1], acc, trans_b: true };
+                out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
             }
-            acc = Some(result);
+            if let Some(lag) = lag
+                && (first || part > 0)
+            {
+                out.push(plain(Op::Release { channel: RING, lag }));
+            }
+            accs = Some(results);
         }
-        acc
+        accs.unwrap_or_default()
+    }
+
+    /// Zeros for each product's sum.
+    fn zeros(&mut self, out: &mut Vec<Inst>) -> Vec<ValueId> {
+        let shape = self.c.shape().to_vec();
+        let ty = TileType { dtype: DType::F32, shape: shape.clone() };
+        let zero = self.fresh(Type::Tile(ty), Place::Lazy);
+        let op = Op::Tile(tile::Op::Full { value: Scalar::F32(0.0), shape });
+        out.push(Inst { results: vec![zero], op, scratch: None });
+        vec![zero; self.c.dots.len()]
+    }
+
+    fn counter(&mut self) -> ValueId {
+        self.fresh(self.program.ty(self.c.body.args[0]).clone(), Place::Uniform)
+    }
+
+    /// A loop that carries sums; `body` gets its counter and the sums.
+    fn carrying(
+        &mut self,
+        (lo, hi, step): (Index, Index, u32),
+        init: Vec<ValueId>,
+        out: &mut Vec<Inst>,
+        body: impl FnOnce(&mut Self, ValueId, Vec<ValueId>, &mut Vec<Inst>) -> Option<Vec<ValueId>>,
+    ) -> Option<Vec<ValueId>> {
+        let counter = self.counter();
+        let carried = self.results();
+        let mut insts = Vec::new();
+        let yields = body(self, counter, carried.clone(), &mut insts)?;
+        let args = [counter].into_iter().chain(carried).collect();
+        let results = self.results();
+        let op = Op::For { lo, hi, step, init, body: Block { args, insts, yields } };
+        out.push(Inst { results: results.clone(), op, scratch: None });
+        Some(results)
     }
 
     /// `Σ_k a · bᵀ`.
-    fn sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<ValueId> {
-        let c = self.c.clone();
-        let tile::Op::For { hi, step, .. } = &c.k_loop.op else { return None };
-        let mut total = self.multiply(None, false, out)?;
-        if c.rounds > 1 {
-            let ty = self.program.ty(c.dot.results[0]).clone();
-            let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
-            let carried = self.fresh(ty.clone(), self.fragment());
-            let mut insts = Vec::new();
-            let next = self.multiply(Some(carried), true, &mut insts)?;
-            let body = Block { args: vec![counter, carried], insts, yields: vec![next] };
-            let (lo, hi) = (Index::Const((*step).into()), rename_index(*hi, names)?);
-            let result = self.fresh(ty, self.fragment());
-            let op = Op::For { lo, hi, step: *step, init: vec![total], body };
-            out.push(Inst { results: vec![result], op, scratch: None });
-            total = result;
+    fn sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
+        let (lo, hi, step) = self.c.range;
+        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
+        let (Some(rounds), Index::Const(first)) = (self.c.rounds, lo) else {
+            // There may be no round at all: nothing can stand before the loop.
+            let zeros = self.zeros(out);
+            return self.carrying((lo, hi, step), zeros, out, |p, _, accs, out| {
+                Some(p.multiply(Some(accs), (Some(0), true), out))
+            });
+        };
+        let mut totals = self.multiply(None, (Some(1), false), out);
+        if rounds > 1 {
+            let rest = (Index::Const(first + i64::from(step)), hi, step);
+            totals =
+                self.carrying(rest, totals, out, |p, _, accs, out| Some(p.multiply(Some(accs), (Some(1), true), out)))?;
         }
         out.push(plain(Op::Release { channel: RING, lag: 0 }));
-        Some(total)
+        Some(totals)
     }
 
-    /// The same with a map of each round's partial sum into the accumulator.
-    fn scaled_sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<ValueId> {
-        let c = self.c.clone();
-        let tile::Op::For { step, .. } = &c.k_loop.op else { return None };
-        let together = self.config.partials.min(c.rounds).max(1);
-        let looped = c.rounds / together * together;
-        let ty = self.program.ty(c.dot.results[0]).clone();
-        let zero = self.fresh(ty.clone(), Place::Lazy);
-        let shape = vec![c.left.rows, c.right.rows];
-        let op = Op::Tile(tile::Op::Full { value: Scalar::F32(0.0), shape });
-        out.push(Inst { results: vec![zero], op, scratch: None });
-        let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
-        let carried = self.fresh(ty.clone(), self.fragment());
-        let mut insts = Vec::new();
-        let next = self.scaled_rounds(counter, together, carried, names, &mut insts)?;
-        let body = Block { args: vec![counter, carried], insts, yields: vec![next] };
-        let mut total = self.fresh(ty, self.fragment());
-        let (lo, hi) = (Index::Const(0), Index::Const(i64::from(looped) * i64::from(*step)));
-        let op = Op::For { lo, hi, step: step * together, init: vec![zero], body };
-        out.push(Inst { results: vec![total], op, scratch: None });
-        if looped < c.rounds {
-            let (inst, counter) = self.scalar((looped * step) as i32);
-            out.push(inst);
-            total = self.scaled_rounds(counter, c.rounds - looped, total, names, out)?;
+    /// The same with maps of each round's partial sums into the accumulators.
+    fn scaled_sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
+        let (lo, hi, step) = self.c.range;
+        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
+        let zeros = self.zeros(out);
+        let (Some(rounds), Index::Const(first)) = (self.c.rounds, lo) else {
+            return self.carrying((lo, hi, step), zeros, out, |p, counter, accs, out| {
+                p.scaled_rounds(counter, 1, accs, names, out)
+            });
+        };
+        let together = self.config.partials.min(rounds).max(1);
+        let looped = rounds / together * together;
+        let end = first + i64::from(looped) * i64::from(step);
+        let range = (lo, Index::Const(end), step * together);
+        let totals = self.carrying(range, zeros, out, |p, counter, accs, out| {
+            p.scaled_rounds(counter, together, accs, names, out)
+        })?;
+        if looped == rounds {
+            return Some(totals);
         }
-        Some(total)
+        let (inst, counter) = self.scalar(i32::try_from(end).ok()?);
+        out.push(inst);
+        self.scaled_rounds(counter, rounds - looped, totals, names, out)
     }
 
-    /// `count` rounds from `counter` on, all their products in flight before the first is added to `acc`.
+    /// `count` rounds from `counter` on, all their products in flight before the first is added to `accs`.
     fn scaled_rounds(
         &mut self,
         counter: ValueId,
         count: u32,
-        mut acc: ValueId,
+        mut accs: Vec<ValueId>,
         names: &Names,
         out: &mut Vec<Inst>,
-    ) -> Option<ValueId> {
+    ) -> Option<Vec<ValueId>> {
         let c = self.c.clone();
-        let tile::Op::For { step, .. } = &c.k_loop.op else { return None };
         let mut rounds = Vec::new();
         for round in 0..count {
             let mut names = names.clone();
             let counter = if round == 0 {
                 counter
             } else {
-                let (inst, v) = self.plus(counter, round * step);
+                let (inst, v) = self.plus(counter, round * c.range.2);
                 out.push(inst);
                 v
             };
             names.insert(c.body.args[0], counter);
             for inst in &c.body.insts {
-                let Some(r) = inst.results.first() else { return None };
+                let r = inst.results.first()?;
                 if self.consumed.contains(r) && !self.after.contains(r) {
                     let place = self.place(inst)?;
                     out.push(self.copied(inst, place, &mut names)?);
                 }
             }
-            let partial = self.multiply(None, false, out)?;
-            names.insert(c.dot.results[0], partial);
+            let partials = self.multiply(None, (None, false), out);
+            names.extend(c.dots.iter().map(|d| d.results[0]).zip(partials));
             rounds.push(names);
         }
         let parts = c.step / c.stage_k();
@@ -463,29 +594,33 @@ impl<'a> Planner<'a> {
                 let lag = count * parts - 1 - (round as u32 * parts + part);
                 out.push(plain(Op::Release { channel: RING, lag }));
             }
-            names.insert(c.body.args[1], acc);
+            names.extend(c.body.args[1..].iter().copied().zip(accs));
             for inst in &c.body.insts {
                 let r = inst.results[0];
-                if !self.after.contains(&r) || !self.consumed.contains(&r) || r == c.dot.results[0] {
-                    continue;
+                if self.after.contains(&r) && self.consumed.contains(&r) && !c.is_product(r) {
+                    out.push(self.combination(inst, names)?);
                 }
-                let place = if r == c.body.yields[0] { self.fragment() } else { Place::Lazy };
-                let mut new = self.copied(inst, place, names)?;
-                let floats = inst
-                    .results
-                    .iter()
-                    .chain(&tile::operands(&inst.op))
-                    .all(|&v| self.tile(v).is_some_and(|t| t.dtype == DType::F32));
-                if let Op::Tile(tile::Op::Map { body, .. }) = &mut new.op
-                    && floats
-                {
-                    contract(body);
-                }
-                out.push(new);
             }
-            acc = *names.get(&c.body.yields[0])?;
+            accs = c.body.yields.iter().map(|y| names.get(y).copied()).collect::<Option<_>>()?;
         }
-        Some(acc)
+        Some(accs)
+    }
+
+    /// An instruction of the loop that comes after the products.
+    fn combination(&mut self, inst: &tile::Inst, names: &mut Names) -> Option<Inst> {
+        let place = if self.c.body.yields.contains(&inst.results[0]) { self.fragment() } else { Place::Lazy };
+        let floats = inst
+            .results
+            .iter()
+            .chain(&tile::operands(&inst.op))
+            .all(|&v| self.tile(v).is_some_and(|t| t.dtype == DType::F32));
+        let mut new = self.copied(inst, place, names)?;
+        if let Op::Tile(tile::Op::Map { body, .. }) = &mut new.op
+            && floats
+        {
+            contract(body);
+        }
+        Some(new)
     }
 }
 
@@ -493,17 +628,6 @@ fn value_of(i: Index) -> Option<ValueId> {
     match i {
         Index::Value(v) => Some(v),
         Index::Const(_) => None,
-    }
-}
-
-/// Operands of everything that writes memory.
-fn effects(region: &Region, out: &mut Vec<ValueId>) {
-    for inst in &region.insts {
-        match &inst.op {
-            tile::Op::Store { .. } | tile::Op::Scatter { .. } => out.extend(tile::operands(&inst.op)),
-            tile::Op::For { body, .. } => effects(body, out),
-            _ => {}
-        }
     }
 }
 
@@ -519,7 +643,7 @@ fn renamed(op: &tile::Op, names: &Names) -> Option<tile::Op> {
     let v = |v: &ValueId| names.get(v).copied();
     let indices = |index: &[Index]| index.iter().map(|&i| rename_index(i, names)).collect::<Option<Vec<_>>>();
     Some(match op {
-        tile::Op::BlockId { .. } | tile::Op::Sym(_) | tile::Op::Full { .. } => op.clone(),
+        tile::Op::BlockId { .. } | tile::Op::Sym(_) | tile::Op::Full { .. } | tile::Op::Iota { .. } => op.clone(),
         tile::Op::Map { inputs, body } => {
             tile::Op::Map { inputs: inputs.iter().map(v).collect::<Option<_>>()?, body: body.clone() }
         }
@@ -529,6 +653,12 @@ fn renamed(op: &tile::Op, names: &Names) -> Option<tile::Op> {
         }
         tile::Op::Store { view, index, value } => {
             tile::Op::Store { view: v(view)?, index: indices(index)?, value: v(value)? }
+        }
+        tile::Op::Gather { view, rows, index, shape } => {
+            tile::Op::Gather { view: v(view)?, rows: v(rows)?, index: indices(index)?, shape: shape.clone() }
+        }
+        tile::Op::Scatter { view, rows, index, value } => {
+            tile::Op::Scatter { view: v(view)?, rows: v(rows)?, index: indices(index)?, value: v(value)? }
         }
         _ => return None,
     })

@@ -159,3 +159,21 @@ pub fn load_i32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}";
     f.asm(text, "=&r,l,r", &[at, c], &[Ty::I32], false, true)[0]
 }
+
+/// Copies 16 bytes from global to shared memory without waiting, where `wanted` holds; zeros where `inside` does not.
+pub fn copy_piece(f: &mut Fn, to: Val, from: Val, inside: Val, wanted: Val) {
+    let size = f.select(inside, i32(16), i32(0));
+    let wanted = f.cast("zext", wanted, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\n@p cp.async.cg.shared.global.L2::256B [$0], [$1], 16, $2;\n}";
+    effect(f, text, "r,l,r,r", &[to, from, size, wanted]);
+}
+
+/// Ends a group of [`copy_piece`].
+pub fn copies_commit(f: &mut Fn) {
+    effect(f, "cp.async.commit_group;", "", &[]);
+}
+
+/// Waits until at most `n` groups of this thread's copies are in flight.
+pub fn copies_wait(f: &mut Fn, n: u32) {
+    effect(f, &format!("cp.async.wait_group {n};"), "", &[]);
+}

@@ -8,6 +8,9 @@ use dsc_ir::tile::{Index, ValueId};
 
 use super::config::WARPGROUP;
 
+/// Values that a loop carries for a ring.
+pub const RING_STATE: usize = 3;
+
 /// One channel as a role sees it.
 #[derive(Clone, Debug)]
 pub struct Ring {
@@ -19,19 +22,29 @@ pub struct Ring {
     pub stage: Val,
     /// Parity of its round.
     pub phase: Val,
+    /// Arrivals that make a stage full, besides its bytes.
+    pub arrivals: u32,
+    /// Stages committed whose gathered rows are not delivered yet, at most `config::behind_most`.
+    pub behind: Val,
     /// Stages waited for, the newest first, as far as this stretch of code knows.
     recent: Vec<Val>,
 }
 
 impl Ring {
     /// A ring at its start.
-    pub fn new(stages: u32, barriers: u32) -> Ring {
-        Ring { stages, barriers, stage: i32(0), phase: i32(0), recent: Vec::new() }
+    pub fn new(stages: u32, barriers: u32, gathers: bool) -> Ring {
+        let arrivals = if gathers { 1 + WARPGROUP } else { 1 };
+        Ring { stages, barriers, stage: i32(0), phase: i32(0), arrivals, behind: i32(0), recent: Vec::new() }
+    }
+
+    /// Whether threads bring rows into it.
+    pub fn gathers(&self) -> bool {
+        self.arrivals > 1
     }
 
     /// Back to the start.
     pub fn restart(&mut self) {
-        *self = Ring::new(self.stages, self.barriers);
+        *self = Ring::new(self.stages, self.barriers, self.gathers());
     }
 
     /// Goes to the next stage.
@@ -44,18 +57,23 @@ impl Ring {
     }
 
     /// What a loop carries.
-    pub fn state(&self) -> [Val; 2] {
-        [self.stage, self.phase]
+    pub fn state(&self) -> [Val; RING_STATE] {
+        [self.stage, self.phase, self.behind]
     }
 
     /// Takes up what a loop carries.
     pub fn resume(&mut self, state: &[Val]) {
-        (self.stage, self.phase) = (state[0], state[1]);
+        self.stage = state[0];
+        self.phase = state[1];
+        // What nobody gathers stays the constant that it was.
+        if self.gathers() {
+            self.behind = state[2];
+        }
         self.recent.clear();
     }
 
     /// The stage waited for `lag` waits before the last.
-    fn back(&self, f: &mut Fn, lag: u32) -> Val {
+    pub fn back(&self, f: &mut Fn, lag: u32) -> Val {
         if let Some(&known) = self.recent.get(lag as usize) {
             return known;
         }
@@ -67,7 +85,7 @@ impl Ring {
 }
 
 impl<'a> Emit<'a> {
-    fn barrier_at(&mut self, channel: ChannelId, empty: bool, stage: Val) -> Val {
+    pub fn barrier_at(&mut self, channel: ChannelId, empty: bool, stage: Val) -> Val {
         let ring = &self.rings[channel.0 as usize];
         let first = ring.barriers + if empty { 8 * ring.stages } else { 0 };
         let base = self.t.f.add(self.t.shared32, i32(first.into()));
@@ -77,17 +95,23 @@ impl<'a> Emit<'a> {
 
     /// Waits until the next stage is free and announces its bytes.
     pub fn acquire(&mut self, channel: ChannelId) -> Result<(), String> {
-        let [stage, phase] = self.rings[channel.0 as usize].state();
+        let [stage, phase, _] = self.rings[channel.0 as usize].state();
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
         ptx::barrier_wait(&mut self.t.f, empty, parity);
         let full = self.barrier_at(channel, false, stage);
         let bytes = self.stage_bytes(channel);
-        ptx::barrier_expect(&mut self.t.f, full, bytes);
+        let drives = self.drives();
+        self.t.when(drives, |t| ptx::barrier_expect(&mut t.f, full, bytes));
         Ok(())
     }
 
-    /// Bytes that the copies of one stage bring.
+    /// Whether this thread drives the copy engine: the only one of an elected role, the first of another.
+    fn drives(&mut self) -> Val {
+        if self.elected { Val::Int(1, Ty::I1) } else { self.t.f.cmp("eq", self.role_tid, i32(0)) }
+    }
+
+    /// Bytes that the copy engine brings for one stage.
     fn stage_bytes(&self, channel: ChannelId) -> u32 {
         let s = self.s;
         let mut bytes = vec![0; s.channels[channel.0 as usize].slots.len()];
@@ -95,7 +119,7 @@ impl<'a> Emit<'a> {
         while let Some(block) = pending.pop() {
             for inst in &block.insts {
                 match &inst.op {
-                    Op::Copy { channel: c, slot, view, shape, .. } if *c == channel => {
+                    Op::Copy { channel: c, slot, view, rows: None, shape, .. } if *c == channel => {
                         bytes[*slot as usize] = shape.iter().product::<u32>() * self.dtype(*view).bytes() as u32;
                     }
                     op => pending.extend(op.blocks()),
@@ -116,7 +140,7 @@ impl<'a> Emit<'a> {
     ) -> Result<(), String> {
         let s = self.s;
         let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
-        let [stage, _] = self.rings[channel.0 as usize].state();
+        let stage = self.rings[channel.0 as usize].stage;
         let full = self.barrier_at(channel, false, stage);
         let base = self.t.f.add(self.t.shared32, i32(buffer.offset.into()));
         let offset = self.t.f.mul(stage, i32(buffer.copy_bytes().into()));
@@ -125,13 +149,14 @@ impl<'a> Emit<'a> {
         let map = Val::Arg((s.params.len() + 1 + number) as u32, Ty::Generic);
         let mut coordinates = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
         coordinates.reverse();
-        ptx::copy_box(&mut self.t.f, to, map, full, &coordinates);
+        let drives = self.drives();
+        self.t.when(drives, |t| ptx::copy_box(&mut t.f, to, map, full, &coordinates));
         Ok(())
     }
 
     /// Waits until the next stage is full.
     pub fn wait(&mut self, channel: ChannelId) -> Result<(), String> {
-        let [stage, phase] = self.rings[channel.0 as usize].state();
+        let [stage, phase, _] = self.rings[channel.0 as usize].state();
         let full = self.barrier_at(channel, false, stage);
         ptx::barrier_wait(&mut self.t.f, full, phase);
         let ring = &mut self.rings[channel.0 as usize];

@@ -28,6 +28,8 @@ struct Target {
     start: Vec<Val>,
     /// The axis of the tile's rows; its columns are the last.
     row_axis: usize,
+    /// Numbers of the rows in the view, if they are not neighbours.
+    rows: Option<ValueId>,
 }
 
 /// Whether rows of the view can be written in pieces of 16 bytes by tiles whose columns start at multiples of `columns`.
@@ -44,20 +46,22 @@ pub fn in_pieces(view: &ViewType, columns: u32) -> bool {
 }
 
 impl Emit<'_> {
-    /// Stores a tile at `index` of a view.
+    /// Stores a tile at `index` of a view, or in rows of it chosen by number.
     pub fn store(
         &mut self,
-        view: ValueId,
-        index: &[Index],
+        (view, numbers, index): (ValueId, Option<ValueId>, &[Index]),
         value: ValueId,
         scratch: Option<BufferId>,
     ) -> Result<(), String> {
         let geometry = self.the_geometry()?;
         let shape = self.shape(value);
-        let start = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+        let mut start = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+        if numbers.is_some() {
+            start.insert(0, i32(0));
+        }
         let columns = shape.len().checked_sub(1).ok_or("a store of a scalar")?;
         let rows = (0..columns).find(|&d| shape[d] > 1).or(columns.checked_sub(1)).ok_or("a store of a vector")?;
-        let target = Target { view, start, row_axis: rows };
+        let target = Target { view, start, row_axis: if numbers.is_some() { 0 } else { rows }, rows: numbers };
         match scratch {
             Some(buffer) if geometry.transposed => self.staged_transposed(&geometry, &target, value, buffer),
             Some(buffer) => self.staged(&geometry, &target, value, buffer),
@@ -66,18 +70,21 @@ impl Emit<'_> {
     }
 
     /// Address of an element of the tile, and whether it is in the tile and the view.
-    fn target_at(&mut self, g: &Geometry, target: &Target, row: Val, column: Val) -> (Val, Val) {
+    fn target_at(&mut self, g: &Geometry, target: &Target, row: Val, column: Val) -> Result<(Val, Val), String> {
         let last = target.start.len() - 1;
         let mut at = target.start.clone();
-        at[target.row_axis] = self.t.f.add(at[target.row_axis], row);
+        at[target.row_axis] = match target.rows {
+            Some(rows) => self.row_element(rows, row)?,
+            None => self.t.f.add(at[target.row_axis], row),
+        };
         at[last] = self.t.f.add(at[last], column);
         let (at, inside) = self.element_at(target.view, &at);
-        // The instruction's columns are a multiple of eight: a tile with fewer rows has none of the others.
-        if !g.transposed || g.shape[0].is_multiple_of(8) {
-            return (at, inside);
+        // Rows are made eight and turned sixteen at a time: a tile with fewer has none of the others.
+        if !g.transposed || g.shape[0].is_multiple_of(16) {
+            return Ok((at, inside));
         }
         let own = self.t.f.cmp("ult", row, i32(g.shape[0].into()));
-        (at, self.t.f.bin("and", inside, own))
+        Ok((at, self.t.f.bin("and", inside, own)))
     }
 
     /// Straight from registers: two columns at a time where they are neighbours in memory.
@@ -94,7 +101,7 @@ impl Emit<'_> {
         let mut seen = HashMap::new();
         for at in g.registers().into_iter().filter(|r| !pairs || r.e == 0) {
             let [row, column] = g.coordinates(&mut self.t, at);
-            let (address, inside) = self.target_at(g, target, row, column);
+            let (address, inside) = self.target_at(g, target, row, column)?;
             let next = Register { e: 1, ..at };
             let words = match (pairs, bytes) {
                 (true, 2) => vec![self.packed(value, [at, next], &mut seen)?],
@@ -116,7 +123,7 @@ impl Emit<'_> {
     }
 
     /// Byte of 16-byte piece `piece` of row `row` in the swizzle.
-    fn swizzled(&mut self, row: Val, piece: Val) -> Val {
+    pub fn swizzled(&mut self, row: Val, piece: Val) -> Val {
         let turn = self.t.f.bin("and", row, i32(7));
         let at = self.t.f.bin("xor", piece, turn);
         let at = self.t.f.mul(at, i32(PIECE.into()));
@@ -170,7 +177,7 @@ impl Emit<'_> {
                         let within = self.t.f.mul(read_piece, i32(PIECE_ELEMENTS.into()));
                         let within = self.t.f.add(within, i32((first + panel * per_panel).into()));
                         let column = self.t.f.add(g.first[1], within);
-                        let (at, mut inside) = self.target_at(g, target, row, column);
+                        let (at, mut inside) = self.target_at(g, target, row, column)?;
                         if g.wide % per_panel != 0 {
                             let own = self.t.f.cmp("ult", within, i32(g.wide.into()));
                             inside = self.t.f.bin("and", inside, own);
@@ -226,13 +233,7 @@ impl Emit<'_> {
                 let column = self.t.f.add(column, i32((sub * ROWS).into()));
                 let column = self.t.f.add(column, g.first[0]);
                 let row = self.t.f.add(row, g.first[1]);
-                let last = target.start.len() - 1;
-                let mut at = target.start.clone();
-                at[target.row_axis] = self.t.f.add(at[target.row_axis], row);
-                at[last] = self.t.f.add(at[last], column);
-                let (at, inside) = self.element_at(target.view, &at);
-                let own = self.t.f.cmp("ult", row, i32(g.shape[0].into()));
-                let inside = self.t.f.bin("and", inside, own);
+                let (at, inside) = self.target_at(g, target, row, column)?;
                 isa::store_global_if(&mut self.t.f, inside, at, &words);
             }
         }

@@ -24,9 +24,15 @@ pub fn can_describe(view: &ViewType) -> bool {
         && view.offset as i64 % UNIT == 0
 }
 
-/// Whether the copy engine can bring that operand, a stage of `k` at a time.
-pub fn can_copy(operand: &Operand<'_>, view: &ViewType) -> bool {
-    operand.gathered.is_none() && can_describe(view) && operand.rows <= MOST_ROWS
+/// Whether that operand can be brought a stage of `k`, so many elements, at a time: by the copy engine, or, if its rows are gathered, by
+/// the producer's threads in pieces that are never cut by the view's edge.
+pub fn can_copy(operand: &Operand<'_>, view: &ViewType, stage: u32) -> bool {
+    let whole = match (operand.gathered, view.shape.as_slice()) {
+        (None, _) => operand.rows <= MOST_ROWS,
+        (Some(_), [_, columns]) => columns.constant().is_some_and(|n| n % stage == 0),
+        _ => false,
+    };
+    whole && can_describe(view)
 }
 
 /// The maps of a kernel in order of use, each once.

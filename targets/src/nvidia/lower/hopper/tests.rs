@@ -1,5 +1,7 @@
 //! Scheduled contractions: valid, within the budget, and equal to their tile programs on the interpreters.
 
+#[path = "../../../../tests/support/experts.rs"]
+mod experts;
 #[path = "../../../../tests/support/linear.rs"]
 mod linear;
 
@@ -9,49 +11,73 @@ use crate::nvidia::arch::Arch;
 use dsc_ir::sched::verify::Budget;
 use dsc_ir::sched::{self, Scheduled};
 use dsc_ir::schedule::Schedule;
-use dsc_ir::tile::Type;
+use dsc_ir::tile::{Program, Type};
 use dsc_ir::tile::interp::{self, Binding};
 use dsc_ir::{DType, Sym, SymValues};
+use experts::Experts;
 use linear::Linear;
 
-const BF16: Linear = Linear { dtype: DType::Bf16, n: 256, k: 256, tile: [128, 256], step: 64, out: DType::Bf16 };
-const FP8: Linear = Linear { dtype: DType::E4m3, n: 256, k: 512, tile: [128, 128], step: 128, out: DType::Bf16 };
+const BF16: Linear =
+    Linear { dtype: DType::Bf16, n: 256, k: 256, tile: [128, 256], step: 64, out: DType::Bf16, glu: false, part: None };
+const FP8: Linear = Linear {
+    dtype: DType::E4m3,
+    n: 256,
+    k: 512,
+    tile: [128, 128],
+    step: 128,
+    out: DType::Bf16,
+    glu: false,
+    part: None,
+};
 
-/// What is checked of a product.
-trait Check {
-    fn scheduled(self) -> Scheduled;
-    fn check(self, tokens: u32);
+fn scheduled(program: Program) -> Scheduled {
+    let kernel = Kernel { program, schedule: Schedule::default() };
+    schedule(&kernel, hopper()).expect("a contraction that Hopper's way takes")
 }
 
-impl Check for Linear {
-    fn scheduled(self) -> Scheduled {
-        let kernel = Kernel { program: self.program("linear"), schedule: Schedule::default() };
-        schedule(&kernel, hopper()).expect("a contraction that Hopper's way takes")
+/// Asserts that a program's schedule is valid, and that both interpreters agree on small integers.
+fn check(program: &Program, syms: SymValues, set: impl FnOnce(&mut [Vec<u8>])) {
+    let scheduled = scheduled(program.clone());
+    let budget = Budget {
+        shared_bytes: hopper().shared_per_block,
+        registers: Arch::REGISTERS_PER_SM,
+        thread_registers: Arch::REGISTERS_PER_THREAD,
+        named_barriers: 15,
+        threads: Arch::THREADS_PER_BLOCK,
+    };
+    assert_eq!(sched::verify::verify(&scheduled, &budget), vec![], "{scheduled}");
+    let bindings: Vec<Binding> = (0..program.params.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
+    let mut seed = 7u32;
+    let mut buffers: Vec<Vec<u8>> =
+        program.params.iter().map(|p| fill(program.ty(p.value), &syms, &mut seed)).collect();
+    set(&mut buffers);
+    let mut expected = buffers.clone();
+    interp::run(program, &syms, &mut expected, &bindings).expect("runs");
+    for seed in 0..3 {
+        let options = sched::interp::Options { seed, check_races: true };
+        sched::interp::run(&scheduled, &syms, &mut buffers, &bindings, options).expect("runs");
+        assert!(buffers == expected, "seed {seed} of\n{scheduled}");
     }
+    lower(&scheduled, hopper()).expect("lowers");
+}
 
-    /// Asserts that both interpreters agree on `tokens` rows of small integers.
+impl Linear {
     fn check(self, tokens: u32) {
-        let (program, scheduled) = (self.program("linear"), self.scheduled());
-        let budget = Budget {
-            shared_bytes: hopper().shared_per_block,
-            registers: Arch::REGISTERS_PER_SM,
-            thread_registers: Arch::REGISTERS_PER_THREAD,
-            named_barriers: 15,
-            threads: Arch::THREADS_PER_BLOCK,
-        };
-        assert_eq!(sched::verify::verify(&scheduled, &budget), vec![], "{scheduled}");
-        let syms = SymValues([3; 6]).with(Sym::T, tokens);
-        let bindings: Vec<Binding> = (0..program.params.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
-        let mut seed = 7u32;
-        let mut buffers: Vec<Vec<u8>> =
-            program.params.iter().map(|p| fill(program.ty(p.value), &syms, &mut seed)).collect();
-        let mut expected = buffers.clone();
-        interp::run(&program, &syms, &mut expected, &bindings).expect("runs");
-        for seed in 0..3 {
-            let options = sched::interp::Options { seed, check_races: true };
-            sched::interp::run(&scheduled, &syms, &mut buffers, &bindings, options).expect("runs");
-            assert!(buffers == expected, "seed {seed} of\n{scheduled}");
-        }
+        check(&self.program("linear"), SymValues([3; 6]).with(Sym::T, tokens), |_| ());
+    }
+}
+
+impl Experts {
+    /// Rows go to experts as `counts` says.
+    fn check(self, tokens: u32, counts: &[i32]) {
+        let rows: i32 = counts.iter().sum();
+        let syms = SymValues([3; 6]).with(Sym::T, tokens).with(Sym::L, rows as u32);
+        check(&self.program("experts"), syms, |buffers| {
+            let bytes = |v: Vec<i32>| v.into_iter().flat_map(i32::to_le_bytes).collect::<Vec<u8>>();
+            // Any order of the rows will do.
+            buffers[4] = bytes((0..rows).map(|i| (i * 7 + 3) % rows).collect());
+            buffers[5] = bytes((0..=counts.len()).map(|e| counts[..e].iter().sum()).collect());
+        });
     }
 }
 
@@ -94,6 +120,30 @@ fn scales_are_applied_a_block() {
 }
 
 #[test]
+fn two_products_of_one_operand() {
+    Linear { glu: true, tile: [128, 64], ..FP8 }.check(130);
+    Linear { glu: true, tile: [128, 128], ..BF16 }.check(20);
+    Linear { glu: true, tile: [8, 64], ..FP8 }.check(5);
+}
+
+#[test]
+fn parts_of_the_sum() {
+    Linear { part: Some(256), out: DType::F32, tile: [16, 64], ..FP8 }.check(7);
+    // The last part is short.
+    Linear { part: Some(384), out: DType::F32, tile: [128, 64], ..FP8 }.check(20);
+    Linear { part: Some(128), out: DType::F32, tile: [16, 64], ..BF16 }.check(16);
+}
+
+#[test]
+fn gathered_rows() {
+    let experts = Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128] };
+    experts.check(41, &[70, 0, 12]);
+    Experts { per_token: 0, tile: [128, 64], ..experts }.check(0, &[5, 130, 2]);
+    Experts { tile: [16, 64], k: 384, ..experts }.check(9, &[0, 17, 1]);
+    Experts { tile: [8, 64], ..experts }.check(4, &[1, 1, 6]);
+}
+
+#[test]
 fn few_rows_change_places_with_columns() {
     Linear { tile: [16, 64], ..FP8 }.check(16);
     Linear { tile: [1, 128], k: 384, ..FP8 }.check(1);
@@ -114,7 +164,7 @@ fn what_the_copy_engine_cannot_bring_is_left_to_the_plain_way() {
 #[test]
 fn products_stay_in_flight() {
     let waits = |l: Linear| -> Vec<u32> {
-        let (mlir, _) = lower(&l.scheduled(), hopper()).expect("lowers");
+        let (mlir, _) = lower(&scheduled(l.program("linear")), hopper()).expect("lowers");
         let found = mlir.match_indices("wgmma.wait_group.sync.aligned ");
         found
             .map(|(at, text)| mlir[at + text.len()..].chars().next().and_then(|c| c.to_digit(10)).unwrap_or(9))

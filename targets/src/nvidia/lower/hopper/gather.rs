@@ -1,0 +1,187 @@
+//! Rows chosen by number.
+//!
+//! The producer's threads bring gathered rows themselves: eight threads a row, 16 bytes each, into the swizzle that products read. A
+//! stage is delivered some stages after its copies were issued: each thread waits for its own, makes them visible to the products' side of
+//! memory, and arrives.
+
+use super::emit::{Emit, Held};
+use super::ptx;
+use super::ring::Ring;
+use crate::nvidia::lower::arith;
+use crate::nvidia::lower::mlir::{Ty, Val, i32};
+use dsc_ir::sched::{Block, ChannelId, Op};
+use dsc_ir::tile::{self, Index, Type, ValueId};
+
+use super::config::{WARPGROUP, behind_most};
+
+/// Bytes that a thread brings at a time.
+const PIECE: u32 = 16;
+/// Threads that bring a row's 128 bytes of a stage.
+const ROW_THREADS: u32 = 8;
+
+impl<'a> Emit<'a> {
+    /// One element of a vector of integers, by its number.
+    pub fn row_element(&mut self, v: ValueId, row: Val) -> Result<Val, String> {
+        if let Some(Held::Scalar(x)) = self.held.get(&v) {
+            return Ok(*x);
+        }
+        let op = match self.defs.get(&v).map(|i| &i.op) {
+            Some(Op::Tile(op)) => op,
+            _ => return Err(format!("%{} is no vector of integers", v.0)),
+        };
+        match op {
+            tile::Op::Full { value, .. } => Ok(arith::constant(*value)),
+            tile::Op::Iota { .. } => Ok(row),
+            tile::Op::Load { view, index, .. } => {
+                let [start] = index.as_slice() else { return Err("a vector of a matrix".into()) };
+                let start = self.index(*start)?;
+                let at = self.t.f.add(start, row);
+                let (at, inside) = self.element_at(*view, &[at]);
+                Ok(ptx::load_i32_if(&mut self.t.f, inside, at))
+            }
+            tile::Op::Map { inputs, body } => {
+                let mut args = Vec::new();
+                for &input in inputs {
+                    args.push((self.row_element(input, row)?, self.dtype(input)));
+                }
+                Ok(arith::apply(&mut self.t.f, self.t.arch, body, &args).0)
+            }
+            _ => Err(format!("%{} is no elementwise arithmetic", v.0)),
+        }
+    }
+
+    /// A column of scales, one for each of the tile's gathered rows.
+    pub fn gather_fragment(&mut self, r: ValueId, view: ValueId, rows: ValueId, index: &[Index]) -> Result<(), String> {
+        let geometry = self.the_geometry()?;
+        let registers = geometry.varying(true, false);
+        let numbers = match self.held.get(&rows) {
+            Some(Held::Scalar(x)) => vec![*x; registers.len()],
+            Some(Held::Registers(values, [true, false])) => values.clone(),
+            _ => return Err(format!("%{} is not held", rows.0)),
+        };
+        let index = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+        let mut values = Vec::new();
+        for number in numbers {
+            let at: Vec<Val> = [number].into_iter().chain(index.iter().copied()).collect();
+            let (at, inside) = self.element_at(view, &at);
+            values.push(ptx::load_f32_if(&mut self.t.f, inside, at));
+        }
+        self.held.insert(r, Held::Registers(values, [true, false]));
+        Ok(())
+    }
+
+    /// The first of this thread's rows, and its piece of each.
+    fn own_piece(&mut self) -> [Val; 2] {
+        [self.t.f.div(self.role_tid, ROW_THREADS), self.t.f.rem(self.role_tid, ROW_THREADS)]
+    }
+
+    /// Finds the rows that the copies of a loop's body bring, once for all its rounds.
+    pub fn prepare_rows(&mut self, body: &'a Block) -> Result<(), String> {
+        for inst in &body.insts {
+            let Op::Copy { view, rows: Some(rows), shape, .. } = &inst.op else { continue };
+            let [first, piece] = self.own_piece();
+            let mut sources = Vec::new();
+            for start in (0..shape[0]).step_by((WARPGROUP / ROW_THREADS) as usize) {
+                let row = self.t.f.add(first, i32(start.into()));
+                let number = self.row_element(*rows, row)?;
+                let (at, inside) = self.element_at(*view, &[number, i32(0)]);
+                // An address outside the view is never read, but it must not leave the buffer either.
+                let base = self.param(*view);
+                let at = self.t.f.select(inside, at, base);
+                let byte = self.t.f.mul(piece, i32(PIECE.into()));
+                let byte = self.t.f.cast("zext", byte, Ty::I64);
+                sources.push((self.t.f.offset(at, byte), inside));
+            }
+            self.sources.insert((*view, *rows), sources);
+        }
+        Ok(())
+    }
+
+    /// Starts this thread's part of a gathering copy.
+    pub fn gather_rows(
+        &mut self,
+        channel: ChannelId,
+        slot: u32,
+        view: ValueId,
+        rows: ValueId,
+        index: &[Index],
+    ) -> Result<(), String> {
+        let buffer = &self.s.buffers[self.s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
+        let sources = self.sources.get(&(view, rows)).cloned().ok_or("gathered rows outside a loop")?;
+        let [column] = index else { return Err("rows gathered from a view that is no matrix".into()) };
+        let Type::Tile(rows_type) = &self.s.types[rows.0 as usize] else { return Err("rows that are no tile".into()) };
+        let count = rows_type.elements() as u32;
+        let column = self.index(*column)?;
+        let byte = self.t.f.mul(column, i32(self.dtype(view).bytes() as i64));
+        let byte = self.t.f.cast("zext", byte, Ty::I64);
+        let stage = self.rings[channel.0 as usize].stage;
+        let base = self.t.f.add(self.t.shared32, i32(buffer.offset.into()));
+        let offset = self.t.f.mul(stage, i32(buffer.copy_bytes().into()));
+        let base = self.t.f.add(base, offset);
+        let [first, piece] = self.own_piece();
+        // Rows of one thread are 16 apart, so that they turn their pieces alike.
+        let own = self.swizzled(first, piece);
+        let base = self.t.f.add(base, own);
+        let apart = WARPGROUP / ROW_THREADS;
+        for (i, (from, inside)) in sources.into_iter().enumerate() {
+            let from = self.t.f.offset(from, byte);
+            let to = self.t.f.add(base, i32((i as u32 * apart * buffer.pitch).into()));
+            let wanted = if (i as u32 + 1) * apart <= count {
+                Val::Int(1, Ty::I1)
+            } else {
+                let row = self.t.f.add(first, i32((i as u32 * apart).into()));
+                self.t.f.cmp("ult", row, i32(count.into()))
+            };
+            ptx::copy_piece(&mut self.t.f, to, from, inside, wanted);
+        }
+        Ok(())
+    }
+
+    /// Ends a stage of the producer.
+    pub fn commit(&mut self, channel: ChannelId) -> Result<(), String> {
+        let ring = self.rings[channel.0 as usize].clone();
+        if ring.gathers() {
+            ptx::copies_commit(&mut self.t.f);
+            let most = behind_most(ring.stages);
+            let late = self.t.f.cmp("eq", ring.behind, i32(most.into()));
+            let full = self.delivered(channel, &ring, most);
+            self.t.when(late, |t| {
+                ptx::copies_wait(&mut t.f, most);
+                ptx::fence_async(&mut t.f);
+                ptx::barrier_arrive_if(&mut t.f, full, i32(1));
+            });
+            let more = self.t.f.add(ring.behind, i32(1));
+            let behind = self.t.f.select(late, ring.behind, more);
+            self.rings[channel.0 as usize].behind = behind;
+        }
+        self.rings[channel.0 as usize].advance(&mut self.t.f);
+        Ok(())
+    }
+
+    /// The barrier of the stage so many before the one being filled.
+    fn delivered(&mut self, channel: ChannelId, ring: &Ring, before: u32) -> Val {
+        let back = self.t.f.sub(ring.stage, i32(before.into()));
+        let below = self.t.f.cmp("slt", back, i32(0));
+        let round = self.t.f.add(back, i32(ring.stages.into()));
+        let stage = self.t.f.select(below, round, back);
+        self.barrier_at(channel, false, stage)
+    }
+
+    /// At the end of a role: delivers the stages that it is behind.
+    pub fn deliver_rest(&mut self) -> Result<(), String> {
+        for (number, ring) in self.rings.clone().into_iter().enumerate().filter(|(_, r)| r.gathers()) {
+            if ring.behind.int() == Some(0) {
+                continue;
+            }
+            ptx::copies_wait(&mut self.t.f, 0);
+            ptx::fence_async(&mut self.t.f);
+            for before in (1..=behind_most(ring.stages)).rev() {
+                let full = self.delivered(ChannelId(number as u32), &ring, before);
+                let due = self.t.f.cmp("sge", ring.behind, i32(before.into()));
+                let due = self.t.f.cast("zext", due, Ty::I32);
+                ptx::barrier_arrive_if(&mut self.t.f, full, due);
+            }
+        }
+        Ok(())
+    }
+}
