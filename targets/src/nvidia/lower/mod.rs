@@ -18,6 +18,7 @@ mod emit;
 #[cfg(any(test, feature = "emulate"))]
 pub mod emulate;
 mod fragment;
+pub mod hopper;
 pub mod isa;
 pub mod mlir;
 mod reduce;
@@ -28,6 +29,8 @@ mod topk;
 use super::arch::Arch;
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
+use dsc_ir::sched::{Place, Scheduled};
+use dsc_ir::tile::Type;
 use std::fmt::Write;
 
 /// A kernel on its way to LLVM.
@@ -41,11 +44,30 @@ pub struct Lowered {
     pub sched: String,
 }
 
+/// Accumulators of a thread beyond which the rest no longer finds registers.
+const MOST_ACCUMULATORS: usize = 128;
+
+/// Whether a block of the kernel has room on that architecture: shared memory, and registers for its largest accumulator.
+pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
+    let small = |s: &Scheduled| {
+        s.places.iter().zip(&s.types).all(|(place, ty)| match (place, ty) {
+            (Place::Fragment(f), Type::Tile(t)) => fragment::Spread::count(*f, &t.shape) <= MOST_ACCUMULATORS,
+            _ => true,
+        })
+    };
+    hopper::schedule(kernel, arch).is_some() || schedule::schedule(kernel, arch).is_ok_and(|s| small(&s))
+}
+
 /// Lowers a kernel for an architecture.
 ///
 /// # Errors
 /// [`TargetError::Unsupported`] if the tiles do not fit its shared memory.
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
+    if let Some(scheduled) = hopper::schedule(kernel, arch) {
+        let failed = |reason| TargetError::Codegen { kernel: kernel.program.name.clone(), reason };
+        let (mlir, gpu) = hopper::lower(&scheduled, arch).map_err(failed)?;
+        return Ok(Lowered { mlir, gpu, sched: scheduled.to_string() });
+    }
     let scheduled = schedule::schedule(kernel, arch)?;
     let threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
     let emitter = emit::Emitter::run(threads, &scheduled);

@@ -178,7 +178,7 @@ impl Emit<'_> {
                         let within = self.t.f.add(within, i32((first + panel * per_panel).into()));
                         let column = self.t.f.add(g.first[1], within);
                         let (at, mut inside) = self.target_at(g, target, row, column)?;
-                        if g.wide % per_panel != 0 {
+                        if !g.wide.is_multiple_of(per_panel) {
                             let own = self.t.f.cmp("ult", within, i32(g.wide.into()));
                             inside = self.t.f.bin("and", inside, own);
                         }

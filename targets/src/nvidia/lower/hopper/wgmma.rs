@@ -112,10 +112,10 @@ impl<'a> Emit<'a> {
         }
         ptx::wgmma_fence(&mut self.t.f);
         for k in 0..self.width(buffer) / K_BYTES {
-            let step = i64((k * K_BYTES >> 4).into());
+            let step = i64(((k * K_BYTES) >> 4).into());
             let right = self.t.f.add(right, step);
             for (sub, sum) in sums.iter_mut().enumerate() {
-                let rows = i64((sub as u32 * ROWS * 128 >> 4).into());
+                let rows = i64(((sub as u32 * ROWS * 128) >> 4).into());
                 let left = self.t.f.add(left, step);
                 let left = self.t.f.add(left, rows);
                 *sum = Some(ptx::wgmma(&mut self.t.f, dtype, g.wide, sum.as_deref(), left, right, false));
