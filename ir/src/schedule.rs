@@ -30,7 +30,7 @@ fn is_zero(n: &u32) -> bool {
 /// What a schedule is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelShape {
-    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `gate`, `sparse_attention` (with
+    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `heads`, `gate`, `sparse_attention` (with
     /// indexer), `attention` (over a given selection), `mha_attention`, `indexer_logits`, or any other op's name.
     pub op: &'static str,
     /// Rows: tokens, or flat (token, expert) pairs.
@@ -71,8 +71,19 @@ impl Schedule {
             }
             "attention" => Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, 64), ..Schedule::default() },
             "mha_attention" => Schedule { tile_m: 64, tile_n: 64, ..Schedule::default() },
+            "heads" => Schedule { tile_m: rows(64), ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },
         }
+    }
+
+    /// Makes the largest tile half as large: the contracted step first, then columns and heads, then rows. False if nothing is left
+    /// to halve.
+    pub fn shrink(&mut self) -> bool {
+        let least = [(&mut self.tile_k, 64), (&mut self.tile_h, 16), (&mut self.tile_n, 16), (&mut self.tile_m, 1)];
+        let largest = least.into_iter().filter(|(n, least)| **n > *least).max_by_key(|(n, _)| **n);
+        let Some((tile, least)) = largest else { return false };
+        *tile = (*tile / 2).max(least);
+        true
     }
 
     /// A schedule that is never wrong: tiles by shape alone, for steps of at most `tokens` tokens. Targets start from it.

@@ -8,12 +8,13 @@
 
 use dsc::front::config::ModelConfig;
 use dsc::front::model::{BuildOptions, build};
-use dsc_ir::DType;
+use dsc::passes::{self, Class, Cx};
 use dsc_ir::artifact::{Numerics, WeightSource};
 use dsc_ir::graph::interp::{Interp, StepInputs, StepValue};
 use dsc_ir::graph::verify::verify;
 use dsc_ir::graph::weights::{Real, Stored, TensorData, materialize};
 use dsc_ir::graph::{Graph, Op, TensorType, Value, Weight};
+use dsc_ir::{DType, SymValues};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -198,17 +199,20 @@ fn v32_heads_fp8_f32() {
 /// How far the first tokens of the trained model's golden prompt are off: logits error, share of equal greedy tokens.
 fn tiny_model_prefix<F: Real>(numerics: Numerics, tokens: usize) -> (f64, f64) {
     let dir = tiny_model();
-    let wanted = Golden::read(&dir);
-    let graph = graph(&dir, numerics);
+    prefix_of::<F>(&dir, &graph(&dir, numerics), &format!("{numerics:?}"), tokens)
+}
+
+fn prefix_of<F: Real>(dir: &Path, graph: &Graph, what: &str, tokens: usize) -> (f64, f64) {
+    let wanted = Golden::read(dir);
     let prompt = wanted.ints("prompt_ids");
     let logits = wanted.floats("logits").expect("logits");
-    let outputs = interp::<F>(&graph, &dir).step(&StepInputs::sequence(&prompt[..tokens], 0)).expect("a step");
+    let outputs = interp::<F>(graph, dir).step(&StepInputs::sequence(&prompt[..tokens], 0)).expect("a step");
     let vocab = logits.len() / prompt.len();
     let (got, logits) = (values(&outputs, "logits"), &logits[..tokens * vocab]);
     let best = |row: &[f64]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
     let equal = got.chunks(vocab).zip(logits.chunks(vocab)).filter(|(a, b)| best(a) == best(b)).count();
     let result = (error(&got, logits), equal as f64 / tokens as f64);
-    println!("tiny-model {numerics:?} {}-byte: {result:.3?}", size_of::<F>());
+    println!("tiny-model {what} {}-byte: {result:.3?}", size_of::<F>());
     result
 }
 
@@ -222,6 +226,29 @@ fn tiny_model_exact() {
 fn tiny_model_deployed() {
     let (error, equal) = tiny_model_prefix::<f32>(Numerics::Deployed, 256);
     assert!(error < 0.1 && equal > 0.85, "{error} {equal}");
+}
+
+/// The forms for devices with fp8 matrix units and many blocks at once, for few tokens, for many, and of short prompts.
+#[test]
+fn tiny_model_deployed_on_wide_targets() {
+    let dir = tiny_model();
+    let config = ModelConfig::read(&dir).expect("a config");
+    let options = BuildOptions { numerics: Numerics::Deployed, layers: None, max_context: 1024 };
+    for (tokens, context, keep_mha) in [(16, 1024, false), (512, 1024, false), (512, config.index_topk as u32, true)] {
+        let mut graph = build(&config, &options);
+        let max = SymValues([tokens, 1, 16, tokens, 1 << 20, context]);
+        let cx = Cx {
+            class: Class { name: "test".into(), max, keep_mha },
+            target_fp8: true,
+            bf16_weights: false,
+            blocks: 132,
+            numerics: Numerics::Deployed,
+            index_topk: config.index_topk as u32,
+        };
+        passes::run(&mut graph, &cx, &mut |_, _, _| {}).expect("passes");
+        let (error, equal) = prefix_of::<f32>(&dir, &graph, &format!("for {tokens} tokens"), 128.min(context as usize));
+        assert!(error < 0.1 && equal > 0.85, "{tokens} tokens: {error} {equal}");
+    }
 }
 
 /// Steps of `chunk` tokens give the logits of one step of all.

@@ -46,6 +46,7 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
                         None => shape("linear", tokens, 1, 1, 1),
                     }
                 }
+                FusedKind::Heads => shape("heads", tokens, last(graph, out), 1, dim(out, 1)),
                 FusedKind::Row => shape("row", rows(graph, out), last(graph, out), 1, 1),
                 FusedKind::Gate => shape("gate", rows(graph, out), last(graph, out), 1, 1),
                 FusedKind::SparseAttention => {

@@ -10,7 +10,7 @@
 //! | [`embed`] | `embed` | tokens × columns |
 //! | [`linear`] | `linear`, `head_linear`, and fused `product` bodies around them | rows × outputs (× sequence, part or head) |
 //! | [`experts`] | `route`, `expert_linear`, and fused `product` bodies around it | one block; outputs × experts |
-//! | [`rows`] | fused `row` bodies, and each of their ops alone | tokens |
+//! | [`rows`] | fused `row` bodies, and each of their ops alone; fused `heads` bodies | tokens (× heads) |
 //! | [`gate`] | fused `gate` bodies, and each of their ops alone | tokens |
 //! | [`sparse_attention`] | fused `sparse_attention` bodies, and each of their ops alone | tokens (× heads or pages × parts) |
 //! | [`mha`] | `mha_attention` | tokens × heads |
@@ -133,7 +133,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         Op::MhaAttention { .. } => mha::emit(graph, node, schedule, class),
         Op::CacheLatent | Op::CacheRope => cache::emit(graph, node, schedule, class),
         _ => match body_of(graph, node)?.kind {
-            FusedKind::Row => rows::emit(graph, node, schedule, class),
+            FusedKind::Row | FusedKind::Heads => rows::emit(graph, node, schedule, class),
             FusedKind::Gate => gate::emit(graph, node, schedule, class),
             FusedKind::SparseAttention => sparse_attention::emit(graph, node, schedule, class),
             FusedKind::Product => emit_product(graph, node, schedule, class),

@@ -13,6 +13,9 @@
 //! Intermediate rows never reach memory: a body's traffic is its arguments and its results, once, which is its floor; it does
 //! a few operations a byte.
 //!
+//! A body by heads (`heads`) has heads as a second grid axis: values `[T, H, D]` are tiles `[R, 1, D]`. Where numbers of heads differ,
+//! blocks past the last head of a value read zeros and store nothing.
+//!
 //! Choices. *Hadamard*: log2 D butterfly stages of reshape, add and subtract (`D log2 D` additions) rather than a product with a
 //! constructed ±1 matrix (`D²`, and the matrix). *Rope*: cosines and sines are gathered by position from the table, pairs are
 //! the last axis after a reshape (interleaved) or two halves. *Planar index cache*: codes and scales of a row are stored at
@@ -25,7 +28,9 @@ use super::view::{Emit, divided, extent, product, range, sum, times, where_below
 use super::{Class, Emitted, KernelError, Part, body_of, op_name};
 use dsc_ir::DType;
 use dsc_ir::extent::{Extent, Sym};
-use dsc_ir::graph::{Elem, Graph, NodeId, Op, PAGE_TOKENS, RopeLayout, StateFormat, TensorType, Value, ValueType};
+use dsc_ir::graph::{
+    Elem, FusedKind, Graph, NodeId, Op, PAGE_TOKENS, RopeLayout, StateFormat, TensorType, Value, ValueType,
+};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Access, Builder, Ix, ReduceKind, ValueId};
 use std::collections::HashMap;
@@ -55,7 +60,8 @@ pub fn supports(op: &Op) -> bool {
 /// The kernel of a row body, or of one of its ops alone.
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
     let fused = body_of(graph, node)?;
-    emit_body(graph, node, &fused.body, "rows", schedule, class)
+    let prefix = if fused.kind == FusedKind::Heads { "heads" } else { "rows" };
+    emit_body(graph, node, &fused.body, prefix, schedule, class)
 }
 
 /// The kernel of a body whose ops are rowwise.
@@ -82,7 +88,13 @@ pub(crate) fn emit_body(
     let block = e.b.grid(rows, tile);
     let row0 = times(&mut e.b, block, tile);
     let seq = batch.map(|sym| e.b.grid(sym, 1));
-    let mut emitter = Rows { e, body, rows, tile, row0, batch: batch.zip(seq), values: HashMap::new() };
+    // Of a body by heads, a block takes one head.
+    let heads = body.outputs.iter().filter_map(|(_, v)| body.ty(*v).tensor()?.shape.get(1)?.constant()).max();
+    let head = match (prefix, heads) {
+        ("heads", Some(heads)) => Some(e.b.grid(heads, 1)),
+        _ => None,
+    };
+    let mut emitter = Rows { e, body, rows, tile, row0, batch: batch.zip(seq), head, values: HashMap::new() };
     for (output, (_, value)) in body.outputs.iter().enumerate() {
         emitter.output(output as u32, *value)?;
     }
@@ -133,6 +145,8 @@ struct Rows<'g> {
     /// First row of this block.
     row0: ValueId,
     batch: Option<(Sym, ValueId)>,
+    /// The head that a block takes of values `[T, heads, ..]`, if not all.
+    head: Option<ValueId>,
     values: HashMap<Value, Tile>,
 }
 
@@ -140,7 +154,12 @@ impl Rows<'_> {
     /// Tile shape and start of a tensor of that shape.
     fn place(&mut self, shape: &[Extent]) -> Result<(Vec<u32>, Vec<Ix>), KernelError> {
         let (mut sizes, mut start) = (Vec::new(), Vec::new());
-        for &d in shape {
+        for (axis, &d) in shape.iter().enumerate() {
+            if let (1, 3, Some(head)) = (axis, shape.len(), self.head) {
+                sizes.push(1);
+                start.push(head.into());
+                continue;
+            }
             match (d.sym, self.batch) {
                 (None, _) => {
                     sizes.push(d.factor);
@@ -244,6 +263,7 @@ impl Rows<'_> {
                 }
                 _ => return Err(self.e.unsupported("dequantize of a plain value")),
             },
+            Op::HeadLinear { first, count, transposed } => self.head_linear(&inputs, [*first, *count], *transposed)?,
             Op::Rope { layout, start } => self.rope(&inputs, *layout, *start)?,
             Op::TakeAlong => {
                 let (x, columns) = (self.plain(inputs[0])?, self.plain(inputs[1])?);
@@ -398,6 +418,32 @@ impl Rows<'_> {
         let ids = where_below(b, ids, numbers, end);
         gate::route(b, ids, experts, order, offsets);
         Ok(())
+    }
+
+    /// One head's product, all columns at once.
+    fn head_linear(
+        &mut self,
+        inputs: &[Value],
+        [first, count]: [u32; 2],
+        transposed: bool,
+    ) -> Result<ValueId, KernelError> {
+        let &[x, w] = inputs else { return Err(self.e.unsupported("head_linear without its two inputs")) };
+        let Some(head) = self.head else { return Err(self.e.unsupported("head_linear in a body by rows")) };
+        let (heads, k) = (self.e.dim(x, 1)?, self.e.dim(w, 1)?);
+        let rows_of_head = self.e.dim(w, 0)? / heads;
+        let stored = super::view::storage(self.body.tensor(x).elem);
+        let x = self.plain(x)?;
+        let w = self.e.read("w", w)?;
+        let b = &mut self.e.b;
+        let width = b.shape(x)[2];
+        let x = b.reshape(x, &[self.tile, width]);
+        let x = b.cast(x, stored);
+        let row = times(b, head, rows_of_head);
+        let row = super::view::plus(b, row, first as i32);
+        let w = b.load(w, &[row.into(), 0.into()], &[count, k]);
+        let y = if transposed { b.dot_t(x, w, None) } else { b.dot(x, w, None) };
+        let columns = if transposed { count } else { k };
+        Ok(b.reshape(y, &[self.tile, 1, columns]))
     }
 
     fn rope(&mut self, inputs: &[Value], layout: RopeLayout, start: u32) -> Result<ValueId, KernelError> {

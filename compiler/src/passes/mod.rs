@@ -12,6 +12,7 @@ mod absorb_mla;
 mod compact_tables;
 mod expand_fp8;
 mod fuse_gate;
+mod fuse_heads;
 mod fuse_products;
 mod fuse_rows;
 mod fuse_sparse_attention;
@@ -31,6 +32,7 @@ pub use absorb_mla::absorb_mla;
 pub use compact_tables::compact_tables;
 pub use expand_fp8::expand_fp8;
 pub use fuse_gate::fuse_gate;
+pub use fuse_heads::fuse_heads;
 pub use fuse_products::fuse_products;
 pub use fuse_rows::fuse_rows;
 pub use fuse_sparse_attention::fuse_sparse_attention;
@@ -114,6 +116,7 @@ pub const PASSES: &[&str] = &[
     "group_experts",
     "fuse_gate",
     "fuse_products",
+    "fuse_heads",
     "fuse_rows",
     "compact_tables",
 ];
@@ -153,6 +156,7 @@ pub fn run(
     stage("group_experts", group_experts)?;
     stage("fuse_gate", fuse_gate)?;
     stage("fuse_products", fuse_products)?;
+    stage("fuse_heads", fuse_heads)?;
     stage("fuse_rows", fuse_rows)?;
 
     // Tables: what the artifact lists.

@@ -409,6 +409,8 @@ pub enum FusedKind {
     SparseAttention,
     /// Router logits to expert ids and weights; with a route, for all tokens at once.
     Gate,
+    /// Each head of each token by itself: a product by head, rope, quantisation.
+    Heads,
     /// A matrix product with what makes its operand or is made of its result, block by block: joined partial attention before
     /// it, SwiGLU and quantisation after it.
     Product,

@@ -39,7 +39,7 @@ fn short(op: &Op) -> String {
 }
 
 /// The launches of a graph, a line each.
-fn listing(graph: &Graph) -> String {
+pub(super) fn listing(graph: &Graph) -> String {
     let mut out = String::new();
     for n in graph.order().into_iter().filter(|&n| is_launch(&graph.dag[n].op)) {
         out += &format!("{}: {}\n", graph.dag[n].name, short(&graph.dag[n].op));
@@ -251,7 +251,7 @@ fn layer_launches(cx: &Cx) -> usize {
 fn launches_of_a_layer() {
     let counts: Vec<usize> = all().iter().map(layer_launches).collect();
     // Without fp8, with it; in MQA form, in MHA form; blocks one after another, all at once.
-    assert_eq!(counts, [17, 18, 19, 18, 17, 18, 19, 18, 20, 22, 23, 23, 20, 19, 23, 21]);
+    assert_eq!(counts, [17, 17, 19, 18, 17, 17, 19, 18, 20, 22, 23, 23, 20, 18, 23, 21]);
 }
 
 #[test]
