@@ -1,0 +1,90 @@
+//! Plain schedules of every kernel of the file tests: they verify within each architecture's budget, and on the interpreter of scheduled
+//! kernels they leave what the tile program leaves, to the bit.
+#![cfg(feature = "nvidia")]
+
+use dsc_ir::sched::{self, Budget};
+use dsc_ir::schedule::Schedule;
+use dsc_ir::tile::{self, Program, interp};
+use dsc_ir::{DType, SymValues};
+use dsc_targets::Kernel;
+use dsc_targets::nvidia::arch::Arch;
+use dsc_targets::nvidia::lower::lower;
+use std::path::Path;
+
+/// Bytes of every parameter: more than any kernel of the file tests reaches with these symbols.
+const BYTES: u32 = 1 << 16;
+const SYMS: SymValues = SymValues([3; 6]);
+
+/// Valid kernels of the file tests.
+fn programs() -> Vec<Program> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/filetests/tile");
+    let mut paths: Vec<_> =
+        std::fs::read_dir(folder).expect("file tests").map(|e| e.expect("an entry").path()).collect();
+    paths.sort();
+    let mut programs = Vec::new();
+    for path in paths {
+        let text = std::fs::read_to_string(&path).expect("text");
+        // Lines of the harness stand between kernels.
+        let lines: Vec<&str> = text.lines().collect();
+        let texts = lines.split(|line| line.starts_with(';')).map(|lines| lines.join("\n"));
+        programs
+            .extend(texts.filter_map(|text| tile::parse(&text).ok()).flatten().filter(|p| tile::verify(p).is_empty()));
+    }
+    assert!(programs.len() > 20, "{} kernels", programs.len());
+    programs
+}
+
+fn budget(arch: &Arch) -> Budget {
+    Budget {
+        shared_bytes: arch.shared_per_block,
+        registers: Arch::REGISTERS_PER_SM,
+        thread_registers: Arch::REGISTERS_PER_THREAD,
+        named_barriers: 15,
+        threads: Arch::THREADS_PER_BLOCK,
+    }
+}
+
+#[test]
+fn schedules_are_sound_and_change_nothing() {
+    let mut problems = Vec::new();
+    for program in programs() {
+        for name in ["sm_80", "sm_90a"] {
+            let arch = Arch::named(name).expect("it is in the table");
+            let kernel = Kernel { program: program.clone(), schedule: Schedule::default() };
+            let lowered = lower(&kernel, arch).unwrap_or_else(|e| panic!("{}: {e}", program.name));
+            let parsed = sched::parse(&lowered.sched).unwrap_or_else(|e| panic!("{e}\n{}", lowered.sched));
+            for scheduled in parsed {
+                problems.extend(
+                    sched::verify(&scheduled, &budget(arch)).iter().map(|d| format!("{name}: {d}\n{scheduled}")),
+                );
+                problems.extend(differs(&program, &scheduled).map(|e| format!("{name}: {e}\n{scheduled}")));
+            }
+        }
+    }
+    assert!(problems.is_empty(), "{} problems\n{}", problems.len(), problems.join("\n"));
+}
+
+/// How the two interpreters disagree.
+fn differs(program: &Program, scheduled: &sched::Scheduled) -> Option<String> {
+    let params = program.params.len();
+    let bindings: Vec<interp::Binding> = (0..params).map(|buffer| interp::Binding { buffer, offset: 0 }).collect();
+    let fresh = || program.params.iter().map(|p| bytes(program, p)).collect::<Vec<Vec<u8>>>();
+    let (mut want, before) = (fresh(), fresh());
+    interp::run(program, &SYMS, &mut want, &bindings).ok()?;
+    (0..4).find_map(|seed| {
+        let mut got = before.clone();
+        let options = sched::interp::Options { seed, check_races: false };
+        match sched::interp::run(scheduled, &SYMS, &mut got, &bindings, options) {
+            Err(e) => Some(e.to_string()),
+            Ok(()) => (got != want).then(|| format!("seed {seed} leaves other results")),
+        }
+    })
+}
+
+/// Integers small enough to be rows and trip counts, some of them inside; other bytes such that floats of every type are tame.
+fn bytes(program: &Program, param: &tile::Param) -> Vec<u8> {
+    match program.view(param.value).map(|view| view.dtype) {
+        Some(DType::I32) => (0..BYTES as i32 / 4).flat_map(|i| (i % 7 - 1).to_le_bytes()).collect(),
+        _ => (0..BYTES).map(|b| ((b * 7 + param.value.0) % 64) as u8).collect(),
+    }
+}
