@@ -3,7 +3,7 @@
 //!
 //! | file | does |
 //! |---|---|
-//! | `schedule` | places, buffers and barriers: the plain way, for any shape and architecture |
+//! | `schedule`, `barriers` | places, buffers and barriers: the plain way, for any shape and architecture |
 //! | `emit` | control flow, elementwise evaluation, memory |
 //! | `fragment` | tiles in registers as a matrix product leaves them |
 //! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
@@ -12,6 +12,7 @@
 //! | `mlir`, `isa`, `block` | text of the dialects, PTX instructions, and the running threads |
 
 mod arith;
+mod barriers;
 pub mod block;
 mod dot;
 mod emit;
@@ -29,8 +30,8 @@ mod topk;
 use super::arch::Arch;
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
-use dsc_ir::sched::{Place, Scheduled};
-use dsc_ir::tile::Type;
+use dsc_ir::sched::{self, Place, Scheduled};
+use dsc_ir::tile::{self, Type, ValueId};
 use std::fmt::Write;
 
 /// A kernel on its way to LLVM.
@@ -45,17 +46,29 @@ pub struct Lowered {
 }
 
 /// Accumulators of a thread beyond which the rest no longer finds registers.
-const MOST_ACCUMULATORS: usize = 128;
+const MOST_ACCUMULATORS: usize = 160;
 
-/// Whether a block of the kernel has room on that architecture: shared memory, and registers for its largest accumulator.
+/// Whether a block of the kernel has room on that architecture: shared memory, and registers for its accumulators.
 pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
-    let small = |s: &Scheduled| {
-        s.places.iter().zip(&s.types).all(|(place, ty)| match (place, ty) {
-            (Place::Fragment(f), Type::Tile(t)) => fragment::Spread::count(*f, &t.shape) <= MOST_ACCUMULATORS,
-            _ => true,
-        })
+    hopper::schedule(kernel, arch).is_some()
+        || schedule::schedule(kernel, arch).is_ok_and(|s| accumulators(&s, &s.common) <= MOST_ACCUMULATORS)
+}
+
+/// Registers of a thread for what loops carry of products, and for products that begin at zero.
+fn accumulators(s: &Scheduled, block: &sched::Block) -> usize {
+    let registers = |v: &ValueId| match (&s.places[v.0 as usize], &s.types[v.0 as usize]) {
+        (Place::Fragment(f), Type::Tile(t)) => fragment::Spread::count(*f, &t.shape),
+        _ => 0,
     };
-    hopper::schedule(kernel, arch).is_some() || schedule::schedule(kernel, arch).is_ok_and(|s| small(&s))
+    let of = |inst: &sched::Inst| match &inst.op {
+        sched::Op::For { body, .. } => {
+            inst.results.iter().map(registers).sum::<usize>() + accumulators(s, body)
+        }
+        sched::Op::If { then, otherwise, .. } => accumulators(s, then).max(accumulators(s, otherwise)),
+        sched::Op::Tile(tile::Op::Dot { acc: None, .. }) => inst.results.iter().map(registers).sum(),
+        _ => 0,
+    };
+    block.insts.iter().map(of).sum()
 }
 
 /// Lowers a kernel for an architecture.

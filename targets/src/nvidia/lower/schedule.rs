@@ -15,9 +15,10 @@ use crate::nvidia::arch::Arch;
 use crate::{Kernel, TargetError};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Fragment, Inst, Op, Place, Scheduled};
-use dsc_ir::tile::{self, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
+use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use super::barriers::{Reads, place_barriers};
 use super::topk;
 
 /// Applies a kernel's schedule on that architecture.
@@ -40,6 +41,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Result<Scheduled, TargetError> 
         atom: analysis.atom,
         buffers: Vec::new(),
         spilled: HashMap::new(),
+        updated: program.params.iter().filter(|p| p.access == Access::ReadWrite).map(|p| p.value).collect(),
     };
     for p in &program.params {
         s.places[p.value.0 as usize] = Place::View;
@@ -47,8 +49,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Result<Scheduled, TargetError> 
     let mut common = s.region(&program.body);
     let reads = Reads { defs: &s.defs, places: &s.places };
     allocate(&mut s.buffers, &common, &reads);
-    let spans: Vec<[u32; 2]> = s.buffers.iter().map(|b| [b.offset, b.offset + b.bytes()]).collect();
-    place_barriers(&mut common, &reads, &spans, &mut Hazards::default());
+    place_barriers(&mut common, &reads, &s.buffers, &s.updated);
     let scheduled = Scheduled {
         name: program.name.clone(),
         grid: program.grid.clone(),
@@ -320,6 +321,8 @@ struct Scheduler<'a> {
     buffers: Vec<Buffer>,
     /// Shared copies of fragments, valid in the block being written.
     spilled: HashMap<ValueId, ValueId>,
+    /// Views that are both read and written.
+    updated: Vec<ValueId>,
 }
 
 impl Scheduler<'_> {
@@ -397,6 +400,9 @@ impl Scheduler<'_> {
         let mut block = self.region(region);
         for (i, target) in targets.iter().enumerate() {
             let v = block.yields[i];
+            if *target == Place::Uniform {
+                block.yields[i] = self.readable(v, &mut block.insts);
+            }
             if !matches!(target, Place::Shared(_)) || self.is_state(v) || self.place(v) == target {
                 continue;
             }
@@ -634,17 +640,16 @@ impl Scheduler<'_> {
     fn with_readable(&mut self, op: &tile::Op, out: &mut Vec<Inst>) -> tile::Op {
         let mut op = op.clone();
         match &mut op {
-            tile::Op::Map { inputs, body } => {
+            tile::Op::Map { inputs, .. } => {
                 // Arithmetic on a fragment stays there; other fragments of its inputs are read from memory.
                 let shapes: Vec<Vec<u32>> = inputs.iter().map(|&i| self.tile(i).shape).collect();
                 let wide = shapes.iter().map(|s| s.iter().product::<u32>()).max().unwrap_or(1);
                 for i in 0..inputs.len() {
                     let whole = shapes[i].iter().product::<u32>() == wide;
-                    if !whole {
+                    if !whole || wide == 1 {
                         inputs[i] = self.readable(inputs[i], out);
                     }
                 }
-                let _ = body;
             }
             tile::Op::Gather { rows, .. } => *rows = self.readable(*rows, out),
             tile::Op::Scatter { rows, value, .. } => {
@@ -679,7 +684,10 @@ impl Scheduler<'_> {
             }
             self.fragments.remove(&r);
         }
-        if self.operands.contains_key(&r) {
+        // What is read must be what was there before later stores.
+        let updated =
+            matches!(op, tile::Op::Load { view, .. } | tile::Op::Gather { view, .. } if self.updated.contains(view));
+        if updated || self.operands.contains_key(&r) {
             return self.shared(r);
         }
         let uses = self.uses.get(&r).copied().unwrap_or_default();
@@ -735,6 +743,9 @@ impl Scheduler<'_> {
                 Place::Lazy => self.place(init[i]).clone(),
                 place => place,
             };
+            if place == Place::Uniform {
+                init[i] = self.readable(init[i], out);
+            }
             // The initial value moves to where the loop keeps it.
             if let Place::Shared(_) = place
                 && !self.is_state(arg)
@@ -773,66 +784,6 @@ impl Scheduler<'_> {
     fn copy_elsewhere(&mut self, v: ValueId, out: &mut Vec<Inst>) -> ValueId {
         let place = self.shared(v);
         self.copy(v, place, out)
-    }
-}
-
-/// Which buffers reading a value touches, lazies included.
-pub struct Reads<'a> {
-    /// Definitions of lazy values.
-    pub defs: &'a HashMap<ValueId, tile::Op>,
-    /// Places.
-    pub places: &'a [Place],
-}
-
-impl Reads<'_> {
-    /// Adds the buffers that evaluating `v` reads.
-    pub fn of(&self, v: ValueId, into: &mut BTreeSet<BufferId>) {
-        match &self.places[v.0 as usize] {
-            Place::Shared(b) => {
-                into.insert(*b);
-            }
-            Place::Lazy => {
-                if let Some(op) = self.defs.get(&v) {
-                    for x in tile::operands(op) {
-                        self.of(x, into);
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Buffers that an instruction reads and writes itself (not those of the blocks inside it). A lazy result touches nothing yet.
-    fn touched(&self, inst: &Inst) -> (BTreeSet<BufferId>, BTreeSet<BufferId>) {
-        let (mut reads, mut writes) = (BTreeSet::new(), BTreeSet::new());
-        let lazy = !inst.results.is_empty() && inst.results.iter().all(|r| self.places[r.0 as usize] == Place::Lazy);
-        match &inst.op {
-            Op::Tile(_) if lazy => {}
-            Op::Tile(op) => {
-                for v in tile::operands(op) {
-                    self.of(v, &mut reads);
-                }
-                for r in &inst.results {
-                    if let Place::Shared(b) = self.places[r.0 as usize] {
-                        writes.insert(b);
-                    }
-                }
-                writes.extend(inst.scratch);
-            }
-            Op::For { lo, hi, init, .. } => {
-                for i in [lo, hi] {
-                    if let Index::Value(v) = i {
-                        self.of(*v, &mut reads);
-                    }
-                }
-                for &v in init {
-                    self.of(v, &mut reads);
-                }
-            }
-            Op::If { cond, .. } => self.of(*cond, &mut reads),
-            _ => {}
-        }
-        (reads, writes)
     }
 }
 
@@ -921,71 +872,4 @@ fn lifetimes(
             }
         }
     }
-}
-
-/// What happened to shared memory since the last barrier.
-#[derive(Clone, Default)]
-struct Hazards {
-    written: BTreeSet<BufferId>,
-    read: BTreeSet<BufferId>,
-}
-
-impl Hazards {
-    fn union(&mut self, other: Hazards) {
-        self.written.extend(other.written);
-        self.read.extend(other.read);
-    }
-
-    fn is_empty(&self) -> bool {
-        self.written.is_empty() && self.read.is_empty()
-    }
-}
-
-/// Puts a barrier before every instruction that reads what was written since the last one, or overwrites what was touched.
-fn place_barriers(block: &mut Block, reads: &Reads, spans: &[[u32; 2]], state: &mut Hazards) {
-    let meets = |a: &BTreeSet<BufferId>, b: &BTreeSet<BufferId>| {
-        a.iter().any(|x| {
-            let x = spans[x.0 as usize];
-            b.iter().any(|y| {
-                let y = spans[y.0 as usize];
-                x[0] < y[1] && y[0] < x[1]
-            })
-        })
-    };
-    let mut out = Vec::with_capacity(block.insts.len());
-    for mut inst in std::mem::take(&mut block.insts) {
-        let (r, w) = reads.touched(&inst);
-        if meets(&r, &state.written) || meets(&w, &state.written) || meets(&w, &state.read) {
-            out.push(Inst { results: Vec::new(), op: Op::Barrier, scratch: None });
-            *state = Hazards::default();
-        }
-        state.read.extend(&r);
-        state.written.extend(&w);
-        match &mut inst.op {
-            Op::For { body, .. } => {
-                let entry = state.clone();
-                place_barriers(body, reads, spans, state);
-                // The next round starts clean.
-                if !state.is_empty() {
-                    body.insts.push(Inst { results: Vec::new(), op: Op::Barrier, scratch: None });
-                }
-                *state = entry;
-            }
-            Op::If { then, otherwise, .. } => {
-                let mut other = state.clone();
-                place_barriers(then, reads, spans, state);
-                place_barriers(otherwise, reads, spans, &mut other);
-                state.union(other);
-            }
-            _ => {}
-        }
-        out.push(inst);
-    }
-    // What is yielded is read after the block: by then everything must be visible.
-    let mut yielded = BTreeSet::new();
-    for &v in &block.yields {
-        reads.of(v, &mut yielded);
-    }
-    state.read.extend(&yielded);
-    block.insts = out;
 }
