@@ -146,6 +146,18 @@ pub fn compile(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Compiled, CompileError> {
     let target = dsc_targets::target_with(&options.target, &options.codegen)?;
+    compile_for(&*target, config, config_hash, checkpoint, options, observe)
+}
+
+/// [`compile`] for a target that need not have a name; what the options say of theirs is not looked at.
+pub fn compile_for(
+    target: &dyn Target,
+    config: &ModelConfig,
+    config_hash: &str,
+    checkpoint: Option<(&Path, &Checkpoint)>,
+    options: &Options,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Compiled, CompileError> {
     let max_context = max_context(config, options)?;
     check_layers(config, options)?;
     let stage = Instant::now();
@@ -157,14 +169,14 @@ pub fn compile(
     let mut graphs = Vec::new();
     for class in classes(config, options, max_context, target.blocks()) {
         let mut graph = graph.clone();
-        let cx = context(&*target, class.clone(), options.numerics, bf16_weights, config.index_topk as u32);
+        let cx = context(target, class.clone(), options.numerics, bf16_weights, config.index_topk as u32);
         passes::run(&mut graph, &cx, &mut |name, graph, took| {
             observe(Event::Pass { class: &class.name, name, graph, took });
         })?;
         graphs.push((class, graph));
     }
     let facts = facts(config, config_hash, options, max_context);
-    lower(graphs, facts, options.numerics, &*target, checkpoint, observe)
+    lower(graphs, facts, options.numerics, target, checkpoint, observe)
 }
 
 /// What passes know when they compile for a target.
@@ -174,6 +186,7 @@ pub fn context(target: &dyn Target, class: Class, numerics: Numerics, bf16_weigh
         target_fp8: target.multiplies_fp8(),
         bf16_weights,
         blocks: target.blocks(),
+        block_bytes: target.block_bytes(),
         numerics,
         index_topk,
     }
@@ -190,7 +203,11 @@ pub fn lower(
     observe: &mut dyn FnMut(Event),
 ) -> Result<Compiled, CompileError> {
     let stage = Instant::now();
-    let plan = plan::plan(&graphs, &|shape, class| target.schedule(shape, class.max.get(Sym::T)))?;
+    let scheduler = plan::Scheduler {
+        choose: &|shape, class| target.schedule(shape, class.max.get(Sym::T)),
+        fits: &|kernel| target.fits(kernel),
+    };
+    let plan = plan::plan(&graphs, &scheduler)?;
     observe(Event::Stage { name: "plan", took: stage.elapsed() });
     if let Some((dir, checkpoint)) = checkpoint {
         check_weights(dir, checkpoint, &plan)?;

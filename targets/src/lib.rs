@@ -148,6 +148,17 @@ pub trait Target {
         Schedule::heuristic(shape, tokens)
     }
 
+    /// Bytes of operands that a block can keep beside what else it needs, where [`blocks`](Target::blocks) is not 0.
+    fn block_bytes(&self) -> u32 {
+        0
+    }
+
+    /// Whether a block of the kernel fits the device; if not, smaller tiles are tried.
+    fn fits(&self, kernel: &Kernel) -> bool {
+        let _ = kernel;
+        true
+    }
+
     /// Compiles `kernels` into one blob. The same input gives the same bytes.
     fn compile(&self, kernels: &[Kernel]) -> Result<Module, TargetError>;
 }
@@ -255,7 +266,13 @@ pub fn targets() -> &'static [TargetInfo] {
         },
         TargetInfo { name: "sm_80", description: "NVIDIA Ampere (A100), without fp8", ..NVIDIA },
         TargetInfo { name: "sm_89", description: "NVIDIA Ada (L40S)", ..NVIDIA },
-        TargetInfo { name: "sm_90a", description: "NVIDIA Hopper (H100, H200)", ..NVIDIA },
+        TargetInfo {
+            name: "sm_90a",
+            description: "NVIDIA Hopper (H100, H200)",
+            status: Status::RunOnHardware,
+            note: "every tile op; run on an H200 (docs/nvidia.md has what was measured)",
+            ..NVIDIA
+        },
         TargetInfo { name: "sm_100a", description: "NVIDIA Blackwell (B200)", ..NVIDIA },
         TargetInfo { name: "sm_120a", description: "NVIDIA Blackwell (RTX 5090)", ..NVIDIA },
         TargetInfo { name: "gfx942", description: "AMD CDNA 3", ..PLANNED },

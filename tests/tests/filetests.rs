@@ -187,6 +187,7 @@ fn pass_test(sections: &mut Vec<Section>, name: &str, flags: &[&str]) -> Outcome
         target_fp8: flags.contains(&"fp8"),
         bf16_weights: flags.contains(&"bf16"),
         blocks: if flags.contains(&"wide") { 132 } else { 0 },
+        block_bytes: 192 << 10,
         numerics,
         index_topk: 4,
     };

@@ -242,6 +242,7 @@ fn tiny_model_deployed_on_wide_targets() {
             target_fp8: true,
             bf16_weights: false,
             blocks: 132,
+            block_bytes: 192 << 10,
             numerics: Numerics::Deployed,
             index_topk: config.index_topk as u32,
         };

@@ -144,7 +144,7 @@ fn multiprocessor(header: &Header) -> String {
         "blocks per SM",
         "PTX bytes",
     ];
-    table(&columns, rows.into_iter()) + "\n"
+    table(&columns, rows) + "\n"
 }
 
 fn memory(header: &Header, weights: bool) -> String {

@@ -871,6 +871,7 @@ fn model(config: &ModelConfig, numerics: Numerics, (target_fp8, blocks): (bool, 
         target_fp8,
         bf16_weights: false,
         blocks,
+        block_bytes: 192 << 10,
         numerics,
         index_topk: config.index_topk as u32,
     };
@@ -983,6 +984,7 @@ fn every_launch_of_full_models_has_a_program() {
                     target_fp8,
                     bf16_weights: false,
                     blocks,
+                    block_bytes: 192 << 10,
                     numerics,
                     index_topk: config.index_topk as u32,
                 };

@@ -23,11 +23,10 @@ use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, Value};
 
 /// See the top of the file. Returns the number of gates fused.
 pub fn fuse_gate(graph: &mut Graph, cx: &Cx) -> usize {
-    let route = cx.blocks > 0 && cx.class.max.get(Sym::T) <= TOKENS;
     let gates: Vec<Vec<NodeId>> = graph
         .order()
         .into_iter()
-        .filter_map(|n| chain(graph, n).map(|members| with_neighbours(graph, members, route)))
+        .filter_map(|n| chain(graph, n).map(|members| with_neighbours(graph, members, cx)))
         .filter(|members| is_convex(graph, members))
         .collect();
     for members in &gates {
@@ -44,10 +43,14 @@ pub fn fuse_gate(graph: &mut Graph, cx: &Cx) -> usize {
 const TOKENS: u32 = 64;
 
 /// The chain (scores first; ids, chosen, weights last) with the ops next to it that nothing else needs.
-fn with_neighbours(graph: &Graph, mut members: Vec<NodeId>, route: bool) -> Vec<NodeId> {
+fn with_neighbours(graph: &Graph, mut members: Vec<NodeId>, cx: &Cx) -> Vec<NodeId> {
     let value = |node: NodeId| Value { node, output: 0 };
     let [.., ids, _, weights] = members[..] else { return members };
     let logits = graph.inputs(members[0])[0];
+    // A block has the scores of all tokens twice, in f32.
+    let tokens = cx.class.max.get(Sym::T);
+    let experts = graph.tensor(logits).shape.last().map_or(0, |e| e.factor);
+    let route = cx.blocks > 0 && tokens <= TOKENS && tokens * experts * 8 <= cx.block_bytes;
     if graph.dag[logits.node].op == Op::SumPartials && graph.users(logits).len() == 1 && !graph.is_output(logits) {
         members.insert(0, logits.node);
     }

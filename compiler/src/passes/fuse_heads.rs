@@ -16,7 +16,7 @@
 use super::outline::{base, escaping, is_convex, outline};
 use super::{Cx, is_view};
 use dsc_ir::Sym;
-use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, Value};
+use dsc_ir::graph::{Elem, FusedKind, Graph, NodeId, Op, Value};
 
 /// Most tokens that a block takes: all of a step.
 const TOKENS: u32 = 64;
@@ -26,13 +26,26 @@ pub fn fuse_heads(graph: &mut Graph, cx: &Cx) -> usize {
     if cx.blocks == 0 || cx.class.max.get(Sym::T) > TOKENS {
         return 0;
     }
-    let found: Vec<Vec<NodeId>> = graph.order().into_iter().filter_map(|n| members(graph, n)).collect();
+    let fits = |n: &NodeId| head_bytes(graph, *n) <= cx.block_bytes;
+    let found: Vec<Vec<NodeId>> = graph.order().into_iter().filter(fits).filter_map(|n| members(graph, n)).collect();
     for members in &found {
         let name = graph.dag[members[0]].name.clone();
         let outputs = escaping(graph, members);
         outline(graph, members, &outputs, FusedKind::Heads, name);
     }
     found.len()
+}
+
+/// Bytes of one head's matrix of a head product, which a block keeps whole.
+fn head_bytes(graph: &Graph, product: NodeId) -> u32 {
+    let inputs = graph.inputs(product);
+    let (Op::HeadLinear { .. }, Some(&w)) = (&graph.dag[product].op, inputs.get(1)) else { return 0 };
+    let size = |v: Value| graph.ty(v).tensor().and_then(|t| t.shape.last()).map_or(0, |e| e.factor);
+    let bytes = match graph.tensor(w).elem {
+        Elem::Plain(dtype) => dtype.bytes() as u32,
+        Elem::Quant(_) => 1,
+    };
+    size(inputs[0]) * size(Value { node: product, output: 0 }) * bytes
 }
 
 /// The head product and the ops by head that read what it reads, in topological order; none if there are none.

@@ -77,6 +77,8 @@ pub struct Cx {
     /// Blocks that a launch needs to fill the target, where it runs all of them at once; 0 where a few workers take them one
     /// after another. If not 0, work is split over more and smaller launches rather than done by few blocks.
     pub blocks: u32,
+    /// Bytes of operands that a block can keep beside what else it needs; no bound where `blocks` is 0.
+    pub block_bytes: u32,
     /// Numerics of the artifact.
     pub numerics: Numerics,
     /// Keys the indexer selects.

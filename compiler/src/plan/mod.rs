@@ -17,6 +17,7 @@ use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::Program;
 use dsc_ir::work::Work;
 use dsc_ir::{DType, Sym, SymValues};
+use dsc_targets::Kernel;
 use std::collections::HashMap;
 
 /// Distance in bytes between the codes and the scales of a quantised tensor is a multiple of this, and so is every offset.
@@ -79,8 +80,13 @@ pub enum PlanError {
     },
 }
 
-/// Chooses the schedule of a kernel from its shape; a target's business.
-pub type Scheduler<'a> = dyn Fn(&kernels::KernelShape, &Class) -> Schedule + 'a;
+/// How kernels are scheduled; a target's business.
+pub struct Scheduler<'a> {
+    /// The schedule of a kernel, from its shape.
+    pub choose: &'a dyn Fn(&kernels::KernelShape, &Class) -> Schedule,
+    /// Whether the target has room for a program at that schedule; if not, its tiles shrink.
+    pub fits: &'a dyn Fn(&Kernel) -> bool,
+}
 
 /// Plans every class. `graphs` are in the order the runtime should try them.
 pub fn plan(graphs: &[(Class, Graph)], scheduler: &Scheduler) -> Result<Plan, PlanError> {
@@ -121,12 +127,19 @@ fn plan_class(
     };
     for &node in &launches {
         let name = &graph.dag[node].name;
-        let schedule = scheduler(&kernels::shape_of(graph, node, class), class);
-        let emitted = kernels::emit(graph, node, &schedule, class).map_err(|source| PlanError::Kernel {
-            node: name.clone(),
-            class: class.name.to_string(),
-            source,
-        })?;
+        let mut schedule = (scheduler.choose)(&kernels::shape_of(graph, node, class), class);
+        let emitted = loop {
+            let emitted = kernels::emit(graph, node, &schedule, class).map_err(|source| PlanError::Kernel {
+                node: name.clone(),
+                class: class.name.to_string(),
+                source,
+            })?;
+            let known = interned.kernels.contains_key(&(emitted.program.to_string(), schedule.clone()));
+            let fits = || (scheduler.fits)(&Kernel { program: emitted.program.clone(), schedule: schedule.clone() });
+            if known || fits() || !schedule.shrink() {
+                break emitted;
+            }
+        };
         let binder = Binder { graph, class, memory: &memory, weights: &weights, states: &states };
         let args = emitted.args.iter().map(|a| binder.bind(a)).collect::<Result<Vec<_>, _>>()?;
         let kernel = intern_kernel(plan, interned, emitted, schedule, || kernels::work_of(graph, node))?;

@@ -4,8 +4,10 @@ use super::arch::Arch;
 use super::lower::{Lowered, lower};
 use super::ptxas::{Cubin, Ptxas};
 use super::{llvm, ptxas};
+use crate::nvidia::lower;
 use crate::parallel::in_parallel;
 use crate::{Kernel, KernelCode, Level, Listing, Module, Target, TargetError, TargetOptions};
+use dsc_ir::schedule::{KernelShape, Schedule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -131,6 +133,18 @@ impl Target for NvidiaTarget {
 
     fn blocks(&self) -> u32 {
         self.arch.device.sms
+    }
+
+    fn block_bytes(&self) -> u32 {
+        self.arch.shared_per_block / 8 * 5
+    }
+
+    fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
+        Schedule::wide(shape, tokens)
+    }
+
+    fn fits(&self, kernel: &Kernel) -> bool {
+        lower::fits(kernel, self.arch)
     }
 
     fn compile(&self, kernels: &[Kernel]) -> Result<Module, TargetError> {

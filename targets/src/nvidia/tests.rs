@@ -1,7 +1,7 @@
 //! From MLIR written by hand to code: what lies behind the lowering.
 
-use crate::nvidia::arch::ARCHS;
 use super::*;
+use crate::nvidia::arch::ARCHS;
 use dsc_ir::artifact::GpuKernel;
 
 /// `y[i] = x[i] + 1` for `i < T`, by 128 threads, with the parameters that every kernel has.

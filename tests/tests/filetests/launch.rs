@@ -20,11 +20,16 @@ use dsc_ir::tile::{self, Access, Program, ViewType};
 use dsc_ir::{DType, Sym, SymValues};
 use dsc_runtime::device::{BoundLaunch, Code};
 use dsc_runtime::{CpuDevice, Device, DeviceError};
+use dsc_targets::nvidia::arch::Arch;
+use dsc_targets::nvidia::lower::{emulate, lower};
 use dsc_targets::{Kernel, Module};
 use half::{bf16, f16};
 
 /// What launches run on besides the interpreter; those that this machine lacks are left out.
 const TARGETS: [&str; 2] = ["cpu-v3", "cpu-v4"];
+
+/// Architectures whose code is emulated, lowered the plain way.
+const EMULATED: [&str; 2] = ["sm_80", "sm_90a"];
 
 /// Runs of a scheduled kernel, each with units interleaved in another way.
 const SEEDS: u64 = 8;
@@ -44,6 +49,7 @@ pub fn launch(program: &Program, notes: &[String]) -> Outcome<Vec<String>> {
         let result = run_blocks(program, syms, after, bindings, blocks, Options { check_races: true });
         if result.is_ok() {
             TARGETS.into_iter().try_for_each(|target| on_target(target, program, syms, before, after))?;
+            EMULATED.into_iter().try_for_each(|arch| emulated(arch, program, syms, before, after, bindings))?;
         }
         Ok(result)
     })
@@ -162,6 +168,28 @@ fn on_target(name: &str, program: &Program, syms: &SymValues, memory: &[Vec<u8>]
             return Err(format!("{name} writes outside of %{}", p.name).into());
         }
         compare(p.view.dtype, want, &got[inside]).map_err(|e| format!("{name}, %{}: {e}", p.name))?;
+    }
+    Ok(())
+}
+
+/// Lowers the kernel for an NVIDIA architecture and emulates that, with warps in two orders.
+fn emulated(
+    name: &str,
+    program: &Program,
+    syms: &SymValues,
+    memory: &[Vec<u8>],
+    want: &[Vec<u8>],
+    bindings: &[Binding],
+) -> Outcome {
+    let arch = Arch::named(name).ok_or("no such architecture")?;
+    let arch = Arch { has_wgmma: false, has_tma: false, ..*arch };
+    let lowered = lower(&Kernel { program: program.clone(), schedule: Schedule::default() }, &arch)?;
+    for seed in 0..2 {
+        let mut got = memory.to_vec();
+        emulate::run_blocks(program, &lowered, syms, &mut got, bindings, seed).map_err(|e| format!("{name}: {e}"))?;
+        for ((p, want), got) in params(program).iter().zip(want).zip(&got) {
+            compare(p.view.dtype, want, got).map_err(|e| format!("{name}, %{}: {e}", p.name))?;
+        }
     }
     Ok(())
 }

@@ -153,9 +153,8 @@ impl Placing<'_> {
                     state.read.extend(self.handed_over(&body.yields, &carried));
                     let entry = state.clone();
                     self.block(body, state, &carried);
-                    if !(state.written.is_empty() && state.read.is_empty())
-                        && !matches!(body.insts.last(), Some(Inst { op: Op::Barrier, .. }))
-                    {
+                    let clean = state.written.is_empty() && state.read.is_empty();
+                    if !clean && !matches!(body.insts.last(), Some(Inst { op: Op::Barrier, .. })) {
                         body.insts.push(barrier());
                     }
                     *state = entry;

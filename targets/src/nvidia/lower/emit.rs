@@ -612,7 +612,7 @@ impl<'a> Emitter<'a> {
                 && ty.offset as i64 % unit.min(16) == 0
                 && ty.strides[..last].iter().all(aligned)
                 && self.divisor(index[last]) % i64::from(n) == 0
-                && ty.shape[last].factor % n == 0
+                && ty.shape[last].factor.is_multiple_of(n)
                 && row.is_none_or(|_| last > 0));
         let mut offset = i64(ty.offset as i64);
         let mut inside = Val::Int(1, Ty::I1);
@@ -764,7 +764,7 @@ impl<'a> Emitter<'a> {
             let mut pending = Vec::new();
             for i in 0..rounds {
                 let c = e.t.f.add(first, i32((i * threads).into()));
-                let partial = last && i + 1 == rounds && total % threads != 0;
+                let partial = last && i + 1 == rounds && !total.is_multiple_of(threads);
                 let ok = if partial { e.t.f.cmp("slt", c, i32(total.into())) } else { Val::Int(1, Ty::I1) };
                 let clamped = if partial { e.t.f.select(ok, c, i32(0)) } else { c };
                 let value = evaluate(e, clamped);

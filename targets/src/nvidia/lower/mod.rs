@@ -61,9 +61,7 @@ fn accumulators(s: &Scheduled, block: &sched::Block) -> usize {
         _ => 0,
     };
     let of = |inst: &sched::Inst| match &inst.op {
-        sched::Op::For { body, .. } => {
-            inst.results.iter().map(registers).sum::<usize>() + accumulators(s, body)
-        }
+        sched::Op::For { body, .. } => inst.results.iter().map(registers).sum::<usize>() + accumulators(s, body),
         sched::Op::If { then, otherwise, .. } => accumulators(s, then).max(accumulators(s, otherwise)),
         sched::Op::Tile(tile::Op::Dot { acc: None, .. }) => inst.results.iter().map(registers).sum(),
         _ => 0,

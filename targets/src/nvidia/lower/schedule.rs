@@ -216,10 +216,10 @@ impl Analysis {
                             self.fragments.insert(result);
                         }
                     }
-                    tile::Op::Reshape { x, .. } => {
-                        if self.fragments.contains(x) && keeps_matrix(program, *x, inst.results[0]) {
-                            self.fragments.insert(inst.results[0]);
-                        }
+                    tile::Op::Reshape { x, .. }
+                        if self.fragments.contains(x) && keeps_matrix(program, *x, inst.results[0]) =>
+                    {
+                        self.fragments.insert(inst.results[0]);
                     }
                     tile::Op::For { init, body, .. } => {
                         for (i, &arg) in body.args[1..].iter().enumerate() {
@@ -737,21 +737,21 @@ impl Scheduler<'_> {
         let mut init = init.to_vec();
         let mut targets = Vec::new();
         self.set(body.args[0], Place::Uniform);
-        for i in 0..init.len() {
+        for (i, first) in init.iter_mut().enumerate() {
             let (arg, result) = (body.args[i + 1], inst.results[i]);
             let place = match self.result_place(arg) {
-                Place::Lazy => self.place(init[i]).clone(),
+                Place::Lazy => self.place(*first).clone(),
                 place => place,
             };
             if place == Place::Uniform {
-                init[i] = self.readable(init[i], out);
+                *first = self.readable(*first, out);
             }
             // The initial value moves to where the loop keeps it.
             if let Place::Shared(_) = place
                 && !self.is_state(arg)
             {
-                let from = self.readable(init[i], out);
-                init[i] = self.copy(from, place.clone(), out);
+                let from = self.readable(*first, out);
+                *first = self.copy(from, place.clone(), out);
             }
             self.set(arg, place.clone());
             self.set(result, place.clone());

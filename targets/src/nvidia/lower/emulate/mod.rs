@@ -382,7 +382,7 @@ impl Run<'_> {
     /// The range of an access, after checks.
     fn touch(&mut self, shared: bool, at: u64, n: u64, align: u64, how: How, me: u32) -> Result<Range<usize>, String> {
         let size = if shared { self.m.shared.len() } else { self.m.global.len() } as u64;
-        let end = at.checked_add(n).filter(|&end| end <= size && at % align == 0);
+        let end = at.checked_add(n).filter(|&end| end <= size && at.is_multiple_of(align));
         let Some(end) = end else { return Err(format!("{n} bytes at {at} of {size}, align {align}")) };
         let buffers = &self.m.buffers;
         if !shared && !buffers.is_empty() && !buffers.iter().any(|b| b.start <= at && end <= b.end) {
