@@ -1,6 +1,6 @@
 //! Tile programs of matrix products, as the compiler's kernel library writes them.
 
-use dsc_ir::tile::{Access, Builder, Ix, Program, ValueId};
+use dsc_ir::tile::{Access, Builder, Ix, Program, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent, Sym};
 
 /// A product `y[T, n] = x[T, k] wᵀ`.
@@ -16,7 +16,7 @@ pub struct Linear {
     pub tile: [u32; 2],
     /// Elements of `k` a round; scale blocks have 128.
     pub step: u32,
-    /// Element type of the result.
+    /// Element type of the result; e4m3 with a scale for every row of a tile.
     pub out: DType,
     /// Whether the weight has gate and up, `n` rows each, and the result is `silu(gate) · up`.
     pub glu: bool,
@@ -49,6 +49,8 @@ impl Linear {
         let y_shape: Vec<Extent> =
             [Sym::T.into()].into_iter().chain(parts.map(Extent::from)).chain([n.into()]).collect();
         let y = b.param("y", self.out, &y_shape, Access::Write);
+        let quantised = (self.out == DType::E4m3)
+            .then(|| b.param("y_scales", DType::F32, &[Sym::T.into(), n.div_ceil(tn).into()], Access::Write));
         let (row, column) = (b.grid(Sym::T, tm), b.grid(n, tn));
         let part = parts.map(|parts| b.grid(parts, 1));
         let (row, column) = (by(&mut b, row, tm, false), by(&mut b, column, tn, false));
@@ -110,6 +112,24 @@ impl Linear {
                 let silu = m.mul(v[0], s);
                 m.mul(silu, v[1])
             });
+        }
+        if let Some(scales) = quantised {
+            let groups = b.reshape(result, &[tm, 1, tn]);
+            let sizes = b.map(&[groups], |m, v| m.abs(v[0]));
+            let most = b.reduce(sizes, 2, ReduceKind::Max);
+            let scale = b.map(&[most], |m, v| {
+                let (least, part) = (m.f32(1e-4), m.f32(1.0 / 448.0));
+                let most = m.max(v[0], least);
+                m.mul(most, part)
+            });
+            let codes = b.map(&[groups, scale], |m, v| {
+                let scaled = m.div(v[0], v[1]);
+                m.cast(scaled, DType::E4m3)
+            });
+            result = b.reshape(codes, &[tm, tn]);
+            let scale = b.reshape(scale, &[tm, 1]);
+            let group = by(&mut b, column, tn, true);
+            b.store(scales, &[row.into(), group.into()], scale);
         }
         let result = b.cast(result, self.out);
         match part {

@@ -2,6 +2,7 @@
 
 use super::contraction::{Contraction, STEP_BYTES};
 use crate::nvidia::arch::Arch;
+use dsc_ir::DType;
 
 /// Threads of a warpgroup.
 pub const WARPGROUP: u32 = 128;
@@ -33,6 +34,17 @@ pub struct Config {
     pub slot_bytes: [u32; 2],
     /// Bytes of staging for the result, over all warpgroups.
     pub staging_bytes: u32,
+    /// Warps that have a part of each row, and so of its maximum; 0 without maxima, 1 if each row is in one warp.
+    pub row_parts: u32,
+}
+
+/// What a program does with the product, as far as that takes shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Epilogue {
+    /// 16-bit results go to memory through shared memory.
+    pub staged: bool,
+    /// Maxima of rows are taken.
+    pub reduced: bool,
 }
 
 /// Stages that gathered rows may be behind in a ring of that depth: their copies are in flight meanwhile.
@@ -40,9 +52,14 @@ pub fn behind_most(stages: u32) -> u32 {
     (stages / 2).min(4)
 }
 
+/// Bytes of the buffer in which warps exchange their parts of `rows` maxima.
+pub fn part_bytes(parts: u32, rows: u32) -> u32 {
+    if parts > 1 { parts * rows.next_multiple_of(8) * DType::F32.bytes() as u32 } else { 0 }
+}
+
 impl Config {
-    /// How to run `rows` x `columns` results of that contraction, if the hardware can; `staged`: 16-bit results go to memory through shared memory.
-    pub fn of(c: &Contraction<'_>, staged: bool, arch: &Arch) -> Option<Config> {
+    /// How to run `rows` x `columns` results of that contraction, if the hardware can.
+    pub fn of(c: &Contraction<'_>, epilogue: Epilogue, arch: &Arch) -> Option<Config> {
         let [rows, columns] = c.shape();
         let transposed = rows < STRAIGHT_FROM;
         let (long, short) = if transposed { (columns, rows) } else { (rows, columns) };
@@ -69,12 +86,18 @@ impl Config {
         let warpgroups = groups[0] * groups[1];
         let panels = if transposed { 1 } else { (wide * 2).div_ceil(STEP_BYTES).min(2) };
         let staging_rows = if transposed { padded.next_multiple_of(16) } else { ROWS };
-        let staging_bytes = if staged { warpgroups * staging_rows * panels * STEP_BYTES } else { 0 };
+        let staging_bytes = if epilogue.staged { warpgroups * staging_rows * panels * STEP_BYTES } else { 0 };
+        let row_parts = match () {
+            () if !epilogue.reduced => 0,
+            () if transposed => groups[0] * WARPGROUP / Arch::WARP,
+            () => groups[1],
+        };
         let slot_bytes = [rows, columns].map(|r| r.next_multiple_of(8) * STEP_BYTES);
         let stage = slot_bytes[0] + slot_bytes[1] * c.rights.len() as u32;
         // Small tiles wait for memory, not for the multiplier: two blocks a multiprocessor overlap one's end with the other's start.
         let limit = if transposed { arch.shared_per_sm / 2 - Arch::SHARED_RESERVED } else { arch.shared_per_block };
-        let stages = ((limit - staging_bytes.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
+        let beside = staging_bytes + part_bytes(row_parts, rows);
+        let stages = ((limit - beside.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
         // Stages that consumers hold at once, and stages that gathered rows may be behind, must leave the producer one to go on.
         let held = (partials * (c.step / c.stage_k())).max(2);
         let behind = if c.left.gathered.is_some() { behind_most(stages) } else { 0 };
@@ -86,6 +109,7 @@ impl Config {
             stages,
             slot_bytes,
             staging_bytes,
+            row_parts,
         })
     }
 

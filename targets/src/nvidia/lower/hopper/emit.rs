@@ -286,12 +286,17 @@ impl<'a> Emit<'a> {
             Op::Release { channel, lag } => self.release(*channel, *lag),
             Op::Tile(op) => self.tile_op(inst, op),
             Op::Barrier => {
-                let (id, threads) = self.role_barrier;
-                isa::named_barrier(&mut self.t.f, id, threads);
+                self.role_waits();
                 Ok(())
             }
             Op::If { .. } => Err("branches inside roles".into()),
         }
+    }
+
+    /// All threads of the role wait for one another.
+    pub fn role_waits(&mut self) {
+        let (id, threads) = self.role_barrier;
+        isa::named_barrier(&mut self.t.f, id, threads);
     }
 
     fn tile_op(&mut self, inst: &'a Inst, op: &'a tile::Op) -> Result<(), String> {
@@ -299,6 +304,9 @@ impl<'a> Emit<'a> {
             tile::Op::Store { view, index, value } => return self.store((*view, None, index), *value, inst.scratch),
             tile::Op::Scatter { view, rows, index, value } => {
                 return self.store((*view, Some(*rows), index), *value, inst.scratch);
+            }
+            tile::Op::Reduce { x, kind: tile::ReduceKind::Max, .. } => {
+                return self.row_maxima(inst.results[0], *x, inst.scratch);
             }
             tile::Op::Dot { a, b, acc, trans_b: true } => return self.dot(inst.results[0], *a, *b, *acc),
             _ => {}
@@ -464,7 +472,7 @@ impl<'a> Emit<'a> {
         Ok(arith::apply(&mut self.t.f, self.t.arch, body, &args).0)
     }
 
-    /// Two neighbours of a 16-bit tile in one word, the first in the low half.
+    /// Two neighbours of a 16-bit or 8-bit tile in one word, the first in the low half.
     pub fn packed(
         &mut self,
         v: ValueId,
@@ -493,14 +501,19 @@ impl<'a> Emit<'a> {
                 halves.push(arith::apply(&mut self.t.f, self.t.arch, &before, &args));
             }
             if halves.iter().all(|h| h.1 == dsc_ir::DType::F32) {
-                return Ok(isa::pack(&mut self.t.f, dtype, halves[0].0, halves[1].0));
+                let (low, high) = (halves[0].0, halves[1].0);
+                return Ok(match dtype {
+                    dsc_ir::DType::E4m3 => ptx::pack_e4m3(&mut self.t.f, low, high),
+                    _ => isa::pack(&mut self.t.f, dtype, low, high),
+                });
             }
         }
         let low = self.element(v, at[0], seen)?;
         let high = self.element(v, at[1], seen)?;
         let (low, high) = (self.t.f.cast("zext", low, Ty::I32), self.t.f.cast("zext", high, Ty::I32));
-        let high = self.t.f.bin("shl", high, i32(16));
-        Ok(self.t.f.bin("or", low, high))
+        let high = self.t.f.bin("shl", high, i32(8 * dtype.bytes() as i64));
+        let both = self.t.f.bin("or", low, high);
+        Ok(if dtype.bytes() == 1 { self.t.f.cast("trunc", both, Ty::I16) } else { both })
     }
 }
 

@@ -6,11 +6,11 @@
 //! | `config` | tile, warpgroups, depth of the ring |
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan` | contraction to scheduled tile IR with a producer and consumers |
-//! | `emit`, `loops`, `ring`, `gather`, `wgmma`, `fragment`, `memory`, `store` | that to MLIR |
+//! | `emit`, `loops`, `ring`, `gather`, `wgmma`, `fragment`, `memory`, `reduce`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
-//! maps, loads and stores the program has.
+//! maps, loads, stores and maxima of whole rows the program has.
 
 mod config;
 mod contraction;
@@ -21,6 +21,7 @@ mod loops;
 mod memory;
 mod plan;
 pub mod ptx;
+mod reduce;
 mod ring;
 mod store;
 mod tensor_map;

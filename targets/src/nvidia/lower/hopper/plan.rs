@@ -7,7 +7,7 @@
 //!
 //! With scales, partial sums of two rounds are in flight and each is added to the accumulator while the other is made.
 
-use super::config::{Config, WARPGROUP};
+use super::config::{Config, Epilogue, WARPGROUP, part_bytes};
 use super::contraction::{Contraction, STEP_BYTES, definitions};
 use super::fragment::varies;
 use super::store::in_pieces;
@@ -36,24 +36,29 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
     for operand in c.operands() {
         can_copy(operand, view_type(&program.types, operand.view)?, c.stage_k()).then_some(())?;
     }
-    let config = Config::of(&c, staged(program)?, arch)?;
+    let config = Config::of(&c, epilogue(program)?, arch)?;
     Planner::new(program, c, config).scheduled()
 }
 
-/// Whether the result, the only view written, goes to memory in pieces of rows.
-fn staged(program: &Program) -> Option<bool> {
-    let mut written = program.params.iter().filter(|p| p.access != tile::Access::Read);
-    let (Some(one), None) = (written.next(), written.next()) else { return None };
+/// What the program does with the product; none if it stores nothing.
+fn epilogue(program: &Program) -> Option<Epilogue> {
+    let written: Vec<&tile::Param> = program.params.iter().filter(|p| p.access != tile::Access::Read).collect();
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
-    let mut stores = Vec::new();
-    for_each(&program.body, &mut |inst| {
-        if let tile::Op::Store { index, .. } | tile::Op::Scatter { index, .. } = &inst.op {
+    let (mut stores, mut reduced) = (Vec::new(), false);
+    for_each(&program.body, &mut |inst| match &inst.op {
+        tile::Op::Store { index, .. } | tile::Op::Scatter { index, .. } => {
             stores.push(index.last().map_or(1, |&i| divisor(i, &defs)));
         }
+        tile::Op::Reduce { .. } => reduced = true,
+        _ => {}
     });
-    let columns = *stores.first()?;
-    Some(in_pieces(view_type(&program.types, one.value)?, columns) && stores.len() == 1)
+    let staged = match (written.as_slice(), stores.as_slice()) {
+        ([], _) | (_, []) => return None,
+        (&[one], &[columns]) => in_pieces(view_type(&program.types, one.value)?, columns),
+        _ => false,
+    };
+    Some(Epilogue { staged, reduced })
 }
 
 /// Visits every instruction.
@@ -102,6 +107,8 @@ struct Planner<'a> {
     after: HashSet<ValueId>,
     /// Numbers of rows that scales are gathered by.
     scale_rows: HashSet<ValueId>,
+    /// Results that maxima are taken of and that are used again: computed once, and kept in registers.
+    kept: HashSet<ValueId>,
     types: Vec<Type>,
     places: Vec<Place>,
     params: Vec<tile::Param>,
@@ -125,6 +132,7 @@ impl<'a> Planner<'a> {
             consumed: HashSet::new(),
             after: HashSet::new(),
             scale_rows: HashSet::new(),
+            kept: HashSet::new(),
             types: Vec::new(),
             places: Vec::new(),
             params: Vec::new(),
@@ -154,8 +162,29 @@ impl<'a> Planner<'a> {
             _ => None,
         });
         p.scale_rows = gathered.collect();
+        p.kept = p.split_for_maxima();
         p.after = p.c.body.insts.iter().filter_map(|i| i.results.first().copied()).filter(|&v| after(&p, v)).collect();
         p
+    }
+
+    /// Maps to matrices whose rows are split into groups of columns for a reduction.
+    fn split_for_maxima(&self) -> HashSet<ValueId> {
+        let mut reduced = Vec::new();
+        for_each(&self.program.body, &mut |inst| {
+            if let tile::Op::Reduce { x, .. } = inst.op {
+                reduced.push(x);
+            }
+        });
+        let split = |v: ValueId| match self.defs.get(&v)?.op {
+            tile::Op::Reshape { x, .. } => Some(x),
+            _ => None,
+        };
+        let kept = |&v: &ValueId| {
+            let t = self.tile(v);
+            t.is_some_and(|t| t.dtype == DType::F32 && t.shape == self.c.shape())
+                && matches!(self.defs.get(&v), Some(tile::Inst { op: tile::Op::Map { .. }, .. }))
+        };
+        self.slice(reduced).into_iter().filter_map(split).filter(kept).collect()
     }
 
     /// Values that bound loops.
@@ -232,6 +261,7 @@ impl<'a> Planner<'a> {
         match &inst.op {
             // Numbers of rows that operands are scaled by: each thread keeps those of its rows.
             tile::Op::Map { .. } if self.scale_rows.contains(&inst.results[0]) => Some(self.fragment()),
+            tile::Op::Map { .. } if self.kept.contains(&inst.results[0]) => Some(self.fragment()),
             tile::Op::Reshape { x, .. } => (varies(&self.tile(*x)?.shape) == varies(&t.shape)).then_some(Place::Lazy),
             tile::Op::Full { .. } | tile::Op::Map { .. } => Some(Place::Lazy),
             tile::Op::Iota { .. } | tile::Op::Load { .. } if t.dtype == DType::I32 => {
@@ -342,6 +372,20 @@ impl<'a> Planner<'a> {
             (staging.dtype, staging.copies) = (DType::Bf16, 1);
             staging.shape[1] = STEP_BYTES / 2;
             buffers.push(staging);
+            end += self.config.staging_bytes;
+        }
+        let rows = self.c.shape()[0];
+        let bytes = part_bytes(self.config.row_parts, rows);
+        if bytes > 0 {
+            buffers.push(Buffer {
+                name: "maxima".into(),
+                dtype: DType::F32,
+                shape: [self.config.row_parts, rows.next_multiple_of(8)],
+                pitch: bytes / self.config.row_parts,
+                swizzle: 0,
+                copies: 1,
+                offset: end,
+            });
         }
         buffers
     }
@@ -418,7 +462,10 @@ impl<'a> Planner<'a> {
                 names.extend(inst.results.iter().copied().zip(totals));
             } else if let Some(around) = self.around(inst) {
                 out.push(self.loop_around(around, names, Self::consumer)?);
-            } else if let tile::Op::Store { .. } | tile::Op::Scatter { .. } = &inst.op {
+            } else if let tile::Op::Reduce { .. } = &inst.op {
+                out.extend(self.row_maxima(inst, names)?);
+            } else if let tile::Op::Store { value, .. } | tile::Op::Scatter { value, .. } = &inst.op {
+                self.storable(self.tile(*value)?).then_some(())?;
                 let mut store = self.copied(inst, Place::Lazy, names)?;
                 if self.config.staging_bytes > 0 {
                     // The last tile's results may still be on their way through the same memory.
@@ -433,6 +480,38 @@ impl<'a> Planner<'a> {
                 return None;
             }
         }
+        Some(out)
+    }
+
+    /// Whether threads have the elements of such a tile: results, or one value a row.
+    fn storable(&self, t: &TileType) -> bool {
+        let [rows, columns] = self.c.shape();
+        let count = if t.shape.last() == Some(&1) { rows } else { rows * columns };
+        t.shape.len() > 1 && t.shape.last().is_some_and(|&n| n == 1 || n == columns) && t.elements() == count as usize
+    }
+
+    /// The largest element of each row of a tile of results.
+    fn row_maxima(&mut self, inst: &tile::Inst, names: &mut Names) -> Option<Vec<Inst>> {
+        let tile::Op::Reduce { x, axis, kind: tile::ReduceKind::Max } = inst.op else { return None };
+        let t = self.tile(x)?;
+        let rows = t.dtype == DType::F32
+            && axis as usize + 1 == t.shape.len()
+            && t.shape.last() == Some(&self.c.shape()[1])
+            && self.storable(t);
+        rows.then_some(())?;
+        let one = self.tile(inst.results[0])?.elements() == 1;
+        let place = if one { Place::Uniform } else { self.fragment() };
+        let result = self.fresh(self.program.ty(inst.results[0]).clone(), place);
+        names.insert(inst.results[0], result);
+        let op = tile::Op::Reduce { x: *names.get(&x)?, axis, kind: tile::ReduceKind::Max };
+        let mut out = Vec::new();
+        let mut scratch = None;
+        if self.config.row_parts > 1 {
+            // Some thread may still read the maxima of the tile before.
+            out.push(plain(Op::Barrier));
+            scratch = Some(BufferId(1 + self.c.rights.len() as u32 + u32::from(self.config.staging_bytes > 0)));
+        }
+        out.push(Inst { results: vec![result], op: Op::Tile(op), scratch });
         Some(out)
     }
 

@@ -146,6 +146,24 @@ pub fn load_shared_words(f: &mut Fn, at: Val) -> Vec<Val> {
     f.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", &[at], &[Ty::I32; 4], true, true)
 }
 
+/// An f32 of shared memory.
+pub fn load_shared_f32(f: &mut Fn, at: Val) -> Val {
+    f.asm("ld.shared.f32 $0, [$1];", "=f,r", &[at], &[Ty::F32], true, true)[0]
+}
+
+/// Writes an f32 to shared memory where `c` holds.
+pub fn store_shared_f32_if(f: &mut Fn, c: Val, at: Val, v: Val) {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.shared.f32 [$1], $2;\n}";
+    effect(f, text, "r,r,f", &[c, at, v]);
+}
+
+/// Two f32 as e4m3 in 16 bits; the first is the low half.
+pub fn pack_e4m3(f: &mut Fn, low: Val, high: Val) -> Val {
+    let text = "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;";
+    f.asm(text, "=h,f,f", &[high, low], &[Ty::I16], false, false)[0]
+}
+
 /// An f32 of memory that no one writes meanwhile, or zero where `c` does not hold.
 pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let c = f.cast("zext", c, Ty::I32);

@@ -62,6 +62,9 @@ impl Emit<'_> {
         let columns = shape.len().checked_sub(1).ok_or("a store of a scalar")?;
         let rows = (0..columns).find(|&d| shape[d] > 1).or(columns.checked_sub(1)).ok_or("a store of a vector")?;
         let target = Target { view, start, row_axis: if numbers.is_some() { 0 } else { rows }, rows: numbers };
+        if shape.last() == Some(&1) && geometry.shape[1] > 1 {
+            return self.one_a_row(&geometry, &target, value);
+        }
         match scratch {
             Some(buffer) if geometry.transposed => self.staged_transposed(&geometry, &target, value, buffer),
             Some(buffer) => self.staged(&geometry, &target, value, buffer),
@@ -69,22 +72,47 @@ impl Emit<'_> {
         }
     }
 
+    /// Coordinate in the view of a row of the tile.
+    fn row_in_view(&mut self, target: &Target, row: Val) -> Result<Val, String> {
+        match target.rows {
+            Some(rows) => self.row_element(rows, row),
+            None => Ok(self.t.f.add(target.start[target.row_axis], row)),
+        }
+    }
+
     /// Address of an element of the tile, and whether it is in the tile and the view.
     fn target_at(&mut self, g: &Geometry, target: &Target, row: Val, column: Val) -> Result<(Val, Val), String> {
+        let there = self.row_in_view(target, row)?;
+        Ok(self.target_in(g, target, (row, there), column))
+    }
+
+    /// The same where the row's coordinate in the view is known.
+    fn target_in(&mut self, g: &Geometry, target: &Target, (row, there): (Val, Val), column: Val) -> (Val, Val) {
         let last = target.start.len() - 1;
         let mut at = target.start.clone();
-        at[target.row_axis] = match target.rows {
-            Some(rows) => self.row_element(rows, row)?,
-            None => self.t.f.add(at[target.row_axis], row),
-        };
+        at[target.row_axis] = there;
         at[last] = self.t.f.add(at[last], column);
         let (at, inside) = self.element_at(target.view, &at);
         // Rows are made eight and turned sixteen at a time: a tile with fewer has none of the others.
         if !g.transposed || g.shape[0].is_multiple_of(16) {
-            return Ok((at, inside));
+            return (at, inside);
         }
         let own = self.t.f.cmp("ult", row, i32(g.shape[0].into()));
-        Ok((at, self.t.f.bin("and", inside, own)))
+        (at, self.t.f.bin("and", inside, own))
+    }
+
+    /// A tile of one column: of the threads that have a row, the one that has its first column writes it.
+    fn one_a_row(&mut self, g: &Geometry, target: &Target, value: ValueId) -> Result<(), String> {
+        let mut seen = HashMap::new();
+        for at in g.varying(true, false) {
+            let [row, column] = g.coordinates(&mut self.t, at);
+            let (address, inside) = self.target_at(g, target, row, i32(0))?;
+            let first = self.t.f.cmp("eq", column, i32(0));
+            let inside = self.t.f.bin("and", inside, first);
+            let word = self.element(value, at, &mut seen)?;
+            isa::store_global_if(&mut self.t.f, inside, address, &[word]);
+        }
+        Ok(())
     }
 
     /// Straight from registers: two columns at a time where they are neighbours in memory.
@@ -96,15 +124,20 @@ impl Emit<'_> {
             && aligned
             && ty.strides.last().is_some_and(|s| s.bytes == bytes && s.sym.is_none())
             && ty.offset as i64 % (2 * bytes) == 0
-            && ty.shape.last().is_some_and(|n| n.factor.is_multiple_of(2))
-            && bytes >= 2;
-        let mut seen = HashMap::new();
+            && ty.shape.last().is_some_and(|n| n.factor.is_multiple_of(2));
+        let (mut seen, mut rows) = (HashMap::new(), HashMap::new());
         for at in g.registers().into_iter().filter(|r| !pairs || r.e == 0) {
             let [row, column] = g.coordinates(&mut self.t, at);
-            let (address, inside) = self.target_at(g, target, row, column)?;
+            let number = g.position(at, true, false);
+            let there = match rows.get(&number) {
+                Some(&known) => known,
+                None => self.row_in_view(target, row)?,
+            };
+            rows.insert(number, there);
+            let (address, inside) = self.target_in(g, target, (row, there), column);
             let next = Register { e: 1, ..at };
             let words = match (pairs, bytes) {
-                (true, 2) => vec![self.packed(value, [at, next], &mut seen)?],
+                (true, 1 | 2) => vec![self.packed(value, [at, next], &mut seen)?],
                 (true, _) => vec![self.element(value, at, &mut seen)?, self.element(value, next, &mut seen)?],
                 _ => vec![self.element(value, at, &mut seen)?],
             };

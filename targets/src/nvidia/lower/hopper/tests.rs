@@ -127,6 +127,18 @@ fn two_products_of_one_operand() {
 }
 
 #[test]
+fn rows_are_quantised_by_their_maxima() {
+    let quantised = Linear { out: DType::E4m3, glu: true, tile: [64, 128], ..FP8 };
+    quantised.check(130);
+    Linear { n: 192, k: 128, ..quantised }.check(5);
+    Linear { tile: [16, 128], ..quantised }.check(20);
+    Linear { tile: [24, 128], glu: false, ..quantised }.check(24);
+    Linear { tile: [1, 128], ..quantised }.check(3);
+    Linear { tile: [128, 128], glu: false, ..quantised }.check(140);
+    Linear { tile: [64, 128], out: DType::E4m3, step: 128, ..BF16 }.check(70);
+}
+
+#[test]
 fn parts_of_the_sum() {
     Linear { part: Some(256), out: DType::F32, tile: [16, 64], ..FP8 }.check(7);
     // The last part is short.
