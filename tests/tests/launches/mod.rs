@@ -149,8 +149,11 @@ fn integers(rng: &mut Rng, name: &str, arg: &Arg, sizes: Sizes, syms: &SymValues
             ends.sort_unstable();
             ends
         }
-        // Selected positions, ascending with -1 behind them.
-        (_, "selected") => (0..n).map(|_| below(rng, u64::from(sizes.before) + each)).collect(),
+        // Selected positions; those that lead nowhere are not too large, as the largest is the bound of a loop.
+        (_, "selected") => {
+            let near = |v: i32| v.min(sizes.before as i32 + 200);
+            (0..n).map(|_| near(below(rng, u64::from(sizes.before) + each))).collect()
+        }
         // Experts.
         _ => (0..n).map(|_| below(rng, 6)).collect(),
     }

@@ -206,7 +206,7 @@ mod tests {
         tally.add(&Cost { bytes: 0.0, flop: [(DType::F32, 3e6)].into() }, Some(&limits));
         let achieved = Achieved::new(&tally, 8.0);
         assert_eq!(achieved.share_of_limit, Some(0.5));
-        assert_eq!(achieved.cells(), ["3.10", "0.0010", "0.387", "0.125", "50 %"]);
+        assert_eq!(achieved.cells(), ["3.10", "0.0010", "0.388", "0.125", "50 %"]);
         assert_eq!(Summary::of(vec![3.0, 1.0, 2.0]).median_us, 2.0);
     }
 }

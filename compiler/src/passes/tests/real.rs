@@ -39,7 +39,7 @@ fn launches_of_each_kind_of_layer() {
             ] {
                 let mut cx = cx(numerics, fp8, mha);
                 if form.contains("wide") {
-                    cx.blocks = 132;
+                    (cx.blocks, cx.block_bytes) = (132, 141 << 10);
                 }
                 if form.contains("prefill") {
                     cx.class.max = cx.class.max.with(Sym::T, 512);
@@ -54,7 +54,7 @@ fn launches_of_each_kind_of_layer() {
         deepseek Exact mqa: 13 17
         deepseek Exact mha: 15 19
         deepseek Exact mqa no fp8: 13 17
-        deepseek Exact mqa wide: 13 15
+        deepseek Exact mqa wide: 14 16
         deepseek Exact mqa wide prefill: 13 16
         deepseek Deployed mqa: 15 20
         deepseek Deployed mha: 17 22
@@ -64,12 +64,12 @@ fn launches_of_each_kind_of_layer() {
         glm Exact mqa: 13 17
         glm Exact mha: 15 19
         glm Exact mqa no fp8: 13 17
-        glm Exact mqa wide: 13 15
+        glm Exact mqa wide: 14 16
         glm Exact mqa wide prefill: 13 16
         glm Deployed mqa: 14 19
         glm Deployed mha: 16 21
         glm Deployed mqa no fp8: 14 19
-        glm Deployed mqa wide: 14 16
+        glm Deployed mqa wide: 15 17
         glm Deployed mqa wide prefill: 14 17
     "#]]
     .assert_eq(&table);

@@ -259,8 +259,8 @@ impl Places<'_, '_, '_> {
             return Some(format!("is spread over {stated} {what}, but there are {owners}"));
         }
         match ty {
-            Type::Tile(t) if t.elements() > 1 => None,
-            _ => Some("is no tile of several elements, so it is no fragment".into()),
+            Type::Tile(_) => None,
+            _ => Some("is no tile, so it is no fragment".into()),
         }
     }
 

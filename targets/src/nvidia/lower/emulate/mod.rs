@@ -153,8 +153,13 @@ impl Warp {
     }
 }
 
-fn each(lanes: u32) -> impl Iterator<Item = usize> {
-    (0..32).filter(move |l| lanes >> l & 1 == 1)
+/// The numbers of the bits set.
+fn each(mut lanes: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lane = lanes.trailing_zeros();
+        lanes &= lanes.wrapping_sub(1);
+        (lane < 32).then_some(lane as usize)
+    })
 }
 
 impl Run<'_> {
@@ -326,18 +331,21 @@ impl Run<'_> {
         let get = |w: &Warp, s: Slot, lane: usize| w.slots[s as usize][lane];
         match &inst.code {
             Code::Scalar(f, from, to) => {
+                const NONE: Lanes = [0; 32];
                 let mask = scalar::mask(*to);
-                let mut out = [0; 32];
-                let arg = |i: usize| inst.args.get(i).map_or([0; 32], |&s| w.slots[s as usize]);
-                let args = [arg(0), arg(1), arg(2)];
-                for lane in each(lanes) {
-                    let Some(v) = f([args[0][lane], args[1][lane], args[2][lane]], *from, *to) else {
-                        return Err(self.wrong(w, pc, lane, "undefined"));
-                    };
-                    out[lane] = v & mask;
+                let arg = |i: usize| inst.args.get(i).map_or(&NONE, |&s| &w.slots[s as usize]);
+                let (a, b, c) = (arg(0), arg(1), arg(2));
+                let mut out = w.slots[inst.dst[0] as usize];
+                for (lane, out) in out.iter_mut().enumerate() {
+                    if lanes >> lane & 1 == 0 {
+                        continue;
+                    }
+                    match f([a[lane], b[lane], c[lane]], *from, *to) {
+                        Some(v) => *out = v & mask,
+                        None => return Err(self.wrong(w, pc, lane, "undefined")),
+                    }
                 }
-                let dst = &mut w.slots[inst.dst[0] as usize];
-                each(lanes).for_each(|l| dst[l] = out[l]);
+                w.slots[inst.dst[0] as usize] = out;
             }
             Code::Thread => each(lanes).for_each(|l| w.slots[inst.dst[0] as usize][l] = (w.number * 32 + l) as u64),
             Code::Block(axis) => w.slots[inst.dst[0] as usize] = [self.block[*axis].into(); 32],
