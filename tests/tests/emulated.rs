@@ -108,7 +108,6 @@ fn v32_odd_deployed_without_fp8() {
 }
 
 #[test]
-#[ignore = "takes minutes; the other models have these kernels in smaller sizes"]
 fn v32_tiny_exact() {
     check_model("golden/v32-tiny", Numerics::Exact, "sm_90a");
 }
@@ -119,7 +118,7 @@ fn v32_tiny_deployed() {
 }
 
 #[test]
-#[ignore = "takes minutes; the other models have these kernels in smaller sizes"]
+#[ignore = "takes a minute or two; the other models have these kernels in smaller sizes"]
 fn v32_heads_fp8_deployed() {
     check_model("golden/v32-heads-fp8", Numerics::Deployed, "sm_90a");
 }
@@ -135,13 +134,12 @@ fn glm_tiny_deployed() {
 }
 
 #[test]
-#[ignore = "takes minutes; the other models have these kernels in smaller sizes"]
 fn tiny_model_deployed() {
     check_model("../examples/tiny-model", Numerics::Deployed, "sm_90a");
 }
 
 #[test]
-#[ignore = "takes minutes; the other models have these kernels in smaller sizes"]
+#[ignore = "takes a minute or two; the other models have these kernels in smaller sizes"]
 fn tiny_model_deployed_without_fp8() {
     check_model("../examples/tiny-model", Numerics::Deployed, "sm_80");
 }
