@@ -203,7 +203,7 @@ pub fn target_with(name: &str, options: &TargetOptions) -> Result<Box<dyn Target
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
-    /// Compiles every tile program, and its output is executed by the test suite.
+    /// Compiles every tile program, and its output was run on such a device: by the test suite, or as `note` says.
     RunOnHardware,
     /// Makes code of tile programs, which was not run on the hardware.
     Compiles,
