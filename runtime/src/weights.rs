@@ -1,6 +1,6 @@
 //! Weights as the kernels read them, made from the tensors of a checkpoint, or made up.
 //!
-//! [`Weights`] says where each weight's bytes come from: [`pieces`](Weights::pieces) of about a megabyte that are dequantised,
+//! [`Weights`] says where each weight's bytes come from: `pieces` of about a megabyte that are dequantised,
 //! converted, stacked, copied or computed, each by itself. A device with memory of its own streams them there. For the host
 //! they are [made](Weights::make) once, by all threads, in one allocation; a weight that is one whole tensor in the wanted element
 //! type then stays where it is, in the mapped file.

@@ -17,7 +17,7 @@
 //!
 //! `linear_partial` has parts of the contracted columns as the last grid axis, and stores their sums apart.
 //!
-//! Fused bodies: see [`epilogue`](super::epilogue). With SwiGLU a block has two accumulators, for the same columns of gate and up.
+//! Fused bodies: see `epilogue`. With SwiGLU a block has two accumulators, for the same columns of gate and up.
 //!
 //! `head_linear` is one such product a head, with heads as the last grid axis: the head's rows of `w` are the right operand, as
 //! `[k, n]` or transposed.

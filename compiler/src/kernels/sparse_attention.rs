@@ -32,7 +32,7 @@
 //! Ops alone: `indexer_logits` writes its `[T, C]` matrix, a page a block; `top_k` reads one. If all are to be selected below some
 //! length, neither scores nor searches there: visible scores are 0, and what is not −inf is the selection. `mqa_partial` is
 //! attention with a third grid axis: each block takes an equal share of the tiles that hold something, and stores its accumulator as
-//! it is, with maximum and sum; [`epilogue`](super::epilogue) joins them.
+//! it is, with maximum and sum; `epilogue` joins them.
 //!
 //! Floors of a token with context `C`: scoring `2 C Hi Di` operations, `C` index rows (shared by the tile's tokens); attention
 //! `2 k H (2 L + R)` operations and `k` latent rows.

@@ -1,13 +1,13 @@
 //! The verifier of scheduled kernels. All breaches are collected. A kernel without diagnostics satisfies:
 //!
-//! * what tile programs satisfy ([`crate::tile::verify()`]), with every role a scope of its own inside `common` ([`types`]);
-//! * every value has a place that its operation and its type allow, and buffers and channels are sound tables ([`places`]);
-//! * threads, roles' warps and registers, shared memory and barriers are within the [`Budget`] ([`budget`]);
+//! * what tile programs satisfy ([`crate::tile::verify()`]), with every role a scope of its own inside `common` (`types`);
+//! * every value has a place that its operation and its type allow, and buffers and channels are sound tables (`places`);
+//! * threads, roles' warps and registers, shared memory and barriers are within the [`Budget`] (`budget`);
 //! * channels pair up: one producer, at least one consumer, and runs over many trip counts neither hang, nor leave a stage open, nor read a
-//!   stage that was given back ([`channels`]);
-//! * buffers that live at once do not overlap ([`lifetimes`]);
+//!   stage that was given back (`channels`);
+//! * buffers that live at once do not overlap (`lifetimes`);
 //! * between a write of shared memory and another thread's read of it, and between a read and the next write, lies a barrier on every
-//!   path ([`hazards`]).
+//!   path (`hazards`).
 //!
 //! The later rules are checked only where the first two hold.
 //!

@@ -1,4 +1,4 @@
-//! Tile program and schedule to MLIR text, in two steps: [`schedule`] makes scheduled tile IR, [`emit`] writes it down instruction by
+//! Tile program and schedule to MLIR text, in two steps: `schedule` makes scheduled tile IR, `emit` writes it down instruction by
 //! instruction. Nothing here needs LLVM.
 //!
 //! | file | does |
