@@ -6,7 +6,7 @@ use dsc::front::config::ModelConfig;
 use dsc::front::model::{BuildOptions, build};
 use dsc::kernels::KernelError;
 use dsc::passes::{self, Class, Cx};
-use dsc::plan::{Plan, PlanError, plan};
+use dsc::plan::{Plan, PlanError, Scheduler, plan};
 use dsc_ir::SymValues;
 use dsc_ir::artifact::{Header, KernelEntry, ModelFacts, Numerics, ParamEntry, Section};
 use dsc_ir::graph::{Graph, text, verify::verify};
@@ -63,7 +63,11 @@ fn compile(config: &ModelConfig, graph: &Graph, numerics: Numerics, max_context:
         }
         graphs.push((class, graph));
     }
-    match plan(&graphs, &|shape, class| Schedule::heuristic(shape, class.max.0[0])) {
+    let scheduler = Scheduler {
+        choose: &|shape, class| Schedule::heuristic(shape, class.max.0[0]),
+        fits: &|_| true,
+    };
+    match plan(&graphs, &scheduler) {
         Ok(plan) => check(config, numerics, plan),
         Err(PlanError::Kernel { source: KernelError::Unsupported { .. } | KernelError::Alias { .. }, .. }) => {}
         Err(e) => panic!("{e}"),

@@ -67,7 +67,7 @@ fn run(program: &Program, module: &Module, memory: &[Vec<u8>]) -> Option<Vec<Vec
     }
     let bound = device.bind(&[BoundLaunch { kernel: 0, node: String::new(), args: args.clone() }], &SYMS).ok()?;
     device.run(bound, 0..1, &SYMS, None).expect("a launch");
-    let read = |buffer| {
+    let mut read = |buffer| {
         let mut bytes = vec![0; BUFFER_BYTES + 2 * AROUND];
         device.read(buffer, 0, &mut bytes).expect("it fits");
         bytes
