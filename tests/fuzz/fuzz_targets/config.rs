@@ -56,17 +56,22 @@ fn compile(config: &ModelConfig, graph: &Graph, numerics: Numerics, max_context:
         let max = SymValues([tokens, 1, pages, tokens, 1 << 10, context]);
         let class = Class { name: name.into(), max, keep_mha };
         let index_topk = config.index_topk as u32;
-        let cx = Cx { class: class.clone(), target_fp8: false, bf16_weights: false, blocks: 0, block_bytes: 0, numerics, index_topk };
+        let cx = Cx {
+            class: class.clone(),
+            target_fp8: false,
+            bf16_weights: false,
+            blocks: 0,
+            block_bytes: 0,
+            numerics,
+            index_topk,
+        };
         let mut graph = graph.clone();
         if let Err(e) = passes::run(&mut graph, &cx, &mut |_, _, _| {}) {
             panic!("{e}");
         }
         graphs.push((class, graph));
     }
-    let scheduler = Scheduler {
-        choose: &|shape, class| Schedule::heuristic(shape, class.max.0[0]),
-        fits: &|_| true,
-    };
+    let scheduler = Scheduler { choose: &|shape, class| Schedule::heuristic(shape, class.max.0[0]), fits: &|_| true };
     match plan(&graphs, &scheduler) {
         Ok(plan) => check(config, numerics, plan),
         Err(PlanError::Kernel { source: KernelError::Unsupported { .. } | KernelError::Alias { .. }, .. }) => {}
