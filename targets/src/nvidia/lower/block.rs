@@ -1,7 +1,7 @@
 //! What emitters of every instruction need: the function being written and who the running thread is.
 
 use super::isa;
-use super::mlir::{Fn, Label, Ty, Val, i32};
+use super::mlir::{Fn, Ty, Val, i32};
 use crate::nvidia::arch::Arch;
 
 /// A block of threads at work.
@@ -64,12 +64,9 @@ impl<'a> Threads<'a> {
             Val::Int(..) => return body(self),
             _ => {}
         }
-        let (inside, after) = (self.f.label(), self.f.label());
-        self.f.cond_br(c, (inside, &[]), (after, &[]));
-        self.f.start(inside, &[]);
+        let after = self.f.open_if(c);
         body(self);
-        self.f.br(after, &[]);
-        self.f.start(after, &[]);
+        self.f.close_if(after);
     }
 
     /// What `body` gives where `c` holds (a branch), and `otherwise` elsewhere.
@@ -94,20 +91,9 @@ impl<'a> Threads<'a> {
         carried: &[Val],
         body: impl FnOnce(&mut Self, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
-        let (head, inside, after): (Label, Label, Label) = (self.f.label(), self.f.label(), self.f.label());
-        let mut args = vec![lo];
-        args.extend_from_slice(carried);
-        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
-        self.f.br(head, &args);
-        let args = self.f.start(head, &types);
-        let more = self.f.cmp("slt", args[0], hi);
-        self.f.cond_br(more, (inside, &[]), (after, &[]));
-        self.f.start(inside, &[]);
-        let mut next = body(self, args[0], &args[1..]);
-        let counter = self.f.add(args[0], step);
-        next.insert(0, counter);
-        self.f.br(head, &next);
-        self.f.start(after, &[]);
-        args[1..].to_vec()
+        let l = self.f.open_loop(lo, hi, carried);
+        let next = body(self, l.args[0], &l.args[1..]);
+        self.f.close_loop(&l, step, &next);
+        l.args[1..].to_vec()
     }
 }

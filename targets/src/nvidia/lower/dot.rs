@@ -228,24 +228,14 @@ impl<'a> Emitter<'a> {
             return acc;
         }
         let looped = count / unrolled * unrolled;
-        let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
-        let mut args = vec![i32(0)];
-        args.extend(acc);
-        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
-        self.t.f.br(head, &args);
-        let args = self.t.f.start(head, &types);
-        let more = self.t.f.cmp("slt", args[0], i32(looped.into()));
-        self.t.f.cond_br(more, (inside, &[]), (after, &[]));
-        self.t.f.start(inside, &[]);
-        let mut next = args[1..].to_vec();
+        let l = self.t.f.open_loop(i32(0), i32(looped.into()), &acc);
+        acc = l.args[1..].to_vec();
         for i in 0..unrolled {
-            let at = self.t.f.add(args[0], i32(i.into()));
-            body(self, &mut next, at);
+            let at = self.t.f.add(l.args[0], i32(i.into()));
+            body(self, &mut acc, at);
         }
-        next.insert(0, self.t.f.add(args[0], i32(unrolled.into())));
-        self.t.f.br(head, &next);
-        self.t.f.start(after, &[]);
-        let mut acc = args[1..].to_vec();
+        self.t.f.close_loop(&l, i32(unrolled.into()), &acc);
+        acc = l.args[1..].to_vec();
         for i in looped..count {
             body(self, &mut acc, i32(i.into()));
         }

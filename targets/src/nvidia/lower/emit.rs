@@ -209,33 +209,26 @@ impl<'a> Emitter<'a> {
     fn for_loop(&mut self, inst: &'a Inst, (lo, hi, step): (Index, Index, u32), init: &[ValueId], body: &'a Block) {
         let d = gcd(self.divisor(lo), step.into());
         let (lo, hi) = (self.index(lo), self.index(hi));
-        let mut carried = vec![lo];
+        let mut carried = Vec::new();
         for (i, &v) in init.iter().enumerate() {
             carried.extend(self.registers(v, body.args[i + 1]));
         }
-        let types: Vec<Ty> = carried.iter().map(|v| v.ty()).collect();
-        let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
-        self.t.f.br(head, &carried);
-        let args = self.t.f.start(head, &types);
-        let more = self.t.f.cmp("slt", args[0], hi);
-        self.t.f.cond_br(more, (inside, &[]), (after, &[]));
-        self.t.f.start(inside, &[]);
-        self.uniform.insert(body.args[0], args[0]);
+        let l = self.t.f.open_loop(lo, hi, &carried);
+        self.uniform.insert(body.args[0], l.args[0]);
         self.divisors.insert(body.args[0], d);
         let mut at = 1;
         for &arg in &body.args[1..] {
-            at += self.define(arg, &args[at..]);
+            at += self.define(arg, &l.args[at..]);
         }
         self.block(body);
-        let mut next = vec![self.t.f.add(args[0], i32(step.into()))];
+        let mut next = Vec::new();
         for (i, &v) in body.yields.iter().enumerate() {
             next.extend(self.registers(v, body.args[i + 1]));
         }
-        self.t.f.br(head, &next);
-        self.t.f.start(after, &[]);
+        self.t.f.close_loop(&l, i32(step.into()), &next);
         let mut at = 1;
         for &r in &inst.results {
-            at += self.define(r, &args[at..]);
+            at += self.define(r, &l.args[at..]);
         }
     }
 
@@ -780,17 +773,10 @@ impl<'a> Emitter<'a> {
         }
         // The last rounds, and those that do not fill a group, come after the loop.
         let looped = (rounds - 1) / IN_FLIGHT * IN_FLIGHT;
-        let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
-        self.t.f.br(head, &[tid]);
-        let c = self.t.f.start(head, &[Ty::I32])[0];
-        let more = self.t.f.cmp("slt", c, i32((looped * threads).into()));
-        self.t.f.cond_br(more, (inside, &[]), (after, &[]));
-        self.t.f.start(inside, &[]);
-        group(self, c, IN_FLIGHT, false);
-        let next = self.t.f.add(c, i32((IN_FLIGHT * threads).into()));
-        self.t.f.br(head, &[next]);
-        self.t.f.start(after, &[]);
-        group(self, c, rounds - looped, true);
+        let l = self.t.f.open_loop(tid, i32((looped * threads).into()), &[]);
+        group(self, l.args[0], IN_FLIGHT, false);
+        self.t.f.close_loop(&l, i32((IN_FLIGHT * threads).into()), &[]);
+        group(self, l.args[0], rounds - looped, true);
     }
 
     /// Evaluates a tile into its buffer; padding is zero.
@@ -842,12 +828,9 @@ impl<'a> Emitter<'a> {
         if c.int() == Some(1) {
             return body(self);
         }
-        let (inside, after) = (self.t.f.label(), self.t.f.label());
-        self.t.f.cond_br(c, (inside, &[]), (after, &[]));
-        self.t.f.start(inside, &[]);
+        let after = self.t.f.open_if(c);
         body(self);
-        self.t.f.br(after, &[]);
-        self.t.f.start(after, &[]);
+        self.t.f.close_if(after);
     }
 
     fn concat(&mut self, r: ValueId, xs: &'a [ValueId], axis: usize) {

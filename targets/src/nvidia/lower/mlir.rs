@@ -106,6 +106,14 @@ pub fn f32(x: f32) -> Val {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label(u32);
 
+/// A loop that is open.
+pub struct Loop {
+    /// The counter, then what is carried: in the body of this round, after the loop of the last.
+    pub args: Vec<Val>,
+    head: Label,
+    after: Label,
+}
+
 /// A function under construction.
 #[derive(Default)]
 pub struct Fn {
@@ -418,6 +426,42 @@ impl Fn {
         let types: Vec<&str> = args.iter().map(|a| a.ty().name()).collect();
         let names: Vec<String> = args.iter().map(|&a| self.name(a)).collect();
         format!("^bb{}({} : {})", label.0, names.join(", "), types.join(", "))
+    }
+
+    /// Opens a loop that runs while its counter, from `lo`, is below `hi` (i32, signed): what is written next is its body.
+    pub fn open_loop(&mut self, lo: Val, hi: Val, carried: &[Val]) -> Loop {
+        let (head, inside, after) = (self.label(), self.label(), self.label());
+        let mut args = vec![lo];
+        args.extend_from_slice(carried);
+        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
+        self.br(head, &args);
+        let args = self.start(head, &types);
+        let more = self.cmp("slt", args[0], hi);
+        self.cond_br(more, (inside, &[]), (after, &[]));
+        self.start(inside, &[]);
+        Loop { args, head, after }
+    }
+
+    /// Ends a loop's body: the counter grows by `step`, `next` is carried on. [`Loop::args`] then hold what the last round left.
+    pub fn close_loop(&mut self, l: &Loop, step: Val, next: &[Val]) {
+        let mut args = vec![self.add(l.args[0], step)];
+        args.extend_from_slice(next);
+        self.br(l.head, &args);
+        self.start(l.after, &[]);
+    }
+
+    /// Opens a branch taken where `c` holds: what is written next is inside, up to [`Fn::close_if`] of the label.
+    pub fn open_if(&mut self, c: Val) -> Label {
+        let (inside, after) = (self.label(), self.label());
+        self.cond_br(c, (inside, &[]), (after, &[]));
+        self.start(inside, &[]);
+        after
+    }
+
+    /// Ends a branch.
+    pub fn close_if(&mut self, after: Label) {
+        self.br(after, &[]);
+        self.start(after, &[]);
     }
 
     /// Goes to a block.

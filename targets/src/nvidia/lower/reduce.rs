@@ -190,25 +190,15 @@ impl<'a> Emitter<'a> {
             }
             return carried;
         }
-        let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
-        let mut args = vec![i32(0)];
-        args.extend(carried);
-        let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
-        self.t.f.br(head, &args);
-        let args = self.t.f.start(head, &types);
         let looped = count / 4 * 4;
-        let more = self.t.f.cmp("slt", args[0], i32(looped.into()));
-        self.t.f.cond_br(more, (inside, &[]), (after, &[]));
-        self.t.f.start(inside, &[]);
-        let mut next = args[1..].to_vec();
+        let l = self.t.f.open_loop(i32(0), i32(looped.into()), &carried);
+        carried = l.args[1..].to_vec();
         for i in 0..4 {
-            let at = self.t.f.add(args[0], i32(i));
-            next = body(self, at, &next);
+            let at = self.t.f.add(l.args[0], i32(i));
+            carried = body(self, at, &carried);
         }
-        next.insert(0, self.t.f.add(args[0], i32(4)));
-        self.t.f.br(head, &next);
-        self.t.f.start(after, &[]);
-        let mut carried = args[1..].to_vec();
+        self.t.f.close_loop(&l, i32(4), &carried);
+        carried = l.args[1..].to_vec();
         for i in looped..count {
             carried = body(self, i32(i.into()), &carried);
         }
