@@ -8,6 +8,8 @@
 
 #[cfg(feature = "cpu")]
 pub mod cpu;
+#[cfg(any(feature = "llvm", feature = "emulate"))]
+pub mod gpu;
 #[cfg(any(feature = "nvidia", feature = "emulate"))]
 pub mod nvidia;
 #[cfg(any(feature = "cpu", feature = "nvidia"))]

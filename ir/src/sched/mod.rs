@@ -163,6 +163,8 @@ pub enum Atom {
     Wgmma,
     /// The transpose of what [`Atom::Wgmma`] leaves: the operands change places, so that few rows are the instruction's `N`.
     WgmmaTransposed,
+    /// 16x16 results of 64 threads: thread `t`, register `e` holds row `t mod 16`, column `4 (t / 16) + e`.
+    Mfma16x16,
     /// No instruction: fused multiply-adds. Thread `t` of a warp holds a 4x4 patch at row `4 (t / 8)`, column `4 (t mod 8)` of each
     /// 16x32 tile.
     Fma,

@@ -85,8 +85,13 @@ impl fmt::Display for ChannelId {
     }
 }
 
-const ATOMS: [(Atom, &str); 4] =
-    [(Atom::Mma16x8, "mma16x8"), (Atom::Wgmma, "wgmma"), (Atom::WgmmaTransposed, "wgmma_t"), (Atom::Fma, "fma")];
+const ATOMS: [(Atom, &str); 5] = [
+    (Atom::Mma16x8, "mma16x8"),
+    (Atom::Wgmma, "wgmma"),
+    (Atom::WgmmaTransposed, "wgmma_t"),
+    (Atom::Mfma16x16, "mfma16x16"),
+    (Atom::Fma, "fma"),
+];
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,13 +1,12 @@
 //! Scalar arithmetic of maps.
 
-use super::isa;
+use super::isa::{self, Isa};
 use super::mlir::{Fn, Ty, Val, f32, i32};
-use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
 use dsc_ir::tile::{MapArg, MapFn, Scalar, ScalarOp};
 
 /// A map's arithmetic on one element, given as it is stored ([`isa::stored`]), with its type.
-pub fn apply(f: &mut Fn, arch: &Arch, body: &MapFn, args: &[(Val, DType)]) -> (Val, DType) {
+pub fn apply(f: &mut Fn, arch: &dyn Isa, body: &MapFn, args: &[(Val, DType)]) -> (Val, DType) {
     let mut done: Vec<(Val, DType)> = Vec::with_capacity(body.insts.len());
     let arg = |done: &[(Val, DType)], a: &MapArg| match a {
         MapArg::Input(i) => args[*i as usize],
@@ -21,7 +20,7 @@ pub fn apply(f: &mut Fn, arch: &Arch, body: &MapFn, args: &[(Val, DType)]) -> (V
     arg(&done, &body.result)
 }
 
-fn scalar(f: &mut Fn, arch: &Arch, op: ScalarOp, a: &[(Val, DType)]) -> (Val, DType) {
+fn scalar(f: &mut Fn, arch: &dyn Isa, op: ScalarOp, a: &[(Val, DType)]) -> (Val, DType) {
     let dtype = a.first().map_or(DType::F32, |a| a.1);
     let float = dtype == DType::F32;
     let v = |i: usize| a[i].0;
@@ -49,7 +48,7 @@ fn scalar(f: &mut Fn, arch: &Arch, op: ScalarOp, a: &[(Val, DType)]) -> (Val, DT
         ScalarOp::Neg => same(f.sub(i32(0), v(0))),
         ScalarOp::Abs => same(f.intrinsic("fabs", &[v(0)])),
         ScalarOp::Sqrt => same(f.intrinsic("sqrt", &[v(0)])),
-        ScalarOp::Exp2 => same(isa::exp2(f, v(0))),
+        ScalarOp::Exp2 => same(arch.exp2(f, v(0))),
         ScalarOp::And => same(f.bin("and", v(0), v(1))),
         ScalarOp::Or => same(f.bin("or", v(0), v(1))),
         ScalarOp::Xor => same(f.bin("xor", v(0), v(1))),
@@ -77,24 +76,24 @@ pub fn constant(c: Scalar) -> Val {
 }
 
 /// Converts between element types as [`ScalarOp::Cast`] says.
-fn cast(f: &mut Fn, arch: &Arch, v: Val, from: DType, to: DType) -> Val {
+fn cast(f: &mut Fn, arch: &dyn Isa, v: Val, from: DType, to: DType) -> Val {
     if from == to {
         return v;
     }
-    let wide = isa::widen(f, arch, v, from);
+    let wide = arch.widen(f, v, from);
     match (from, to) {
         (DType::Bool, DType::I32) => f.cast("zext", wide, Ty::I32),
         (DType::Bool, _) => {
             let x = f.select(wide, f32(1.0), f32(0.0));
-            isa::narrow(f, arch, x, to)
+            arch.narrow(f, x, to)
         }
         (DType::I32, DType::Bool) => f.cmp("ne", wide, i32(0)),
         (_, DType::Bool) => f.fcmp("une", wide, f32(0.0)),
         (DType::I32, _) => {
             let x = f.cast("sitofp", wide, Ty::F32);
-            isa::narrow(f, arch, x, to)
+            arch.narrow(f, x, to)
         }
-        (_, DType::I32) => isa::truncate(f, wide),
-        _ => isa::narrow(f, arch, wide, to),
+        (_, DType::I32) => arch.truncate(f, wide),
+        _ => arch.narrow(f, wide, to),
     }
 }

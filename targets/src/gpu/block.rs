@@ -1,15 +1,14 @@
 //! What emitters of every instruction need: the function being written and who the running thread is.
 
-use super::isa;
+use super::isa::Isa;
 use super::mlir::{Fn, Ty, Val, i32};
-use crate::nvidia::arch::Arch;
 
 /// A block of threads at work.
 pub struct Threads<'a> {
     /// The function.
     pub f: Fn,
-    /// What the hardware has.
-    pub arch: &'a Arch,
+    /// The chip.
+    pub arch: &'a dyn Isa,
     /// Threads that run this code: a power of two, at least 32.
     pub threads: u32,
     /// This thread's number among them.
@@ -26,13 +25,21 @@ pub struct Threads<'a> {
 
 impl<'a> Threads<'a> {
     /// The whole block, at the start of the function's body.
-    pub fn new(mut f: Fn, arch: &'a Arch, threads: u32) -> Threads<'a> {
-        let tid = isa::sreg(&mut f, "tid.x");
+    pub fn new(mut f: Fn, arch: &'a dyn Isa, threads: u32) -> Threads<'a> {
+        let tid = arch.thread(&mut f);
         let lane = f.bin("and", tid, i32(31));
         let warp = f.bin("lshr", tid, i32(5));
         let shared = f.op("llvm.mlir.addressof @shared : !llvm.ptr<3>", Ty::Shared);
         let shared32 = f.cast("ptrtoint", shared, Ty::I32);
         Threads { f, arch, threads, tid, lane, warp, shared, shared32 }
+    }
+
+    /// The number of the group of `count` threads (a power of two) that this one is in, and its lane there.
+    pub fn lanes(&mut self, count: u32) -> (Val, Val) {
+        if count == 32 {
+            return (self.warp, self.lane);
+        }
+        (self.f.div(self.tid, count), self.f.rem(self.tid, count))
     }
 
     /// The address of a byte of shared memory.
@@ -54,7 +61,7 @@ impl<'a> Threads<'a> {
 
     /// All threads wait for one another.
     pub fn barrier(&mut self) {
-        isa::barrier(&mut self.f);
+        self.arch.barrier(&mut self.f);
     }
 
     /// Runs `body` where `c` holds (a branch).

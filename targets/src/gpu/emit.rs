@@ -76,8 +76,8 @@ impl<'a> Emitter<'a> {
             let at = e.t.f.offset(syms, i64(4 * sym as i64));
             e.syms[sym as usize] = e.t.f.load(at, Ty::I32, 1)[0];
         }
-        for (axis, name) in ["ctaid.x", "ctaid.y", "ctaid.z"].iter().enumerate().take(s.grid.len()) {
-            e.blocks[axis] = isa::sreg(&mut e.t.f, name);
+        for axis in 0..s.grid.len().min(3) {
+            e.blocks[axis] = e.t.arch.block(&mut e.t.f, axis);
         }
         // Launches may have blocks beyond the grid: they have nothing to do.
         let mut inside = Val::Int(1, Ty::I1);
@@ -711,7 +711,7 @@ impl<'a> Emitter<'a> {
             let mut at = a.at;
             for part in values.chunks(most) {
                 let words = self.words(part);
-                isa::store_global_if(&mut self.t.f, ok, at, &words);
+                self.t.arch.store_global_if(&mut self.t, ok, at, &words);
                 at = self.t.f.offset(at, i64(i64::from(values[0].ty().bytes()) * part.len() as i64));
             }
             return;
@@ -720,7 +720,7 @@ impl<'a> Emitter<'a> {
         for (&v, &inside) in values.iter().zip(&a.inside) {
             let ok = self.t.f.bin("and", inside, c);
             let words = self.words(&[v]);
-            isa::store_global_if(&mut self.t.f, ok, element, &words);
+            self.t.arch.store_global_if(&mut self.t, ok, element, &words);
             element = self.t.f.offset(element, a.step);
         }
     }

@@ -25,24 +25,54 @@ pub struct Spread {
     pub column_lanes: Vec<u32>,
     /// Bits of the lane that tell apart threads of one column.
     pub row_lanes: Vec<u32>,
-    /// This warp's number along rows and along columns.
+    /// This thread's lane, among those that share an instruction's result.
+    pub lane: Val,
+    /// The number of these lanes along rows and along columns.
     pub warp: [Val; 2],
-    /// Warps along rows and columns.
+    /// How many there are along rows and columns.
     pub warps: [u32; 2],
-    /// Rows and columns of a warp.
+    /// Rows and columns of one of them.
     pub block: [u32; 2],
 }
 
-/// Rows and columns of one instruction's result, and columns of a register group.
-fn unit(atom: Atom) -> ([u32; 2], u32) {
-    match atom {
-        Atom::Fma => ([16, 32], 4),
-        _ => ([16, 8], 2),
+/// How one instruction's result lies in registers: lane `l` of `lanes` has the rows `(l / div mod count) * step` of `row` plus each of
+/// `row_steps`, and `width` neighbours from the column of the same form.
+pub struct Layout {
+    /// Lanes that share the result; threads of a larger unit than a warp count as one fragment's.
+    pub lanes: u32,
+    /// Rows and columns.
+    pub unit: [u32; 2],
+    /// Columns of a register group.
+    pub width: u32,
+    /// Divisor, count and step of a lane's first row.
+    pub row: [u32; 3],
+    /// Divisor, count and step of a lane's first column.
+    pub col: [u32; 3],
+    /// Further rows of the lane.
+    pub row_steps: &'static [u32],
+}
+
+impl Layout {
+    /// The layout that an instruction leaves, as [`Atom`] says.
+    pub fn of(atom: Atom) -> Layout {
+        let one = |row, col| Layout { lanes: 32, unit: [16, 8], width: 2, row, col, row_steps: &[0, 8] };
+        match atom {
+            Atom::Fma => Layout { unit: [16, 32], width: 4, row_steps: &[0, 1, 2, 3], ..one([8, 4, 4], [1, 8, 4]) },
+            Atom::Mfma16x16 => {
+                Layout { lanes: 64, unit: [16, 16], width: 4, row_steps: &[0], ..one([1, 16, 1], [16, 4, 4]) }
+            }
+            _ => one([4, 8, 1], [1, 4, 2]),
+        }
+    }
+
+    /// Bits of the lane that a coordinate depends on.
+    fn bits([div, count, _]: [u32; 3]) -> Vec<u32> {
+        (0..count.ilog2()).map(|b| div << b).collect()
     }
 }
 
 fn block_of(f: Fragment, shape: [u32; 2]) -> [u32; 2] {
-    let (unit, _) = unit(f.atom);
+    let unit = Layout::of(f.atom).unit;
     [0, 1].map(|d| shape[d].div_ceil(f.warps[d]).next_multiple_of(unit[d]))
 }
 
@@ -50,35 +80,30 @@ impl Spread {
     /// Registers of a thread.
     pub fn count(f: Fragment, shape: &[u32]) -> usize {
         let [rows, cols] = block_of(f, matrix(shape));
-        (rows * cols / 32) as usize
+        (rows * cols / Layout::of(f.atom).lanes) as usize
     }
 
     /// The spread of a tile of that shape.
     pub fn new(e: &mut Emitter, f: Fragment, shape: &[u32]) -> Spread {
         let shape = matrix(shape);
         let block = block_of(f, shape);
-        let (unit, width) = unit(f.atom);
-        let warp = e.t.warp;
-        let lane = e.t.lane;
+        let layout = Layout::of(f.atom);
+        let (unit, width) = (layout.unit, layout.width);
+        let (warp, lane) = e.t.lanes(layout.lanes);
         let warp = [e.t.f.div(warp, f.warps[1]), e.t.f.rem(warp, f.warps[1])];
         let first_row = e.t.f.mul(warp[0], i32(block[0].into()));
         let first_col = e.t.f.mul(warp[1], i32(block[1].into()));
-        let (lane_row, lane_col, row_steps): (Val, Val, Vec<u32>) = match f.atom {
-            Atom::Fma => {
-                let (r, c) = (e.t.f.div(lane, 8), e.t.f.rem(lane, 8));
-                (e.t.f.mul(r, i32(4)), e.t.f.mul(c, i32(4)), vec![0, 1, 2, 3])
-            }
-            _ => {
-                let c = e.t.f.rem(lane, 4);
-                (e.t.f.div(lane, 4), e.t.f.mul(c, i32(2)), vec![0, 8])
-            }
-        };
+        let [lane_row, lane_col] = [layout.row, layout.col].map(|[div, count, step]| {
+            let n = e.t.f.div(lane, div);
+            let n = if div * count == layout.lanes { n } else { e.t.f.rem(n, count) };
+            e.t.f.mul(n, i32(step.into()))
+        });
         let row0 = e.t.f.add(first_row, lane_row);
         let col0 = e.t.f.add(first_col, lane_col);
         let ragged = [0, 1].map(|d| block[d] * f.warps[d] > shape[d]);
         let mut rows = Vec::new();
         for tile in (0..block[0]).step_by(unit[0] as usize) {
-            for &step in &row_steps {
+            for &step in layout.row_steps {
                 let row = e.t.f.add(row0, i32((tile + step).into()));
                 rows.push(clamp(e, row, shape[0], 1, ragged[0]));
             }
@@ -90,9 +115,8 @@ impl Spread {
                 clamp(e, col, shape[1], width, ragged[1])
             })
             .collect();
-        let (column_lanes, row_lanes) =
-            if f.atom == Atom::Fma { (vec![1, 2, 4], vec![8, 16]) } else { (vec![1, 2], vec![4, 8, 16]) };
-        Spread { rows, groups, width, shape, column_lanes, row_lanes, warp, warps: f.warps, block }
+        let (column_lanes, row_lanes) = (Layout::bits(layout.col), Layout::bits(layout.row));
+        Spread { rows, groups, width, shape, column_lanes, row_lanes, lane, warp, warps: f.warps, block }
     }
 
     /// Number of a register.

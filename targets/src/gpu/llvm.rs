@@ -1,10 +1,9 @@
-//! MLIR text to PTX text, through the LLVM linked into this binary.
+//! MLIR text to assembly or objects, through the LLVM linked into this binary.
 //!
-//! The module holds ops of the `llvm` and `nvvm` dialects. `convert-nvvm-to-llvm` turns those nvvm ops that have no intrinsic into
-//! inline assembly; the rest is translated as it is. LLVM's own optimiser does not run unless asked: the lowering prints what it means,
-//! and hoisting costs registers that tensor-core kernels do not have.
+//! The module holds ops of the `llvm` dialect and of a vendor's. For NVIDIA `convert-nvvm-to-llvm` turns those nvvm ops that have no
+//! intrinsic into inline assembly; the rest is translated as it is. LLVM's own optimiser does not run unless asked: the lowering prints
+//! what it means, and hoisting costs registers that tensor-core kernels do not have.
 
-use super::arch::Arch;
 use inkwell::OptimizationLevel;
 use inkwell::context::Context;
 use inkwell::llvm_sys::LLVMDiagnosticSeverity::LLVMDSError;
@@ -24,34 +23,50 @@ use std::ffi::{CStr, c_char, c_void};
 use std::rc::Rc;
 use std::sync::Once;
 
-const TRIPLE: &str = "nvptx64-nvidia-cuda";
 /// Messages an error repeats at most: one wrong op may be wrong a thousand times.
 const MAX_MESSAGES: usize = 5;
 
-/// What to make besides PTX, and how.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
-    /// Run LLVM's `-O2` pipeline before code generation.
-    pub optimize: bool,
-    /// Return the LLVM IR as text.
-    pub llvm_ir: bool,
+/// What LLVM calls a chip.
+#[derive(Clone, Copy, Debug)]
+pub struct Chip<'a> {
+    /// Target triple.
+    pub triple: &'a str,
+    /// Processor.
+    pub cpu: &'a str,
+    /// Subtarget features.
+    pub features: &'a str,
 }
 
-/// Code of one MLIR module.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What to make, and how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Passes to run before code generation, as `opt -passes` takes them; none if empty.
+    pub passes: &'static str,
+    /// Return the LLVM IR as text.
+    pub llvm_ir: bool,
+    /// Return assembly.
+    pub assembly: bool,
+    /// Return an object file.
+    pub object: bool,
+}
+
+/// Code of one MLIR module: what [`Options`] asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Code {
-    /// PTX.
-    pub ptx: String,
-    /// The LLVM IR it was made from, if it was asked for.
+    /// Assembly: PTX, for NVIDIA.
+    pub assembly: String,
+    /// The object file.
+    pub object: Vec<u8>,
+    /// The LLVM IR they were made from.
     pub llvm_ir: Option<String>,
 }
 
-/// PTX for `arch` of a module given as text; `kernel` is its name in messages. Any number of threads may call it at a time.
+/// Code of a module given as text; `kernel` is its name in messages. Any number of threads may call it at a time.
 ///
 /// # Errors
 /// What MLIR or LLVM said, with the line of `mlir` that it is about. LLVM ends the process where it has no instruction for
 /// something; a message then names the kernel.
-pub fn generate(kernel: &str, mlir: &str, arch: &Arch, options: Options) -> Result<Code, String> {
+pub fn generate(kernel: &str, mlir: &str, chip: Chip, options: Options) -> Result<Code, String> {
     set_up();
     KERNEL.with_borrow_mut(|name| *name = kernel.to_owned());
     let context = Context::create();
@@ -61,29 +76,37 @@ pub fn generate(kernel: &str, mlir: &str, arch: &Arch, options: Options) -> Resu
         LLVMContextSetDiagnosticHandler(context.raw(), Some(on_diagnostic), (&raw const said).cast_mut().cast());
     }
     let module = translate(mlir, &context)?;
-    let machine = machine(arch)?;
-    module.set_triple(&TargetTriple::create(TRIPLE));
+    let machine = machine(chip)?;
+    module.set_triple(&TargetTriple::create(chip.triple));
     module.set_data_layout(&machine.get_target_data().get_data_layout());
     module.verify().map_err(|e| format!("LLVM: {}", e.to_string().trim_end()))?;
-    if options.optimize {
-        module.run_passes("default<O2>", &machine, PassBuilderOptions::create()).map_err(|e| format!("LLVM: {e}"))?;
+    if !options.passes.is_empty() {
+        module.run_passes(options.passes, &machine, PassBuilderOptions::create()).map_err(|e| format!("LLVM: {e}"))?;
     }
-    let llvm_ir = options.llvm_ir.then(|| module.print_to_string().to_string());
-    let ptx = machine.write_to_memory_buffer(&module, FileType::Assembly).map_err(|e| format!("LLVM: {e}"))?;
-    let ptx = String::from_utf8_lossy(ptx.as_slice()).trim_end_matches('\0').to_owned();
+    let mut code = Code { llvm_ir: options.llvm_ir.then(|| module.print_to_string().to_string()), ..Code::default() };
+    // Code generation changes the module, so the first of two works on a copy.
+    let write = |module: &Module, file| machine.write_to_memory_buffer(module, file).map_err(|e| format!("LLVM: {e}"));
+    if options.assembly {
+        let copy = options.object.then(|| module.clone());
+        let text = write(copy.as_ref().unwrap_or(&module), FileType::Assembly)?;
+        code.assembly = String::from_utf8_lossy(text.as_slice()).trim_end_matches('\0').to_owned();
+    }
+    if options.object {
+        code.object = write(&module, FileType::Object)?.as_slice().to_vec();
+    }
     match said.take() {
-        said if said.is_empty() => Ok(Code { ptx, llvm_ir }),
+        said if said.is_empty() => Ok(code),
         said => Err(format!("LLVM: {}", said[..said.len().min(MAX_MESSAGES)].join("; "))),
     }
 }
 
-fn machine(arch: &Arch) -> Result<TargetMachine, String> {
-    let triple = TargetTriple::create(TRIPLE);
+fn machine(chip: Chip) -> Result<TargetMachine, String> {
+    let triple = TargetTriple::create(chip.triple);
     let target = Target::from_triple(&triple).map_err(|e| format!("LLVM: {e}"))?;
-    let (level, features) = (OptimizationLevel::Aggressive, arch.llvm_features());
+    let (level, reloc) = (OptimizationLevel::Aggressive, RelocMode::Default);
     target
-        .create_target_machine(&triple, arch.name, &features, level, RelocMode::Default, CodeModel::Default)
-        .ok_or_else(|| format!("LLVM makes no code for {}", arch.name))
+        .create_target_machine(&triple, chip.cpu, chip.features, level, reloc, CodeModel::Default)
+        .ok_or_else(|| format!("LLVM makes no code for {}", chip.cpu))
 }
 
 /// Parses and verifies `text`, and makes a module of LLVM IR in `context` of it.
@@ -92,6 +115,8 @@ fn translate<'c>(text: &str, context: &'c Context) -> Result<Module<'c>, String>
     DialectHandle::llvm().insert_dialect(&registry);
     // SAFETY: the handle is a static of MLIR.
     unsafe { DialectHandle::from_raw(mlir_sys::mlirGetDialectHandle__nvvm__()) }.insert_dialect(&registry);
+    // SAFETY: as above.
+    unsafe { DialectHandle::from_raw(mlir_sys::mlirGetDialectHandle__rocdl__()) }.insert_dialect(&registry);
     // MLIR's own threads would only get in the way of ours, one a kernel.
     let mlir = melior::Context::new_with_registry(&registry, false);
     melior::utility::register_all_llvm_translations(&mlir);
@@ -165,11 +190,14 @@ extern "C" fn on_fatal_error(reason: *const c_char) {
     unsafe { libc::_exit(1) }
 }
 
-/// Registers the code generator, once a process.
+/// Registers the code generators, once a process.
 fn set_up() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        #[cfg(feature = "nvidia")]
         Target::initialize_nvptx(&InitializationConfig::default());
+        #[cfg(feature = "amd")]
+        Target::initialize_amd_gpu(&InitializationConfig::default());
         // SAFETY: the handler is a function that never returns to LLVM.
         unsafe { LLVMInstallFatalErrorHandler(Some(on_fatal_error)) };
     });

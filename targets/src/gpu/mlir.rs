@@ -1,8 +1,8 @@
-//! Text of one kernel in MLIR's llvm and nvvm dialects.
+//! Text of one kernel in MLIR's llvm dialect and a vendor's.
 //!
 //! [`Fn`] writes one function: SSA names, basic blocks with arguments, and arithmetic that folds constants, so that what is known at
 //! compile time (register numbers, strides, offsets in shared memory) costs no instruction and little text. What
-//! PTX has and the dialects do not is inline assembly, in [`super::isa`].
+//! a chip has and the dialects do not is its [`super::isa::Isa`]'s business.
 
 use std::fmt::Write;
 

@@ -65,7 +65,7 @@ impl<'a> Emitter<'a> {
 
     fn shuffled(&mut self, kind: ReduceKind, mut v: Val, masks: &[u32]) -> Val {
         for &mask in masks {
-            let other = isa::shuffle_xor(&mut self.t.f, v, mask);
+            let other = self.t.arch.shuffle_xor(&mut self.t, v, mask);
             v = self.combine(kind, v, other);
         }
         v
@@ -126,7 +126,7 @@ impl<'a> Emitter<'a> {
             }
         }
         let lanes: u32 = if axis == 1 { &s.column_lanes } else { &s.row_lanes }.iter().sum();
-        let lane = self.t.f.bin("and", self.t.lane, i32(lanes.into()));
+        let lane = self.t.f.bin("and", s.lane, i32(lanes.into()));
         let first_lane = self.t.f.cmp("eq", lane, i32(0));
         if warps == 1
             && let Some(to) = to

@@ -5,7 +5,6 @@
 //! next 32. Either way the order in which f32 are added is fixed by the shape and the number of threads.
 
 use super::block::Threads;
-use super::isa;
 use super::mlir::{Ty, Val, f32, i32};
 use dsc_ir::tile::ReduceKind;
 
@@ -106,7 +105,7 @@ impl Line {
         let zero = if self.ty == Ty::F32 { f32(0.0) } else { i32(0) };
         let mut sum = t.when_value(inside, zero, |t| self.load(t, byte));
         for by in [1, 2, 4, 8, 16] {
-            let below = isa::shuffle_up(&mut t.f, sum, by);
+            let below = t.arch.shuffle_up(t, sum, by);
             let both = self.combine(t, below, sum);
             let has = t.f.cmp("sge", t.lane, i32(by.into()));
             sum = t.f.select(has, both, sum);
@@ -115,16 +114,16 @@ impl Line {
             sum = self.combine(t, before, sum);
         }
         t.when(inside, |t| self.store(t, byte, sum));
-        isa::shuffle_from(&mut t.f, sum, i32(31))
+        t.arch.shuffle_from(t, sum, i32(31))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::emulate::Machine;
     use super::super::mlir;
     use super::*;
     use crate::nvidia::arch::ARCHS;
+    use crate::nvidia::lower::emulate::Machine;
 
     /// Scans words in place, or behind them.
     fn run(x: &[u32], shape: [u32; 3], ty: Ty, kind: ReduceKind, threads: u32, in_place: bool) -> Vec<u32> {

@@ -11,7 +11,6 @@
 //! Then buffers get offsets by their lifetimes ([`allocate`]) and barriers go where a thread may meet another's write
 //! ([`place_barriers`]).
 
-use crate::nvidia::arch::Arch;
 use crate::{Kernel, TargetError};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Fragment, Inst, Op, Place, Scheduled};
@@ -19,13 +18,15 @@ use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, Program, Region, ScalarOp
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::barriers::{Reads, place_barriers};
+use super::fragment::Layout;
+use super::isa::Isa;
 use super::topk;
 
 /// Applies a kernel's schedule on that architecture.
 ///
 /// # Errors
 /// [`TargetError::Unsupported`] if shared memory does not suffice; the message lists the buffers.
-pub fn schedule(kernel: &Kernel, arch: &Arch) -> Result<Scheduled, TargetError> {
+pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetError> {
     let program = &kernel.program;
     let threads = threads(kernel);
     let analysis = Analysis::of(program, arch);
@@ -64,14 +65,14 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Result<Scheduled, TargetError> 
         roles: Vec::new(),
     };
     let bytes = shared_bytes(&scheduled);
-    if bytes > arch.shared_per_block {
+    if bytes > arch.shared_per_block() {
         return Err(TargetError::Unsupported {
             kernel: program.name.clone(),
             op: "shared memory".into(),
             reason: format!(
                 "{bytes} bytes of {} that a block of {} has; choose smaller tiles:\n{}",
-                arch.shared_per_block,
-                arch.name,
+                arch.shared_per_block(),
+                arch.name(),
                 table(&scheduled.buffers)
             ),
         });
@@ -136,29 +137,30 @@ struct Operand {
 }
 
 impl Analysis {
-    fn of(program: &Program, arch: &Arch) -> Analysis {
+    fn of(program: &Program, arch: &dyn Isa) -> Analysis {
         let mut a = Analysis {
             defs: HashMap::new(),
             uses: HashMap::new(),
             fragments: BTreeSet::new(),
             operands: HashMap::new(),
-            atom: Atom::Mma16x8,
+            atom: Atom::Fma,
         };
         let mut home = HashMap::new();
         let mut regions = 0;
         a.collect(program, &program.body, &mut regions, &mut home);
         let mut every = Vec::new();
         each(&program.body, &mut |inst| every.push(inst));
-        if !every.iter().all(|i| multiplies(program, arch, &i.op)) {
-            a.atom = Atom::Fma;
+        let mut atoms = every.iter().filter_map(|i| atom(program, arch, &i.op));
+        if let Some(first) = atoms.next() {
+            // One for all products, as values pass between them in registers.
+            a.atom = if atoms.all(|atom| atom == first) { first } else { Atom::Fma };
         }
         a.find_fragments(program, &every);
         for inst in &every {
             if let tile::Op::Dot { a: left, b: right, trans_b, .. } = &inst.op {
                 let step = match (a.atom, program.tile(*left).map(|t| t.dtype)) {
-                    (Atom::Fma, _) => 1,
-                    (_, Some(DType::E4m3)) => 32,
-                    _ => 16,
+                    (Atom::Fma, _) | (_, None) => 1,
+                    (_, Some(dtype)) => arch.matrix_step(dtype),
                 };
                 a.operand(program, *left, Operand { rows: 1, cols: step });
                 let right_pads =
@@ -263,14 +265,14 @@ impl Analysis {
     }
 }
 
-/// Whether the tensor cores do this product (true for every other op).
-fn multiplies(program: &Program, arch: &Arch, op: &tile::Op) -> bool {
-    let tile::Op::Dot { a, b, trans_b, .. } = op else { return true };
-    match [a, b].map(|&v| program.tile(v).map(|t| t.dtype)) {
-        [Some(DType::Bf16), Some(DType::Bf16)] | [Some(DType::F16), Some(DType::F16)] => true,
-        [Some(DType::E4m3), Some(DType::E4m3)] => arch.has_fp8_mma && *trans_b,
-        _ => false,
-    }
+/// The instruction of a product; none for other ops.
+fn atom(program: &Program, arch: &dyn Isa, op: &tile::Op) -> Option<Atom> {
+    let tile::Op::Dot { a, b, trans_b, .. } = op else { return None };
+    let atom = match [a, b].map(|&v| program.tile(v).map(|t| t.dtype)) {
+        [Some(a), Some(b)] if a == b => arch.matrix_atom(a, *trans_b),
+        _ => None,
+    };
+    Some(atom.unwrap_or(Atom::Fma))
 }
 
 fn each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
@@ -373,8 +375,8 @@ impl Scheduler<'_> {
     /// How warps share an `m x n` result: as square as it comes, so that operands are read least.
     fn fragment(&self, shape: &[u32]) -> Place {
         let [m, n] = matrix(shape);
-        let unit = if self.atom == Atom::Fma { [16, 32] } else { [16, 8] };
-        let warps = self.threads / 32;
+        let Layout { unit, lanes, .. } = Layout::of(self.atom);
+        let warps = self.threads / lanes;
         let cost = |wm: u32| {
             let wn = warps / wm;
             let (rows, cols) = (m.div_ceil(wm).next_multiple_of(unit[0]), n.div_ceil(wn).next_multiple_of(unit[1]));

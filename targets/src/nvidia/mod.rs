@@ -6,9 +6,8 @@
 //! |---|---|
 //! | `arch` | what differs between architectures, as data |
 //! | `lower` | tile program and schedule to MLIR text |
-//! | `llvm` | MLIR text to PTX |
 //! | `ptxas` | PTX to a cubin, and what it takes of a multiprocessor |
-//! | `target` | the way down for all kernels of a module |
+//! | `target` | the way down for all kernels of a module; [`crate::gpu::llvm`] makes PTX of MLIR |
 //!
 //! With the feature `emulate` alone, without LLVM, there are `arch` and `lower` only.
 //!
@@ -16,8 +15,6 @@
 //! that has machine code fits on a multiprocessor.
 
 pub mod arch;
-#[cfg(feature = "nvidia")]
-pub mod llvm;
 pub mod lower;
 #[cfg(feature = "nvidia")]
 pub mod ptxas;

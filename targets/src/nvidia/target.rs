@@ -2,8 +2,9 @@
 
 use super::arch::Arch;
 use super::lower::{Lowered, lower};
+use super::ptxas;
 use super::ptxas::{Cubin, Ptxas};
-use super::{llvm, ptxas};
+use crate::gpu::llvm;
 use crate::nvidia::lower;
 use crate::parallel::in_parallel;
 use crate::{Kernel, KernelCode, Level, Listing, Module, Target, TargetError, TargetOptions};
@@ -46,8 +47,10 @@ impl NvidiaTarget {
 
     /// PTX of one kernel.
     fn assembly(&self, kernel: &str, lowered: Lowered) -> Result<Assembly, TargetError> {
-        let options = llvm::Options { llvm_ir: self.keeps(Level::Llvm), ..llvm::Options::default() };
-        let code = llvm::generate(kernel, &lowered.mlir, self.arch, options)
+        let options = llvm::Options { llvm_ir: self.keeps(Level::Llvm), assembly: true, ..llvm::Options::default() };
+        let features = self.arch.llvm_features();
+        let chip = llvm::Chip { triple: "nvptx64-nvidia-cuda", cpu: self.arch.name, features: &features };
+        let code = llvm::generate(kernel, &lowered.mlir, chip, options)
             .map_err(|reason| TargetError::Codegen { kernel: kernel.to_owned(), reason })?;
         Ok(Assembly { lowered, code })
     }
@@ -70,7 +73,7 @@ impl NvidiaTarget {
         let mut entries: BTreeMap<&str, u64> = BTreeMap::new();
         let mut portable = Vec::new();
         for (&name, kernel) in names.iter().zip(kernels) {
-            let ptx = kernel.code.ptx.as_str();
+            let ptx = kernel.code.assembly.as_str();
             let mut gpu = kernel.lowered.gpu.clone();
             gpu.asm = [portable.len() as u64, (portable.len() + ptx.len()) as u64];
             portable.extend(ptx.as_bytes());
@@ -109,7 +112,7 @@ impl NvidiaTarget {
             (Level::Sched, Some(&kernel.lowered.sched)),
             (Level::Mlir, Some(&kernel.lowered.mlir)),
             (Level::Llvm, kernel.code.llvm_ir.as_ref()),
-            (Level::Asm, Some(&kernel.code.ptx)),
+            (Level::Asm, Some(&kernel.code.assembly)),
         ];
         levels
             .into_iter()
@@ -165,7 +168,7 @@ fn assemble<'k>(
     let different: Vec<(&str, &str)> = names
         .iter()
         .zip(kernels)
-        .map(|(&name, kernel)| (name, kernel.code.ptx.as_str()))
+        .map(|(&name, kernel)| (name, kernel.code.assembly.as_str()))
         .filter(|(_, ptx)| seen.insert(*ptx))
         .collect();
     let cubins = in_parallel(&different, |(name, ptx)| {

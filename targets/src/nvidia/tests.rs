@@ -120,8 +120,10 @@ fn llvm_can_optimise() {
         "%w = llvm.fadd %v, %one : f32",
         "%u = llvm.load %from : !llvm.ptr<1> -> f32\n    %w = llvm.fadd %v, %u : f32",
     );
-    let options = llvm::Options { optimize: true, llvm_ir: true };
-    let text = llvm::generate("k", &twice, arch, options).unwrap().llvm_ir.unwrap();
+    let options = llvm::Options { passes: "default<O2>", llvm_ir: true, ..llvm::Options::default() };
+    let features = arch.llvm_features();
+    let chip = llvm::Chip { triple: "nvptx64-nvidia-cuda", cpu: arch.name, features: &features };
+    let text = llvm::generate("k", &twice, chip, options).unwrap().llvm_ir.unwrap();
     assert_eq!(text.matches("load float").count(), 1, "{text}");
 }
 

@@ -7,7 +7,6 @@
 //! depend on the order of threads.
 
 use super::super::block::Threads;
-use super::super::isa;
 use super::super::mlir::{Ty, Val, i32};
 use super::{BATCH, BINS, Scratch, State, bit_here, bits_below, each, key, load, lowest_bit, sum_lanes, word};
 
@@ -71,8 +70,8 @@ impl<'a> Cut<'a> {
             let key = self.key(t, i);
             vec![t.f.intrinsic("umin", &[range[0], key]), t.f.intrinsic("umax", &[range[1], key])]
         });
-        let low = isa::reduce_warp(&mut t.f, "umin", range[0]);
-        let high = isa::reduce_warp(&mut t.f, "umax", range[1]);
+        let low = t.arch.reduce_warp(t, "umin", range[0]);
+        let high = t.arch.reduce_warp(t, "umax", range[1]);
         let first = t.f.cmp("eq", t.lane, i32(0));
         let byte = t.f.mul(t.warp, i32(8));
         let to = t.f.add(byte, i32(self.scratch.range.into()));
@@ -82,11 +81,11 @@ impl<'a> Cut<'a> {
         let byte = t.f.mul(warp, i32(8));
         let from = t.f.add(byte, i32(self.scratch.range.into()));
         let pair = t.load_shared(from, Ty::I32, 2);
-        let low = isa::reduce_warp(&mut t.f, "umin", pair[0]);
-        let high = isa::reduce_warp(&mut t.f, "umax", pair[1]);
+        let low = t.arch.reduce_warp(t, "umin", pair[0]);
+        let high = t.arch.reduce_warp(t, "umax", pair[1]);
         let span = t.f.sub(high, low);
         let span = t.f.bin("or", span, i32(1));
-        (low, isa::leading_zeros(&mut t.f, span))
+        (low, t.arch.leading_zeros(&mut t.f, span))
     }
 
     fn key(&self, t: &mut Threads, i: Val) -> Val {
@@ -114,7 +113,7 @@ impl<'a> Cut<'a> {
                 let digit = t.f.bin("and", digits, i32(255));
                 let at = word(t, bins, digit);
                 let at = t.f.add(t.shared32, at);
-                isa::shared_atomic_add(&mut t.f, at, i32(1));
+                t.arch.shared_atomic_add(&mut t.f, at, i32(1));
             });
             Vec::new()
         });
@@ -150,7 +149,7 @@ impl<'a> Cut<'a> {
             let [mut greater, mut equal] = [0, 1].map(|i| t.f.add(before[i], earlier[i]));
             for m in &members {
                 self.settle(t, rule, m, greater, equal);
-                let (g, e) = (isa::popcount(&mut t.f, m.greater), isa::popcount(&mut t.f, m.equal));
+                let (g, e) = (t.arch.popcount(&mut t.f, m.greater), t.arch.popcount(&mut t.f, m.equal));
                 greater = t.f.add(greater, g);
                 equal = t.f.add(equal, e);
             }
@@ -173,7 +172,7 @@ impl<'a> Cut<'a> {
         let greater = t.f.bin("and", inside, greater);
         let equal = t.f.cmp("eq", digits, rule.bound);
         let equal = t.f.bin("and", inside, equal);
-        let (greater, equal) = (isa::ballot(&mut t.f, greater), isa::ballot(&mut t.f, equal));
+        let (greater, equal) = (t.arch.ballot(t, greater), t.arch.ballot(t, equal));
         Member { value, number, greater, equal }
     }
 
@@ -182,7 +181,7 @@ impl<'a> Cut<'a> {
         // Both counts in a word: a stretch has at most 1024 * 8 members.
         let mut counts = i32(0);
         for m in members {
-            let (g, e) = (isa::popcount(&mut t.f, m.greater), isa::popcount(&mut t.f, m.equal));
+            let (g, e) = (t.arch.popcount(&mut t.f, m.greater), t.arch.popcount(&mut t.f, m.equal));
             let e = t.f.bin("shl", e, i32(16));
             let both = t.f.add(g, e);
             counts = t.f.add(counts, both);
@@ -200,7 +199,7 @@ impl<'a> Cut<'a> {
         [earlier, real]
             .map(|counted| {
                 let counted = t.f.select(counted, theirs, i32(0));
-                let sum = isa::reduce_warp(&mut t.f, "add", counted);
+                let sum = t.arch.reduce_warp(t, "add", counted);
                 [t.f.bin("and", sum, i32(0xffff)), t.f.bin("lshr", sum, i32(16))]
             })
             .into()
@@ -253,7 +252,7 @@ fn pick(t: &mut Threads, bins: Val, wanted: Val) -> (Val, Val, Val) {
     let mine = counts[1..].iter().fold(counts[0], |sum, &n| t.f.add(sum, n));
     let sum = sum_lanes(t, mine, 32);
     let reached = t.f.cmp("sge", sum, wanted);
-    let reached = isa::ballot(&mut t.f, reached);
+    let reached = t.arch.ballot(t, reached);
     let lane = lowest_bit(t, reached);
     let mut above = t.f.sub(sum, mine);
     // From the lowest bin up: the first one found from the top overwrites the others.
@@ -272,6 +271,6 @@ fn pick(t: &mut Threads, bins: Val, wanted: Val) -> (Val, Val, Val) {
         found =
             (t.f.select(reaches, digit, found.0), t.f.select(reaches, top, found.1), t.f.select(reaches, n, found.2));
     }
-    let mut get = |v| isa::shuffle_from(&mut t.f, v, lane);
+    let mut get = |v| t.arch.shuffle_from(t, v, lane);
     (get(found.0), get(found.1), get(found.2))
 }

@@ -2,7 +2,6 @@
 //! maximum `k` times. No barrier but the last.
 
 use super::super::block::Threads;
-use super::super::isa;
 use super::super::mlir::{Ty, Val, f32, i32};
 use super::{key, lowest_bit, sum_lanes, word};
 
@@ -46,9 +45,9 @@ impl Few {
             keys.push(t.f.select(real, key, i32(0)));
         }
         let chosen = self.choose(t, keys);
-        let mine = isa::popcount(&mut t.f, chosen);
+        let mine = t.arch.popcount(&mut t.f, chosen);
         let sum = sum_lanes(t, mine, 32);
-        let total = isa::shuffle_from(&mut t.f, sum, i32(31));
+        let total = t.arch.shuffle_from(t, sum, i32(31));
         let out = t.f.mul(row, i32(self.k.into()));
         let mut position = t.f.sub(sum, mine);
         position = t.f.add(out, position);
@@ -91,12 +90,12 @@ impl Few {
         let out = t.for_loop((i32(0), i32(self.k.into()), i32(1)), &carried, |t, _, carried| {
             let (chosen, keys) = (carried[carried.len() - 1], &carried[..carried.len() - 1]);
             let best = keys[1..].iter().fold(keys[0], |best, &key| t.f.intrinsic("umax", &[best, key]));
-            let largest = isa::reduce_warp(&mut t.f, "umax", best);
+            let largest = t.arch.reduce_warp(t, "umax", best);
             // Zeros are what cannot be chosen.
             let some = t.f.cmp("ne", largest, i32(0));
             let here = t.f.cmp("eq", best, largest);
             let here = t.f.bin("and", here, some);
-            let lanes = isa::ballot(&mut t.f, here);
+            let lanes = t.arch.ballot(t, here);
             let lane = lowest_bit(t, lanes);
             let mut free = t.f.cmp("eq", lane, t.lane);
             let (mut next, mut chosen) = (Vec::new(), chosen);

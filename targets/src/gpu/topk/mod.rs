@@ -23,7 +23,6 @@ mod few;
 mod tests;
 
 use super::block::Threads;
-use super::isa;
 use super::mlir::{Ty, Val, f32, i32};
 use cut::Cut;
 use dsc_ir::tile::{Op, Type, ValueId};
@@ -188,7 +187,7 @@ fn bits_below(t: &mut Threads, bits: Val) -> Val {
     let bit = t.f.bin("shl", i32(1), t.lane);
     let below = t.f.sub(bit, i32(1));
     let below = t.f.bin("and", bits, below);
-    isa::popcount(&mut t.f, below)
+    t.arch.popcount(&mut t.f, below)
 }
 
 /// Whether this lane's bit is set.
@@ -201,7 +200,7 @@ fn bit_here(t: &mut Threads, bits: Val) -> Val {
 fn sum_lanes(t: &mut Threads, v: Val, lanes: u32) -> Val {
     let mut sum = v;
     for by in [1, 2, 4, 8, 16].into_iter().filter(|&by| by < lanes) {
-        let below = isa::shuffle_up(&mut t.f, sum, by);
+        let below = t.arch.shuffle_up(t, sum, by);
         let both = t.f.add(sum, below);
         let has = t.f.cmp("sge", t.lane, i32(by.into()));
         sum = t.f.select(has, both, sum);
@@ -240,10 +239,10 @@ pub fn push(t: &mut Threads, s: &State, at: u32, scratch: u32, values: u32, n: u
     }
     let p = Push { s, at, scratch: Scratch::new(s, scratch, t.threads), values, n, chunks: n.div_ceil(32), base };
     let some = p.vote(t);
-    let some = isa::barrier_any(&mut t.f, some);
+    let some = t.arch.barrier_any(t, some);
     t.when(some, |t| {
         let full = p.place(t);
-        let full = isa::barrier_any(&mut t.f, full);
+        let full = t.arch.barrier_any(t, full);
         t.when(full, |t| p.make_room(t));
         p.append(t);
         t.barrier();
@@ -344,7 +343,7 @@ impl Push<'_> {
             for (u, (value, threshold)) in units.iter().zip(pairs) {
                 let wins = t.f.fcmp("ogt", value, threshold);
                 let wins = t.f.bin("and", u.inside, wins);
-                let ballot = isa::ballot(&mut t.f, wins);
+                let ballot = t.arch.ballot(t, wins);
                 some = t.f.bin("or", ballot, some);
                 ballots.push(ballot);
             }
@@ -378,7 +377,7 @@ impl Push<'_> {
                 let n = t.when_value(inside, i32(0), |t| {
                     let at = word(t, i32(self.scratch.ballots.into()), unit);
                     let ballot = load(t, at, Ty::I32);
-                    isa::popcount(&mut t.f, ballot)
+                    t.arch.popcount(&mut t.f, ballot)
                 });
                 let sum = sum_lanes(t, n, lanes);
                 let sum = t.f.add(total, sum);
@@ -387,7 +386,7 @@ impl Push<'_> {
                     let to = word(t, i32(self.scratch.before.into()), unit);
                     t.store_shared(to, &[before]);
                 });
-                total = isa::shuffle_from(&mut t.f, sum, i32(i64::from(lanes) - 1));
+                total = t.arch.shuffle_from(t, sum, i32(i64::from(lanes) - 1));
             }
             let first = t.f.cmp("eq", t.lane, i32(0));
             let more = t.when_value(first, i32(0), |t| self.reserve(t, row, total));
@@ -497,6 +496,6 @@ fn give(t: &mut Threads, s: &State, at: u32, values: u32, numbers: u32) {
 fn lowest_bit(t: &mut Threads, bits: Val) -> Val {
     let minus = t.f.sub(i32(0), bits);
     let lowest = t.f.bin("and", bits, minus);
-    let zeros = isa::leading_zeros(&mut t.f, lowest);
+    let zeros = t.arch.leading_zeros(&mut t.f, lowest);
     t.f.sub(i32(31), zeros)
 }

@@ -1,9 +1,9 @@
 //! The emitters' text on the emulator against a plain sort.
 
-use super::super::emulate::Machine;
 use super::super::mlir::Fn;
 use super::*;
 use crate::nvidia::arch::ARCHS;
+use crate::nvidia::lower::emulate::Machine;
 
 /// Where a test kernel's buffers lie in shared memory.
 struct Layout {

@@ -1,8 +1,110 @@
 //! PTX instructions that the MLIR dialects do not have, or not in the form wanted.
 
-use super::mlir::{Fn, Ty, Val, f32, i32};
+use super::mma;
+use crate::gpu::block::Threads;
+use crate::gpu::emit::Emitter;
+use crate::gpu::fragment::Spread;
+use crate::gpu::isa::{Isa, Product};
+use crate::gpu::mlir::{Fn, Ty, Val, f32, i32};
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
+use dsc_ir::sched::Atom;
+
+pub use crate::gpu::isa::stored;
+
+impl Isa for Arch {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn shared_per_block(&self) -> u32 {
+        self.shared_per_block
+    }
+
+    fn matrix_atom(&self, dtype: DType, trans_b: bool) -> Option<Atom> {
+        match dtype {
+            DType::Bf16 | DType::F16 => Some(Atom::Mma16x8),
+            DType::E4m3 => (self.has_fp8_mma && trans_b).then_some(Atom::Mma16x8),
+            _ => None,
+        }
+    }
+
+    fn matrix_step(&self, dtype: DType) -> u32 {
+        32 / dtype.bytes() as u32
+    }
+
+    fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
+        mma::product(e, s, p, acc)
+    }
+
+    fn thread(&self, f: &mut Fn) -> Val {
+        sreg(f, "tid.x")
+    }
+
+    fn block(&self, f: &mut Fn, axis: usize) -> Val {
+        sreg(f, ["ctaid.x", "ctaid.y", "ctaid.z"][axis])
+    }
+
+    fn barrier(&self, f: &mut Fn) {
+        barrier(f);
+    }
+
+    fn barrier_any(&self, t: &mut Threads, c: Val) -> Val {
+        barrier_any(&mut t.f, c)
+    }
+
+    fn shuffle_xor(&self, t: &mut Threads, v: Val, mask: u32) -> Val {
+        shuffle_xor(&mut t.f, v, mask)
+    }
+
+    fn shuffle_up(&self, t: &mut Threads, v: Val, by: u32) -> Val {
+        shuffle_up(&mut t.f, v, by)
+    }
+
+    fn shuffle_from(&self, t: &mut Threads, v: Val, lane: Val) -> Val {
+        shuffle_from(&mut t.f, v, lane)
+    }
+
+    fn ballot(&self, t: &mut Threads, c: Val) -> Val {
+        ballot(&mut t.f, c)
+    }
+
+    fn reduce_warp(&self, t: &mut Threads, how: &str, v: Val) -> Val {
+        reduce_warp(&mut t.f, how, v)
+    }
+
+    fn leading_zeros(&self, f: &mut Fn, v: Val) -> Val {
+        leading_zeros(f, v)
+    }
+
+    fn popcount(&self, f: &mut Fn, v: Val) -> Val {
+        popcount(f, v)
+    }
+
+    fn shared_atomic_add(&self, f: &mut Fn, at: Val, v: Val) {
+        shared_atomic_add(f, at, v);
+    }
+
+    fn store_global_if(&self, t: &mut Threads, c: Val, at: Val, words: &[Val]) {
+        store_global_if(&mut t.f, c, at, words);
+    }
+
+    fn exp2(&self, f: &mut Fn, x: Val) -> Val {
+        exp2(f, x)
+    }
+
+    fn widen(&self, f: &mut Fn, v: Val, from: DType) -> Val {
+        widen(f, self, v, from)
+    }
+
+    fn narrow(&self, f: &mut Fn, v: Val, to: DType) -> Val {
+        narrow(f, self, v, to)
+    }
+
+    fn truncate(&self, f: &mut Fn, v: Val) -> Val {
+        truncate(f, v)
+    }
+}
 
 /// A special register, such as `tid.x` or `ctaid.y`.
 pub fn sreg(f: &mut Fn, name: &str) -> Val {
@@ -187,17 +289,6 @@ fn narrow_e4m3(f: &mut Fn, v: Val) -> Val {
     let code = f.select(nan, i32(0x7f), code);
     let code = f.bin("or", sign, code);
     f.cast("trunc", code, Ty::I8)
-}
-
-/// How an element of a type is held between memory and arithmetic.
-pub fn stored(dtype: DType) -> Ty {
-    match dtype {
-        DType::F32 => Ty::F32,
-        DType::I32 => Ty::I32,
-        DType::Bf16 | DType::F16 => Ty::I16,
-        DType::E4m3 => Ty::I8,
-        DType::Bool => Ty::I1,
-    }
 }
 
 /// f32 to i32, towards zero, saturating; NaN gives 0.

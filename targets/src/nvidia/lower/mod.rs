@@ -3,36 +3,24 @@
 //!
 //! | file | does |
 //! |---|---|
-//! | `schedule`, `barriers` | places, buffers and barriers: the plain way, for any shape and architecture |
-//! | `emit` | control flow, elementwise evaluation, memory |
-//! | `fragment` | tiles in registers as a matrix product leaves them |
-//! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
+//! | [`gpu`] | the plain way, for any shape and architecture, which other vendors' targets share |
+//! | `isa`, `mma` | PTX instructions, and products by `mma.sync` |
 //! | `hopper` | contractions through tensor maps, rings and warpgroup products |
-//! | `arith` | scalar arithmetic of maps |
-//! | `mlir`, `isa`, `block` | text of the dialects, PTX instructions, and the running threads |
+//! | `emulate` | runs the text on the processor, for tests |
 
-mod arith;
-mod barriers;
-pub mod block;
-mod dot;
-mod emit;
 #[cfg(any(test, feature = "emulate"))]
 pub mod emulate;
-mod fragment;
 pub mod hopper;
 pub mod isa;
-pub mod mlir;
-mod reduce;
-mod scan;
-mod schedule;
-mod topk;
+mod mma;
 
 use super::arch::Arch;
+use crate::gpu::{self, emit, schedule};
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
-use dsc_ir::sched::{self, Place, Scheduled};
-use dsc_ir::tile::{self, Type, ValueId};
 use std::fmt::Write;
+
+pub use crate::gpu::{arith, block, mlir};
 
 /// A kernel on its way to LLVM.
 #[derive(Clone, Debug)]
@@ -45,28 +33,9 @@ pub struct Lowered {
     pub sched: String,
 }
 
-/// Accumulators of a thread beyond which the rest no longer finds registers.
-const MOST_ACCUMULATORS: usize = 160;
-
 /// Whether a block of the kernel has room on that architecture: shared memory, and registers for its accumulators.
 pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
-    hopper::schedule(kernel, arch).is_some()
-        || schedule::schedule(kernel, arch).is_ok_and(|s| accumulators(&s, &s.common) <= MOST_ACCUMULATORS)
-}
-
-/// Registers of a thread for what loops carry of products, and for products that begin at zero.
-fn accumulators(s: &Scheduled, block: &sched::Block) -> usize {
-    let registers = |v: &ValueId| match (&s.places[v.0 as usize], &s.types[v.0 as usize]) {
-        (Place::Fragment(f), Type::Tile(t)) => fragment::Spread::count(*f, &t.shape),
-        _ => 0,
-    };
-    let of = |inst: &sched::Inst| match &inst.op {
-        sched::Op::For { body, .. } => inst.results.iter().map(registers).sum::<usize>() + accumulators(s, body),
-        sched::Op::If { then, otherwise, .. } => accumulators(s, then).max(accumulators(s, otherwise)),
-        sched::Op::Tile(tile::Op::Dot { acc: None, .. }) => inst.results.iter().map(registers).sum(),
-        _ => 0,
-    };
-    block.insts.iter().map(of).sum()
+    hopper::schedule(kernel, arch).is_some() || gpu::fits(kernel, arch)
 }
 
 /// Lowers a kernel for an architecture.

@@ -1,0 +1,107 @@
+//! The seam between the shared lowering and a chip: its limits, the instructions that threads exchange values with, conversions, and the
+//! matrix products it has.
+
+use super::block::Threads;
+use super::emit::Emitter;
+use super::fragment::Spread;
+use super::mlir::{Fn, Ty, Val};
+use dsc_ir::DType;
+use dsc_ir::sched::{Atom, Buffer};
+
+/// How an element of a type is held between memory and arithmetic.
+pub fn stored(dtype: DType) -> Ty {
+    match dtype {
+        DType::F32 => Ty::F32,
+        DType::I32 => Ty::I32,
+        DType::Bf16 | DType::F16 => Ty::I16,
+        DType::E4m3 => Ty::I8,
+        DType::Bool => Ty::I1,
+    }
+}
+
+/// A matrix product of tiles in shared memory, as [`Isa::product`] takes it.
+pub struct Product<'a> {
+    /// The instruction, one of those that [`Isa::matrix_atom`] gives.
+    pub atom: Atom,
+    /// Type of both operands.
+    pub dtype: DType,
+    /// The left operand, `[m, k]`; rows padded with zeros to whole steps of `k`.
+    pub a: &'a Buffer,
+    /// The right operand, `[n, k]` if `trans_b`, else `[k, n]`; padded alike.
+    pub b: &'a Buffer,
+    /// Contracted length.
+    pub k: u32,
+    /// Whether the right operand lies transposed.
+    pub trans_b: bool,
+}
+
+/// A chip's instructions. Lanes that exchange values come in groups of 32, called warps here, whatever the hardware's width: a wider one
+/// runs several groups at once. All lanes of a group take part in an exchange.
+pub trait Isa: Sync {
+    /// The name that `--target` takes.
+    fn name(&self) -> &'static str;
+
+    /// Bytes of shared memory that the tiles of a block can have.
+    fn shared_per_block(&self) -> u32;
+
+    /// The matrix instruction for operands of that type (the right one transposed in memory or not), if there is one.
+    fn matrix_atom(&self, dtype: DType, trans_b: bool) -> Option<Atom>;
+
+    /// Elements of `k` that one matrix instruction takes.
+    fn matrix_step(&self, dtype: DType) -> u32;
+
+    /// `acc + a · b` by matrix instructions, over all of `k`; `acc` as the spread says.
+    fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val>;
+
+    /// This thread's number in the block (i32).
+    fn thread(&self, f: &mut Fn) -> Val;
+
+    /// The block's number along an axis of the grid (i32).
+    fn block(&self, f: &mut Fn, axis: usize) -> Val;
+
+    /// All threads of the block wait for one another.
+    fn barrier(&self, f: &mut Fn);
+
+    /// All threads of the block wait for one another; whether a truth value holds in any of them. Between two passes of the same
+    /// place in the program there is another barrier.
+    fn barrier_any(&self, t: &mut Threads, c: Val) -> Val;
+
+    /// The value of the lane whose number differs in the bits of `mask`.
+    fn shuffle_xor(&self, t: &mut Threads, v: Val, mask: u32) -> Val;
+
+    /// The value of the lane `by` below; a lane without one keeps its own.
+    fn shuffle_up(&self, t: &mut Threads, v: Val, by: u32) -> Val;
+
+    /// The value of that lane.
+    fn shuffle_from(&self, t: &mut Threads, v: Val, lane: Val) -> Val;
+
+    /// The lanes for which a truth value holds, as bits.
+    fn ballot(&self, t: &mut Threads, c: Val) -> Val;
+
+    /// The values of all lanes combined: `add`, `umin` or `umax` of i32.
+    fn reduce_warp(&self, t: &mut Threads, how: &str, v: Val) -> Val;
+
+    /// Zeros above the highest bit set: 32 if none is.
+    fn leading_zeros(&self, f: &mut Fn, v: Val) -> Val;
+
+    /// Bits set.
+    fn popcount(&self, f: &mut Fn, v: Val) -> Val;
+
+    /// Adds to a 32-bit word of shared memory (address in i32).
+    fn shared_atomic_add(&self, f: &mut Fn, at: Val, v: Val);
+
+    /// Writes neighbours (of a type that memory holds; at most 16 bytes) where `c` holds.
+    fn store_global_if(&self, t: &mut Threads, c: Val, at: Val, words: &[Val]);
+
+    /// `2^x`, relative error at most 2^-22.
+    fn exp2(&self, f: &mut Fn, x: Val) -> Val;
+
+    /// An element as f32 or i32 arithmetic takes it, from how it is stored ([`stored`]).
+    fn widen(&self, f: &mut Fn, v: Val, from: DType) -> Val;
+
+    /// An f32 (i32 for integers) rounded to how a type is stored: bf16 and f16 as I16, e4m3 as I8.
+    fn narrow(&self, f: &mut Fn, v: Val, to: DType) -> Val;
+
+    /// f32 to i32, towards zero, saturating; NaN gives 0.
+    fn truncate(&self, f: &mut Fn, v: Val) -> Val;
+}

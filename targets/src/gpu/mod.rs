@@ -1,0 +1,56 @@
+//! What GPU targets share: tile programs to scheduled tile IR and on to MLIR text, the plain way that takes every program on every chip. Nothing
+//! here names a vendor: what instructions there are is an [`isa::Isa`].
+//!
+//! | file | does |
+//! |---|---|
+//! | `isa` | what the lowering must know of a chip, and the instructions it asks for |
+//! | `schedule`, `barriers` | places, buffers and barriers, for any shape and chip |
+//! | `emit` | control flow, elementwise evaluation, memory |
+//! | `fragment` | tiles in registers as a matrix product leaves them |
+//! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
+//! | `arith` | scalar arithmetic of maps |
+//! | `mlir`, `block` | text of the dialects, and the running threads |
+//! | `llvm` | MLIR text to code, through the LLVM linked into this binary (feature `llvm`) |
+
+pub mod arith;
+pub mod barriers;
+pub mod block;
+pub mod dot;
+pub mod emit;
+pub mod fragment;
+pub mod isa;
+#[cfg(feature = "llvm")]
+pub mod llvm;
+pub mod mlir;
+pub mod reduce;
+pub mod scan;
+pub mod schedule;
+pub mod topk;
+
+use crate::Kernel;
+use dsc_ir::sched::{self, Place, Scheduled};
+use dsc_ir::tile::{self, Type, ValueId};
+use isa::Isa;
+
+/// Accumulators of a thread beyond which the rest no longer finds registers.
+const MOST_ACCUMULATORS: usize = 160;
+
+/// Whether a block of the kernel, scheduled the plain way, has room on that chip: shared memory, and registers for its accumulators.
+pub fn fits(kernel: &Kernel, arch: &dyn Isa) -> bool {
+    schedule::schedule(kernel, arch).is_ok_and(|s| accumulators(&s, &s.common) <= MOST_ACCUMULATORS)
+}
+
+/// Registers of a thread for what loops carry of products, and for products that begin at zero.
+fn accumulators(s: &Scheduled, block: &sched::Block) -> usize {
+    let registers = |v: &ValueId| match (&s.places[v.0 as usize], &s.types[v.0 as usize]) {
+        (Place::Fragment(f), Type::Tile(t)) => fragment::Spread::count(*f, &t.shape),
+        _ => 0,
+    };
+    let of = |inst: &sched::Inst| match &inst.op {
+        sched::Op::For { body, .. } => inst.results.iter().map(registers).sum::<usize>() + accumulators(s, body),
+        sched::Op::If { then, otherwise, .. } => accumulators(s, then).max(accumulators(s, otherwise)),
+        sched::Op::Tile(tile::Op::Dot { acc: None, .. }) => inst.results.iter().map(registers).sum(),
+        _ => 0,
+    };
+    block.insts.iter().map(of).sum()
+}
