@@ -173,11 +173,21 @@ pub struct TensorMap {
     pub swizzle: u32,
 }
 
-/// What a kernel takes of a multiprocessor, from its assembler.
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+/// What a kernel takes of a multiprocessor or compute unit, from its assembler.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resources {
-    /// Registers of a thread.
+    /// Registers of a thread, accumulators included.
     pub registers: u32,
+    /// Accumulator registers among them, where these are registers of their own.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub accumulators: u32,
+    /// Scalar registers of a wave, where there are such.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub scalar_registers: u32,
     /// Bytes a thread spills: stores and loads.
     pub spill_bytes: [u32; 2],
     /// Bytes of a thread's stack frame.

@@ -6,13 +6,15 @@
 //! **Invariants.** A target never changes what a program means: the interpreter in `dsc-ir` is the oracle. Capabilities are
 //! data ([`targets`]), so that `dsc targets` and selection read the same table.
 
+#[cfg(feature = "amd")]
+pub mod amd;
 #[cfg(feature = "cpu")]
 pub mod cpu;
 #[cfg(any(feature = "llvm", feature = "emulate"))]
 pub mod gpu;
 #[cfg(any(feature = "nvidia", feature = "emulate"))]
 pub mod nvidia;
-#[cfg(any(feature = "cpu", feature = "nvidia"))]
+#[cfg(any(feature = "cpu", feature = "llvm"))]
 mod parallel;
 
 use dsc_ir::artifact::GpuKernel;
@@ -94,6 +96,8 @@ pub struct TargetOptions {
     pub levels: Vec<Level>,
     /// The assembler of NVIDIA targets, `none` for none; looked for if not given.
     pub ptxas: Option<PathBuf>,
+    /// The linker of AMD targets; looked for if not given.
+    pub lld: Option<PathBuf>,
 }
 
 /// Why a target could not compile a kernel.
@@ -183,6 +187,10 @@ pub fn target_with(name: &str, options: &TargetOptions) -> Result<Box<dyn Target
     if let Some(target) = nvidia::NvidiaTarget::named(name, options) {
         return Ok(Box::new(target));
     }
+    #[cfg(feature = "amd")]
+    if let Some(target) = amd::AmdTarget::named(name, options) {
+        return Ok(Box::new(target));
+    }
     let asm = options.levels.contains(&Level::Asm);
     let _ = asm;
     let refuse = |reason: &str| Err(TargetError::Setup { target: name.to_owned(), reason: reason.to_owned() });
@@ -193,8 +201,11 @@ pub fn target_with(name: &str, options: &TargetOptions) -> Result<Box<dyn Target
         "cpu-v3" => Ok(Box::new(cpu::CpuTarget::new(cpu::Level::V3).with_asm(asm))),
         #[cfg(feature = "cpu")]
         "cpu-v4" => Ok(Box::new(cpu::CpuTarget::new(cpu::Level::V4).with_asm(asm))),
-        _ if targets().iter().any(|t| t.name == name && t.status == Status::Compiles) => {
+        _ if name.starts_with("sm_") && targets().iter().any(|t| t.name == name) => {
             refuse("this dsc was built without it; build it with `--features nvidia` (needs LLVM 22)")
+        }
+        _ if name.starts_with("gfx") && targets().iter().any(|t| t.name == name) => {
+            refuse("this dsc was built without it; build it with `--features amd` (needs LLVM 22)")
         }
         _ if targets().iter().any(|t| t.name == name) => refuse("not implemented (see `dsc targets`)"),
         _ => refuse("there is no such target (`dsc targets` lists them)"),
@@ -256,6 +267,15 @@ pub fn targets() -> &'static [TargetInfo] {
             "not in this build (feature `nvidia`)"
         },
     };
+    const AMD: TargetInfo = TargetInfo {
+        name: "",
+        description: "",
+        lowering: "MLIR and LLVM to code objects, linked by lld",
+        requires: &[],
+        vector_bytes: 16,
+        status: Status::Compiles,
+        note: if cfg!(feature = "amd") { "compiles; not run on hardware" } else { "not in this build (feature `amd`)" },
+    };
     const ALL: &[TargetInfo] = &[
         TargetInfo {
             name: "cpu",
@@ -277,8 +297,8 @@ pub fn targets() -> &'static [TargetInfo] {
         },
         TargetInfo { name: "sm_100a", description: "NVIDIA Blackwell (B200)", ..NVIDIA },
         TargetInfo { name: "sm_120a", description: "NVIDIA Blackwell (RTX 5090)", ..NVIDIA },
-        TargetInfo { name: "gfx942", description: "AMD CDNA 3", ..PLANNED },
-        TargetInfo { name: "gfx950", description: "AMD CDNA 4", ..PLANNED },
+        TargetInfo { name: "gfx942", description: "AMD CDNA 3 (MI300X, MI325X)", ..AMD },
+        TargetInfo { name: "gfx950", description: "AMD CDNA 4 (MI350X, MI355X)", ..AMD },
         TargetInfo { name: "ascend910b", description: "Huawei Ascend 910B", ..PLANNED },
     ];
     ALL

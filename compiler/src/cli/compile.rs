@@ -45,6 +45,9 @@ pub struct Args {
     /// The assembler that makes NVIDIA machine code, or `none` [default: DSC_PTXAS, or one that is installed]
     #[arg(long, value_name = "PATH")]
     ptxas: Option<PathBuf>,
+    /// The ld.lld that links AMD code objects [default: DSC_LLD, or one that is installed]
+    #[arg(long, value_name = "PATH")]
+    lld: Option<PathBuf>,
     /// Print the graph after this pass, once a shape class, on stderr
     #[arg(long, value_name = "PASS", value_parser = clap::builder::PossibleValuesParser::new(passes::PASSES))]
     print_after: Vec<String>,
@@ -93,8 +96,11 @@ impl Emit {
 
 pub fn run(args: Args) -> Outcome {
     let started = Instant::now();
-    let codegen =
-        TargetOptions { levels: args.emit.iter().filter_map(|emit| emit.level()).collect(), ptxas: args.ptxas.clone() };
+    let codegen = TargetOptions {
+        levels: args.emit.iter().filter_map(|emit| emit.level()).collect(),
+        ptxas: args.ptxas.clone(),
+        lld: args.lld.clone(),
+    };
     check(&args, &codegen)?;
     let options = Options {
         target: args.target.clone(),
@@ -156,6 +162,11 @@ fn check(args: &Args, codegen: &TargetOptions) -> Result<(), Box<dyn std::error:
             .help("ptxas assembles for the NVIDIA targets, sm_*")
             .into());
     }
+    if args.lld.is_some() && !args.target.starts_with("gfx") {
+        return Err(Failure::new(format!("--lld: target {} has no use for it", args.target))
+            .help("lld links for the AMD targets, gfx*")
+            .into());
+    }
     Ok(())
 }
 
@@ -205,7 +216,8 @@ fn emit(args: &Args, compiled: &Compiled) -> Result<(), Box<dyn std::error::Erro
             Level::Sched => "sched",
             Level::Mlir => "mlir",
             Level::Llvm => "ll",
-            Level::Asm => "ptx",
+            Level::Asm if args.target.starts_with("sm_") => "ptx",
+            Level::Asm => "s",
         };
         write(format!("{}.{suffix}", listing.kernel), &listing.text)?;
     }
@@ -249,7 +261,7 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
         took.as_secs_f64(),
         table(&[], rows)
     );
-    if header.kernels.iter().any(|k| k.gpu.is_some()) {
+    if args.target.starts_with("sm_") {
         text +=
             &format!("machine code for {} of {} kernels, PTX for all\n", machine_code(header), header.kernels.len());
     }

@@ -118,7 +118,10 @@ fn multiprocessor(header: &Header) -> String {
         let shape = [k.name.clone(), gpu.threads.to_string(), gpu.cluster.to_string()];
         let taken = match gpu.resources {
             Some(r) => [
-                r.registers.to_string(),
+                match (r.accumulators, r.scalar_registers) {
+                    (0, 0) => r.registers.to_string(),
+                    (a, s) => format!("{} ({a} for accumulators), {s} scalar", r.registers),
+                },
                 format!("{} / {}", r.spill_bytes[0], r.spill_bytes[1]),
                 r.stack_bytes.to_string(),
                 format!("{} + {}", gpu.shared_bytes, r.static_shared_bytes),

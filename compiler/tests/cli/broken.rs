@@ -177,7 +177,12 @@ fn compile_options() -> Vec<Case> {
         c("context too large", "compile $TINY -o out.dsc --max-context 163841", 1, &["--max-context 163841", "163840"]),
         c("chunk of 0", "compile $TINY -o out.dsc --chunk 0", 2, &["--chunk"]),
         c("unknown target", "compile $TINY -o out.dsc --target sm_1", 1, &["target sm_1", "dsc targets"]),
-        c("planned target", "compile $TINY -o out.dsc --target gfx942", 1, &["target gfx942", "not implemented"]),
+        c(
+            "planned target",
+            "compile $TINY -o out.dsc --target ascend910b",
+            1,
+            &["target ascend910b", "not implemented"],
+        ),
         c("two ranks", "compile $TINY -o out.dsc --tp 2", 1, &["--tp 2", "not implemented", "help: leave --tp out"]),
         c("unknown numerics", "compile $TINY -o out.dsc --numerics fast", 2, &["'fast'", "deployed"]),
         c("unknown level", "compile $TINY -o out.dsc --emit graph,ptx", 2, &["'ptx'", "sched"]),

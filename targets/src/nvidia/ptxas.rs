@@ -127,7 +127,7 @@ fn resources(report: &str) -> Result<Resources, String> {
         spill_bytes: [before(" bytes spill stores").unwrap_or(0), before(" bytes spill loads").unwrap_or(0)],
         stack_bytes: before(" bytes stack frame").unwrap_or(0),
         static_shared_bytes: before(" bytes smem").unwrap_or(0),
-        blocks_per_sm: 0,
+        ..Resources::default()
     })
 }
 
@@ -192,7 +192,7 @@ mod tests {
             spill_bytes: [20, 24],
             stack_bytes: 432,
             static_shared_bytes: 128,
-            blocks_per_sm: 0,
+            ..Resources::default()
         };
         assert_eq!(resources(REPORT), Ok(expected));
         let remarks = remarks(REPORT);

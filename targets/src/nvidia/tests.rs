@@ -32,7 +32,7 @@ module {
 "#;
 
 fn target(arch: &str, levels: &[Level], ptxas: Option<&str>) -> NvidiaTarget {
-    let options = TargetOptions { levels: levels.to_vec(), ptxas: ptxas.map(Into::into) };
+    let options = TargetOptions { levels: levels.to_vec(), ptxas: ptxas.map(Into::into), lld: None };
     NvidiaTarget::named(arch, &options).unwrap()
 }
 

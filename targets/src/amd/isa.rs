@@ -1,0 +1,249 @@
+//! Instructions of the AMDGPU back end, as [`Isa`] asks for them.
+//!
+//! The shared lowering thinks of groups of 32 lanes; a wave holds two of them, which stay apart in every exchange but those across bit 5.
+
+use super::arch::{Arch, Fp8};
+use super::{fp8, mfma};
+use crate::gpu::block::Threads;
+use crate::gpu::emit::Emitter;
+use crate::gpu::fragment::Spread;
+use crate::gpu::isa::{Isa, Product};
+use crate::gpu::mlir::{Fn, Ty, Val, f32, i32};
+use dsc_ir::DType;
+use dsc_ir::sched::Atom;
+
+/// Bytes of shared memory behind the tiles, where waves tell one another whether a truth value holds in them: two sets of 16 words.
+pub const MEET_BYTES: u32 = 2 * 16 * 4;
+
+/// Control words of DPP (LLVM's AMDGPU usage document): lanes of four in that order, and rows of 16 turned by `n`.
+const QUAD: [u32; 4] = [0b11_10_01_00, 0b10_11_00_01, 0b01_00_11_10, 0b00_01_10_11];
+const ROW_TURN: u32 = 0x120;
+
+/// Calls an intrinsic.
+pub fn call(f: &mut Fn, name: &str, args: &[Val], ty: Ty) -> Val {
+    let types: Vec<&str> = args.iter().map(|a| a.ty().name()).collect();
+    let types = types.join(", ");
+    let names: Vec<String> = args.iter().map(|&a| f.name(a)).collect();
+    f.op(&format!("llvm.call_intrinsic \"{name}\"({}) : ({types}) -> {}", names.join(", "), ty.name()), ty)
+}
+
+/// Runs `how` on the value's bits.
+fn as_word(f: &mut Fn, v: Val, how: impl FnOnce(&mut Fn, Val) -> Val) -> Val {
+    if v.ty() != Ty::F32 {
+        return how(f, v);
+    }
+    let bits = f.cast("bitcast", v, Ty::I32);
+    let bits = how(f, bits);
+    f.cast("bitcast", bits, Ty::F32)
+}
+
+fn wave_lane(t: &mut Threads) -> Val {
+    t.lanes(Arch::WAVE).1
+}
+
+/// The value of that lane of the wave.
+fn permute(t: &mut Threads, v: Val, lane: Val) -> Val {
+    let at = t.f.mul(lane, i32(4));
+    as_word(&mut t.f, v, |f, v| call(f, "llvm.amdgcn.ds.bpermute", &[at, v], Ty::I32))
+}
+
+fn dpp(f: &mut Fn, v: Val, control: u32) -> Val {
+    let truth = Val::Int(1, Ty::I1);
+    let args = [v, v, i32(control.into()), i32(15), i32(15), truth];
+    call(f, "llvm.amdgcn.update.dpp.i32", &args, Ty::I32)
+}
+
+/// A float type that values are held in as bits.
+fn float(dtype: DType) -> &'static str {
+    if dtype == DType::Bf16 { "bf16" } else { "f16" }
+}
+
+impl Isa for Arch {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn shared_per_block(&self) -> u32 {
+        self.lds_bytes - MEET_BYTES
+    }
+
+    fn matrix_atom(&self, dtype: DType, trans_b: bool) -> Option<Atom> {
+        match dtype {
+            DType::Bf16 | DType::F16 => Some(Atom::Mfma16x16),
+            DType::E4m3 => trans_b.then_some(Atom::Mfma16x16),
+            _ => None,
+        }
+    }
+
+    fn matrix_step(&self, dtype: DType) -> u32 {
+        mfma::STEP_BYTES / dtype.bytes() as u32
+    }
+
+    fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
+        mfma::product(self, e, s, p, acc)
+    }
+
+    fn thread(&self, f: &mut Fn) -> Val {
+        f.op("rocdl.workitem.id.x : i32", Ty::I32)
+    }
+
+    fn block(&self, f: &mut Fn, axis: usize) -> Val {
+        f.op(&format!("rocdl.workgroup.id.{} : i32", ["x", "y", "z"][axis]), Ty::I32)
+    }
+
+    fn barrier(&self, f: &mut Fn) {
+        f.raw("llvm.fence syncscope(\"workgroup\") release");
+        f.raw("rocdl.s.barrier");
+        f.raw("llvm.fence syncscope(\"workgroup\") acquire");
+    }
+
+    /// Waves leave their answers in shared memory. Places in the program take the two sets of words in turns, so that a wave that
+    /// is late at one place does not meet the next place's.
+    fn barrier_any(&self, t: &mut Threads, c: Val) -> Val {
+        t.meetings += 1;
+        let waves = t.threads.div_ceil(Arch::WAVE);
+        let set = t.f.op("llvm.mlir.addressof @meet : !llvm.ptr<3>", Ty::Shared);
+        let set = t.f.offset(set, i32(i64::from(t.meetings % 2) * i64::from(MEET_BYTES / 2)));
+        let lanes = call(&mut t.f, "llvm.amdgcn.ballot.i64", &[c], Ty::I64);
+        let some = t.f.cmp("ne", lanes, Val::Int(0, Ty::I64));
+        let some = t.f.cast("zext", some, Ty::I32);
+        let (wave, lane) = t.lanes(Arch::WAVE);
+        let first = t.f.cmp("eq", lane, i32(0));
+        t.when(first, |t| {
+            let byte = t.f.mul(wave, i32(4));
+            let at = t.f.offset(set, byte);
+            t.f.store(at, &[some]);
+        });
+        self.barrier(&mut t.f);
+        let mut any = i32(0);
+        for wave in 0..waves {
+            let at = t.f.offset(set, i32(i64::from(wave) * 4));
+            let some = t.f.load(at, Ty::I32, 1)[0];
+            any = t.f.bin("or", any, some);
+        }
+        t.f.cmp("ne", any, i32(0))
+    }
+
+    fn shuffle_xor(&self, t: &mut Threads, v: Val, mask: u32) -> Val {
+        match mask {
+            1..=3 => as_word(&mut t.f, v, |f, v| dpp(f, v, QUAD[mask as usize])),
+            8 => as_word(&mut t.f, v, |f, v| dpp(f, v, ROW_TURN + 8)),
+            0..32 => as_word(&mut t.f, v, |f, v| {
+                // Bits that stay, bits set, bits changed: five each.
+                let pattern = i32(i64::from(mask << 10 | 0x1f));
+                call(f, "llvm.amdgcn.ds.swizzle", &[v, pattern], Ty::I32)
+            }),
+            _ => {
+                let lane = wave_lane(t);
+                let other = t.f.bin("xor", lane, i32(mask.into()));
+                permute(t, v, other)
+            }
+        }
+    }
+
+    fn shuffle_up(&self, t: &mut Threads, v: Val, by: u32) -> Val {
+        let own = wave_lane(t);
+        let below = t.f.sub(own, i32(by.into()));
+        let has = t.f.cmp("sge", t.lane, i32(by.into()));
+        let from = t.f.select(has, below, own);
+        permute(t, v, from)
+    }
+
+    fn shuffle_from(&self, t: &mut Threads, v: Val, lane: Val) -> Val {
+        let own = wave_lane(t);
+        let half = t.f.bin("and", own, i32(32));
+        let lane = t.f.bin("and", lane, i32(31));
+        let lane = t.f.bin("or", half, lane);
+        permute(t, v, lane)
+    }
+
+    fn ballot(&self, t: &mut Threads, c: Val) -> Val {
+        let both = call(&mut t.f, "llvm.amdgcn.ballot.i64", &[c], Ty::I64);
+        let upper = t.f.bin("lshr", both, Val::Int(32, Ty::I64));
+        let (lower, upper) = (t.f.cast("trunc", both, Ty::I32), t.f.cast("trunc", upper, Ty::I32));
+        let half = t.f.bin("and", t.tid, i32(32));
+        let first = t.f.cmp("eq", half, i32(0));
+        t.f.select(first, lower, upper)
+    }
+
+    fn reduce_warp(&self, t: &mut Threads, how: &str, v: Val) -> Val {
+        let mut v = v;
+        for mask in [1, 2, 4, 8, 16] {
+            let other = self.shuffle_xor(t, v, mask);
+            v = match how {
+                "add" => t.f.add(v, other),
+                _ => t.f.intrinsic(how, &[v, other]),
+            };
+        }
+        v
+    }
+
+    fn leading_zeros(&self, f: &mut Fn, v: Val) -> Val {
+        call(f, "llvm.ctlz.i32", &[v, Val::Int(0, Ty::I1)], Ty::I32)
+    }
+
+    fn popcount(&self, f: &mut Fn, v: Val) -> Val {
+        f.intrinsic("ctpop", &[v])
+    }
+
+    fn shared_atomic_add(&self, f: &mut Fn, at: Val, v: Val) {
+        let at = f.cast("inttoptr", at, Ty::Shared);
+        let (at, v) = (f.name(at), f.name(v));
+        f.op(&format!("llvm.atomicrmw add {at}, {v} syncscope(\"workgroup\") monotonic : !llvm.ptr<3>, i32"), Ty::I32);
+    }
+
+    fn store_global_if(&self, t: &mut Threads, c: Val, at: Val, words: &[Val]) {
+        t.when(c, |t| t.f.store(at, words));
+    }
+
+    fn exp2(&self, f: &mut Fn, x: Val) -> Val {
+        call(f, "llvm.amdgcn.exp2.f32", &[x], Ty::F32)
+    }
+
+    fn widen(&self, f: &mut Fn, v: Val, from: DType) -> Val {
+        match from {
+            DType::F32 | DType::I32 | DType::Bool => v,
+            DType::Bf16 => {
+                let wide = f.cast("zext", v, Ty::I32);
+                let bits = f.bin("shl", wide, i32(16));
+                f.cast("bitcast", bits, Ty::F32)
+            }
+            DType::F16 => {
+                let v = f.name(v);
+                let half = f.op(&format!("llvm.bitcast {v} : i16 to f16"), Ty::I16);
+                let half = f.name(half);
+                f.op(&format!("llvm.fpext {half} : f16 to f32"), Ty::F32)
+            }
+            DType::E4m3 if self.fp8 == Fp8::Ocp => {
+                let wide = f.cast("zext", v, Ty::I32);
+                call(f, "llvm.amdgcn.cvt.f32.fp8", &[wide, i32(0)], Ty::F32)
+            }
+            DType::E4m3 => fp8::widen(f, v),
+        }
+    }
+
+    fn narrow(&self, f: &mut Fn, v: Val, to: DType) -> Val {
+        match to {
+            DType::F32 | DType::I32 | DType::Bool => v,
+            DType::Bf16 | DType::F16 => {
+                let (v, ty) = (f.name(v), float(to));
+                let half = f.op(&format!("llvm.fptrunc {v} : f32 to {ty}"), Ty::I16);
+                let half = f.name(half);
+                f.op(&format!("llvm.bitcast {half} : {ty} to i16"), Ty::I16)
+            }
+            DType::E4m3 => fp8::narrow(f, self.fp8, v),
+        }
+    }
+
+    fn truncate(&self, f: &mut Fn, v: Val) -> Val {
+        call(f, "llvm.fptosi.sat.i32.f32", &[v], Ty::I32)
+    }
+}
+
+/// `x`, but no more than `limit` in size; NaN stays.
+pub fn clamp(f: &mut Fn, x: Val, limit: f32) -> Val {
+    let above = f.fcmp("ogt", x, f32(limit));
+    let x = f.select(above, f32(limit), x);
+    let below = f.fcmp("olt", x, f32(-limit));
+    f.select(below, f32(-limit), x)
+}

@@ -1,0 +1,81 @@
+//! Tile program and schedule to MLIR text for an AMD chip. Nothing here needs LLVM.
+
+use super::arch::Arch;
+use super::isa::MEET_BYTES;
+use crate::gpu::{block, emit, mlir, schedule};
+use crate::{Kernel, TargetError};
+use dsc_ir::artifact::GpuKernel;
+use std::fmt::Write;
+
+/// A kernel on its way to LLVM.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// One MLIR module with one function.
+    pub mlir: String,
+    /// How it is launched.
+    pub gpu: GpuKernel,
+    /// The scheduled tile IR, as text.
+    pub sched: String,
+}
+
+/// What the runtime may pass to a kernel and ours do not read; without these words the hardware would be asked for it.
+const UNUSED: [&str; 13] = [
+    "amdgpu-no-completion-action",
+    "amdgpu-no-default-queue",
+    "amdgpu-no-dispatch-id",
+    "amdgpu-no-dispatch-ptr",
+    "amdgpu-no-flat-scratch-init",
+    "amdgpu-no-heap-ptr",
+    "amdgpu-no-hostcall-ptr",
+    "amdgpu-no-implicitarg-ptr",
+    "amdgpu-no-lds-kernel-id",
+    "amdgpu-no-multigrid-sync-arg",
+    "amdgpu-no-queue-ptr",
+    "amdgpu-no-workitem-id-y",
+    "amdgpu-no-workitem-id-z",
+];
+
+/// Lowers a kernel for a chip.
+///
+/// # Errors
+/// [`TargetError::Unsupported`] if the tiles do not fit its LDS.
+pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
+    let scheduled = schedule::schedule(kernel, arch)?;
+    let threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    let emitter = emit::Emitter::run(threads, &scheduled);
+    let mut text = String::from("module {\n");
+    // Which version of code objects: 5 is what every ROCm from 5.5 on loads.
+    text.push_str("  llvm.module_flags [#llvm.mlir.module_flag<error, \"amdhsa_code_object_version\", 500 : i32>]\n");
+    memory(&mut text, "shared", emitter.shared_bytes());
+    if emitter.t.meetings > 0 {
+        memory(&mut text, "meet", MEET_BYTES);
+    }
+    let args: Vec<String> = (0..=scheduled.params.len())
+        .map(|i| format!("%{i}: !llvm.ptr<1> {{llvm.align = 16 : i64, llvm.noundef}}"))
+        .collect();
+    let threads = scheduled.threads;
+    let unused: Vec<String> = UNUSED.iter().map(|word| format!("\"{word}\"")).collect();
+    let _ = writeln!(
+        text,
+        "  llvm.func @{}({}) attributes {{rocdl.kernel, rocdl.reqd_work_group_size = array<i32: {threads}, 1, 1>, \
+         rocdl.flat_work_group_size = \"{threads},{threads}\", passthrough = [{}, [\"uniform-work-group-size\", \
+         \"true\"]]}} {{",
+        scheduled.name,
+        args.join(", "),
+        unused.join(", "),
+    );
+    text.push_str(emitter.t.f.text());
+    text.push_str("    llvm.return\n  }\n}\n");
+    let gpu = GpuKernel { threads, shared_bytes: 0, cluster: 1, ..GpuKernel::default() };
+    Ok(Lowered { mlir: text, gpu, sched: scheduled.to_string() })
+}
+
+/// A static piece of LDS.
+fn memory(text: &mut String, name: &str, bytes: u32) {
+    let ty = format!("!llvm.array<{bytes} x i8>");
+    let _ = writeln!(
+        text,
+        "  llvm.mlir.global internal @{name}() {{addr_space = 3 : i32, alignment = 128 : i64}} : {ty} {{\n    \
+         %0 = llvm.mlir.undef : {ty}\n    llvm.return %0 : {ty}\n  }}"
+    );
+}

@@ -1,0 +1,215 @@
+//! Matrix products of a wave by MFMA.
+//!
+//! Of `D = A · B` the instruction gives lane `l` four rows of column `l mod 16`. The operands change places, so that a lane has four
+//! neighbours of one row instead, which is one store.
+//!
+//! A lane reads 16 bytes of its row in a step of [`STEP_BYTES`]: which `k` an instruction takes is free, as long as both operands agree, so
+//! the two halves of the 16 bytes are two instructions where the chip has the narrower ones only. Rows are padded by 16 bytes, which
+//! leaves eight neighbouring rows in different banks.
+
+use super::arch::{Arch, Fp8};
+use super::fp8;
+use crate::gpu::emit::Emitter;
+use crate::gpu::fragment::Spread;
+use crate::gpu::isa::Product;
+use crate::gpu::mlir::{Fn, Ty, Val, f32, i32};
+use dsc_ir::DType;
+
+/// Bytes of a row that a step contracts: 16 in each of the four lanes of a row.
+pub const STEP_BYTES: u32 = 64;
+
+/// 16 bytes of an operand in registers, as SSA names of what an instruction takes.
+type Operand = Vec<String>;
+
+/// `acc + a · b`, for a spread of [`dsc_ir::sched::Atom::Mfma16x16`].
+pub fn product(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
+    // Products of FNUZ operands are a fourth, so they are summed by themselves.
+    let apart = p.dtype == DType::E4m3 && arch.fp8 == Fp8::Fnuz;
+    let start = if apart { vec![f32(0.0); acc.len()] } else { acc.clone() };
+    let sums = sums(arch, e, s, p, start);
+    if !apart {
+        return sums;
+    }
+    sums.iter().zip(acc).map(|(&sum, acc)| e.t.f.intrinsic("fma", &[sum, f32(4.0), acc])).collect()
+}
+
+fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
+    let Product { dtype, a, b, trans_b, .. } = *p;
+    let bytes = dtype.bytes() as u32;
+    let step = STEP_BYTES / bytes;
+    let (in_row, chunk) = (e.t.f.rem(s.lane, 16), e.t.f.div(s.lane, 16));
+    let chunk_byte = e.t.f.mul(chunk, i32(16));
+    // First byte of this lane's row in each block of 16, of an operand that lies along `k`.
+    let along = |e: &mut Emitter, d: usize, buffer: &dsc_ir::sched::Buffer| -> Vec<Val> {
+        let first = e.t.f.mul(s.warp[d], i32(s.block[d].into()));
+        let row = e.t.f.add(first, in_row);
+        (0..s.block[d] / 16)
+            .map(|tile| {
+                let row = e.t.f.add(row, i32((tile * 16).into()));
+                let row = e.at_most(row, buffer.shape[0] - 1, s.block[d] * s.warps[d] > buffer.shape[0]);
+                let byte = e.t.f.mul(row, i32(buffer.pitch.into()));
+                let byte = e.t.f.add(byte, chunk_byte);
+                e.t.f.add(byte, i32(buffer.offset.into()))
+            })
+            .collect()
+    };
+    let a_rows = along(e, 0, a);
+    let b_rows = if trans_b {
+        along(e, 1, b)
+    } else {
+        // First byte of this lane's column, in its first row of a step.
+        let first = e.t.f.mul(s.warp[1], i32(s.block[1].into()));
+        let column = e.t.f.add(first, in_row);
+        let row = e.t.f.mul(chunk, i32((16 / bytes * b.pitch).into()));
+        (0..s.block[1] / 16)
+            .map(|tile| {
+                let column = e.t.f.add(column, i32((tile * 16).into()));
+                let column = e.at_most(column, b.shape[1] - 1, s.block[1] * s.warps[1] > b.shape[1]);
+                let byte = e.t.f.mul(column, i32(bytes.into()));
+                let byte = e.t.f.add(byte, row);
+                e.t.f.add(byte, i32(b.offset.into()))
+            })
+            .collect()
+    };
+    let b_step = if trans_b { STEP_BYTES } else { step * b.pitch };
+    e.steps(p.k.div_ceil(step), acc, |e, acc, at| {
+        let (a_at, b_at) = (e.t.f.mul(at, i32(STEP_BYTES.into())), e.t.f.mul(at, i32(b_step.into())));
+        let lefts: Vec<Operand> = a_rows
+            .iter()
+            .map(|&row| {
+                let byte = e.t.f.add(row, a_at);
+                read(arch, e, dtype, byte)
+            })
+            .collect();
+        for (gi, &row) in b_rows.iter().enumerate() {
+            let byte = e.t.f.add(row, b_at);
+            let right = if trans_b { read(arch, e, dtype, byte) } else { read_column(arch, e, dtype, byte, b.pitch) };
+            for (ri, left) in lefts.iter().enumerate() {
+                let first = s.register(ri, gi, 0);
+                let mut c = pack(&mut e.t.f, &acc[first..first + 4], "f32");
+                for (left, right) in left.iter().zip(&right) {
+                    c = multiply(arch, &mut e.t.f, dtype, right, left, &c);
+                }
+                for i in 0..4 {
+                    acc[first + i] = element(&mut e.t.f, &c, i, "vector<4xf32>", Ty::F32);
+                }
+            }
+        }
+    })
+}
+
+/// The type of an operand of one instruction.
+fn operand_type(arch: &Arch, dtype: DType) -> &'static str {
+    match (dtype, arch.cdna4) {
+        (DType::Bf16, true) => "vector<8xbf16>",
+        (DType::Bf16, false) => "vector<4xi16>",
+        (DType::F16, true) => "vector<8xf16>",
+        (DType::F16, false) => "vector<4xf16>",
+        _ => "i64",
+    }
+}
+
+/// One instruction.
+fn multiply(arch: &Arch, f: &mut Fn, dtype: DType, a: &str, b: &str, c: &str) -> String {
+    let name = match (dtype, arch.cdna4) {
+        (DType::Bf16, true) => "16x16x32.bf16",
+        (DType::Bf16, false) => "16x16x16bf16.1k",
+        (DType::F16, true) => "16x16x32.f16",
+        (DType::F16, false) => "16x16x16f16",
+        _ => "16x16x32.fp8.fp8",
+    };
+    let ty = operand_type(arch, dtype);
+    let zero = f.name(i32(0));
+    let d = f.op(
+        &format!(
+            "llvm.call_intrinsic \"llvm.amdgcn.mfma.f32.{name}\"({a}, {b}, {c}, {zero}, {zero}, {zero}) : \
+             ({ty}, {ty}, vector<4xf32>, i32, i32, i32) -> vector<4xf32>"
+        ),
+        Ty::F32,
+    );
+    f.name(d)
+}
+
+/// 16 bytes of shared memory.
+fn read(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val) -> Operand {
+    let at = e.t.shared_at(byte);
+    let f = &mut e.t.f;
+    if dtype == DType::E4m3 && arch.fp8 == Fp8::Fnuz {
+        let words: Vec<Val> = f.load(at, Ty::I32, 4).into_iter().map(|w| fp8::to_fnuz(f, w)).collect();
+        return words
+            .chunks(2)
+            .map(|pair| {
+                let pair = pack(f, pair, "i32");
+                let whole = f.op(&format!("llvm.bitcast {pair} : vector<2xi32> to i64"), Ty::I64);
+                f.name(whole)
+            })
+            .collect();
+    }
+    let at = f.name(at);
+    let load = |f: &mut Fn, ty: &str| {
+        let v = f.op(&format!("llvm.load {at} {{alignment = 16 : i64}} : !llvm.ptr<3> -> {ty}"), Ty::I32);
+        f.name(v)
+    };
+    match (dtype, arch.cdna4) {
+        (DType::Bf16 | DType::F16, true) => vec![load(f, operand_type(arch, dtype))],
+        (DType::Bf16 | DType::F16, false) => {
+            let ty = if dtype == DType::Bf16 { "vector<8xi16>" } else { "vector<8xf16>" };
+            let whole = load(f, ty);
+            ["0, 1, 2, 3", "4, 5, 6, 7"]
+                .map(|lanes| {
+                    let half = f.op(&format!("llvm.shufflevector {whole}, {whole} [{lanes}] : {ty}"), Ty::I32);
+                    f.name(half)
+                })
+                .into()
+        }
+        _ => {
+            let whole = load(f, "vector<2xi64>");
+            (0..2)
+                .map(|i| {
+                    let half = element(f, &whole, i, "vector<2xi64>", Ty::I64);
+                    f.name(half)
+                })
+                .collect()
+        }
+    }
+}
+
+/// A lane's neighbours along `k`, one a row, of 16-bit elements.
+fn read_column(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val, pitch: u32) -> Operand {
+    let values: Vec<Val> = (0..8)
+        .map(|i| {
+            let byte = e.t.f.add(byte, i32((i * pitch).into()));
+            e.t.load_shared(byte, Ty::I16, 1)[0]
+        })
+        .collect();
+    let n = if arch.cdna4 { 8 } else { 4 };
+    let ty = operand_type(arch, dtype);
+    values
+        .chunks(n)
+        .map(|part| {
+            let bits = pack(&mut e.t.f, part, "i16");
+            if ty == "vector<4xi16>" {
+                return bits;
+            }
+            let v = e.t.f.op(&format!("llvm.bitcast {bits} : vector<{n}xi16> to {ty}"), Ty::I32);
+            e.t.f.name(v)
+        })
+        .collect()
+}
+
+/// A vector of values.
+fn pack(f: &mut Fn, values: &[Val], ty: &str) -> String {
+    let vector = format!("vector<{}x{ty}>", values.len());
+    let mut built = f.op(&format!("llvm.mlir.undef : {vector}"), Ty::I32);
+    for (i, &v) in values.iter().enumerate() {
+        let (v, i, whole) = (f.name(v), f.name(i32(i as i64)), f.name(built));
+        built = f.op(&format!("llvm.insertelement {v}, {whole}[{i} : i32] : {vector}"), Ty::I32);
+    }
+    f.name(built)
+}
+
+/// An element of a vector.
+fn element(f: &mut Fn, vector: &str, i: usize, ty: &str, element: Ty) -> Val {
+    let i = f.name(i32(i as i64));
+    f.op(&format!("llvm.extractelement {vector}[{i} : i32] : {ty}"), element)
+}

@@ -1,0 +1,156 @@
+//! Kernels to a module: every kernel by itself and on all cores, then laid out one after another.
+
+use super::arch::Arch;
+use super::lld::Lld;
+use super::lower::{Lowered, lower};
+use super::metadata::Metadata;
+use crate::gpu::{self, llvm};
+use crate::parallel::in_parallel;
+use crate::{Kernel, KernelCode, Level, Listing, Module, Target, TargetError, TargetOptions};
+use dsc_ir::artifact::Resources;
+use dsc_ir::schedule::{KernelShape, Schedule};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Code objects start at multiples of this.
+const CODE_ALIGN: usize = 64;
+
+/// Code for one AMD chip.
+#[derive(Clone, Debug)]
+pub struct AmdTarget {
+    arch: &'static Arch,
+    levels: Vec<Level>,
+    lld: Option<PathBuf>,
+}
+
+/// A kernel and its code object.
+struct Built {
+    lowered: Lowered,
+    code: llvm::Code,
+    object: Vec<u8>,
+    resources: Resources,
+}
+
+impl AmdTarget {
+    /// The target of that name.
+    pub fn named(name: &str, options: &TargetOptions) -> Option<AmdTarget> {
+        let arch = Arch::named(name)?;
+        Some(AmdTarget { arch, levels: options.levels.clone(), lld: options.lld.clone() })
+    }
+
+    /// The chip compiled for.
+    pub fn arch(&self) -> &'static Arch {
+        self.arch
+    }
+
+    fn keeps(&self, level: Level) -> bool {
+        self.levels.contains(&level)
+    }
+
+    fn build(&self, lld: &Lld, kernel: &Kernel) -> Result<Built, TargetError> {
+        let name = &kernel.program.name;
+        let failed = |reason| TargetError::Codegen { kernel: name.clone(), reason };
+        let lowered = lower(kernel, self.arch)?;
+        let options = llvm::Options {
+            passes: "",
+            llvm_ir: self.keeps(Level::Llvm),
+            assembly: self.keeps(Level::Asm),
+            object: true,
+        };
+        let chip = llvm::Chip { triple: "amdgcn-amd-amdhsa", cpu: self.arch.name, features: "" };
+        let code = llvm::generate(name, &lowered.mlir, chip, options).map_err(failed)?;
+        let object = lld.link(&code.object).map_err(failed)?;
+        let metadata = Metadata::read(&object).map_err(failed)?;
+        let mut resources = metadata.resources();
+        resources.blocks_per_sm = self.arch.occupancy(lowered.gpu.threads, &resources);
+        if resources.blocks_per_sm == 0 {
+            return Err(failed(format!(
+                "a block does not fit on a compute unit of {}: {} threads of {} registers, {} bytes of LDS of {}",
+                self.arch.name,
+                lowered.gpu.threads,
+                resources.registers,
+                resources.static_shared_bytes,
+                self.arch.lds_bytes
+            )));
+        }
+        Ok(Built { lowered, code, object, resources })
+    }
+
+    fn listings(&self, name: &str, kernel: &Built) -> impl Iterator<Item = Listing> {
+        let levels = [
+            (Level::Sched, Some(&kernel.lowered.sched)),
+            (Level::Mlir, Some(&kernel.lowered.mlir)),
+            (Level::Llvm, kernel.code.llvm_ir.as_ref()),
+            (Level::Asm, Some(&kernel.code.assembly)),
+        ];
+        levels
+            .into_iter()
+            .filter(|(level, _)| self.keeps(*level))
+            .filter_map(move |(level, text)| Some(Listing { kernel: name.to_owned(), level, text: text?.clone() }))
+    }
+}
+
+impl Target for AmdTarget {
+    fn name(&self) -> &'static str {
+        self.arch.name
+    }
+
+    fn levels(&self) -> &'static [Level] {
+        &[Level::Sched, Level::Mlir, Level::Llvm, Level::Asm]
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        true
+    }
+
+    fn blocks(&self) -> u32 {
+        self.arch.device.units
+    }
+
+    fn block_bytes(&self) -> u32 {
+        self.arch.lds_bytes / 8 * 5
+    }
+
+    fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
+        Schedule::wide(shape, tokens)
+    }
+
+    fn fits(&self, kernel: &Kernel) -> bool {
+        gpu::fits(kernel, self.arch)
+    }
+
+    fn compile(&self, kernels: &[Kernel]) -> Result<Module, TargetError> {
+        let setup = |reason| TargetError::Setup { target: self.arch.name.to_owned(), reason };
+        let lld = Lld::find(self.lld.as_deref()).map_err(setup)?;
+        let built = in_parallel(kernels, |kernel| self.build(&lld, kernel));
+        let built = built.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let mut module = Module::default();
+        let mut entries: BTreeMap<&[u8], u64> = BTreeMap::new();
+        for (kernel, built) in kernels.iter().zip(&built) {
+            let name = &kernel.program.name;
+            let entry = *entries.entry(&built.object).or_insert_with(|| {
+                module.code.resize(module.code.len().next_multiple_of(CODE_ALIGN), 0);
+                module.code.extend(&built.object);
+                (module.code.len() - built.object.len()) as u64
+            });
+            let [spilled, _] = built.resources.spill_bytes;
+            if spilled > 0 {
+                let registers = built.resources.registers;
+                module
+                    .warnings
+                    .push(format!("kernel {name} spills {spilled} bytes a lane, with {registers} registers"));
+            }
+            let mut gpu = built.lowered.gpu.clone();
+            gpu.resources = Some(built.resources);
+            module.kernels.push(KernelCode {
+                name: name.clone(),
+                entry,
+                code_bytes: built.object.len() as u64,
+                scratch_bytes: 0,
+                gpu: Some(gpu),
+            });
+            module.listings.extend(self.listings(name, built));
+        }
+        Ok(module)
+    }
+}
