@@ -37,7 +37,9 @@ impl Lld {
     fn probe(self) -> Result<Lld, String> {
         let output = Command::new(&self.path).arg("--version").output();
         match output {
-            Ok(output) if output.status.success() && output.stdout.starts_with(b"LLD") => Ok(self),
+            Ok(output) if output.status.success() && String::from_utf8_lossy(&output.stdout).contains("LLD") => {
+                Ok(self)
+            }
             Ok(_) => Err(format!("{} is not ld.lld; {REMEDY}", self.path.display())),
             Err(e) => Err(format!("{} did not start: {e}; {REMEDY}", self.path.display())),
         }
