@@ -12,7 +12,7 @@ use crate::front::config::{ConfigError, ModelConfig};
 use crate::front::model::{self, BuildOptions};
 use crate::passes::{self, Class, Cx, PassError};
 use crate::plan::{self, Plan, PlanError};
-use dsc_ir::artifact::{self, Header, KernelEntry, ModelFacts, Numerics, ParamEntry};
+use dsc_ir::artifact::{self, Header, KernelEntry, LibraryFacts, ModelFacts, Numerics, ParamEntry};
 use dsc_ir::graph::Graph;
 use dsc_ir::tile::Access;
 use dsc_ir::{Sym, SymValues};
@@ -212,7 +212,18 @@ pub fn lower(
     if let Some((dir, checkpoint)) = checkpoint {
         check_weights(dir, checkpoint, &plan)?;
     }
+    finish(graphs, plan, (model, None), numerics, target, observe)
+}
 
+/// The way from a plan to an artifact; `graphs` is what was planned.
+pub(crate) fn finish(
+    graphs: Vec<(Class, Graph)>,
+    plan: Plan,
+    facts: (ModelFacts, Option<LibraryFacts>),
+    numerics: Numerics,
+    target: &dyn Target,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Compiled, CompileError> {
     let stage = Instant::now();
     let kernels: Vec<Kernel> =
         plan.kernels.iter().map(|k| Kernel { program: k.program.clone(), schedule: k.schedule.clone() }).collect();
@@ -220,7 +231,7 @@ pub fn lower(
     observe(Event::Stage { name: "generate code", took: stage.elapsed() });
 
     let stage = Instant::now();
-    let mut header = header(model, numerics, &plan, &module, target.name());
+    let mut header = header(facts, numerics, &plan, &module, target.name());
     let tile_text: String = plan.kernels.iter().map(|k| format!("// {}\n{}\n", k.what, k.program)).collect();
     let mut sections = vec![("code", module.code.as_slice()), ("tile", tile_text.as_bytes())];
     sections.extend(module.portable.as_deref().map(|asm| ("asm", asm)));
@@ -306,7 +317,13 @@ fn facts(config: &ModelConfig, config_hash: &str, options: &Options, max_context
     }
 }
 
-fn header(model: ModelFacts, numerics: Numerics, plan: &Plan, module: &Module, target: &str) -> Header {
+fn header(
+    (model, library): (ModelFacts, Option<LibraryFacts>),
+    numerics: Numerics,
+    plan: &Plan,
+    module: &Module,
+    target: &str,
+) -> Header {
     let kernels = plan.kernels.iter().zip(&module.kernels).map(|(planned, code)| {
         let program = &planned.program;
         let param = |p: &dsc_ir::tile::Param| ParamEntry {
@@ -337,6 +354,8 @@ fn header(model: ModelFacts, numerics: Numerics, plan: &Plan, module: &Module, t
         states: plan.states.clone(),
         kernels: kernels.collect(),
         steps: plan.steps.clone(),
+        library,
+        entries: plan.entries.clone(),
         sections: Vec::new(),
     }
 }

@@ -11,6 +11,8 @@ pub mod front;
 #[cfg(feature = "compile")]
 pub mod kernels;
 #[cfg(feature = "compile")]
+pub mod library;
+#[cfg(feature = "compile")]
 pub mod microbench;
 #[cfg(feature = "compile")]
 pub mod passes;

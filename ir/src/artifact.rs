@@ -23,7 +23,7 @@
 //! inside its buffer at the limits does so in every step within them.
 
 use crate::DType;
-use crate::extent::{GridDim, Sym, SymValues};
+use crate::extent::{Extent, GridDim, Sym, SymValues};
 use crate::graph::{Elem, PAGE_TOKENS, State, StateFormat, StepInput};
 use crate::tile::ViewType;
 use crate::work::Work;
@@ -138,7 +138,8 @@ pub struct KernelEntry {
 /// What a launch on a GPU needs besides grid and arguments.
 ///
 /// The kernel's parameters are, in order: the address of each argument (64 bits each); the address of the six symbols (i32, in the
-/// order of [`Sym::ALL`]), which lie in device memory so that a captured graph serves steps of any size; and each of
+/// order of [`Sym::ALL`]), which lie in device memory so that a captured graph serves steps of any size, or these 24 bytes by value
+/// ([`Schedule::symbols_by_value`](crate::schedule::Schedule::symbols_by_value)); and each of
 /// [`GpuKernel::maps`] by value (128 bytes, 64-aligned). Axis 0, 1 and 2 of the grid are x, y and z; blocks beyond the grid at
 /// the symbols' values return at once, so a launch may have more.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -212,6 +213,10 @@ pub enum Arg {
     Input(StepInput),
     /// The logits.
     Logits,
+    /// An argument of an entry point ([`Entry::args`]).
+    Caller(u32),
+    /// A part of an entry point's workspace ([`Entry::workspace`]).
+    Workspace(u32),
 }
 
 /// One kernel launch.
@@ -253,6 +258,276 @@ pub struct Step {
     pub launches: Vec<Launch>,
     /// Intermediate results.
     pub taps: Vec<Tap>,
+}
+
+/// What a kernel library was compiled for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LibraryFacts {
+    /// `dsa`: sparse attention of the DeepSeek-V3.2 family.
+    pub kind: String,
+    /// Heads of attention on this rank.
+    pub heads: u32,
+    /// Heads of the indexer.
+    pub index_heads: u32,
+    /// Elements of an index key.
+    pub index_dim: u32,
+    /// Elements of the latent.
+    pub latent: u32,
+    /// Elements of the rope key.
+    pub rope: u32,
+    /// Keys selected.
+    pub topk: u32,
+    /// Multiplies the scores of attention.
+    pub scale: f32,
+    /// Query tokens of a sequence that decoding takes.
+    pub queries: Vec<u32>,
+    /// Longest context in tokens.
+    pub max_context: u32,
+    /// Whether the latent cache is fp8 with scales ([`StateFormat::LatentFp8`]) rather than bf16.
+    pub fp8_cache: bool,
+}
+
+/// What an argument of an entry point holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ArgElem {
+    /// Elements of that type.
+    Plain(DType),
+    /// Bytes: pages of a cache in this format, `[N, page bytes]`.
+    Pages(StateFormat),
+}
+
+impl ArgElem {
+    /// Bytes of an element.
+    pub fn bytes(self) -> u64 {
+        match self {
+            ArgElem::Plain(dtype) => dtype.bytes() as u64,
+            ArgElem::Pages(_) => 1,
+        }
+    }
+}
+
+/// An argument of an entry point: memory of the caller, row-major.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntryArg {
+    /// Its name, unique in the entry point.
+    pub name: String,
+    /// What it holds.
+    pub elem: ArgElem,
+    /// Its shape.
+    pub shape: Vec<Extent>,
+    /// Whether it is a result.
+    pub write: bool,
+}
+
+impl EntryArg {
+    /// Whether rows may be further apart than they are long: matrices whose rows have no constant length. The symbol of their
+    /// last dim is then that distance.
+    pub fn pitched(&self) -> bool {
+        matches!(self.shape.as_slice(), [_, last] if last.sym.is_some() && last.factor == 1)
+    }
+
+    /// Its bytes at these sizes.
+    pub fn bytes(&self, syms: &SymValues) -> Option<u64> {
+        self.shape.iter().try_fold(self.elem.bytes(), |n, e| n.checked_mul(e.eval(syms)))
+    }
+}
+
+/// A part of an entry point's workspace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkspacePart {
+    /// Bytes of an element.
+    pub element_bytes: u32,
+    /// Its shape.
+    pub shape: Vec<Extent>,
+}
+
+/// One operation of a kernel library for one shape class.
+///
+/// A caller gives an array for each argument; their shapes bind the symbols. Intermediate results lie in a workspace of the
+/// caller, one part after the other, each at a multiple of [`WORKSPACE_ALIGN`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The operation, such as `topk`.
+    pub op: String,
+    /// The shape class.
+    pub class: String,
+    /// It takes calls whose symbols are all at most these.
+    pub max: SymValues,
+    /// Sizes that are equal in every call: each first one has a factor of 1. It binds a symbol that no shape has.
+    pub relations: Vec<(Extent, Extent)>,
+    /// Arguments, in order.
+    pub args: Vec<EntryArg>,
+    /// Parts of the workspace.
+    pub workspace: Vec<WorkspacePart>,
+    /// Launches in order.
+    pub launches: Vec<Launch>,
+}
+
+/// Why a call is not one of a class; of several classes the latest says most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// Shapes disagree with each other, or with what was compiled.
+    Shape(String),
+    /// Sizes are not related as in this class.
+    Relation(String),
+    /// A size is beyond this class.
+    Limit(String),
+}
+
+impl Misfit {
+    /// How much of the call was in order.
+    pub fn rank(&self) -> u8 {
+        match self {
+            Misfit::Shape(_) => 0,
+            Misfit::Relation(_) => 1,
+            Misfit::Limit(_) => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for Misfit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Misfit::Shape(what) | Misfit::Relation(what) | Misfit::Limit(what)) = self;
+        f.write_str(what)
+    }
+}
+
+/// Parts of a workspace start at multiples of this, and so must the workspace.
+pub const WORKSPACE_ALIGN: u64 = 256;
+
+impl Entry {
+    /// The symbols of a call whose arguments have these shapes (of [`EntryArg::pitched`] ones the last dim is the distance of rows,
+    /// in elements). Symbols that nothing binds are 1.
+    ///
+    /// # Errors
+    /// Which argument does not fit, and how; or that the call is beyond the class.
+    pub fn symbols(&self, shapes: &[&[u64]]) -> Result<SymValues, Misfit> {
+        if shapes.len() != self.args.len() {
+            return Err(Misfit::Shape(format!("{} arguments, {} takes {}", shapes.len(), self.op, self.args.len())));
+        }
+        let mut found: [Option<u32>; 6] = [None; 6];
+        for (arg, shape) in self.args.iter().zip(shapes) {
+            let name = &arg.name;
+            if shape.len() != arg.shape.len() {
+                return Err(Misfit::Shape(format!("{name} has {} dims, wants {:?}", shape.len(), arg.shape)));
+            }
+            for (extent, &n) in arg.shape.iter().zip(*shape) {
+                let wrong = || Misfit::Shape(format!("{name} is {shape:?}, wants {:?}{}", arg.shape, bound(&found)));
+                let Some(sym) = extent.sym else {
+                    if n != u64::from(extent.factor) {
+                        return Err(wrong());
+                    }
+                    continue;
+                };
+                let factor = u64::from(extent.factor.max(1));
+                let value = u32::try_from(n / factor).ok().filter(|_| n % factor == 0).ok_or_else(wrong)?;
+                match found[sym as usize] {
+                    Some(known) if known != value => return Err(wrong()),
+                    _ => found[sym as usize] = Some(value),
+                }
+            }
+        }
+        for (one, other) in &self.relations {
+            let (Some(a), Some(b)) = (one.sym, other.sym) else { continue };
+            let value = found[b as usize].unwrap_or(1).checked_mul(other.factor);
+            let known = found[a as usize].unwrap_or(0);
+            let wrong = || Misfit::Relation(format!("{one} is {known}, wants {other}{}", bound(&found)));
+            let value = value.ok_or_else(wrong)?;
+            if found[a as usize].is_some_and(|known| known != value) {
+                return Err(wrong());
+            }
+            found[a as usize] = Some(value);
+        }
+        let syms = SymValues(found.map(|n| n.unwrap_or(1)));
+        for sym in Sym::ALL {
+            if syms.get(sym) > self.max.get(sym) {
+                let (n, most) = (syms.get(sym), self.max.get(sym));
+                return Err(Misfit::Limit(format!("{n} {} are more than {most}", sym.name())));
+            }
+        }
+        Ok(syms)
+    }
+
+    /// Where each part of the workspace starts, and the bytes of all.
+    pub fn workspace(&self, syms: &SymValues) -> Option<(Vec<u64>, u64)> {
+        let mut at = 0u64;
+        let mut starts = Vec::with_capacity(self.workspace.len());
+        for part in &self.workspace {
+            starts.push(at);
+            let bytes =
+                part.shape.iter().try_fold(u64::from(part.element_bytes), |n, e| n.checked_mul(e.eval(syms)))?;
+            at = at.checked_add(bytes.checked_next_multiple_of(WORKSPACE_ALIGN)?)?;
+        }
+        Some((starts, at))
+    }
+
+    /// Bytes of the memory behind an argument of a launch, and the argument's place in it.
+    pub fn buffer(&self, arg: Arg, syms: &SymValues) -> Option<(u64, u64)> {
+        match arg {
+            Arg::Caller(i) => Some((self.args.get(i as usize)?.bytes(syms)?, 0)),
+            Arg::Workspace(i) => {
+                let (starts, bytes) = self.workspace(syms)?;
+                let start = *starts.get(i as usize)?;
+                let end = starts.get(i as usize + 1).copied().unwrap_or(bytes);
+                Some((end - start, 0))
+            }
+            _ => None,
+        }
+    }
+
+    fn writable(&self, arg: Arg) -> bool {
+        match arg {
+            Arg::Caller(i) => self.args.get(i as usize).is_some_and(|a| a.write),
+            other => matches!(other, Arg::Workspace(_)),
+        }
+    }
+
+    /// What is wrong with it, but for its launches.
+    fn check(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut expect = |ok: bool, what: &str| {
+            if !ok {
+                problems.push(what.to_owned());
+            }
+        };
+        let named = |name: &str| (1..=4096).contains(&name.len());
+        expect(named(&self.op) && named(&self.class), "its name is empty or endless");
+        expect(self.max.0.iter().all(|&n| (1..=i32::MAX as u32).contains(&n)), "its largest sizes are out of range");
+        let mut names = BTreeSet::new();
+        expect(self.args.iter().all(|a| named(&a.name) && names.insert(&a.name)), "names of arguments are not unique");
+        expect(self.args.len() <= 64 && self.workspace.len() <= 64 && self.launches.len() <= 64, "it is too large");
+        let ranks = self.args.iter().map(|a| a.shape.len()).chain(self.workspace.iter().map(|w| w.shape.len()));
+        expect(ranks.into_iter().all(|n| (1..=8).contains(&n)), "an argument has no dims, or too many");
+        let pages = |a: &EntryArg| match a.elem {
+            ArgElem::Plain(dtype) => dtype != DType::Bool,
+            ArgElem::Pages(format) => {
+                checked_page_bytes(format).is_some_and(|n| a.shape == [Sym::N.into(), Extent::from(n)])
+            }
+        };
+        expect(self.args.iter().all(pages), "an argument's type or pages cannot be");
+        expect(self.relations.iter().all(|(a, _)| a.factor == 1), "a relation binds a multiple");
+        let fits = |n: Option<u64>| n.is_some_and(|n| n <= MAX_BUFFER_BYTES);
+        expect(self.args.iter().all(|a| fits(a.bytes(&self.max))), "an argument is beyond reason");
+        expect(fits(self.workspace(&self.max).map(|w| w.1)), "its workspace is beyond reason");
+        problems
+    }
+}
+
+/// Bytes of a page of a format of sane size.
+fn checked_page_bytes(format: StateFormat) -> Option<u32> {
+    let sizes = match format {
+        StateFormat::LatentFp8 { latent, rope } | StateFormat::Latent { latent, rope, .. } => [latent, rope],
+        StateFormat::IndexFp8 { dim } | StateFormat::Index { dim, .. } => [dim, 1],
+    };
+    sizes.iter().all(|n| (1..=MAX_ROW).contains(n)).then(|| format.page_bytes())
+}
+
+/// Symbols that are bound, for messages.
+fn bound(found: &[Option<u32>; 6]) -> String {
+    let known: Vec<String> =
+        Sym::ALL.iter().filter_map(|&s| found[s as usize].map(|n| format!("{} = {n}", s.name()))).collect();
+    if known.is_empty() { String::new() } else { format!(" where {}", known.join(", ")) }
 }
 
 /// What the runtime must know of the model.
@@ -308,8 +583,14 @@ pub struct Header {
     pub states: Vec<State>,
     /// Kernels.
     pub kernels: Vec<KernelEntry>,
-    /// Shape classes, the preferred first.
+    /// Shape classes, the preferred first; none in a kernel library.
     pub steps: Vec<Step>,
+    /// What a kernel library was compiled for; none in a model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<LibraryFacts>,
+    /// Entry points of a kernel library: by operation, of each the preferred shape class first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub entries: Vec<Entry>,
     /// Sections.
     pub sections: Vec<Section>,
 }
@@ -608,6 +889,7 @@ impl Header {
             ),
             Arg::Input(input) => (input.shape().iter().try_fold(4u64, |n, e| n.checked_mul(e.eval(limits)))?, 0),
             Arg::Logits => (u64::from(limits.get(Sym::L)).checked_mul(u64::from(self.model.vocab))?.checked_mul(4)?, 0),
+            Arg::Caller(_) | Arg::Workspace(_) => return None,
         })
     }
 
@@ -625,6 +907,7 @@ impl Header {
         }
         if check.problems.is_empty() {
             check.steps();
+            check.entries();
         }
         if check.problems.is_empty() { Ok(()) } else { Err(check.problems) }
     }
@@ -757,7 +1040,8 @@ impl<'a> Check<'a> {
     }
 
     fn steps(&mut self) {
-        self.expect(!self.header.steps.is_empty(), || "there is no step".into());
+        let empty = self.header.steps.is_empty() && self.header.entries.is_empty();
+        self.expect(!empty, || "there is no step".into());
         self.names("step", self.header.steps.iter().map(|s| s.name.as_str()));
         let mut taps = BTreeMap::new();
         for step in &self.header.steps {
@@ -790,7 +1074,34 @@ impl<'a> Check<'a> {
         }
     }
 
+    fn entries(&mut self) {
+        self.expect(self.header.entries.len() <= MAX_ENTRIES, || format!("more than {MAX_ENTRIES} entry points"));
+        for entry in &self.header.entries {
+            let place = format!("entry point {} ({})", entry.op, entry.class);
+            for what in entry.check() {
+                self.problem(format!("{place}: {what}"));
+            }
+            for (i, launch) in entry.launches.iter().enumerate() {
+                let buffer = |arg| entry.buffer(arg, &entry.max);
+                for what in self.launch_of(launch, &entry.max, &buffer, &|arg| entry.writable(arg)) {
+                    self.problem(format!("{place}, launch {i} ({}): {what}", launch.node));
+                }
+            }
+        }
+    }
+
     fn launch(&self, step: &Step, launch: &Launch) -> Vec<String> {
+        let buffer = |arg| self.header.buffer(arg, step.arena_bytes, &step.max);
+        self.launch_of(launch, &step.max, &buffer, &|arg| !matches!(arg, Arg::Weight(..) | Arg::Input(_)))
+    }
+
+    fn launch_of(
+        &self,
+        launch: &Launch,
+        max: &SymValues,
+        buffer: &dyn Fn(Arg) -> Option<(u64, u64)>,
+        writable: &dyn Fn(Arg) -> bool,
+    ) -> Vec<String> {
         let Some(kernel) = self.header.kernels.get(launch.kernel as usize) else {
             return vec![format!("kernel {} of {}", launch.kernel, self.header.kernels.len())];
         };
@@ -803,18 +1114,18 @@ impl<'a> Check<'a> {
                 kernel.name
             ));
         }
-        if kernel.blocks(&step.max).is_none() {
+        if kernel.blocks(max).is_none() {
             problems.push(format!("the grid of {} is beyond reason", kernel.name));
         }
         for (param, &arg) in kernel.params.iter().zip(&launch.args) {
-            if param.write && matches!(arg, Arg::Weight(..) | Arg::Input(_)) {
+            if param.write && !writable(arg) {
                 problems.push(format!("parameter {} writes {arg:?}", param.name));
             }
-            match self.header.buffer(arg, step.arena_bytes, &step.max) {
+            match buffer(arg) {
                 None => {
                     problems.push(format!("parameter {}: {arg:?} does not exist, or its size overflows", param.name))
                 }
-                Some((bytes, at)) => problems.extend(param.check_binding(at, bytes, &step.max).err()),
+                Some((bytes, at)) => problems.extend(param.check_binding(at, bytes, max).err()),
             }
         }
         problems
@@ -975,6 +1286,8 @@ mod tests {
                 work: Default::default(),
                 gpu: None,
             }],
+            library: None,
+            entries: Vec::new(),
             steps: vec![Step {
                 name: "all".into(),
                 max: SymValues([10, 2, 16, 10, 1 << 20, 1000]),

@@ -19,8 +19,15 @@ pub struct Schedule {
     /// Threads of a block on targets that have such; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub threads: u32,
+    /// Whether a GPU kernel takes the symbols by value rather than the address of them: for callers that capture launches themselves.
+    #[serde(skip_serializing_if = "is_false")]
+    pub symbols_by_value: bool,
     /// Blocks a worker takes at a time from the launch's queue; 0 lets the executor decide.
     pub blocks_per_task: u32,
+}
+
+fn is_false(x: &bool) -> bool {
+    !x
 }
 
 fn is_zero(n: &u32) -> bool {

@@ -121,6 +121,27 @@ impl CpuDevice {
         })
     }
 
+    /// Runs a kernel on memory of the caller, whose addresses are `args`.
+    ///
+    /// # Errors
+    /// [`DeviceError::Misuse`] if there is no such kernel, or its parameters are not as many.
+    ///
+    /// # Safety
+    /// What the kernel's views at these symbols span from the addresses is memory, and what it writes is nobody else's meanwhile.
+    pub(crate) unsafe fn launch(
+        &mut self,
+        kernel: usize,
+        args: &[*mut u8],
+        syms: &SymValues,
+    ) -> Result<(), DeviceError> {
+        let misuse = |what: &str| DeviceError::Misuse(what.to_string());
+        let scratch = self.scratch.as_mut().ok_or_else(|| misuse("no code is loaded"))?.as_mut_ptr();
+        let kernel = self.kernels.get(kernel).filter(|k| k.entry.params.len() == args.len());
+        let kernel = kernel.ok_or_else(|| misuse("no kernel with such parameters"))?;
+        start_blocks(&mut self.pool, kernel, args, syms, (scratch, self.scratch_stride));
+        Ok(())
+    }
+
     fn own(&mut self, bytes: u64, what: &'static str) -> Result<MmapMut, DeviceError> {
         let memory = |reason: String| DeviceError::Memory { what, bytes, reason };
         let size = usize::try_from(bytes).map_err(|e| memory(e.to_string()))?;
@@ -335,31 +356,36 @@ impl Device for CpuDevice {
         let first = launches.start;
         let ready = program.launches.get(launches).ok_or_else(|| misuse("launches out of range"))?;
         let scratch = self.scratch.as_mut().ok_or_else(|| misuse("no code is loaded"))?.as_mut_ptr();
-        let workers = self.pool.workers() as u64;
         for (i, launch) in ready.iter().enumerate() {
             let start = times.is_some().then(Instant::now);
-            let Kernel { entry, call } = &self.kernels[launch.kernel];
-            let blocks = entry.blocks(syms).unwrap_or(0);
-            let blocks_per_task = match entry.schedule.blocks_per_task {
-                0 => (blocks / (TASKS_PER_WORKER * workers)).max(1),
-                n => u64::from(n),
-            };
-            let call = Call {
-                entry: *call,
-                args: &launch.args,
-                syms: syms.0.map(|n| n as i32),
-                scratch,
-                scratch_stride: self.scratch_stride,
-                blocks,
-                blocks_per_task,
-            };
-            self.pool.run(blocks.div_ceil(blocks_per_task), &|worker, task| call.task(worker, task));
+            let kernel = &self.kernels[launch.kernel];
+            let blocks = start_blocks(&mut self.pool, kernel, &launch.args, syms, (scratch, self.scratch_stride));
             if let (Some(times), Some(start)) = (&mut times, start) {
                 times.add(first + i, blocks, start.elapsed());
             }
         }
         Ok(())
     }
+}
+
+/// Runs every block of a kernel; returns how many there are.
+fn start_blocks(
+    pool: &mut Pool,
+    kernel: &Kernel,
+    args: &[*mut u8],
+    syms: &SymValues,
+    (scratch, scratch_stride): (*mut u8, usize),
+) -> u64 {
+    let entry = &kernel.entry;
+    let blocks = entry.blocks(syms).unwrap_or(0);
+    let blocks_per_task = match entry.schedule.blocks_per_task {
+        0 => (blocks / (TASKS_PER_WORKER * pool.workers() as u64)).max(1),
+        n => u64::from(n),
+    };
+    let syms = syms.0.map(|n| n as i32);
+    let call = Call { entry: kernel.call, args, syms, scratch, scratch_stride, blocks, blocks_per_task };
+    pool.run(blocks.div_ceil(blocks_per_task), &|worker, task| call.task(worker, task));
+    blocks
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]

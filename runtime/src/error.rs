@@ -44,9 +44,75 @@ pub enum Error {
     /// Text cannot be turned into tokens or back.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A kernel library was called wrongly.
+    #[error(transparent)]
+    Call(#[from] CallError),
     /// A file of expected outputs does not say what to run or to expect.
     #[error("the golden file is not usable: {0}")]
     Golden(String),
+}
+
+/// Why an operation of a kernel library cannot be called so.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CallError {
+    /// The artifact has no entry points.
+    #[error("{path} holds a model, not a kernel library; compile one with `dsc compile --kernels dsa`", path = .path.display())]
+    NoLibrary {
+        /// The artifact.
+        path: PathBuf,
+    },
+    /// The artifact has no steps.
+    #[error("{path} holds a kernel library, not a model; compile a model folder with `dsc compile DIR`", path = .path.display())]
+    NoModel {
+        /// The artifact.
+        path: PathBuf,
+    },
+    /// The library has no such operation.
+    #[error("the library has no operation {op}; it has {known}")]
+    NoOperation {
+        /// What was asked for.
+        op: String,
+        /// What there is.
+        known: String,
+    },
+    /// Too few or too many arguments.
+    #[error("{op} has {found} arguments, and wants: {wants}")]
+    Count {
+        /// The operation.
+        op: String,
+        /// Arguments given.
+        found: usize,
+        /// Their names.
+        wants: String,
+    },
+    /// An argument by itself is not as it must be.
+    #[error("argument {name} {what}")]
+    Argument {
+        /// The argument.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// Arguments do not fit together, or are beyond what was compiled.
+    #[error("{op}: {what}; these sizes do not fit together, or the library is compiled for smaller ones")]
+    Sizes {
+        /// The operation.
+        op: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// The workspace is too small.
+    #[error("the workspace has {have} bytes, and the call needs {need}: ask for them before, with the same arguments")]
+    Workspace {
+        /// Bytes given.
+        have: u64,
+        /// Bytes needed.
+        need: u64,
+    },
+    /// The device refused.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// How a weight of the artifact and the tensors of the checkpoint disagree.

@@ -4,6 +4,7 @@
 //! Model    an Artifact (mapped, checked) and its Weights (mapped or made), shared by sessions
 //! Session  sequences, their pages of the cache, and a Device that runs the artifact's launches
 //! Device   memory and launches: the CPU, or an NVIDIA GPU
+//! Library  operations that other programs call on their own memory
 //! ```
 //!
 //! ```no_run
@@ -42,6 +43,7 @@ mod cuda;
 pub mod device;
 mod error;
 pub mod evaluate;
+pub mod library;
 pub mod limits;
 mod pool;
 pub mod sample;
@@ -57,8 +59,9 @@ pub use checkpoint::Checkpoint;
 pub use cpu::CpuDevice;
 pub use cuda::CudaDevice;
 pub use device::Device;
-pub use error::{DeviceError, Error, RequestError, WeightError};
+pub use error::{CallError, DeviceError, Error, RequestError, WeightError};
 pub use evaluate::Evaluation;
+pub use library::Library;
 pub use limits::Limits;
 pub use sample::Sampler;
 pub use session::{

@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cpu::CpuDevice;
 use crate::cuda::{self, CudaDevice};
 use crate::device::{self, Bound, BoundLaunch, Buffer, Code, Device, LaunchTime, LaunchTimes};
-use crate::error::{DeviceError, Error, RequestError};
+use crate::error::{CallError, DeviceError, Error, RequestError};
 use crate::limits::Limits;
 use crate::sample::Sampler;
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -88,6 +88,9 @@ impl Model {
     ) -> Result<Model, Error> {
         let artifact = Artifact::open(artifact)?;
         let header = artifact.header();
+        if header.steps.is_empty() {
+            return Err(CallError::NoModel { path: artifact.path().to_path_buf() }.into());
+        }
         let pages = capacity_pages(header, options)?;
         let threads = match options.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -464,6 +467,8 @@ impl Session {
             Arg::State(i) => (states[i as usize], 0),
             Arg::Input(input) => (inputs[input as usize], 0),
             Arg::Logits => (logits, 0),
+            // The header was checked: entry points alone have them.
+            Arg::Caller(_) | Arg::Workspace(_) => (arena, 0),
         };
         let mut steps = Vec::new();
         for (index, limits) in limits {

@@ -59,6 +59,8 @@ pub(crate) fn header() -> Header {
             work: Default::default(),
             gpu: None,
         }],
+        library: None,
+        entries: Vec::new(),
         steps: vec![Step {
             name: "all".into(),
             max: SymValues([16, 4, 4, 16, 16, 64]),

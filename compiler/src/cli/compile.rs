@@ -11,10 +11,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+#[path = "compile/library.rs"]
+mod library;
+
 #[derive(clap::Args)]
 pub struct Args {
     /// A Hugging Face model folder: config.json, and the weights if they are to be checked
-    model_dir: PathBuf,
+    #[arg(required_unless_present = "kernels", conflicts_with = "kernels")]
+    model_dir: Option<PathBuf>,
+    #[command(flatten)]
+    library: library::LibraryArgs,
     /// What to compile for (`dsc targets` lists them)
     #[arg(long, default_value = "cpu")]
     target: String,
@@ -29,7 +35,7 @@ pub struct Args {
     tp: u32,
     /// Longest context in tokens [default: the model's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    max_context: Option<u32>,
+    pub(super) max_context: Option<u32>,
     /// Tokens of a prefill step; longer prompts go in chunks
     #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
     chunk: u32,
@@ -102,22 +108,11 @@ pub fn run(args: Args) -> Outcome {
         lld: args.lld.clone(),
     };
     check(&args, &codegen)?;
-    let options = Options {
-        target: args.target.clone(),
-        numerics: match args.numerics {
-            NumericsArg::Exact => Numerics::Exact,
-            NumericsArg::Deployed => Numerics::Deployed,
-        },
-        max_context: args.max_context,
-        chunk: args.chunk,
-        layers: args.layers.clone(),
-        codegen,
-    };
-    let output = args.output.clone().unwrap_or_else(|| default_output(&args.model_dir));
+    let output = args.output.clone().unwrap_or_else(|| default_output(&args));
     check_destination(&output)?;
     let mut times: Vec<(String, Duration)> = Vec::new();
     let bar = progress::bar("Compiling", 0);
-    let compiled = compile::compile_dir(&args.model_dir, &options, &mut |event| match event {
+    let mut observe = |event: Event| match event {
         Event::Pass { class, name, graph, took } => {
             bar.set_message(format!("{class}: {name}"));
             bar.tick();
@@ -131,7 +126,11 @@ pub fn run(args: Args) -> Outcome {
             bar.tick();
             times.push((name.to_owned(), took));
         }
-    })?;
+    };
+    let compiled = match &args.model_dir {
+        Some(dir) => compile::compile_dir(dir, &model_options(&args, codegen), &mut observe)?,
+        None => crate::library::compile(&args.library.options(&args, codegen)?, &mut observe)?,
+    };
     bar.finish_and_clear();
     emit(&args, &compiled)?;
     // Last: where the artifact is, all else is.
@@ -141,6 +140,20 @@ pub fn run(args: Args) -> Outcome {
         tell(table(&["pass", "time"], rows));
     }
     summary(&args, &output, &compiled, started.elapsed())
+}
+
+fn model_options(args: &Args, codegen: TargetOptions) -> Options {
+    Options {
+        target: args.target.clone(),
+        numerics: match args.numerics {
+            NumericsArg::Exact => Numerics::Exact,
+            NumericsArg::Deployed => Numerics::Deployed,
+        },
+        max_context: args.max_context,
+        chunk: args.chunk,
+        layers: args.layers.clone(),
+        codegen,
+    }
 }
 
 /// Refuses what can be refused before any work.
@@ -170,8 +183,9 @@ fn check(args: &Args, codegen: &TargetOptions) -> Result<(), Box<dyn std::error:
     Ok(())
 }
 
-fn default_output(model_dir: &Path) -> PathBuf {
-    let absolute = fs::canonicalize(model_dir).unwrap_or_else(|_| model_dir.to_owned());
+fn default_output(args: &Args) -> PathBuf {
+    let Some(model_dir) = &args.model_dir else { return PathBuf::from(format!("{}.dsc", args.library.name())) };
+    let absolute = fs::canonicalize(model_dir).unwrap_or_else(|_| model_dir.clone());
     let stem = absolute.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
     PathBuf::from(format!("{stem}.dsc"))
 }
@@ -190,7 +204,7 @@ fn emit(args: &Args, compiled: &Compiled) -> Result<(), Box<dyn std::error::Erro
         match level {
             Emit::Graph => {
                 for (class, graph) in &compiled.graphs {
-                    write(format!("{}.graph", class.name), &graph.to_string())?;
+                    write(format!("{}.graph", class.name.replace('/', ".")), &graph.to_string())?;
                 }
             }
             Emit::Tile => {
@@ -241,6 +255,7 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
             "machine_code_kernels": machine_code(header),
             "warnings": compiled.module.warnings,
             "steps": steps,
+            "entries": header.entries.iter().map(|e| format!("{}/{}", e.op, e.class)).collect::<Vec<_>>(),
             "seconds": took.as_secs_f64(),
         }))?;
         return Ok(ExitCode::SUCCESS);
@@ -252,6 +267,16 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
             format!("{} of intermediate results", bytes(s.arena_bytes)),
         ]
     });
+    let entries = header.entries.iter().map(|e| {
+        let workspace = e.workspace(&e.max).map_or(0, |w| w.1);
+        vec![
+            format!("  {}", e.op),
+            e.class.clone(),
+            format!("{} launches", e.launches.len()),
+            format!("at most {} of workspace", bytes(workspace)),
+        ]
+    });
+    let entries = if header.entries.is_empty() { String::new() } else { format!("{}\n", table(&[], entries)) };
     let mut text = format!(
         "{}: {}, {} kernels for {}, {:.2} s\n{}",
         output.display(),
@@ -259,7 +284,7 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
         header.kernels.len(),
         header.target,
         took.as_secs_f64(),
-        table(&[], rows)
+        if header.steps.is_empty() { entries } else { format!("{}\n", table(&[], rows)) }
     );
     if args.target.starts_with("sm_") {
         text +=
@@ -268,8 +293,8 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
     for warning in &compiled.module.warnings {
         text += &format!("warning: {warning}\n");
     }
-    if !compile::has_weights(&args.model_dir) {
-        text += &format!("note: no weights in {}: their names and shapes were not checked\n", args.model_dir.display());
+    if let Some(dir) = args.model_dir.as_ref().filter(|dir| !compile::has_weights(dir)) {
+        text += &format!("note: no weights in {}: their names and shapes were not checked\n", dir.display());
     }
     tell(text.trim_end());
     Ok(ExitCode::SUCCESS)

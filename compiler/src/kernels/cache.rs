@@ -112,6 +112,19 @@ pub(crate) fn array(e: &mut Emit, state: Value, array: Array, access: Access) ->
     Ok(Cached { data, scales, columns, planar })
 }
 
+/// Columns `first..first + count` of a matrix of keys, by row.
+pub(crate) fn columns(
+    e: &mut Emit,
+    matrix: Value,
+    name: &str,
+    (first, count): (u32, u32),
+) -> Result<Cached, KernelError> {
+    let (arg, mut view) = e.view(matrix, Part::Data)?;
+    view.offset += u64::from(first) * view.dtype.bytes() as u64;
+    view.shape[1] = count.into();
+    Ok(Cached { data: e.param(name, arg, view, Access::Read), scales: None, columns: count, planar: false })
+}
+
 impl Cached {
     /// Rows by slot, dequantised to f32 if quantised (and then to bf16 if `narrow`, which is exact: scales are powers of two), else
     /// as stored. Not for the planar format.

@@ -13,6 +13,7 @@
 //! | [`rows`] | fused `row` bodies, and each of their ops alone; fused `heads` bodies | tokens (× heads) |
 //! | [`gate`] | fused `gate` bodies, and each of their ops alone | tokens |
 //! | [`sparse_attention`] | fused `sparse_attention` bodies, and each of their ops alone | tokens (× heads or pages × parts) |
+//! | [`combine`] | `mqa_combine` by itself | tokens × heads |
 //! | [`mha`] | `mha_attention` | tokens × heads |
 //! | [`cache`] | `cache_latent`, `cache_rope` | pages × sequences |
 //!
@@ -31,6 +32,7 @@ use dsc_ir::{DType, Sym};
 use std::borrow::Cow;
 
 pub mod cache;
+pub mod combine;
 pub mod embed;
 mod epilogue;
 pub mod experts;
@@ -130,6 +132,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         Op::HeadLinear { .. } => linear::emit_heads(graph, node, schedule, class),
         Op::ExpertLinear { .. } => experts::emit(graph, node, schedule, class),
         Op::Route { .. } => experts::emit_route(graph, node, schedule, class),
+        Op::MqaCombine => combine::emit(graph, node, schedule, class),
         Op::MhaAttention { .. } => mha::emit(graph, node, schedule, class),
         Op::CacheLatent | Op::CacheRope => cache::emit(graph, node, schedule, class),
         _ => match body_of(graph, node)?.kind {

@@ -34,6 +34,10 @@
 //! attention with a third grid axis: each block takes an equal share of the tiles that hold something, and stores its accumulator as
 //! it is, with maximum and sum; `epilogue` joins them.
 //!
+//! Graphs of a kernel library use the forms of the ops without step inputs ([`Op::IndexerLogits`]): keys in a matrix instead of pages,
+//! first and last columns instead of a position, slots instead of positions. The programs differ in where a tile of keys comes
+//! from and in what is visible; columns that nobody may look at are not stored.
+//!
 //! Floors of a token with context `C`: scoring `2 C Hi Di` operations, `C` index rows (shared by the tile's tokens); attention
 //! `2 k H (2 L + R)` operations and `k` latent rows.
 
@@ -42,9 +46,9 @@ use super::linear::tile;
 use super::view::{Emit, divided, plus, product, range, sum, times};
 use super::{Class, Emitted, KernelError, Part, body_of, elem_name, several_sequences};
 use dsc_ir::extent::Sym;
-use dsc_ir::graph::{Graph, NodeId, Op, PAGE_TOKENS};
+use dsc_ir::graph::{Graph, NodeId, Op, PAGE_TOKENS, Value, ValueType};
 use dsc_ir::schedule::Schedule;
-use dsc_ir::tile::{Access, Builder, Ix, ReduceKind, ValueId};
+use dsc_ir::tile::{Access, Builder, Ix, MapBuilder, MapVal, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent};
 
 /// Heads that share an accumulator, unless the schedule says otherwise.
@@ -59,7 +63,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let e = Emit::new(graph, node, Some(&fused.body), &parts.name(&fused.body));
     match (parts.logits, parts.topk, parts.attention) {
         (Some(_), Some(_), _) => whole(e, &fused.body, &parts, fused.select_all_below, schedule, class),
-        (None, None, Some(n)) => attention(e, &fused.body, n, schedule),
+        (None, None, Some(n)) => attention(e, &fused.body, n, schedule, class),
         (Some(n), None, None) => logits(e, &fused.body, n, fused.select_all_below, schedule, class),
         (None, Some(topk), None) => select_from_matrix(e, &fused.body, topk, fused.select_all_below, schedule, class),
         _ => Err(e.unsupported("this part of the sparse attention chain; leave its ops unfused")),
@@ -114,9 +118,14 @@ impl Parts {
     }
 }
 
-/// Which output of the node is that value of the body.
+/// Which output of the node is the first result of an op of the body.
 fn output_of(body: &Graph, node: NodeId) -> Option<u32> {
-    body.outputs.iter().position(|(_, v)| v.node == node).map(|i| i as u32)
+    output_at(body, Value { node, output: 0 })
+}
+
+/// Which output of the node is that value of the body.
+fn output_at(body: &Graph, value: Value) -> Option<u32> {
+    body.outputs.iter().position(|(_, v)| *v == value).map(|i| i as u32)
 }
 
 fn whole(
@@ -130,21 +139,31 @@ fn whole(
     let (Some(scored), Some((topk, k))) = (parts.logits, parts.topk) else {
         return Err(e.unsupported("a chain without indexer"));
     };
-    let rows = tokens_of_block(schedule, class);
+    let (bounds, visible) = (body.inputs(topk), body.inputs(scored));
+    let same = match bounds.len() {
+        1 => visible.len() == 6,
+        2 => bounds[1] == visible[3],
+        _ => bounds[1..] == visible[3..5],
+    };
+    if !same {
+        return Err(e.unsupported("a selection from other columns than are scored; leave the two unfused"));
+    }
+    let rows = tokens_of_block(schedule, class, body.inputs(scored).len());
     let token = e.b.grid(Sym::T, rows);
     let token = times(&mut e.b, token, rows);
-    let indexer = Indexer::new(&mut e, body, scored, rows, token)?;
+    let indexer = Indexer::new(&mut e, body, scored, (rows, token), class)?;
     let below = select_all_below.min(k);
     let selection = if class.max.get(Sym::C) <= below {
-        all_visible(&mut e.b, indexer.positions, rows, k)
+        indexer.all_visible(&mut e.b, k)
     } else if below == 0 {
         indexer.select(&mut e.b, k)
     } else {
-        let short = e.b.map(&[indexer.last], |m, v| {
+        let span = indexer.span(&mut e.b);
+        let short = e.b.map(&[span], |m, v| {
             let below = m.i32(below as i32);
             m.lt(v[0], below)
         });
-        e.b.if_(short, |b| vec![all_visible(b, indexer.positions, rows, k)], |b| vec![indexer.select(b, k)])[0]
+        e.b.if_(short, |b| vec![indexer.all_visible(b, k)], |b| vec![indexer.select(b, k)])[0]
     };
     if let Some(output) = output_of(body, topk) {
         let y = e.write("selected", output, Part::Data, None)?;
@@ -152,6 +171,7 @@ fn whole(
     }
     if let Some(n) = parts.attention {
         let attend = Attend::new(&mut e, body, n, schedule, (rows, k))?;
+        let seq = attend.pages.map(|_| indexer.seq);
         let chosen = Chosen::new(&mut e.b, selection, rows, k, attend.keys);
         for_each(&mut e.b, rows, |b, r| {
             let token = sum(b, token, r);
@@ -159,7 +179,7 @@ fn whole(
             let end = last_selected(b, row);
             let pick = |b: &mut Builder, j: ValueId| chosen.tile(b, row, j);
             for_each_tile(b, attend.heads, attend.head_tile, |b, head| {
-                attend.emit(b, token, head, indexer.seq, (end, None), &pick);
+                attend.emit(b, token, head, seq, (end, None), &pick);
             });
         });
     }
@@ -169,9 +189,21 @@ fn whole(
     ))
 }
 
-/// Tokens of one block: neighbours share a sequence only where there is one.
-fn tokens_of_block(schedule: &Schedule, class: &Class) -> u32 {
-    if several_sequences(class) { 1 } else { tile(schedule.tile_m, 1, class.max.get(Sym::T).into()) }
+/// Tokens of one block: neighbours share a sequence where there is one, or all have as many (scores from five operands).
+fn tokens_of_block(schedule: &Schedule, class: &Class, operands: usize) -> u32 {
+    let neighbours = if !several_sequences(class) {
+        class.max.get(Sym::T)
+    } else if operands == 5 {
+        queries(class)
+    } else {
+        1
+    };
+    tile(schedule.tile_m, 1, neighbours.into())
+}
+
+/// Tokens of a sequence, in classes where all have as many.
+fn queries(class: &Class) -> u32 {
+    (class.max.get(Sym::T) / class.max.get(Sym::S).max(1)).max(1)
 }
 
 /// Runs `body` for `0..n`; straight code if `n` is 1.
@@ -191,23 +223,57 @@ fn for_each_tile(b: &mut Builder, n: u32, step: u32, body: impl Fn(&mut Builder,
     });
 }
 
-/// `0..=position`, then −1.
-fn all_visible(b: &mut Builder, positions: ValueId, rows: u32, k: u32) -> ValueId {
-    let numbers = b.iota(1, &[rows, k]);
-    b.map(&[numbers, positions], |m, v| {
-        let (visible, none) = (m.le(v[0], v[1]), m.i32(-1));
-        m.select(visible, v[0], none)
-    })
+/// Where index keys come from, 64 at a time.
+enum Keys {
+    /// A cache, by the page table of a sequence.
+    Paged(Cached, ValueId),
+    /// A matrix: elements or codes, and scales.
+    Matrix(ValueId, Option<ValueId>, u32),
+}
+
+impl Keys {
+    fn new(e: &mut Emit, state: Value, pages: Option<Value>) -> Result<Keys, KernelError> {
+        if let Some(pages) = pages {
+            let keys = cache::array(e, state, Array::Key, Access::Read)?;
+            return Ok(Keys::Paged(keys, e.page_table(pages)?));
+        }
+        let columns = e.dim(state, 1)?;
+        let scales = match e.quant(state) {
+            Some(quant) if quant.block[0] == 1 && quant.block[1] >= columns => {
+                Some(e.read_scales("key_scales", state)?)
+            }
+            Some(_) => return Err(e.unsupported("index keys with several scales")),
+            None => None,
+        };
+        Ok(Keys::Matrix(e.read("keys", state)?, scales, columns))
+    }
+
+    /// Keys `64 j..64 j + 64` of a sequence: `[64, D]`, and their scales.
+    fn page(&self, b: &mut Builder, j: ValueId, seq: ValueId) -> (ValueId, Option<ValueId>) {
+        match self {
+            Keys::Paged(cached, pages) => {
+                let page = b.load_scalar(*pages, &[j.into(), seq.into()]);
+                cached.page(b, page)
+            }
+            Keys::Matrix(data, scales, columns) => {
+                let row = times(b, j, PAGE_TOKENS);
+                let keys = b.load(*data, &[row.into(), 0.into()], &[PAGE_TOKENS, *columns]);
+                let scales = scales.map(|s| b.load(s, &[row.into(), 0.into()], &[PAGE_TOKENS, 1]));
+                (keys, scales)
+            }
+        }
+    }
 }
 
 /// What scoring needs, loaded once a block.
 struct Indexer {
     q: ValueId,
     weights: ValueId,
-    keys: Cached,
-    pages: ValueId,
+    keys: Keys,
     seq: ValueId,
-    /// i32 `[R, 1]`.
+    /// First visible column of each row, i32 `[R, 1]`, and the smallest; none: 0.
+    starts: Option<(ValueId, ValueId)>,
+    /// Last visible column of each row: i32 `[R, 1]`.
     positions: ValueId,
     /// The largest of them.
     last: ValueId,
@@ -215,9 +281,23 @@ struct Indexer {
 }
 
 impl Indexer {
-    fn new(e: &mut Emit, body: &Graph, node: NodeId, rows: u32, token: ValueId) -> Result<Indexer, KernelError> {
-        let &[q, weights, state, positions, seqs, pages] = body.inputs(node).as_slice() else {
-            return Err(e.unsupported("indexer_logits without its six inputs"));
+    fn new(
+        e: &mut Emit,
+        body: &Graph,
+        node: NodeId,
+        (rows, token): (u32, ValueId),
+        class: &Class,
+    ) -> Result<Indexer, KernelError> {
+        let inputs = body.inputs(node);
+        let &[q, weights, state, ..] = inputs.as_slice() else {
+            return Err(e.unsupported("indexer_logits without its inputs"));
+        };
+        let matrix = matches!(body.ty(state), ValueType::Tensor(_));
+        let (ends, seqs, pages) = match (inputs.len(), matrix) {
+            (6, false) => (inputs[3], Some(inputs[4]), Some(inputs[5])),
+            (5, false) => (inputs[3], None, Some(inputs[4])),
+            (5, true) => (inputs[4], None, None),
+            _ => return Err(e.unsupported("indexer_logits in none of its forms")),
         };
         let (heads, dim) = (e.dim(q, 1)?, e.dim(q, 2)?);
         let scale = match e.quant(q) {
@@ -226,15 +306,35 @@ impl Indexer {
             None => None,
         };
         let (qs, ws) = (e.read("q", q)?, e.read("weights", weights)?);
-        let keys = cache::array(e, state, Array::Key, Access::Read)?;
-        let (positions, seqs) = (e.read("positions", positions)?, e.read("seqs", seqs)?);
-        let pages = e.page_table(pages)?;
+        let keys = Keys::new(e, state, pages)?;
+        let positions = e.read(if inputs.len() == 6 { "positions" } else { "ends" }, ends)?;
+        let seqs = seqs.map(|seqs| e.read("seqs", seqs)).transpose()?;
+        let starts = if matrix { Some(e.read("starts", inputs[3])?) } else { None };
         let b = &mut e.b;
-        let seq = b.load_scalar(seqs, &[token.into()]);
-        let positions = b.load(positions, &[token.into()], &[rows]);
+        let seq = match seqs {
+            Some(seqs) => b.load_scalar(seqs, &[token.into()]),
+            None => divided(b, token, queries(class)),
+        };
+        let mut positions = b.load(positions, &[token.into()], &[rows]);
+        if inputs.len() == 5 {
+            let columns = b.sym(Sym::C);
+            positions = b.map(&[positions, columns], |m, v| {
+                let one = m.i32(1);
+                let end = m.min(v[0], v[1]);
+                m.sub(end, one)
+            });
+        }
         let last = b.reduce(positions, 0, ReduceKind::Max);
         let last = b.reshape(last, &[]);
         let positions = b.reshape(positions, &[rows, 1]);
+        let starts = starts.map(|starts| {
+            let starts = b.load(starts, &[token.into()], &[rows]);
+            let starts = b.map(&[starts], |m, v| {
+                let zero = m.i32(0);
+                m.max(v[0], zero)
+            });
+            (b.reshape(starts, &[rows, 1]), least(b, starts))
+        });
         let q = b.load(qs, &[token.into(), 0.into(), 0.into()], &[rows, heads, dim]);
         let q = b.reshape(q, &[rows * heads, dim]);
         let weights = b.load(ws, &[token.into(), 0.into()], &[rows, heads]);
@@ -245,14 +345,13 @@ impl Indexer {
             let scale = b.reshape(scale, &[rows * heads, 1]);
             weights = product(b, weights, scale);
         }
-        Ok(Indexer { q, weights, keys, pages, seq, positions, last, shape: [rows, heads] })
+        Ok(Indexer { q, weights, keys, seq, starts, positions, last, shape: [rows, heads] })
     }
 
-    /// f32 `[R, 64]`: scores of the keys of page number `j` of the sequence, −inf beyond each token's position.
+    /// f32 `[R, 64]`: scores of the keys of page number `j` of the sequence, −inf where a row may not look.
     fn scores(&self, b: &mut Builder, j: ValueId) -> ValueId {
         let [rows, heads] = self.shape;
-        let page = b.load_scalar(self.pages, &[j.into(), self.seq.into()]);
-        let (keys, scales) = self.keys.page(b, page);
+        let (keys, scales) = self.keys.page(b, j, self.seq);
         let dots = b.dot_t(self.q, keys, None);
         let weighted = b.map(&[dots, self.weights], |m, v| {
             let zero = m.f32(0.0);
@@ -266,24 +365,58 @@ impl Indexer {
             let scales = b.reshape(scales, &[1, PAGE_TOKENS]);
             scores = product(b, scores, scales);
         }
-        let first = times(b, j, PAGE_TOKENS);
-        let columns = b.iota(1, &[1, PAGE_TOKENS]);
-        b.map(&[scores, columns, first, self.positions], |m, v| {
-            let key = m.add(v[1], v[2]);
-            let (visible, none) = (m.le(key, v[3]), m.f32(f32::NEG_INFINITY));
-            m.select(visible, v[0], none)
-        })
+        self.masked(b, j, scores)
     }
 
     /// f32 `[R, 64]`: 0 for visible keys of a page and −inf for others.
     fn unscored(&self, b: &mut Builder, j: ValueId) -> ValueId {
+        let zeros = b.full(0.0, &[1, PAGE_TOKENS]);
+        self.masked(b, j, zeros)
+    }
+
+    /// Scores of page `j`, −inf where a row may not look.
+    fn masked(&self, b: &mut Builder, j: ValueId, scores: ValueId) -> ValueId {
         let first = times(b, j, PAGE_TOKENS);
         let columns = b.iota(1, &[1, PAGE_TOKENS]);
-        b.map(&[columns, first, self.positions], |m, v| {
-            let (zero, none) = (m.f32(0.0), m.f32(f32::NEG_INFINITY));
-            let key = m.add(v[0], v[1]);
-            let visible = m.le(key, v[2]);
-            m.select(visible, zero, none)
+        let mut inputs = vec![scores, columns, first, self.positions];
+        inputs.extend(self.starts.map(|s| s.0));
+        b.map(&inputs, |m, v| {
+            let key = m.add(v[1], v[2]);
+            let (mut visible, none) = (m.le(key, v[3]), m.f32(f32::NEG_INFINITY));
+            if let Some(&start) = v.get(4) {
+                let begun = m.le(start, key);
+                visible = m.and(visible, begun);
+            }
+            m.select(visible, v[0], none)
+        })
+    }
+
+    /// Whether some row may look at the page that starts at column `first`.
+    fn sees(&self, b: &mut Builder, first: ValueId) -> ValueId {
+        let Some((_, start)) = self.starts else { return b.map(&[first, self.last], |m, v| m.le(v[0], v[1])) };
+        b.map(&[first, self.last, start], |m, v| {
+            let (begun, most) = (m.le(v[0], v[1]), m.i32(PAGE_TOKENS as i32));
+            let end = m.add(v[0], most);
+            let reached = m.lt(v[2], end);
+            m.and(begun, reached)
+        })
+    }
+
+    /// At least as many columns, less one, as a row may look at.
+    fn span(&self, b: &mut Builder) -> ValueId {
+        let Some((_, start)) = self.starts else { return self.last };
+        b.map(&[self.last, start], |m, v| m.sub(v[0], v[1]))
+    }
+
+    /// i32 `[R, k]`: the visible columns, then −1.
+    fn all_visible(&self, b: &mut Builder, k: u32) -> ValueId {
+        let mut numbers = b.iota(1, &[self.shape[0], k]);
+        if let Some((starts, _)) = self.starts {
+            numbers = sum(b, numbers, starts);
+        }
+        b.map(&[numbers, self.positions], |m, v| {
+            let (visible, none) = (m.le(v[0], v[1]), m.i32(-1));
+            m.select(visible, v[0], none)
         })
     }
 
@@ -291,8 +424,12 @@ impl Indexer {
     fn select(&self, b: &mut Builder, k: u32) -> ValueId {
         let pages = divided(b, self.last, PAGE_TOKENS);
         let pages = plus(b, pages, 1);
+        let first: Ix = match self.starts {
+            Some((_, start)) => divided(b, start, PAGE_TOKENS).into(),
+            None => 0.into(),
+        };
         let state = b.topk_init(self.shape[0], k);
-        let state = b.for_(0, pages, 1, &[state], |b, j, state| {
+        let state = b.for_(first, pages, 1, &[state], |b, j, state| {
             let scores = self.scores(b, j);
             let base = times(b, j, PAGE_TOKENS);
             vec![b.topk_push(state[0], scores, base)]
@@ -363,7 +500,10 @@ struct Attend {
     q_rope: ValueId,
     latent: Cached,
     rope: Cached,
-    pages: ValueId,
+    /// The page table, if positions are selected; else slots are.
+    pages: Option<ValueId>,
+    /// Slots that there are.
+    slots: Extent,
     to: To,
     heads: u32,
     head_tile: u32,
@@ -374,8 +514,8 @@ struct Attend {
 
 /// Where attention goes.
 enum To {
-    /// The result.
-    Whole(ValueId),
+    /// The result; and the logarithms of sums, and the largest scores, if they are wanted.
+    Whole(ValueId, [Option<ValueId>; 2]),
     /// Sums, largest scores and totals of so many parts of the selection.
     Parts([ValueId; 3], u32),
 }
@@ -388,9 +528,11 @@ impl Attend {
         schedule: &Schedule,
         (rows, k): (u32, u32),
     ) -> Result<Attend, KernelError> {
-        let &[q_latent, q_rope, state, _, _, pages] = body.inputs(node).as_slice() else {
-            return Err(e.unsupported("mqa_attention without its six inputs"));
+        let inputs = body.inputs(node);
+        let &[q_latent, q_rope, state, _, ..] = inputs.as_slice() else {
+            return Err(e.unsupported("mqa_attention without its inputs"));
         };
+        let pages = inputs[4..].last().copied();
         let (scale, narrow, parts) = match body.dag[node].op {
             Op::MqaAttention { scale, narrow } => (scale, narrow, None),
             Op::MqaPartial { scale, narrow, parts } => (scale, narrow, Some(parts)),
@@ -399,6 +541,18 @@ impl Attend {
         let output = output_of(body, node).ok_or_else(|| e.unsupported("attention that nothing reads"))?;
         let heads = e.dim(q_latent, 1)?;
         debug_assert!(rows > 0);
+        let (latent, rope, slots) = match body.ty(state) {
+            ValueType::State(_) => (
+                cache::array(e, state, Array::Latent, Access::Read)?,
+                cache::array(e, state, Array::Rope, Access::Read)?,
+                Extent::from(Sym::N).times(PAGE_TOKENS),
+            ),
+            ValueType::Tensor(_) => {
+                let (l, r) = (e.dim(q_latent, 2)?, e.dim(q_rope, 2)?);
+                let latent = cache::columns(e, state, "latent", (0, l))?;
+                (latent, cache::columns(e, state, "rope", (l, r))?, e.tensor(state).shape[0])
+            }
+        };
         Ok(Attend {
             heads,
             head_tile: tile(schedule.tile_h, HEADS, heads.into()),
@@ -406,11 +560,15 @@ impl Attend {
             scale: scale * std::f32::consts::LOG2_E,
             q_latent: e.read("q_latent", q_latent)?,
             q_rope: e.read("q_rope", q_rope)?,
-            latent: cache::array(e, state, Array::Latent, Access::Read)?,
-            rope: cache::array(e, state, Array::Rope, Access::Read)?,
-            pages: e.page_table(pages)?,
+            latent,
+            rope,
+            pages: pages.map(|pages| e.page_table(pages)).transpose()?,
+            slots,
             to: match parts {
-                None => To::Whole(e.write("y", output, Part::Data, None)?),
+                None => {
+                    let y = e.write("y", output, Part::Data, None)?;
+                    To::Whole(y, statistics(e, |i| output_at(body, Value { node, output: i }))?)
+                }
                 Some(parts) => {
                     let sums = e.write("sums", output, Part::Data, None)?;
                     let largest = e.write("largest", output + 1, Part::Data, None)?;
@@ -427,7 +585,7 @@ impl Attend {
         b: &mut Builder,
         token: ValueId,
         head: ValueId,
-        seq: ValueId,
+        seq: Option<ValueId>,
         (end, part): (ValueId, Option<ValueId>),
         pick: &dyn Fn(&mut Builder, ValueId) -> ValueId,
     ) {
@@ -447,7 +605,7 @@ impl Attend {
         let init = [b.full(LOWEST, &[h, 1]), b.full(0.0, &[h, 1]), b.full(0.0, &[h, l])];
         let done = b.for_(lo, hi, 1, &init, |b, j, carried| {
             let chosen = pick(b, j);
-            let slots = self.slots(b, chosen, seq);
+            let (chosen, slots) = self.slots(b, chosen, seq);
             let keys = self.latent.gather(b, slots, n, self.narrow);
             let rope = self.rope.gather(b, slots, n, self.narrow);
             let scores = b.dot_t(q_latent, keys, None);
@@ -461,7 +619,8 @@ impl Attend {
             online_softmax(b, scores, keys, self.narrow, carried)
         });
         match (&self.to, part) {
-            (To::Whole(y), _) => {
+            (To::Whole(y, further), _) => {
+                store_statistics(b, *further, (token, head), done[0], done[1]);
                 let out = normalized(b, done[1], done[2]);
                 let to = b.dtype(*y);
                 let out = b.cast(out, to);
@@ -480,18 +639,90 @@ impl Attend {
         }
     }
 
-    /// Slots of positions of a sequence; −1 where a position is −1.
-    fn slots(&self, b: &mut Builder, positions: ValueId, seq: ValueId) -> ValueId {
+    /// What is selected of a tile of a selection (−1: nothing), and its slots: of positions of a sequence, or slots themselves.
+    fn slots(&self, b: &mut Builder, positions: ValueId, seq: Option<ValueId>) -> (ValueId, ValueId) {
+        let (Some(table), Some(seq)) = (self.pages, seq) else {
+            let there = super::view::extent(b, self.slots);
+            let slots = super::view::where_below(b, positions, positions, there);
+            return (slots, slots);
+        };
         let pages = divided(b, positions, PAGE_TOKENS);
-        let pages = b.gather(self.pages, pages, &[seq.into()], &[self.keys, 1]);
+        let pages = b.gather(table, pages, &[seq.into()], &[self.keys, 1]);
         let pages = b.reshape(pages, &[self.keys]);
-        b.map(&[positions, pages], |m, v| {
+        let slots = b.map(&[positions, pages], |m, v| {
             let (page, zero, none) = (m.i32(PAGE_TOKENS as i32), m.i32(0), m.i32(-1));
             let (first, offset) = (m.mul(v[1], page), m.rem(v[0], page));
             let (slot, empty) = (m.add(first, offset), m.lt(v[0], zero));
             m.select(empty, none, slot)
-        })
+        });
+        (positions, slots)
     }
+}
+
+/// Parameters of the further outputs of attention that are declared; `output` says which output of the node one is.
+pub(super) fn statistics(
+    e: &mut Emit,
+    output: impl Fn(u32) -> Option<u32>,
+) -> Result<[Option<ValueId>; 2], KernelError> {
+    let mut write = |i: u32, name: &str| output(i).map(|o| e.write(name, o, Part::Data, None)).transpose();
+    Ok([write(1, "log_sums")?, write(2, "largest_scores")?])
+}
+
+/// Stores them for a tile of heads of a token: largest scores `[h, 1]` in units of ln 2, and the sums of their powers of two.
+pub(super) fn store_statistics(
+    b: &mut Builder,
+    to: [Option<ValueId>; 2],
+    (token, head): (ValueId, ValueId),
+    largest: ValueId,
+    totals: ValueId,
+) {
+    let heads = b.shape(largest)[0];
+    let put = |b: &mut Builder, view: Option<ValueId>, x: ValueId| {
+        let Some(view) = view else { return };
+        let x = b.reshape(x, &[1, heads]);
+        b.store(view, &[token.into(), head.into()], x);
+    };
+    if to[0].is_some() {
+        let logs = b.map(&[largest, totals], |m, v| {
+            let (zero, none, ln_2) = (m.f32(0.0), m.f32(f32::INFINITY), m.f32(std::f32::consts::LN_2));
+            let log = log2(m, v[1]);
+            let log = m.add(v[0], log);
+            let (log, some) = (m.mul(log, ln_2), m.lt(zero, v[1]));
+            m.select(some, log, none)
+        });
+        put(b, to[0], logs);
+    }
+    if to[1].is_some() {
+        let most = b.map(&[largest, totals], |m, v| {
+            let (zero, none, ln_2) = (m.f32(0.0), m.f32(f32::NEG_INFINITY), m.f32(std::f32::consts::LN_2));
+            let (most, some) = (m.mul(v[0], ln_2), m.lt(zero, v[1]));
+            m.select(some, most, none)
+        });
+        put(b, to[1], most);
+    }
+}
+
+/// log2 of a normal number of at least 0.71: its exponent, and of what is left, `f` in √½..√2, the odd series
+/// `2 / ln 2 · atanh((f − 1) / (f + 1))` up to the ninth power (the next term is below 4e-9).
+fn log2(m: &mut MapBuilder, x: MapVal) -> MapVal {
+    const SQRT_HALF: i32 = 0x3f35_04f3;
+    let (bits, half, shift) = (m.bitcast(x, DType::I32), m.i32(SQRT_HALF), m.i32(23));
+    let above = m.sub(bits, half);
+    let exponent = m.shr(above, shift);
+    let scaled = m.shl(exponent, shift);
+    let rest = m.sub(bits, scaled);
+    let f = m.bitcast(rest, DType::F32);
+    let one = m.f32(1.0);
+    let (below, sum) = (m.sub(f, one), m.add(f, one));
+    let s = m.div(below, sum);
+    let z = m.mul(s, s);
+    let mut p = m.f32(2.0 * std::f32::consts::LOG2_E / 9.0);
+    for n in [7.0, 5.0, 3.0, 1.0] {
+        let c = m.f32(2.0 * std::f32::consts::LOG2_E / n);
+        p = m.fma(p, z, c);
+    }
+    let exponent = m.cast(exponent, DType::F32);
+    m.fma(p, s, exponent)
 }
 
 /// The tiles of one of `parts` equal shares of `tiles` tiles.
@@ -548,20 +779,31 @@ pub(super) fn normalized(b: &mut Builder, total: ValueId, acc: ValueId) -> Value
 }
 
 /// Attention over a selection in memory.
-fn attention(mut e: Emit, body: &Graph, node: NodeId, schedule: &Schedule) -> Result<Emitted, KernelError> {
+fn attention(
+    mut e: Emit,
+    body: &Graph,
+    node: NodeId,
+    schedule: &Schedule,
+    class: &Class,
+) -> Result<Emitted, KernelError> {
     let inputs = body.inputs(node);
     let k = e.dim(inputs[3], 1)?;
     let attend = Attend::new(&mut e, body, node, schedule, (1, k))?;
-    let (selected, seqs) = (e.read("selected", inputs[3])?, e.read("seqs", inputs[4])?);
+    let selected = e.read("selected", inputs[3])?;
+    let seqs = if inputs.len() == 6 { Some(e.read("seqs", inputs[4])?) } else { None };
     let b = &mut e.b;
     let token = b.grid(Sym::T, 1);
     let head = b.grid(attend.heads, attend.head_tile);
     let part = match attend.to {
         To::Parts(_, parts) => Some(b.grid(parts, 1)),
-        To::Whole(_) => None,
+        To::Whole(..) => None,
     };
     let head = times(b, head, attend.head_tile);
-    let seq = b.load_scalar(seqs, &[token.into()]);
+    let seq = match (seqs, attend.pages) {
+        (Some(seqs), _) => Some(b.load_scalar(seqs, &[token.into()])),
+        (None, Some(_)) => Some(divided(b, token, queries(class))),
+        (None, None) => None,
+    };
     let row = b.load(selected, &[token.into(), 0.into()], &[1, k]);
     let end = last_selected(b, row);
     let n = attend.keys;
@@ -590,16 +832,27 @@ fn logits(
     schedule: &Schedule,
     class: &Class,
 ) -> Result<Emitted, KernelError> {
-    let rows = tokens_of_block(schedule, class);
+    let operands = body.inputs(node).len();
+    let rows = tokens_of_block(schedule, class, operands);
     let page = e.b.grid(Sym::C, PAGE_TOKENS);
     let token = e.b.grid(Sym::T, rows);
     let token = times(&mut e.b, token, rows);
-    let indexer = Indexer::new(&mut e, body, node, rows, token)?;
+    let indexer = Indexer::new(&mut e, body, node, (rows, token), class)?;
     let output = output_of(body, node).ok_or_else(|| e.unsupported("logits that nothing reads"))?;
     let y = e.write("y", output, Part::Data, None)?;
     let b = &mut e.b;
     let first = times(b, page, PAGE_TOKENS);
-    let visible = b.map(&[first, indexer.last], |m, v| m.le(v[0], v[1]));
+    let visible = indexer.sees(b, first);
+    if operands == 5 {
+        // Nobody looks at other pages.
+        let store = |b: &mut Builder| {
+            let scores = indexer.scores(b, page);
+            b.store(y, &[token.into(), first.into()], scores);
+            vec![]
+        };
+        b.if_(visible, store, |_| vec![]);
+        return e.finish("indexer logits of a page a block, where they are visible");
+    }
     let wanted = if select_all_below == 0 {
         visible
     } else {
@@ -630,20 +883,28 @@ fn select_from_matrix(
     let step = tile(0, 512, width.eval(&class.max));
     let rows = tile(schedule.tile_m, 1, class.max.get(Sym::T).into());
     let x = e.read("x", x)?;
+    let bounds: Vec<ValueId> =
+        body.inputs(node)[1..].iter().map(|&v| e.read("bounds", v)).collect::<Result<_, KernelError>>()?;
     let output = output_of(body, node).ok_or_else(|| e.unsupported("a selection that nothing reads"))?;
     let y = e.write("selected", output, Part::Data, None)?;
     let b = &mut e.b;
     let token = b.grid(Sym::T, rows);
     let token = times(b, token, rows);
-    let end = super::view::extent(b, width);
+    let Bounds { first, end, lo, hi } = Bounds::new(b, bounds, (rows, token), width);
     let search = |b: &mut Builder| {
         let state = b.topk_init(rows, k);
-        let state = b.for_(0, end, step, &[state], |b, at, state| {
+        let state = b.for_(lo, hi, step, &[state], |b, at, state| {
             let values = b.load(x, &[token.into(), at.into()], &[rows, step]);
             let columns = b.iota(1, &[1, step]);
-            let values = b.map(&[values, columns, at, end], |m, v| {
+            let mut inputs = vec![values, columns, at, end];
+            inputs.extend(first);
+            let values = b.map(&inputs, |m, v| {
                 let column = m.add(v[1], v[2]);
-                let (inside, none) = (m.lt(column, v[3]), m.f32(f32::NEG_INFINITY));
+                let (mut inside, none) = (m.lt(column, v[3]), m.f32(f32::NEG_INFINITY));
+                if let Some(&first) = v.get(4) {
+                    let begun = m.le(first, column);
+                    inside = m.and(inside, begun);
+                }
                 m.select(inside, v[0], none)
             });
             vec![b.topk_push(state[0], values, at)]
@@ -660,11 +921,12 @@ fn select_from_matrix(
             m.select(here, v[1], none)
         })
     };
-    let below = select_all_below.min(k);
+    // With a first column, what is selected does not start at 0.
+    let below = if first.is_some() { 0 } else { select_all_below.min(k) };
     let numbers = if below == 0 {
         search(b)
     } else {
-        let short = b.map(&[end], |m, v| {
+        let short = b.map(&[hi], |m, v| {
             let below = m.i32(below as i32);
             m.le(v[0], below)
         });
@@ -672,4 +934,50 @@ fn select_from_matrix(
     };
     b.store(y, &[token.into(), 0.into()], numbers);
     e.finish(format!("top {k} of a matrix of scores"))
+}
+
+/// The smallest element of an i32 tile of rank 1.
+fn least(b: &mut Builder, x: ValueId) -> ValueId {
+    let negated = b.map(&[x], |m, v| m.neg(v[0]));
+    let most = b.reduce(negated, 0, ReduceKind::Max);
+    let most = b.reshape(most, &[]);
+    b.map(&[most], |m, v| m.neg(v[0]))
+}
+
+/// Which columns of a matrix a block looks at.
+struct Bounds {
+    /// First of each row, i32 `[R, 1]`; none: 0.
+    first: Option<ValueId>,
+    /// One past the last: i32, one for all or `[R, 1]`.
+    end: ValueId,
+    /// The least of the first.
+    lo: Ix,
+    /// The largest end.
+    hi: ValueId,
+}
+
+impl Bounds {
+    /// `bounds` are none, the ends, or starts and ends of all rows.
+    fn new(b: &mut Builder, bounds: Vec<ValueId>, (rows, token): (u32, ValueId), width: Extent) -> Bounds {
+        let width = super::view::extent(b, width);
+        let load = |b: &mut Builder, view: ValueId| {
+            let x = b.load(view, &[token.into()], &[rows]);
+            b.map(&[x, width], |m, v| {
+                let zero = m.i32(0);
+                let x = m.max(v[0], zero);
+                m.min(x, v[1])
+            })
+        };
+        let (starts, ends) = match bounds.as_slice() {
+            [] => return Bounds { first: None, end: width, lo: 0.into(), hi: width },
+            [ends] => (None, load(b, *ends)),
+            [starts, ends, ..] => (Some(load(b, *starts)), load(b, *ends)),
+        };
+        let hi = b.reduce(ends, 0, ReduceKind::Max);
+        let hi = b.reshape(hi, &[]);
+        let end = b.reshape(ends, &[rows, 1]);
+        let Some(starts) = starts else { return Bounds { first: None, end, lo: 0.into(), hi } };
+        let lo = least(b, starts);
+        Bounds { first: Some(b.reshape(starts, &[rows, 1])), end, lo: lo.into(), hi }
+    }
 }

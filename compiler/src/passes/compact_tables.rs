@@ -31,6 +31,7 @@ pub fn compact_tables(graph: &mut Graph, _cx: &Cx) -> usize {
     }
     graph.weights = keep(&old.weights, &mut weights);
     graph.states = keep(&old.states, &mut states);
+    graph.args = old.args.clone();
 
     for node in order {
         let it = old.dag[node].clone();

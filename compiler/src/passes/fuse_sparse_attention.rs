@@ -98,15 +98,18 @@ fn parts(graph: &Graph, cx: &Cx, attention: NodeId) -> u32 {
 fn split(graph: &mut Graph, attention: NodeId, parts: u32) {
     let Op::MqaAttention { scale, narrow } = graph.dag[attention].op else { unreachable!("chosen as one") };
     let old = Value { node: attention, output: 0 };
-    let (name, ty, inputs) = (graph.dag[attention].name.clone(), graph.tensor(old).clone(), graph.inputs(attention));
-    let mut shape = ty.shape.clone();
+    let (name, outputs, inputs) =
+        (graph.dag[attention].name.clone(), graph.dag[attention].outputs.clone(), graph.inputs(attention));
+    let mut shape = graph.tensor(old).shape.clone();
     shape.insert(2, parts.into());
     let f32s = |shape: &[Extent]| ValueType::Tensor(TensorType::plain(DType::F32, shape));
     let types = vec![f32s(&shape), f32s(&shape[..3]), f32s(&shape[..3])];
     let node = graph.add(name.clone(), Op::MqaPartial { scale, narrow, parts }, &inputs, types);
     let made = [0, 1, 2].map(|output| Value { node, output });
-    let joined = graph.add1(format!("{name}.combine"), Op::MqaCombine, &made, ty);
-    graph.replace_uses(old, joined);
+    let joined = graph.add(format!("{name}.combine"), Op::MqaCombine, &made, outputs.clone());
+    for output in 0..outputs.len() as u32 {
+        graph.replace_uses(Value { node: attention, output }, Value { node: joined, output });
+    }
     graph.detach(attention);
 }
 

@@ -53,7 +53,8 @@ fn members(body: &Graph) -> Option<u32> {
 
 /// Members of the selection that is made of the scores of a body which only scores.
 fn members_of_reader(graph: &Graph, node: NodeId, body: &Graph) -> Option<u32> {
-    let scores = body.dag.node_weights().any(|n| n.op == Op::IndexerLogits);
+    // Scores of a kernel library's forms are given back as they are: five operands.
+    let scores = body.dag.node_indices().any(|n| body.dag[n].op == Op::IndexerLogits && body.inputs(n).len() == 6);
     let readers = if scores { graph.users(Value { node, output: 0 }) } else { Vec::new() };
     match readers.as_slice() {
         [(reader, _)] => members(body_of(graph, *reader)?),

@@ -7,11 +7,12 @@
 //! * for each class a list of launches with every argument bound to an offset ([`memory`] gives each intermediate its place
 //!   in one arena).
 
+pub mod entry;
 pub mod memory;
 
 use crate::kernels::{self, ArgRef, Emitted, Part};
 use crate::passes::Class;
-use dsc_ir::artifact::{Arg, Launch, Step, Tap, WeightEntry};
+use dsc_ir::artifact::{Arg, Entry, Launch, Step, Tap, WeightEntry};
 use dsc_ir::graph::{Elem, Graph, NodeId, Op, State, TensorType, Value, ValueType};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::Program;
@@ -47,6 +48,8 @@ pub struct Plan {
     pub states: Vec<State>,
     /// One step a class, in the order the runtime should try them.
     pub steps: Vec<Step>,
+    /// Entry points of a kernel library.
+    pub entries: Vec<Entry>,
 }
 
 /// Why a plan could not be made. All are faults of the compiler or of a target's limits, not of the model.
@@ -125,27 +128,38 @@ fn plan_class(
         launches: Vec::with_capacity(launches.len()),
         taps: taps(graph, &launches, &memory),
     };
+    let binder = Binder { graph, class, memory: &memory, weights: &weights, states: &states };
     for &node in &launches {
-        let name = &graph.dag[node].name;
-        let mut schedule = (scheduler.choose)(&kernels::shape_of(graph, node, class), class);
-        let emitted = loop {
-            let emitted = kernels::emit(graph, node, &schedule, class).map_err(|source| PlanError::Kernel {
-                node: name.clone(),
-                class: class.name.to_string(),
-                source,
-            })?;
-            let known = interned.kernels.contains_key(&(emitted.program.to_string(), schedule.clone()));
-            let fits = || (scheduler.fits)(&Kernel { program: emitted.program.clone(), schedule: schedule.clone() });
-            if known || fits() || !schedule.shrink() {
-                break emitted;
-            }
-        };
-        let binder = Binder { graph, class, memory: &memory, weights: &weights, states: &states };
-        let args = emitted.args.iter().map(|a| binder.bind(a)).collect::<Result<Vec<_>, _>>()?;
-        let kernel = intern_kernel(plan, interned, emitted, schedule, || kernels::work_of(graph, node))?;
-        step.launches.push(Launch { kernel, args, node: name.clone() });
+        step.launches.push(launch(plan, interned, (class, graph, node), scheduler, &|arg| binder.bind(arg))?);
     }
     Ok(step)
+}
+
+/// The launch of a node, at a schedule that fits the target; `bind` says what its kernel's parameters are bound to.
+fn launch(
+    plan: &mut Plan,
+    interned: &mut Interned,
+    (class, graph, node): (&Class, &Graph, NodeId),
+    scheduler: &Scheduler,
+    bind: &dyn Fn(&ArgRef) -> Result<Arg, PlanError>,
+) -> Result<Launch, PlanError> {
+    let name = &graph.dag[node].name;
+    let mut schedule = (scheduler.choose)(&kernels::shape_of(graph, node, class), class);
+    let emitted = loop {
+        let emitted = kernels::emit(graph, node, &schedule, class).map_err(|source| PlanError::Kernel {
+            node: name.clone(),
+            class: class.name.to_string(),
+            source,
+        })?;
+        let known = interned.kernels.contains_key(&(emitted.program.to_string(), schedule.clone()));
+        let fits = || (scheduler.fits)(&Kernel { program: emitted.program.clone(), schedule: schedule.clone() });
+        if known || fits() || !schedule.shrink() {
+            break emitted;
+        }
+    };
+    let args = emitted.args.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
+    let kernel = intern_kernel(plan, interned, emitted, schedule, || kernels::work_of(graph, node))?;
+    Ok(Launch { kernel, args, node: name.clone() })
 }
 
 /// Nodes that launch a kernel, in an order that respects every dependence. Inputs, weights and caches are just there;

@@ -54,7 +54,6 @@ pub fn arity(op: &Op) -> (usize, usize) {
         | Op::Hadamard
         | Op::Quantize
         | Op::Dequantize
-        | Op::TopK { .. }
         | Op::Sigmoid
         | Op::GroupTopK { .. }
         | Op::Normalize { .. }
@@ -74,9 +73,11 @@ pub fn arity(op: &Op) -> (usize, usize) {
         | Op::TakeAlong
         | Op::WeightedSum => (2, 2),
         Op::LayerNorm { .. } | Op::Rope { .. } | Op::MqaCombine => (3, 3),
+        Op::TopK { .. } => (1, 3),
         Op::CacheWrite | Op::ExpertLinear { .. } => (3, 4),
         Op::MhaAttention { .. } => (5, 5),
-        Op::IndexerLogits | Op::MqaAttention { .. } | Op::MqaPartial { .. } => (6, 6),
+        Op::IndexerLogits => (5, 6),
+        Op::MqaAttention { .. } | Op::MqaPartial { .. } => (4, 6),
         Op::Fused(_) => (0, usize::MAX),
     }
 }
@@ -155,10 +156,13 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
         Op::TopK { k } => {
             let x = cx.typed(0, DType::F32, 2)?;
             positive("k", *k)?;
+            for i in 1..inputs.len() {
+                cx.shaped(i, "bounds", DType::I32, &x.shape[..1])?;
+            }
             one(vec![x.shape[0], (*k).into()], Elems::Is(Elem::Plain(DType::I32)))
         }
         Op::MhaAttention { nope, value, .. } => cx.mha(*nope, *value),
-        Op::MqaAttention { .. } => one(cx.mqa()?, Elems::Float),
+        Op::MqaAttention { .. } => attended(cx.mqa()?, declared),
         Op::MqaPartial { parts, .. } => {
             positive("parts", *parts)?;
             let mut shape = cx.mqa()?;
@@ -172,7 +176,7 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
             constant(p, "parts")?;
             cx.shaped(1, "largest", DType::F32, &[t, h, p])?;
             cx.shaped(2, "totals", DType::F32, &[t, h, p])?;
-            one(vec![t, h, l], Elems::Float)
+            attended(vec![t, h, l], declared)
         }
         Op::GroupTopK { groups, keep, k } => cx.group_topk(*groups, *keep, *k),
         Op::ExpertLinear { per_token } => cx.expert_linear(*per_token),
@@ -202,6 +206,14 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
             one(vec![t, d], Elems::Float)
         }
     }
+}
+
+/// The result of attention, `[T, H, L]`, and as many of its further outputs as are declared.
+fn attended(shape: Vec<Extent>, declared: &[ValueType]) -> Result<Vec<Rule>, String> {
+    let each = Rule::Tensor(shape[..2].to_vec(), Elems::Is(Elem::Plain(DType::F32)));
+    let mut rules = vec![Rule::Tensor(shape, Elems::Float)];
+    rules.resize(declared.len().clamp(1, 3), each);
+    Ok(rules)
 }
 
 /// `extent · factor` without overflow.
@@ -472,15 +484,33 @@ impl<'a> Inputs<'a> {
     }
 
     fn indexer_logits(&self) -> Result<Vec<Rule>, String> {
-        let [t, h, d] = dims(self.operand(0, false)?, "q")?;
+        let codes = self.0.len() == 5 && self.tensor(0)?.elem == Elem::Plain(DType::E4m3);
+        let [t, h, d] = dims(if codes { self.tensor(0)? } else { self.operand(0, false)? }, "q")?;
         self.shaped(1, "weights", DType::F32, &[t, h])?;
-        match self.state(2)? {
-            StateFormat::IndexFp8 { dim } | StateFormat::Index { dim, .. } => same("key elements", d, dim.into())?,
-            other => return Err(format!("input 2 is {other:?}, wants an index cache")),
+        match &self.0[2] {
+            ValueType::State(StateFormat::IndexFp8 { dim } | StateFormat::Index { dim, .. }) => {
+                same("key elements", d, (*dim).into())?;
+            }
+            ValueType::State(other) => return Err(format!("input 2 is {other:?}, wants an index cache")),
+            ValueType::Tensor(_) => {
+                let keys = self.operand(2, false)?;
+                let [c, dim] = dims(keys, "the matrix of keys")?;
+                same("keys and columns", c, Sym::C.into())?;
+                same("key elements", d, dim)?;
+                self.shaped(3, "starts", DType::I32, &[t])?;
+                self.shaped(4, "ends", DType::I32, &[t])?;
+                if self.0.len() != 5 {
+                    return Err(format!("has {} inputs, a matrix of keys takes 5", self.0.len()));
+                }
+            }
         }
-        self.shaped(3, "positions", DType::I32, &[t])?;
-        self.shaped(4, "seqs", DType::I32, &[t])?;
-        self.page_table(5)?;
+        if let ValueType::State(_) = &self.0[2] {
+            self.shaped(3, "positions or ends", DType::I32, &[t])?;
+            if self.0.len() == 6 {
+                self.shaped(4, "seqs", DType::I32, &[t])?;
+            }
+            self.page_table(self.0.len() - 1)?;
+        }
         Ok(vec![Rule::Tensor(vec![t, Sym::C.into()], Elems::Is(Elem::Plain(DType::F32)))])
     }
 
@@ -507,14 +537,25 @@ impl<'a> Inputs<'a> {
     fn mqa(&self) -> Result<Vec<Extent>, String> {
         let [t, h, l] = dims(self.float(0)?, "q_latent")?;
         let [t2, h2, r] = dims(self.float(1)?, "q_rope")?;
-        let (latent, rope) = self.latent(2)?;
         same("rows", t, t2)?;
         same("heads", h, h2)?;
-        same("latent elements", l, latent.into())?;
-        same("rope elements", r, rope.into())?;
+        if let (ValueType::Tensor(_), 4) = (&self.0[2], self.0.len()) {
+            let [c, columns] = dims(self.float(2)?, "the matrix of keys")?;
+            same("rows of keys", c, Sym::C.into())?;
+            let sum = constant(l, "latent elements")?.checked_add(constant(r, "rope elements")?);
+            same("key elements", sum.ok_or("a dim overflows")?.into(), columns)?;
+        } else {
+            let (latent, rope) = self.latent(2)?;
+            same("latent elements", l, latent.into())?;
+            same("rope elements", r, rope.into())?;
+        }
         self.selected(3, t)?;
-        self.shaped(4, "seqs", DType::I32, &[t])?;
-        self.page_table(5)?;
+        if self.0.len() == 6 {
+            self.shaped(4, "seqs", DType::I32, &[t])?;
+        }
+        if self.0.len() > 4 {
+            self.page_table(self.0.len() - 1)?;
+        }
         Ok(vec![t, h, l])
     }
 

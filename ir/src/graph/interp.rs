@@ -167,6 +167,46 @@ impl<F: Real> Cache<F> {
         }
     }
 
+    /// The cache whose pages are these bytes, as [`StateFormat`] lays them out; what is left of a page is not looked at.
+    pub fn from_bytes(format: StateFormat, bytes: &[u8]) -> Cache<F> {
+        let page_bytes = format.page_bytes() as usize;
+        let tokens = PAGE_TOKENS as usize;
+        let mut cache = Cache::new(format);
+        cache.grow(bytes.len() / page_bytes * tokens);
+        let (codes, group, plain) = cache.layout();
+        let (groups, pitch) = (codes.div_ceil(group), codes.next_multiple_of(4));
+        let f32_at = |at: usize| f32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[at + i]));
+        for slot in 0..cache.slots {
+            let (page, offset) = (slot / tokens * page_bytes, slot % tokens);
+            let (row, scales) = match format {
+                StateFormat::IndexFp8 { .. } => (page + offset * pitch, page + tokens * pitch + 4 * offset),
+                _ => {
+                    let row = page + offset * format.row_bytes() as usize;
+                    (row, row + pitch)
+                }
+            };
+            cache.codes[slot * codes..][..codes].copy_from_slice(&bytes[row..][..codes]);
+            for g in 0..groups {
+                cache.scales[slot * groups + g] = f32_at(scales + 4 * g);
+            }
+            let dtype = match format {
+                StateFormat::Latent { dtype, .. } | StateFormat::Index { dtype, .. } => dtype,
+                StateFormat::LatentFp8 { .. } | StateFormat::IndexFp8 { .. } => DType::Bf16,
+            };
+            let at = if codes == 0 { row } else { scales + 4 * groups };
+            for i in 0..plain {
+                let at = at + i * dtype.bytes();
+                let x = match dtype {
+                    DType::Bf16 => half::bf16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
+                    DType::F16 => half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32(),
+                    _ => f32_at(at),
+                };
+                cache.plain[slot * plain + i] = F::from_f32(x);
+            }
+        }
+        cache
+    }
+
     /// All elements of the row in a slot, dequantised; `None` past the written slots.
     pub fn row(&self, slot: usize) -> Option<Vec<F>> {
         if slot >= self.slots {
@@ -242,6 +282,18 @@ impl<'g, F: Real> Interp<'g, F> {
     /// The cache of that index in [`Graph::states`].
     pub fn state(&self, index: usize) -> Option<&Cache<F>> {
         self.states.get(index).map(Arc::as_ref)
+    }
+
+    /// Runs a graph that declares arguments; returns its outputs in order. `syms` are the sizes.
+    ///
+    /// # Errors
+    /// [`InterpError::Step`] or [`InterpError::Node`].
+    pub fn call(&self, args: &[StepValue<F>], syms: SymValues) -> Result<Vec<StepValue<F>>, InterpError> {
+        if args.len() != self.graph.args.len() {
+            return Err(InterpError::Step(format!("{} arguments of {}", args.len(), self.graph.args.len())));
+        }
+        Step { weights: &self.weights, states: &self.states, inputs: &StepInputs::default(), syms }
+            .run(self.graph, args)
     }
 
     /// Runs one step; returns the graph's outputs by name. Caches change only if the step succeeds.
@@ -717,15 +769,27 @@ impl<F: Real> Eval<F> {
     }
 
     fn indexer_logits(&self) -> Made<F> {
-        let (q, weights, positions, seqs) = (self.t(0)?, self.x(1)?, self.ints(3)?, self.ints(4)?);
-        let (heads, d, c) = (q.shape[1], q.columns(), self.syms.get(Sym::C) as usize);
-        let ends: Vec<usize> = positions.iter().map(|&p| (p.max(-1) + 1) as usize).collect();
-        let contexts = self.contexts(2, 5, seqs, &ends)?;
-        let mut out = vec![F::from_f64(f64::NEG_INFINITY); positions.len() * c];
+        let (q, weights) = (self.t(0)?, self.x(1)?);
+        let (rows, heads, d, c) = (q.shape[0], q.shape[1], q.columns(), self.syms.get(Sym::C) as usize);
+        let matrix = self.fed.get(2).and_then(StepValue::tensor);
+        let mut starts = vec![0; rows];
+        let (ends, seqs): (Vec<usize>, Vec<i32>) = if matrix.is_some() {
+            starts = bounds(self.ints(3)?, c);
+            (bounds(self.ints(4)?, c), vec![0; rows])
+        } else if self.fed.len() == 6 {
+            (self.ints(3)?.iter().map(|&p| (p.max(-1) + 1) as usize).collect(), self.ints(4)?.to_vec())
+        } else {
+            (bounds(self.ints(3)?, c), self.sequences(4, rows)?)
+        };
+        let contexts = match matrix {
+            Some(keys) => HashMap::from([(0, keys.values().chunks(d.max(1)).map(<[F]>::to_vec).collect())]),
+            None => self.contexts(2, self.fed.len() - 1, &seqs, &ends)?,
+        };
+        let mut out = vec![F::from_f64(f64::NEG_INFINITY); rows * c];
         let qs = q.values();
-        for (t, &end) in ends.iter().enumerate() {
+        for (t, (&start, &end)) in starts.iter().zip(&ends).enumerate() {
             let keys = contexts[&seqs[t]].iter().take(end.min(c));
-            for (logit, key) in out[t * c..].iter_mut().zip(keys) {
+            for (logit, key) in out[t * c..].iter_mut().zip(keys).skip(start) {
                 let head = |h: usize| {
                     let score = dot(&qs[(t * heads + h) * d..][..d], key);
                     if score > F::default() { score * weights[t * heads + h] } else { F::default() }
@@ -736,13 +800,27 @@ impl<F: Real> Eval<F> {
         self.rounded(out)
     }
 
+    /// The sequence of each of `rows` tokens where all have as many; `table` is the input of the page table.
+    fn sequences(&self, table: usize, rows: usize) -> Result<Vec<i32>, String> {
+        let seqs = self.t(table)?.shape[0];
+        if seqs == 0 || !rows.is_multiple_of(seqs) {
+            return if rows == 0 { Ok(Vec::new()) } else { Err(format!("{rows} tokens of {seqs} sequences")) };
+        }
+        Ok((0..rows).map(|t| (t / (rows / seqs)) as i32).collect())
+    }
+
     fn topk(&self, k: usize) -> Made<F> {
         let x = self.t(0)?;
-        let rows = x.shape[0];
+        let (rows, columns) = (x.shape[0], x.columns());
+        let (starts, ends) = match self.fed.len() {
+            1 => (vec![0; rows], vec![columns; rows]),
+            2 => (vec![0; rows], bounds(self.ints(1)?, columns)),
+            _ => (bounds(self.ints(1)?, columns), bounds(self.ints(2)?, columns)),
+        };
         let mut out = Vec::with_capacity(rows * k);
         for t in 0..rows {
-            let row = &x.values()[t * x.columns()..][..x.columns()];
-            let selected = largest(row, k, |_| true);
+            let row = &x.values()[t * columns..][..columns];
+            let selected = largest(row, k, |c| (starts[t]..ends[t]).contains(&c));
             out.extend(selected.iter().map(|&c| c as i32));
             out.resize((t + 1) * k, -1);
         }
@@ -787,25 +865,59 @@ impl<F: Real> Eval<F> {
     fn mqa(&self, scale: F, narrow: bool) -> Made<F> {
         let (heads, l) = (self.t(0)?.shape[1], self.t(0)?.columns());
         let mut out = vec![F::default(); self.t(0)?.elements()];
+        let mut sums = Vec::new();
         for t in 0..self.t(0)?.shape[0] {
             let keys = self.selected_keys(t)?;
             for h in 0..heads {
-                let p = softmax(self.mqa_scores(t * heads + h, &keys, scale)?, narrow);
+                let scores = self.mqa_scores(t * heads + h, &keys, scale)?;
+                sums.push(log_sum(&scores));
+                let p = softmax(scores, narrow);
                 let o = &mut out[(t * heads + h) * l..][..l];
                 p.iter().zip(&keys).for_each(|(&p, k)| add_scaled(o, p, &k[..l]));
             }
         }
-        self.rounded(out)
+        self.attended(out, sums)
     }
 
-    /// The cached rows that token `t` selects.
+    /// The result of attention, and its further outputs if they are declared: logarithms of sums, and largest scores.
+    fn attended(&self, out: Vec<F>, sums: Vec<(F, F)>) -> Made<F> {
+        let mut made = self.rounded(out)?;
+        let (logs, largest): (Vec<F>, Vec<F>) = sums.into_iter().unzip();
+        for (out, data) in self.outs.iter().skip(1).zip([logs, largest]) {
+            made.push(StepValue::Tensor(Arc::new(TensorData::new(out.shape.clone(), Data::Real(data)))));
+        }
+        Ok(made)
+    }
+
+    /// The keys that token `t` selects: positions of its sequence, or slots.
     fn selected_keys(&self, t: usize) -> Result<Vec<Vec<F>>, String> {
-        let (seq, c) = (self.ints(4)?[t], self.syms.get(Sym::C) as usize);
+        if self.fed.len() == 4 {
+            return self.selected_slots(t);
+        }
+        let (table, seq) = match self.fed.len() {
+            5 => (4, self.sequences(4, self.t(0)?.shape[0])?[t]),
+            _ => (5, self.ints(4)?[t]),
+        };
         let row = |s: usize| {
-            let row = self.cached(2, 5, seq as usize, s)?;
+            let row = self.cached(2, table, seq as usize, s)?;
             row.ok_or_else(|| format!("position {s} of sequence {seq} is not cached"))
         };
-        self.selection(3, t, c)?.into_iter().map(row).collect()
+        self.selection(3, t, self.syms.get(Sym::C) as usize)?.into_iter().map(row).collect()
+    }
+
+    /// Rows of a cache or a matrix by number; those outside are left out.
+    fn selected_slots(&self, t: usize) -> Result<Vec<Vec<F>>, String> {
+        let selected = self.t(3)?;
+        let row = &selected.ints()[t * selected.columns()..][..selected.columns()];
+        let numbers = row.iter().filter_map(|&s| usize::try_from(s).ok());
+        Ok(match self.fed.get(2).and_then(StepValue::tensor) {
+            Some(matrix) => {
+                let columns = matrix.columns();
+                let row = |s: usize| matrix.values().get(s * columns..(s + 1) * columns).map(<[F]>::to_vec);
+                numbers.filter_map(row).collect()
+            }
+            None => numbers.filter_map(|s| self.cache(2).ok()?.row(s)).collect(),
+        })
     }
 
     /// Scaled scores of one token and head, as row `at` of the queries.
@@ -844,6 +956,7 @@ impl<F: Real> Eval<F> {
         let (parts, l) = (sums.shape[2].max(1), sums.columns());
         let ln_2 = F::from_f64(std::f64::consts::LN_2);
         let mut out = vec![F::default(); sums.elements() / parts];
+        let mut logs = Vec::new();
         for (i, o) in out.chunks_mut(l.max(1)).enumerate() {
             let range = i * parts..(i + 1) * parts;
             let most =
@@ -852,9 +965,12 @@ impl<F: Real> Eval<F> {
             let total = sum(range.clone().map(|p| weight(p) * totals[p]));
             if total > F::default() {
                 range.for_each(|p| add_scaled(o, weight(p) / total, &sums.values()[p * l..][..l]));
+                logs.push((most * ln_2 + total.ln(), most * ln_2));
+            } else {
+                logs.push(NO_SUM.map(F::from_f64).into());
             }
         }
-        self.rounded(out)
+        self.attended(out, logs)
     }
 
     fn linear_partial(&self, parts: u32) -> Made<F> {
@@ -1086,6 +1202,21 @@ fn softmax<F: Real>(mut scores: Vec<F>, narrow: bool) -> Vec<F> {
     let total = sum(scores.iter().copied());
     scores.iter_mut().for_each(|s| *s = narrowed(*s, narrow) / total);
     scores
+}
+
+/// Logarithm of the sum of exponentials, and largest, of no scores.
+const NO_SUM: [f64; 2] = [f64::INFINITY, f64::NEG_INFINITY];
+
+/// `ln Σ exp(score)`, and the largest score.
+fn log_sum<F: Real>(scores: &[F]) -> (F, F) {
+    let Some(&first) = scores.first() else { return NO_SUM.map(F::from_f64).into() };
+    let most = scores.iter().copied().fold(first, |a, b| if b > a { b } else { a });
+    (most + sum(scores.iter().map(|&s| (s - most).exp())).ln(), most)
+}
+
+/// First or past-the-end columns of rows, of so many columns.
+fn bounds(ints: &[i32], columns: usize) -> Vec<usize> {
+    ints.iter().map(|&n| usize::try_from(n).unwrap_or(0).min(columns)).collect()
 }
 
 /// Indices of the `k` largest values that `allow`s, ascending; the lowest index first among equals; never −inf or NaN.

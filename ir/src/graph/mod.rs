@@ -8,7 +8,8 @@
 //! quantisation is an op of its own. So `exact` and `deployed` are two graphs of one front end, and one interpreter runs both.
 //!
 //! **Invariants** (checked by the verifier): acyclic; every input of a node is fed by exactly one edge; output types follow from
-//! input types and attributes up to the choice of the output's element type; [`Op::Arg`] occurs in fused bodies only.
+//! input types and attributes up to the choice of the output's element type; [`Op::Arg`] occurs in fused bodies, and in graphs
+//! that declare [`Graph::args`].
 
 pub mod infer;
 pub mod interp;
@@ -229,7 +230,7 @@ pub enum Op {
     Weight(u32),
     /// The cache of that index in [`Graph::states`], as it was before the step. No inputs.
     State(u32),
-    /// The argument of that number of a fused body. No inputs.
+    /// The argument of that number of a fused body, or of the graph ([`Graph::args`]). No inputs.
     Arg(u32),
 
     /// `(ids [T], table [V, D])`: rows of the table.
@@ -309,9 +310,14 @@ pub enum Op {
     CacheRope,
     /// `(q [T, H, D], weights [T, H] f32, state, positions [T], seqs [T], page_table)`: f32 `[T, C]`:
     /// `Σ_h max(q_h · k_s, 0) · weights_h` for positions `s` up to the token's own, −inf beyond.
+    ///
+    /// Two forms without step inputs, whose other columns are unspecified, and whose `q` may be plain e4m3:
+    /// `(q, weights, state, ends [T], page_table [S, P])`: positions below `ends[t]`; token `t` is of sequence `t / (T / S)`.
+    /// `(q, weights, keys [C, D], starts [T], ends [T])`: rows `starts[t]..ends[t]` of a matrix of keys.
     IndexerLogits,
     /// `(x [T, C])` f32: i32 `[T, k]`: the columns of the `k` largest values of each row in ascending order, lowest column first
-    /// among equals; −inf is never selected, the tail is −1.
+    /// among equals; −inf is never selected, the tail is −1. `(x, ends [T])`: of the columns below `ends[t]`;
+    /// `(x, starts [T], ends [T])`: of the columns `starts[t]..ends[t]`.
     TopK {
         /// Members of each row.
         k: u32,
@@ -330,7 +336,14 @@ pub enum Op {
         narrow: bool,
     },
     /// `(q_latent [T, H, L], q_rope [T, H, R], state, selected [T, k], seqs [T], page_table)`: softmax attention with one shared key
-    /// (latent and rope) and the latent as value: `[T, H, L]`, rounds.
+    /// (latent and rope) and the latent as value: `[T, H, L]`, rounds; 0 if nothing is selected.
+    ///
+    /// Two forms without `seqs`: `(.., state, selected, page_table [S, P])`: token `t` is of sequence `t / (T / S)`.
+    /// `(.., state, selected)`: what is selected are slots. That form may have a matrix `[C, L + R]` of keys for a state, of
+    /// which rows are selected. A selection outside the state or matrix counts as none.
+    ///
+    /// Two more outputs, where declared, f32 `[T, H]`: the natural logarithm of `Σ exp(score)`, +inf if nothing is selected; and the
+    /// largest score, −inf if nothing is selected.
     MqaAttention {
         /// Multiplies the scores.
         scale: f32,
@@ -351,7 +364,8 @@ pub enum Op {
         /// Parts.
         parts: u32,
     },
-    /// `(sums [T, H, P, L], largest [T, H, P], totals [T, H, P])` of [`Op::MqaPartial`]: `[T, H, L]`, rounds.
+    /// `(sums [T, H, P, L], largest [T, H, P], totals [T, H, P])` of [`Op::MqaPartial`]: `[T, H, L]`, rounds; and the further
+    /// outputs of [`Op::MqaAttention`], where declared.
     MqaCombine,
     /// `(gate, up)` of one shape: `silu(gate) · up`, rounds.
     SwiGlu,
@@ -477,7 +491,16 @@ pub struct State {
     pub format: StateFormat,
 }
 
-/// A step of a model, or the body of a fused node.
+/// An argument of a graph that is no step of a model: an entry point of a kernel library, whose caller gives it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Argument {
+    /// Unique name.
+    pub name: String,
+    /// Its type.
+    pub ty: ValueType,
+}
+
+/// A step of a model, an entry point of a kernel library, or the body of a fused node.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Graph {
     /// The DAG.
@@ -486,6 +509,8 @@ pub struct Graph {
     pub weights: Vec<Weight>,
     /// Caches, by index.
     pub states: Vec<State>,
+    /// Arguments, by index, of an entry point; it has no weights, caches and step inputs. A body's are those of its node.
+    pub args: Vec<Argument>,
     /// Named results. A step has `logits` f32 `[L, V]`, the taps `hidden.i` and `topk.i`, and every written state.
     pub outputs: Vec<(String, Value)>,
 }
@@ -653,6 +678,7 @@ impl PartialEq for Graph {
         a.len() == b.len()
             && self.weights == other.weights
             && self.states == other.states
+            && self.args == other.args
             && a.iter().zip(&b).all(|(&x, &y)| self.dag[x] == other.dag[y] && wired(x, y))
             && self.outputs.len() == other.outputs.len()
             && self.outputs.iter().zip(&other.outputs).all(|((n, u), (m, v))| n == m && place(&ra, u) == place(&rb, v))

@@ -1,6 +1,6 @@
 //! The text form of graphs.
 //!
-//! One line a weight, a cache, a node, an output; nodes in [`Graph::order`], numbered from 0:
+//! One line a weight, a cache, an argument, a node, an output; nodes in [`Graph::order`], numbered from 0:
 //!
 //! ```text
 //! graph {
@@ -24,7 +24,8 @@
 
 use super::verify::MAX_DEPTH;
 use super::{
-    Edge, Elem, Fused, Graph, Node, NodeId, Op, Quant, State, StateFormat, TensorType, Value, ValueType, Weight,
+    Argument, Edge, Elem, Fused, Graph, Node, NodeId, Op, Quant, State, StateFormat, TensorType, Value, ValueType,
+    Weight,
 };
 use crate::dtype::DType;
 use crate::extent::{Extent, Sym};
@@ -116,6 +117,9 @@ fn print_body(g: &Graph, f: &mut fmt::Formatter<'_>, depth: usize) -> fmt::Resul
     }
     for (i, s) in g.states.iter().enumerate() {
         writeln!(f, "{pad}state {i} {} : {}", quoted(&s.name), tagged(&s.format))?;
+    }
+    for (i, a) in g.args.iter().enumerate() {
+        writeln!(f, "{pad}arg {i} {} : {}", quoted(&a.name), a.ty)?;
     }
     let order = g.order();
     let numbers: HashMap<NodeId, usize> = order.iter().enumerate().map(|(i, &n)| (n, i)).collect();
@@ -286,13 +290,18 @@ impl<'a> Parser<'a> {
                 let name = self.name()?;
                 self.expect(":")?;
                 g.states.push(State { name, format: self.tagged("a cache format")? });
+            } else if self.eat("arg") {
+                self.index(g.args.len())?;
+                let name = self.name()?;
+                self.expect(":")?;
+                g.args.push(Argument { name, ty: self.value_type()? });
             } else if self.eat("output") {
                 let name = self.name()?;
                 self.expect("=")?;
                 let value = self.value(&g, &nodes)?;
                 g.outputs.push((name, value));
             } else {
-                return Err("expected `%`, `weight`, `state`, `output` or `}`".into());
+                return Err("expected `%`, `weight`, `state`, `arg`, `output` or `}`".into());
             }
         }
         Ok(g)

@@ -8,8 +8,8 @@
 //! * quantised types have blocks of at least 1 and a shape of their scales; dims of weights are constant but for the rows of
 //!   rope tables; dims are at most [`MAX_DIM`];
 //! * a cache that is written is used by nothing else in its old state, so that writing in place is legal;
-//! * [`Op::Arg`] occurs only in fused bodies and has the type of that input of the fused node; bodies have no step inputs,
-//!   weights or caches of their own; their outputs are the node's; they nest at most [`MAX_DEPTH`] deep.
+//! * [`Op::Arg`] has the type of that input of the fused node in bodies, and of that argument in graphs that declare some; bodies
+//!   and graphs with arguments have no step inputs, weights or caches of their own; their outputs are the node's; they nest at most [`MAX_DEPTH`] deep.
 //!
 //! **Cost.** Linear in nodes and edges.
 
@@ -43,14 +43,16 @@ impl fmt::Display for Diagnostic {
 
 /// Everything that is wrong with a graph.
 pub fn verify(graph: &Graph) -> Vec<Diagnostic> {
-    let mut v = Verifier { graph, args: None, within: String::new(), depth: 0, diagnostics: Vec::new() };
+    let declared: Vec<ValueType> = graph.args.iter().map(|a| a.ty.clone()).collect();
+    let args = (!declared.is_empty()).then_some(declared.as_slice());
+    let mut v = Verifier { graph, args, within: String::new(), depth: 0, diagnostics: Vec::new() };
     v.run();
     v.diagnostics
 }
 
 struct Verifier<'a> {
     graph: &'a Graph,
-    /// Input types of the fused node whose body this is.
+    /// Input types of the fused node whose body this is, or of the graph's arguments.
     args: Option<&'a [ValueType]>,
     /// Names of the fused nodes around, each followed by a slash.
     within: String,
@@ -112,7 +114,20 @@ impl Verifier<'_> {
             }
         }
         if self.args.is_some() && !(graph.weights.is_empty() && graph.states.is_empty()) {
-            self.report("body", "a fused body has weights or states of its own");
+            self.report("body", "a graph with arguments has weights or states of its own");
+        }
+        let mut names = HashSet::new();
+        for a in &graph.args {
+            let place = format!("argument {}", a.name);
+            if !names.insert(&a.name) {
+                self.report(&place, "the name is not unique");
+            }
+            if self.depth > 0 {
+                self.report(&place, "a fused body declares none: they are its node's inputs");
+            }
+            if let Err(e) = check_type(&a.ty, true) {
+                self.report(&place, e);
+            }
         }
     }
 
@@ -161,7 +176,7 @@ impl Verifier<'_> {
                 .map(|s| ValueType::State(s.format))
                 .ok_or(format!("there is no state {i}")),
             Op::Arg(i) => match self.args {
-                Some(args) => args.get(*i as usize).cloned().ok_or(format!("the fused node has no input {i}")),
+                Some(args) => args.get(*i as usize).cloned().ok_or(format!("there is no argument {i}")),
                 None => Err("an argument outside of a fused body".into()),
             },
             Op::Fused(fused) => return self.fused(node, fused, &types),

@@ -49,6 +49,8 @@ pub trait Real:
     fn round(self, dtype: DType) -> Self;
     /// `e^self`.
     fn exp(self) -> Self;
+    /// Natural logarithm.
+    fn ln(self) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
 }
@@ -71,6 +73,9 @@ impl Real for f32 {
     }
     fn exp(self) -> f32 {
         f32::exp(self)
+    }
+    fn ln(self) -> f32 {
+        f32::ln(self)
     }
     fn sqrt(self) -> f32 {
         f32::sqrt(self)
@@ -100,6 +105,9 @@ impl Real for f64 {
     }
     fn exp(self) -> f64 {
         f64::exp(self)
+    }
+    fn ln(self) -> f64 {
+        f64::ln(self)
     }
     fn sqrt(self) -> f64 {
         f64::sqrt(self)

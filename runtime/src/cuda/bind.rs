@@ -128,16 +128,17 @@ pub(super) fn check_grid(entry: &KernelEntry, gpu: &GpuKernel, limits: &SymValue
     Ok(())
 }
 
-/// Encodes a descriptor of the parameter that `map` names, bound at `address`.
+/// Encodes a descriptor of the parameter that `map` names, bound at `address`, at these symbols: the limits of a binding, or exactly
+/// those of a launch.
 pub(super) fn encode_map(
     context: &Context,
     map: &TensorMap,
     param: &ParamEntry,
     address: Address,
-    limits: &SymValues,
+    (syms, exact): (&SymValues, bool),
 ) -> Result<TensorMapBytes, String> {
     let fault = |what: String| format!("the tensor map of parameter {}: {what}", param.name);
-    let plan = MapPlan::new(map, param, limits).map_err(fault)?;
+    let plan = MapPlan::new(map, param, (syms, exact)).map_err(fault)?;
     let address = address.wrapping_add(param.view.offset);
     if !address.is_multiple_of(16) {
         return Err(fault(format!("it starts at {address:#x}, which 16 bytes do not divide")));
@@ -180,7 +181,7 @@ struct MapPlan {
 }
 
 impl MapPlan {
-    fn new(map: &TensorMap, param: &ParamEntry, limits: &SymValues) -> Result<MapPlan, String> {
+    fn new(map: &TensorMap, param: &ParamEntry, (syms, exact): (&SymValues, bool)) -> Result<MapPlan, String> {
         let view = &param.view;
         let rank = view.shape.len();
         if !(1..=5).contains(&rank) || map.tile.len() != rank || view.strides.len() != rank {
@@ -198,7 +199,8 @@ impl MapPlan {
         let mut strides = Vec::with_capacity(rank);
         for stride in view.strides.iter().rev() {
             // A step below the limits would have another distance than the map, which is made once.
-            let bytes = u64::try_from(stride.bytes).ok().filter(|_| stride.sym.is_none());
+            let bytes = u64::try_from(stride.bytes).ok().filter(|_| exact || stride.sym.is_none());
+            let bytes = bytes.and_then(|n| n.checked_mul(stride.sym.map_or(1, |s| u64::from(syms.get(s)))));
             strides.push(bytes.ok_or_else(|| format!("a distance of {} bytes times {:?}", stride.bytes, stride.sym))?);
         }
         let innermost = strides.remove(0);
@@ -208,7 +210,7 @@ impl MapPlan {
         if let Some(stride) = strides.iter().find(|&&s| !s.is_multiple_of(16) || s >= MAX_MAP_STRIDE) {
             return Err(format!("a distance of {stride} bytes, which 16 do not divide, or too large"));
         }
-        let dims: Vec<u64> = view.shape.iter().rev().map(|extent| extent.eval(limits)).collect();
+        let dims: Vec<u64> = view.shape.iter().rev().map(|extent| extent.eval(syms)).collect();
         if dims.iter().any(|n| !(1..=1 << 32).contains(n)) {
             return Err(format!("dims of {dims:?}"));
         }
@@ -247,7 +249,7 @@ mod tests {
         let map = TensorMap { param: 0, tile: vec![1, 64, 32], swizzle: 64 };
         let view = param(DType::Bf16, &[Sym::T.into(), 128.into(), 512.into()]);
         let limits = SymValues([7, 1, 1, 1, 1, 1]);
-        let plan = MapPlan::new(&map, &view, &limits).unwrap();
+        let plan = MapPlan::new(&map, &view, (&limits, false)).unwrap();
         let expected = MapPlan {
             element: 9,
             dims: vec![512, 128, 7],
@@ -264,7 +266,7 @@ mod tests {
         let refused = |tile: &[u32], swizzle, edit: &dyn Fn(&mut ParamEntry)| {
             let mut view = param(DType::E4m3, &[Sym::T.into(), 512.into()]);
             edit(&mut view);
-            MapPlan::new(&TensorMap { param: 0, tile: tile.to_vec(), swizzle }, &view, &limits).unwrap_err()
+            MapPlan::new(&TensorMap { param: 0, tile: tile.to_vec(), swizzle }, &view, (&limits, false)).unwrap_err()
         };
         assert!(refused(&[8], 0, &|_| ()).contains("box of 1"));
         assert!(refused(&[8, 256], 128, &|_| ()).contains("rows of 256 bytes"));

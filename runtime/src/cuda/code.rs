@@ -209,9 +209,9 @@ fn find_function(
         // SAFETY: the function is of a loaded module.
         driver.check("cuFuncSetAttribute", unsafe { (f.function_attribute)(function, attribute, value) })
     };
-    if shared_bytes > 0 {
-        set(function::DYNAMIC_SHARED_BYTES, shared_bytes)?;
-    }
+    // Also of 0 bytes: it loads the function now, which a driver that loads lazily would do at the first launch, and that may be
+    // one which is captured.
+    set(function::DYNAMIC_SHARED_BYTES, shared_bytes)?;
     if cluster > PORTABLE_CLUSTER {
         set(function::LARGE_CLUSTERS, 1)?;
     }

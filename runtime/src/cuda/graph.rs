@@ -6,11 +6,13 @@
 
 use super::bind::{Program, Ready, grid};
 use super::code::{Kernel, Kernels};
+use super::context::Context;
 use super::driver::{CAPTURE_RELAXED, Handle, LAUNCH_CLUSTER, LaunchAttribute, LaunchConfig};
 use super::memory::Stream;
 use crate::error::DeviceError;
 use dsc_ir::SymValues;
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::ops::Range;
 
 /// Graphs kept; the one not used for longest goes first.
@@ -20,8 +22,26 @@ const MIN_LAUNCHES: usize = 3;
 
 /// Puts a launch in the stream's queue, with the grid at `syms`. Does nothing if there is no block.
 pub(super) fn launch(stream: &Stream, kernel: &Kernel, ready: &Ready, syms: &SymValues) -> Result<(), DeviceError> {
+    // SAFETY: the function is of a loaded module and has the parameters that `ready` was bound with: an address each, that of
+    // the symbols, and the tensor maps. Every view stays in its buffer at the binding's limits, which the caller has compared
+    // the symbols with.
+    unsafe { launch_raw(&stream.context, stream.raw(), kernel, ready.params(), syms) }
+}
+
+/// Puts a launch in a queue, with the grid at `syms`. Does nothing if there is no block.
+///
+/// # Safety
+/// `params` points to a pointer to each of the kernel's parameters; the driver copies their values before this returns. What they
+/// point to on the device must be there. The stream is null or one of the context.
+pub(super) unsafe fn launch_raw(
+    context: &Context,
+    stream: Handle,
+    kernel: &Kernel,
+    params: *mut *mut c_void,
+    syms: &SymValues,
+) -> Result<(), DeviceError> {
     let cluster = kernel.gpu.cluster.max(1);
-    let multiprocessors = stream.context.multiprocessors;
+    let multiprocessors = context.multiprocessors;
     let Some(grid) = grid(&kernel.entry, &kernel.gpu, multiprocessors, syms) else { return Ok(()) };
     let mut value = [0; 16];
     value[..3].copy_from_slice(&[cluster, 1, 1]);
@@ -30,15 +50,13 @@ pub(super) fn launch(stream: &Stream, kernel: &Kernel, ready: &Ready, syms: &Sym
         grid,
         block: [kernel.gpu.threads, 1, 1],
         shared_bytes: kernel.gpu.shared_bytes,
-        stream: stream.raw(),
+        stream,
         attributes: &mut attribute,
         attribute_count: u32::from(cluster > 1),
     };
-    let driver = &stream.context.driver;
-    // SAFETY: the function is of a loaded module and has the parameters that `ready` was bound with: an address each, that of
-    // the symbols, and the tensor maps. Every view stays in its buffer at the binding's limits, which the caller has compared
-    // the symbols with. The driver copies the values before it returns.
-    let status = unsafe { (driver.functions.launch)(&config, kernel.function, ready.params(), std::ptr::null_mut()) };
+    let driver = &context.driver;
+    // SAFETY: as the caller says.
+    let status = unsafe { (driver.functions.launch)(&config, kernel.function, params, std::ptr::null_mut()) };
     driver.check("cuLaunchKernelEx", status)
 }
 

@@ -4,7 +4,7 @@
 //! driver    the driver's functions, by dlopen         code    kernels: cubins, or PTX that the driver compiles
 //! context   a GPU, what it has and is                 bind    parameters, tensor maps, grids, checked once
 //! memory    device and pinned memory, streams         graph   launches, captured and kept
-//! upload    weights on their way
+//! upload    weights on their way                      functions  kernels of a library, for callers
 //! ```
 //!
 //! Everything a device does goes in one queue, so nothing waits but the host, once a step: when it reads a result. Symbols lie in
@@ -14,6 +14,7 @@ mod bind;
 mod code;
 mod context;
 mod driver;
+mod functions;
 mod graph;
 mod memory;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use context::Context;
 use driver::Address;
 use dsc_ir::artifact::Header;
 use dsc_ir::{Sym, SymValues};
+pub(crate) use functions::CudaFunctions;
 use graph::{Graph, Graphs};
 use memory::{DeviceMemory, Event, Pinned, Stream};
 use std::ops::Range;
@@ -232,6 +234,9 @@ impl CudaDevice {
         if params.len() != launch.args.len() {
             return Err(format!("{} arguments do not fit {}", launch.args.len(), kernel.entry.name));
         }
+        if kernel.entry.schedule.symbols_by_value {
+            return Err(format!("{} takes symbols by value, as kernels of a library do", kernel.entry.name));
+        }
         bind::check_grid(&kernel.entry, &kernel.gpu, limits)?;
         let mut addresses = Vec::with_capacity(params.len() + 1);
         for (param, &(buffer, at)) in params.iter().zip(&launch.args) {
@@ -248,7 +253,7 @@ impl CudaDevice {
             let param = map.param as usize;
             let fault = || format!("a tensor map of parameter {param}, of {}", params.len());
             let (entry, address) = params.get(param).zip(addresses.get(param)).ok_or_else(fault)?;
-            bind::encode_map(&self.loaded.context, map, entry, *address, limits)
+            bind::encode_map(&self.loaded.context, map, entry, *address, (limits, false))
         });
         let maps = maps.collect::<Result<_, String>>()?;
         Ok(Ready::new(index, addresses, self.symbols.address(), maps))

@@ -23,6 +23,9 @@ pub struct Threads<'a> {
     pub shared32: Val,
     /// Places so far where all threads ask whether something holds in any ([`Isa::barrier_any`]).
     pub meetings: u32,
+    /// Where the kernel's parameter behind the addresses points to, from which symbols are read: global memory, or itself, if
+    /// it holds their values.
+    pub symbols: Ty,
 }
 
 impl<'a> Threads<'a> {
@@ -33,7 +36,7 @@ impl<'a> Threads<'a> {
         let warp = f.bin("lshr", tid, i32(5));
         let shared = f.op("llvm.mlir.addressof @shared : !llvm.ptr<3>", Ty::Shared);
         let shared32 = f.cast("ptrtoint", shared, Ty::I32);
-        Threads { f, arch, threads, tid, lane, warp, shared, shared32, meetings: 0 }
+        Threads { f, arch, threads, tid, lane, warp, shared, shared32, meetings: 0, symbols: Ty::Global }
     }
 
     /// The number of the group of `count` threads (a power of two) that this one is in, and its lane there.

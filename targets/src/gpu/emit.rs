@@ -71,7 +71,7 @@ impl<'a> Emitter<'a> {
         for (i, p) in s.params.iter().enumerate() {
             e.params.insert(p.value, Val::Arg(i as u32, Ty::Global));
         }
-        let syms = Val::Arg(s.params.len() as u32, Ty::Global);
+        let syms = Val::Arg(s.params.len() as u32, e.t.symbols);
         for sym in Sym::ALL {
             let at = e.t.f.offset(syms, i64(4 * sym as i64));
             e.syms[sym as usize] = e.t.f.load(at, Ty::I32, 1)[0];

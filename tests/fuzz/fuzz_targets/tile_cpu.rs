@@ -114,6 +114,8 @@ fn header(program: &Program, module: &Module) -> Header {
         weights: Vec::new(),
         states: Vec::new(),
         kernels: vec![kernel],
+        library: None,
+        entries: Vec::new(),
         steps: Vec::new(),
         sections: Vec::new(),
     }

@@ -53,6 +53,8 @@ fn header(weights: Vec<WeightEntry>) -> Header {
         weights,
         states: Vec::new(),
         kernels: Vec::new(),
+        library: None,
+        entries: Vec::new(),
         steps: vec![step],
         sections: Vec::new(),
     }

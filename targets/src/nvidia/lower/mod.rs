@@ -43,17 +43,21 @@ pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
 /// # Errors
 /// [`TargetError::Unsupported`] if the tiles do not fit its shared memory.
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
+    let symbols = if kernel.schedule.symbols_by_value { mlir::Ty::Generic } else { mlir::Ty::Global };
     if let Some(scheduled) = hopper::schedule(kernel, arch) {
         let failed = |reason| TargetError::Codegen { kernel: kernel.program.name.clone(), reason };
-        let (mlir, gpu) = hopper::lower(&scheduled, arch).map_err(failed)?;
+        let (mlir, gpu) = hopper::lower(&scheduled, arch, symbols).map_err(failed)?;
         return Ok(Lowered { mlir, gpu, sched: scheduled.to_string() });
     }
     let scheduled = schedule::schedule(kernel, arch)?;
-    let threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    let mut threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    threads.symbols = symbols;
     let emitter = emit::Emitter::run(threads, &scheduled);
     let shared_bytes = emitter.shared_bytes();
-    let mut args: Vec<String> = (0..=scheduled.params.len()).map(|i| format!("%{i}: !llvm.ptr<1>")).collect();
-    args.iter_mut().for_each(|a| a.push_str(" {llvm.align = 16 : i64}"));
+    let addresses = scheduled.params.len();
+    let mut args: Vec<String> =
+        (0..addresses).map(|i| format!("%{i}: !llvm.ptr<1> {{llvm.align = 16 : i64}}")).collect();
+    args.push(symbols_parameter(addresses, symbols));
     let mut text = String::from("module {\n");
     text.push_str(
         "  llvm.mlir.global external @shared() {addr_space = 3 : i32, alignment = 128 : i64} : !llvm.array<0 x i8>\n",
@@ -69,4 +73,15 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     text.push_str("    llvm.return\n  }\n}\n");
     let gpu = GpuKernel { threads: scheduled.threads, shared_bytes, cluster: 1, ..GpuKernel::default() };
     Ok(Lowered { mlir: text, gpu, sched: scheduled.to_string() })
+}
+
+/// The kernel's parameter that symbols are read from, which has that number: an address, or their values.
+pub fn symbols_parameter(number: usize, place: mlir::Ty) -> String {
+    match place {
+        // Without grid_constant the values would be copied to the stack.
+        mlir::Ty::Generic => format!(
+            "%{number}: !llvm.ptr {{llvm.byval = !llvm.array<6 x i32>, llvm.align = 4 : i64, nvvm.grid_constant}}"
+        ),
+        _ => format!("%{number}: !llvm.ptr<1>"),
+    }
 }

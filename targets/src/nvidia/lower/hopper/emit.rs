@@ -12,6 +12,7 @@ use super::wgmma::Flight;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::block::Threads;
 use crate::nvidia::lower::mlir::{Fn, Ty, Val, i32, i64};
+use crate::nvidia::lower::symbols_parameter;
 use crate::nvidia::lower::{arith, isa};
 use dsc_ir::Sym;
 use dsc_ir::artifact::GpuKernel;
@@ -68,12 +69,13 @@ pub struct Emit<'a> {
     pub sources: HashMap<(ValueId, ValueId), Vec<(Val, Val)>>,
 }
 
-/// MLIR of a scheduled kernel, and how to launch it.
+/// MLIR of a scheduled kernel, and how to launch it. `symbols` is where they are read from ([`Threads::symbols`]).
 ///
 /// # Errors
 /// What of the kernel this lowering does not do.
-pub fn lower(s: &Scheduled, arch: &Arch) -> Result<(String, GpuKernel), String> {
-    let t = Threads::new(Fn::default(), arch, s.threads);
+pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKernel), String> {
+    let mut t = Threads::new(Fn::default(), arch, s.threads);
+    t.symbols = symbols;
     let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
     let mut barriers = data;
     let mut rings = Vec::new();
@@ -110,7 +112,7 @@ pub fn lower(s: &Scheduled, arch: &Arch) -> Result<(String, GpuKernel), String> 
         maps: e.maps.0.clone(),
         ..GpuKernel::default()
     };
-    Ok((module(s, &gpu, e.t.f.text()), gpu))
+    Ok((module(s, &gpu, symbols, e.t.f.text()), gpu))
 }
 
 fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
@@ -121,9 +123,10 @@ fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
 }
 
 /// The module around a body.
-fn module(s: &Scheduled, gpu: &GpuKernel, body: &str) -> String {
+fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, body: &str) -> String {
     let addresses = s.params.len() + 1;
-    let pointers = (0..addresses).map(|i| format!("%{i}: !llvm.ptr<1>"));
+    let pointers = (0..s.params.len()).map(|i| format!("%{i}: !llvm.ptr<1>"));
+    let pointers = pointers.chain([symbols_parameter(s.params.len(), symbols)]);
     // Without grid_constant the map would be copied to the stack, where the copy engine cannot read it.
     let map = "!llvm.ptr {llvm.byval = !llvm.array<128 x i8>, llvm.align = 64 : i64, nvvm.grid_constant}";
     let maps = (0..gpu.maps.len()).map(|i| format!("%{}: {map}", addresses + i));
@@ -143,7 +146,7 @@ impl<'a> Emit<'a> {
         if !self.s.common.insts.is_empty() {
             return Err("instructions before the roles".into());
         }
-        let syms = Val::Arg(self.s.params.len() as u32, Ty::Global);
+        let syms = Val::Arg(self.s.params.len() as u32, self.t.symbols);
         for sym in Sym::ALL {
             let at = self.t.f.offset(syms, i64(4 * sym as i64));
             self.syms[sym as usize] = self.t.f.load(at, Ty::I32, 1)[0];

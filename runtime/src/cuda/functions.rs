@@ -1,0 +1,76 @@
+//! Kernels of a library, launched with addresses and in a stream of the caller.
+
+use super::bind::{check_grid, encode_map};
+use super::code::Kernels;
+use super::context::{self, Context};
+use super::driver::{Address, Handle};
+use super::graph::launch_raw;
+use crate::device::Code;
+use crate::error::DeviceError;
+use dsc_ir::SymValues;
+use dsc_ir::artifact::Header;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// The functions of a kernel library on a GPU.
+pub(crate) struct CudaFunctions {
+    context: Arc<Context>,
+    kernels: Kernels,
+}
+
+impl CudaFunctions {
+    /// Loads an artifact's kernels on GPU `ordinal`, in its primary context, which is that of CUDA's runtime and of PyTorch.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::open`](super::CudaDevice::open) and [`Kernels::load`]; [`DeviceError::Misuse`] for kernels that want their
+    /// symbols in device memory.
+    pub(crate) fn open(ordinal: u32, header: &Header, code: Code<'_>) -> Result<CudaFunctions, DeviceError> {
+        let context = Context::open(&context::driver_path(), ordinal)?;
+        if let Some(kernel) = header.kernels.iter().find(|k| !k.schedule.symbols_by_value) {
+            return Err(DeviceError::Misuse(format!("kernel {} takes symbols from device memory", kernel.name)));
+        }
+        let kernels = Kernels::load(&context, header, code)?;
+        Ok(CudaFunctions { context, kernels })
+    }
+
+    /// Makes the GPU's context that of this thread.
+    pub(crate) fn enter(&self) -> Result<(), DeviceError> {
+        self.context.enter()
+    }
+
+    /// Puts a launch in a stream; its parameters are at `addresses`.
+    ///
+    /// # Errors
+    /// [`DeviceError::Binding`] for a grid or a tensor map that hardware cannot have; [`DeviceError::Driver`].
+    ///
+    /// # Safety
+    /// What the kernel's views at these symbols span from the addresses is memory that stays until the launch is done. The stream
+    /// is null or one of the context.
+    pub(crate) unsafe fn launch(
+        &self,
+        stream: Handle,
+        kernel: usize,
+        addresses: Vec<Address>,
+        syms: &SymValues,
+    ) -> Result<(), DeviceError> {
+        let kernel = &self.kernels.kernels[kernel];
+        let entry = &kernel.entry;
+        let fault = |what| DeviceError::Binding { launch: 0, node: entry.name.clone(), what };
+        check_grid(entry, &kernel.gpu, syms).map_err(fault)?;
+        let mut maps = Vec::with_capacity(kernel.gpu.maps.len());
+        for map in &kernel.gpu.maps {
+            let param = map.param as usize;
+            let none = || fault(format!("a tensor map of parameter {param}, of {}", addresses.len()));
+            let (param, &address) = entry.params.get(param).zip(addresses.get(param)).ok_or_else(none)?;
+            maps.push(encode_map(&self.context, map, param, address, (syms, true)).map_err(fault)?);
+        }
+        let symbols = syms.0;
+        let addresses = addresses.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast::<c_void>());
+        let values = [std::ptr::from_ref(&symbols).cast_mut().cast()];
+        let maps = maps.iter().map(|m| std::ptr::from_ref(m).cast_mut().cast());
+        let mut params: Vec<*mut c_void> = addresses.chain(values).chain(maps).collect();
+        // SAFETY: the parameters are those of a kernel with symbols by value (`open`): addresses, six words, tensor maps; the
+        // driver copies them before it returns. The rest is the caller's word.
+        unsafe { launch_raw(&self.context, stream, kernel, params.as_mut_ptr(), syms) }
+    }
+}

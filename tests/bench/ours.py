@@ -1,0 +1,86 @@
+"""Registers the kernels of dsc with a benchmark of sparse-attention kernels that has an `impl(section, name)` decorator, beside
+the kernels of others and on the same inputs:
+
+    dsc compile --kernels dsa --target sm_90a --scale 0.041666668 -o libs/dsa-h128.dsc         # and --heads 64, 16: dsa-h64.dsc, ..
+    DSC_KERNELS=libs PYTHONPATH=python DSC_LIBRARY=target/release/libdsc.so \\
+        python3 bench_peers.py --extra tests/bench/ours.py --out results.json
+
+The module is `bench_peers`; a section hands over a case with the fields used here. A call is a closure on one set of inputs; it is
+captured in a CUDA graph. Where no library has the case's heads, nothing is registered for it. DSC_NAME is the name in the results.
+"""
+import glob
+import os
+
+import dsc_kernels
+import torch
+from bench_peers import impl
+
+NAME = os.environ.get("DSC_NAME", "dsc")
+LIBRARIES = {}
+for _path in sorted(glob.glob(os.path.join(os.environ.get("DSC_KERNELS", "."), "*.dsc"))):
+    _library = dsc_kernels.open(_path)
+    LIBRARIES.setdefault(_library.facts["heads"], _library)
+
+
+def library(heads=None):
+    """The library for so many heads; for operations without heads, any."""
+    return LIBRARIES.get(heads) if heads is not None else next(iter(LIBRARIES.values()), None)
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+@impl("indexer_decode", NAME)
+def _(c):
+    lib = library()
+    if lib is None or c.nn not in lib.facts["queries"]:
+        return None
+    outs = [empty(c.b * c.nn, c.width) for _ in c.sets[:4]]
+    return [lambda s=s, o=outs[i % 4]: lib.paged_logits(s.q, c.pool, s.w, c.ctxl, s.bt, out=o)
+            for i, s in enumerate(c.sets)]
+
+
+@impl("indexer_prefill", NAME)
+def _(c):
+    lib = library()
+    if lib is None:
+        return None
+    out = empty(c.sq, c.kv)
+    return [lambda s=s: lib.ragged_logits(s.q, s.k, s.s, s.w, c.ks, c.ke, out=out) for s in c.sets]
+
+
+@impl("topk_decode", NAME)
+def _(c):
+    lib = library()
+    return lib and [lambda s=s: lib.topk_decode(s.logits, c.lengths, out=c.out) for s in c.sets]
+
+
+@impl("topk_prefill", NAME)
+def _(c):
+    lib = library()
+    return lib and [lambda s=s: lib.topk_prefill(s.logits, c.zeros, c.lengths, out=c.out) for s in c.sets]
+
+
+@impl("mla_decode", NAME)
+def _(c):
+    lib = library(c.h)
+    return lib and [lambda s=s: lib.mla_decode(s.q, c.pool, s.idx)[0] for s in c.sets]
+
+
+@impl("mla_prefill", NAME)
+def _(c):
+    lib = library(c.h)
+    return lib and [lambda s=s: lib.mla_prefill(s.q, s.kv, s.idx)[0] for s in c.sets]
+
+
+@impl("chain_decode", NAME)
+def _(c):
+    lib = library(c.h)
+    return lib and [lambda s=s: lib.decode(s.q, c.pool, s.w, c.lengths, s.bt, s.qm, c.mla)[0] for s in c.sets]
+
+
+@impl("chain_prefill", NAME)
+def _(c):
+    lib = library(c.params["heads"])
+    return lib and [lambda s=s: lib.prefill(s.q, s.k, s.s, s.w, c.ks, c.ke, s.qm, s.kvm)[0] for s in c.sets]
