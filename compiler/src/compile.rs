@@ -9,7 +9,7 @@
 //! ```
 
 use crate::front::config::{ConfigError, ModelConfig};
-use crate::front::model::{self, BuildOptions};
+use crate::front::model::{self, BuildOptions, Shard};
 use crate::passes::{self, Class, Cx, PassError};
 use crate::plan::{self, Plan, PlanError};
 use dsc_ir::artifact::{self, Header, KernelEntry, LibraryFacts, ModelFacts, Numerics, ParamEntry};
@@ -32,6 +32,8 @@ pub struct Options {
     pub max_context: Option<u32>,
     /// Tokens a prefill step takes at most; longer prompts go in chunks.
     pub chunk: u32,
+    /// Which part of the model, if several devices run it together.
+    pub shard: Shard,
     /// Only these layers of the model, for measurements.
     pub layers: Option<Vec<usize>>,
     /// What the target is told: text to keep, tools to use.
@@ -45,6 +47,7 @@ impl Default for Options {
             numerics: Numerics::Deployed,
             max_context: None,
             chunk: 512,
+            shard: Shard::default(),
             layers: None,
             codegen: TargetOptions::default(),
         }
@@ -123,12 +126,23 @@ pub struct Compiled {
 
 /// Compiles the model in `dir`. If weights are there, their names, types and shapes are checked first.
 pub fn compile_dir(dir: &Path, options: &Options, observe: &mut dyn FnMut(Event)) -> Result<Compiled, CompileError> {
+    let target = dsc_targets::target_with(&options.target, &options.codegen)?;
+    compile_dir_for(&*target, dir, options, observe)
+}
+
+/// [`compile_dir`] for a target that is at hand; what the options say of theirs is not looked at.
+pub fn compile_dir_for(
+    target: &dyn Target,
+    dir: &Path,
+    options: &Options,
+    observe: &mut dyn FnMut(Event),
+) -> Result<Compiled, CompileError> {
     let config = ModelConfig::read(dir)?;
     let path = dir.join("config.json");
     let text = std::fs::read(&path).map_err(|source| ConfigError::Io { path, source })?;
     let checkpoint = has_weights(dir).then(|| Checkpoint::open(dir)).transpose()?;
     let hash = blake3::hash(&text).to_hex();
-    compile(&config, hash.as_str(), checkpoint.as_ref().map(|c| (dir, c)), options, observe)
+    compile_for(target, &config, hash.as_str(), checkpoint.as_ref().map(|c| (dir, c)), options, observe)
 }
 
 /// Whether a folder has safetensors files to check against.
@@ -160,9 +174,10 @@ pub fn compile_for(
 ) -> Result<Compiled, CompileError> {
     let max_context = max_context(config, options)?;
     check_layers(config, options)?;
+    options.shard.check(config, options.numerics).map_err(|e| CompileError::Option(format!("--tp: {e}")))?;
     let stage = Instant::now();
-    let graph =
-        model::build(config, &BuildOptions { numerics: options.numerics, layers: options.layers.clone(), max_context });
+    let build = BuildOptions { numerics: options.numerics, layers: options.layers.clone(), max_context };
+    let graph = model::build_rank(config, &build, options.shard);
     observe(Event::Stage { name: "build graph", took: stage.elapsed() });
 
     let bf16_weights = checkpoint.is_some_and(|(_, c)| dsc_runtime::weights::bf16_exact(&graph.weights, c));
@@ -314,6 +329,8 @@ fn facts(config: &ModelConfig, config_hash: &str, options: &Options, max_context
         bos: config.bos,
         eos: config.eos.clone(),
         max_context,
+        ranks: options.shard.ranks,
+        rank: options.shard.rank,
     }
 }
 

@@ -18,3 +18,5 @@ pub mod microbench;
 pub mod passes;
 #[cfg(feature = "compile")]
 pub mod plan;
+#[cfg(feature = "compile")]
+pub mod remember;

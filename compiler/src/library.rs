@@ -177,6 +177,8 @@ fn model_facts(facts: &LibraryFacts) -> ModelFacts {
         bos: None,
         eos: Vec::new(),
         max_context: facts.max_context,
+        ranks: 1,
+        rank: 0,
     }
 }
 

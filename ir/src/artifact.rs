@@ -34,7 +34,7 @@ use std::ops::Range;
 /// First bytes of every artifact.
 pub const MAGIC: [u8; 8] = *b"DSC\x7fART\n";
 /// The version this crate writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Alignment of sections in bytes: a page, so that code can be mapped from the file.
 pub const ALIGN: u64 = 4096;
 
@@ -213,6 +213,8 @@ pub enum Arg {
     Input(StepInput),
     /// The logits.
     Logits,
+    /// The chosen tokens, i32 `[L]`.
+    Tokens,
     /// An argument of an entry point ([`Entry::args`]).
     Caller(u32),
     /// A part of an entry point's workspace ([`Entry::workspace`]).
@@ -245,6 +247,19 @@ pub struct Tap {
     pub dtype: DType,
 }
 
+/// A sum over all ranks, in place, between two launches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Collective {
+    /// Launches before it.
+    pub after: u32,
+    /// Where its `[T, columns]` matrix is in the arena.
+    pub at: u64,
+    /// Columns.
+    pub columns: u32,
+    /// Element type.
+    pub dtype: DType,
+}
+
 /// The launches of one shape class.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
@@ -256,6 +271,10 @@ pub struct Step {
     pub arena_bytes: u64,
     /// Launches in order.
     pub launches: Vec<Launch>,
+    /// Sums over ranks, in order.
+    pub collectives: Vec<Collective>,
+    /// Launches that make the logits; those behind them choose tokens, which a step that wants no tokens leaves out.
+    pub sampling: u32,
     /// Intermediate results.
     pub taps: Vec<Tap>,
 }
@@ -549,6 +568,10 @@ pub struct ModelFacts {
     pub eos: Vec<u32>,
     /// Longest context in tokens that the artifact serves.
     pub max_context: u32,
+    /// Ranks that the model is split over; this artifact is one of theirs.
+    pub ranks: u32,
+    /// Which.
+    pub rank: u32,
 }
 
 /// A byte range of the file.
@@ -889,6 +912,7 @@ impl Header {
             ),
             Arg::Input(input) => (input.shape().iter().try_fold(4u64, |n, e| n.checked_mul(e.eval(limits)))?, 0),
             Arg::Logits => (u64::from(limits.get(Sym::L)).checked_mul(u64::from(self.model.vocab))?.checked_mul(4)?, 0),
+            Arg::Tokens => (u64::from(limits.get(Sym::L)) * 4, 0),
             Arg::Caller(_) | Arg::Workspace(_) => return None,
         })
     }
@@ -946,6 +970,7 @@ impl<'a> Check<'a> {
         let m = &self.header.model;
         self.expect((1..=i32::MAX as u32).contains(&m.vocab), || format!("model: vocabulary of {}", m.vocab));
         self.expect((1..=i32::MAX as u32).contains(&m.max_context), || format!("model: context of {}", m.max_context));
+        self.expect(m.rank < m.ranks, || format!("model: rank {} of {}", m.rank, m.ranks));
         for &token in m.bos.iter().chain(&m.eos) {
             self.expect(token < m.vocab, || {
                 format!("model: bos or eos {token} is outside the vocabulary of {}", m.vocab)
@@ -1055,15 +1080,26 @@ impl<'a> Check<'a> {
             self.expect(step.arena_bytes <= MAX_BUFFER_BYTES, || {
                 format!("step {}: an arena of {} bytes is beyond reason", step.name, step.arena_bytes)
             });
+            self.expect(step.sampling as usize <= step.launches.len(), || {
+                format!("step {}: sampling begins at launch {} of {}", step.name, step.sampling, step.launches.len())
+            });
             self.expect(step.launches.len() <= MAX_ENTRIES, || format!("step {}: too many launches", step.name));
             for (i, launch) in step.launches.iter().enumerate() {
                 for what in self.launch(step, launch) {
                     self.problem(format!("step {}, launch {i} ({}): {what}", step.name, launch.node));
                 }
             }
+            self.expect(self.header.model.ranks > 1 || step.collectives.is_empty(), || {
+                format!("step {}: sums over the ranks of a model that has one", step.name)
+            });
+            for (i, sum) in step.collectives.iter().enumerate() {
+                if let Err(what) = check_rows(step, sum.at, sum.columns, sum.dtype, sum.after) {
+                    self.problem(format!("step {}, sum {i} over ranks: {what}", step.name));
+                }
+            }
             self.names("tap", step.taps.iter().map(|t| t.name.as_str()));
             for tap in &step.taps {
-                if let Err(what) = check_tap(step, tap) {
+                if let Err(what) = check_rows(step, tap.at, tap.columns, tap.dtype, tap.after) {
                     self.problem(format!("step {}, tap {}: {what}", step.name, tap.name));
                 }
                 let kind = (tap.columns, tap.dtype);
@@ -1132,13 +1168,14 @@ impl<'a> Check<'a> {
     }
 }
 
-fn check_tap(step: &Step, tap: &Tap) -> Result<(), String> {
-    let bytes = tap.dtype.bytes() as u64;
-    if tap.dtype == DType::Bool || tap.after as usize > step.launches.len() || !tap.at.is_multiple_of(bytes) {
+/// Whether `[T, columns]` at byte `at` can be read after so many launches.
+fn check_rows(step: &Step, at: u64, columns: u32, dtype: DType, after: u32) -> Result<(), String> {
+    let bytes = dtype.bytes() as u64;
+    if dtype == DType::Bool || after > step.sampling || !at.is_multiple_of(bytes) {
         return Err("its type, launch or alignment cannot be".into());
     }
-    let size = (u64::from(step.max.get(Sym::T)) * u64::from(tap.columns)).checked_mul(bytes);
-    match size.and_then(|size| tap.at.checked_add(size)) {
+    let size = (u64::from(step.max.get(Sym::T)) * u64::from(columns)).checked_mul(bytes);
+    match size.and_then(|size| at.checked_add(size)) {
         Some(end) if end <= step.arena_bytes => Ok(()),
         _ => Err(format!("it leaves the arena of {} bytes", step.arena_bytes)),
     }
@@ -1249,6 +1286,8 @@ mod tests {
                 bos: Some(0),
                 eos: vec![1],
                 max_context: 1000,
+                ranks: 1,
+                rank: 0,
             },
             weights: vec![
                 WeightEntry {
@@ -1306,6 +1345,8 @@ mod tests {
                     ],
                     node: "layers.0".into(),
                 }],
+                collectives: Vec::new(),
+                sampling: 1,
                 taps: vec![Tap { name: "hidden.0".into(), after: 1, at: 0, columns: 8, dtype: DType::F32 }],
             }],
             sections: Vec::new(),
@@ -1361,9 +1402,9 @@ mod tests {
     #[test]
     fn other_versions_say_who_wrote_them() {
         let (_, mut bytes) = file();
-        bytes[8] = 2;
+        bytes[8] = 3;
         let error = read(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 2, written by 0.1.0") && error.contains("update dsc"), "{error}");
+        assert!(error.contains("version 3, written by 0.1.0") && error.contains("update dsc"), "{error}");
         bytes[8] = 0;
         assert!(read(&bytes).unwrap_err().to_string().ends_with("compile the model again"));
         bytes[60] ^= 1;

@@ -16,6 +16,7 @@ pub mod dtype;
 pub mod extent;
 pub mod graph;
 pub mod layout;
+pub mod sample;
 pub mod sched;
 pub mod schedule;
 pub mod tile;

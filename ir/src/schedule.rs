@@ -79,6 +79,9 @@ impl Schedule {
             "attention" => Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, 64), ..Schedule::default() },
             "mha_attention" => Schedule { tile_m: 64, tile_n: 64, ..Schedule::default() },
             "heads" => Schedule { tile_m: rows(64), ..Schedule::default() },
+            "route" => Schedule { tile_m: 64, ..Schedule::default() },
+            // All heads of a row, until a block has no room for them.
+            "row" if shape.heads > 1 => Schedule { tile_m: 1, tile_h: shape.heads, ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },
         }
     }
@@ -123,6 +126,7 @@ impl Schedule {
             },
             "mha_attention" => Schedule { tile_m: rows(32), tile_n: 64, ..Schedule::default() },
             "embed" => Schedule { tile_m: rows(8), ..Schedule::default() },
+            "route" => Schedule { tile_m: 64, ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },
         }
     }

@@ -207,6 +207,16 @@ pub enum WeightError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
+    /// The artifact wants other devices beside this one.
+    #[error(
+        "the artifact is rank {rank} of {ranks}: models split over several devices can be compiled, but not run yet; compile with --tp 1"
+    )]
+    Ranks {
+        /// Its rank.
+        rank: u32,
+        /// All of them.
+        ranks: u32,
+    },
     /// The artifact is for something else.
     #[error(
         "the artifact is for target {target}, and this runtime has only {available}: compile it with `--target {available}`"
@@ -368,6 +378,14 @@ pub enum RequestError {
     /// The same sequence twice in one step.
     #[error("the same sequence occurs twice in one step; give its tokens as one input")]
     Twice,
+    /// Samplers and inputs do not go together.
+    #[error("there are {samplers} samplers for {inputs} inputs; give one for each")]
+    Samplers {
+        /// Samplers.
+        samplers: usize,
+        /// Inputs.
+        inputs: usize,
+    },
     /// A wanted row is not there.
     #[error(
         "the logits of token {row} are wanted, but the step has {tokens} tokens; ask for rows below {tokens}, in ascending order"

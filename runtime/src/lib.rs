@@ -43,6 +43,7 @@ mod cuda;
 pub mod device;
 mod error;
 pub mod evaluate;
+mod inputs;
 pub mod library;
 pub mod limits;
 mod pool;

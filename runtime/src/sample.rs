@@ -1,10 +1,11 @@
-//! Choosing the next token from a row of logits.
+//! How the next token is chosen from a row of logits. The device does it, as a part of the step; [`Sampler::pick`] does the same to
+//! logits on the host.
 //!
 //! Sampling has no state: the random number of a token depends on the seed and on the token's
 //! position only. So the same request gives the same text whatever else is in the batch, and a
 //! draft can be checked at any position.
 
-use std::cmp::Ordering;
+use dsc_ir::sample::Draw;
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,74 +54,34 @@ impl Sampler {
         Ok(if temperature <= 0.0 { Sampler::Greedy } else { Sampler::TopP { temperature, top_p, seed } })
     }
 
-    /// The token after `position` tokens, from its `logits` of shape `[vocab]`. A NaN is never chosen.
+    /// How the token after `position` tokens is drawn, by the definition of [`dsc_ir::sample`].
     ///
     /// # Errors
-    /// [`SampleError::NoLogits`] when every logit is NaN or there is none; parameters are checked
-    /// as in [`Sampler::new`].
+    /// As [`Sampler::new`].
+    pub fn draw(&self, position: u64) -> Result<Draw, SampleError> {
+        let Sampler::TopP { temperature, top_p, seed } = *self else { return Ok(Draw::GREEDY) };
+        Ok(match Sampler::new(temperature, top_p, seed)? {
+            Sampler::Greedy => Draw::GREEDY,
+            Sampler::TopP { .. } => Draw { temperature, top_p, quantile: uniform(seed, position) },
+        })
+    }
+
+    /// The token after `position` tokens, from its `logits` of shape `[vocab]`: for logits that are on the host anyway. A NaN is
+    /// never chosen.
+    ///
+    /// # Errors
+    /// [`SampleError::NoLogits`] when every logit is NaN or there is none; parameters are checked as in [`Sampler::new`].
     pub fn pick(&self, logits: &[f32], position: u64) -> Result<u32, SampleError> {
-        let best = argmax(logits).ok_or(SampleError::NoLogits(logits.len()))?;
-        let token = match *self {
-            Sampler::Greedy => best,
-            Sampler::TopP { temperature, top_p, seed } => match Sampler::new(temperature, top_p, seed)? {
-                // An infinite logit is the whole distribution.
-                Sampler::TopP { .. } if logits[best].is_finite() => {
-                    draw(logits, best, temperature, top_p, uniform(seed, position))
-                }
-                _ => best,
-            },
-        };
+        let wide: Vec<f64> = logits.iter().map(|&x| x.into()).collect();
+        let token = self.draw(position)?.pick(&wide).ok_or(SampleError::NoLogits(logits.len()))?;
         Ok(token as u32)
     }
 }
 
-/// Index of the largest number, the lowest of equal ones; `None` when there is no number.
-fn argmax(logits: &[f32]) -> Option<usize> {
-    let mut best: Option<usize> = None;
-    for (i, logit) in logits.iter().enumerate() {
-        if !logit.is_nan() && best.is_none_or(|best| *logit > logits[best]) {
-            best = Some(i);
-        }
-    }
-    best
-}
-
-/// The token at `quantile` in [0, 1) of the nucleus; `best` has the largest logit, which is finite.
-fn draw(logits: &[f32], best: usize, temperature: f32, top_p: f32, quantile: f64) -> usize {
-    let weight = |logit: f32| {
-        if logit.is_nan() { 0.0 } else { ((f64::from(logit) - f64::from(logits[best])) / f64::from(temperature)).exp() }
-    };
-    let mut nucleus: Vec<(usize, f64)> = logits.iter().map(|logit| weight(*logit)).enumerate().collect();
-    let mut mass: f64 = nucleus.iter().map(|(_, weight)| weight).sum();
-    if top_p < 1.0 {
-        // All tokens this light weigh less than 1 − top_p together, so the nucleus holds none: it
-        // spares sorting them.
-        let light = mass * (1.0 - f64::from(top_p)) / logits.len() as f64;
-        let target = mass * f64::from(top_p);
-        nucleus.retain(|(_, weight)| *weight >= light);
-        nucleus.sort_by(|(_, a), (_, b)| b.partial_cmp(a).unwrap_or(Ordering::Equal));
-        mass = 0.0;
-        let reaching = nucleus.iter().position(|(_, weight)| {
-            mass += weight;
-            mass >= target
-        });
-        nucleus.truncate(reaching.map_or(nucleus.len(), |last| last + 1));
-    }
-
-    let mut left = quantile * mass;
-    for (token, weight) in nucleus {
-        left -= weight;
-        if left < 0.0 {
-            return token;
-        }
-    }
-    best // only when rounding used up the mass
-}
-
 /// Number `counter` of stream `seed`, uniform in [0, 1): SplitMix64 (Steele et al., OOPSLA 2014),
-/// its upper 53 bits.
-fn uniform(seed: u64, counter: u64) -> f64 {
-    (split_mix(seed, counter) >> 11) as f64 / (1u64 << 53) as f64
+/// its upper 24 bits.
+fn uniform(seed: u64, counter: u64) -> f32 {
+    (split_mix(seed, counter) >> 40) as f32 / (1u32 << 24) as f32
 }
 
 fn split_mix(seed: u64, counter: u64) -> u64 {
@@ -217,8 +178,8 @@ mod tests {
         assert!(two[0] == 0.0 && two[2] == 0.0 && (two[1] - 2.0 / 3.0).abs() < 0.015, "{two:?}");
         let three = shares(top_p(1.0, 0.8), &logits);
         assert!(three[0] == 0.0 && three[2] > 0.0, "{three:?}");
-        // Of equals the lowest are kept.
-        assert_eq!(shares(top_p(1.0, 0.5), &[0.0; 4])[2..], [0.0, 0.0]);
+        // Equals go together.
+        assert!(shares(top_p(1.0, 0.5), &[0.0; 4]).iter().all(|share| (share - 0.25).abs() < 0.015));
     }
 
     #[test]

@@ -11,12 +11,14 @@ use crate::cpu::CpuDevice;
 use crate::cuda::{self, CudaDevice};
 use crate::device::{self, Bound, BoundLaunch, Buffer, Code, Device, LaunchTime, LaunchTimes};
 use crate::error::{CallError, DeviceError, Error, RequestError};
+use crate::inputs::{Feed, Layout};
 use crate::limits::Limits;
-use crate::sample::Sampler;
+use crate::sample::{SampleError, Sampler};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{self, Weights};
 use dsc_ir::artifact::{Arg, Header, Numerics, Step, Tap};
-use dsc_ir::graph::{PAGE_TOKENS, StateFormat, StepInput};
+use dsc_ir::graph::{PAGE_TOKENS, StateFormat};
+use dsc_ir::sample::Draw;
 use dsc_ir::{DType, Sym, SymValues};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -90,6 +92,10 @@ impl Model {
         let header = artifact.header();
         if header.steps.is_empty() {
             return Err(CallError::NoModel { path: artifact.path().to_path_buf() }.into());
+        }
+        if header.model.ranks > 1 {
+            let (rank, ranks) = (header.model.rank, header.model.ranks);
+            return Err(DeviceError::Ranks { rank, ranks }.into());
         }
         let pages = capacity_pages(header, options)?;
         let threads = match options.threads {
@@ -220,7 +226,7 @@ fn open_weights(header: &Header, from: WeightsFrom<'_>, positions: u32) -> Resul
 fn session_bytes(header: &Header, pages: u32) -> u64 {
     let states: u64 = header.states.iter().map(|s| u64::from(pages) * u64::from(s.format.page_bytes())).sum();
     let rows = header.steps.iter().map(|s| s.max.get(Sym::L).min(pages * PAGE_TOKENS)).max().unwrap_or(0);
-    let logits = u64::from(rows) * u64::from(header.model.vocab) * 4;
+    let logits = u64::from(rows) * (u64::from(header.model.vocab) + 1) * 4;
     states + logits + header.steps.iter().map(|s| s.arena_bytes).max().unwrap_or(0)
 }
 
@@ -398,7 +404,9 @@ pub struct Session {
     steps: Vec<ReadyStep>,
     arena: Buffer,
     logits: Buffer,
-    inputs: [Buffer; StepInput::ALL.len()],
+    /// Chosen tokens, one a row of logits.
+    tokens: Buffer,
+    inputs: Buffer,
     states: Vec<Buffer>,
     pages: u32,
     /// Free pages, the lowest last.
@@ -417,6 +425,7 @@ struct ReadyStep {
     index: usize,
     limits: SymValues,
     bound: Bound,
+    layout: Layout,
 }
 
 #[derive(Default)]
@@ -433,6 +442,8 @@ struct Chunk<'a> {
     pieces: Vec<(SeqId, &'a [u32])>,
     /// Wanted rows, numbered inside the chunk.
     rows: Vec<u32>,
+    /// How each of them chooses its token; none where logits are wanted.
+    draws: Vec<Draw>,
     syms: SymValues,
 }
 
@@ -456,35 +467,36 @@ impl Session {
         let arena_bytes = header.steps.iter().map(|s| s.arena_bytes).max().unwrap_or(0);
         let arena = device.alloc(arena_bytes, "intermediate results")?;
         let logits = device.alloc(most(Sym::L) * u64::from(header.model.vocab) * 4, "logits")?;
-        let mut inputs = [Buffer(0); StepInput::ALL.len()];
-        for (buffer, input) in inputs.iter_mut().zip(StepInput::ALL) {
-            let elements: u64 = input.shape().iter().map(|e| e.sym.map_or(1, most) * u64::from(e.factor)).product();
-            *buffer = device.alloc(elements * 4, "step inputs")?;
-        }
-        let address = |arg: &Arg| match *arg {
+        let tokens = device.alloc(most(Sym::L) * 4, "tokens")?;
+        let input_bytes = limits.iter().map(|(_, l)| Layout::new(l).bytes()).max().unwrap_or(0);
+        let inputs = device.alloc(input_bytes, "step inputs")?;
+        let address = |arg: &Arg, layout: &Layout| match *arg {
             Arg::Arena(at) => (arena, at),
             Arg::Weight(i, at) => (weights[i as usize], at),
             Arg::State(i) => (states[i as usize], 0),
-            Arg::Input(input) => (inputs[input as usize], 0),
+            Arg::Input(input) => (inputs, layout.at(input)),
             Arg::Logits => (logits, 0),
+            Arg::Tokens => (tokens, 0),
             // The header was checked: entry points alone have them.
             Arg::Caller(_) | Arg::Workspace(_) => (arena, 0),
         };
         let mut steps = Vec::new();
         for (index, limits) in limits {
+            let layout = Layout::new(&limits);
             let bind = |l: &dsc_ir::artifact::Launch| BoundLaunch {
                 kernel: l.kernel,
                 node: l.node.clone(),
-                args: l.args.iter().map(address).collect(),
+                args: l.args.iter().map(|arg| address(arg, &layout)).collect(),
             };
             let launches: Vec<BoundLaunch> = header.steps[index].launches.iter().map(bind).collect();
-            steps.push(ReadyStep { index, limits, bound: device.bind(&launches, &limits)? });
+            steps.push(ReadyStep { index, limits, bound: device.bind(&launches, &limits)?, layout });
         }
         Ok(Session {
             device,
             steps,
             arena,
             logits,
+            tokens,
             inputs,
             states,
             pages,
@@ -605,7 +617,7 @@ impl Session {
     ) -> Result<StepOutput, Error> {
         let wanted = wanted_rows(inputs, logits)?;
         self.check_request(inputs)?;
-        let chunks = self.cut(inputs, &wanted)?;
+        let chunks = self.cut(inputs, &wanted, &[])?;
         let mut output = StepOutput::default();
         let elements = wanted.len().saturating_mul(self.header().model.vocab as usize);
         output.logits.try_reserve_exact(elements).map_err(|e| DeviceError::Memory {
@@ -619,6 +631,44 @@ impl Session {
             self.run_chunk(chunk, taps, &mut output)?;
         }
         Ok(output)
+    }
+
+    /// As [`Session::step`], and chooses the token that follows each input, by the sampler of the same place. The device does: no
+    /// logits come to the host.
+    ///
+    /// # Errors
+    /// As [`Session::step`]; [`Error::Sample`]. [`RequestError::Samplers`] if there are not as many samplers as inputs.
+    pub fn choose(&mut self, inputs: &[SequenceInput<'_>], samplers: &[Sampler]) -> Result<Vec<u32>, Error> {
+        if samplers.len() != inputs.len() {
+            return Err(RequestError::Samplers { samplers: samplers.len(), inputs: inputs.len() }.into());
+        }
+        let wanted = wanted_rows(inputs, LogitsWanted::Last)?;
+        self.check_request(inputs)?;
+        let draw = |(input, sampler): (&SequenceInput<'_>, &Sampler)| {
+            let before = self.sequence_tokens(input.seq).unwrap_or(0);
+            sampler.draw(u64::from(before) + input.tokens.len() as u64)
+        };
+        let draws = inputs.iter().zip(samplers).map(draw).collect::<Result<Vec<_>, _>>()?;
+        let mut tokens = Vec::with_capacity(inputs.len());
+        let chunks = self.cut(inputs, &wanted, &draws)?;
+        self.ran.clear();
+        for chunk in &chunks {
+            self.ran.push((self.steps[chunk.step].index, chunk.syms));
+            let ReadyStep { index, bound, .. } = self.steps[chunk.step];
+            self.feed(chunk)?;
+            let launches = 0..self.artifact.header().steps[index].launches.len();
+            self.device.run(bound, launches, &chunk.syms, self.profile.as_mut().map(|p| &mut p[index]))?;
+            self.keep(chunk);
+            // Chunks without rows do not wait: what follows them on the device does.
+            let mut words = vec![0; 4 * chunk.rows.len()];
+            if !words.is_empty() {
+                self.device.read(self.tokens, 0, &mut words)?;
+            }
+            tokens.extend(words.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+        }
+        let vocab = self.header().model.vocab;
+        let token = |t: i32| u32::try_from(t).ok().filter(|&t| t < vocab).ok_or(SampleError::NoLogits(vocab as usize));
+        Ok(tokens.into_iter().map(token).collect::<Result<_, _>>()?)
     }
 
     fn check_request(&self, inputs: &[SequenceInput<'_>]) -> Result<(), RequestError> {
@@ -658,13 +708,18 @@ impl Session {
         }
     }
 
-    /// Cuts a checked request into device steps.
-    fn cut<'a>(&self, inputs: &[SequenceInput<'a>], wanted: &[u32]) -> Result<Vec<Chunk<'a>>, RequestError> {
+    /// Cuts a checked request into device steps; `draws` has one for each row of `wanted`, or none at all.
+    fn cut<'a>(
+        &self,
+        inputs: &[SequenceInput<'a>],
+        wanted: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<Chunk<'a>>, RequestError> {
         let mut left: Vec<(SeqId, u32, &[u32])> =
             inputs.iter().map(|i| (i.seq, self.sequences[&i.seq].tokens, i.tokens)).collect();
         left.reverse(); // the next one last
         let (mut chunks, mut first) = (Vec::new(), 0u32);
-        let mut wanted = wanted;
+        let (mut wanted, mut draws) = (wanted, draws);
         while let Some(&(_, start, _)) = left.last() {
             let best = self.steps.iter().map(|s| admitted(&s.limits, &left, first, wanted)).max().unwrap_or(0);
             let fits = |s: &ReadyStep| best > 0 && admitted(&s.limits, &left, first, wanted) == best;
@@ -691,6 +746,8 @@ impl Session {
             let count = wanted.iter().take_while(|&&row| row < first + tokens).count();
             let rows: Vec<u32> = wanted[..count].iter().map(|row| row - first).collect();
             wanted = &wanted[count..];
+            let (drawn, rest) = draws.split_at(count.min(draws.len()));
+            draws = rest;
             first += tokens;
             let syms = SymValues::default()
                 .with(Sym::T, tokens)
@@ -699,7 +756,7 @@ impl Session {
                 .with(Sym::L, count as u32)
                 .with(Sym::N, self.pages)
                 .with(Sym::C, context);
-            chunks.push(Chunk { step, pieces, rows, syms });
+            chunks.push(Chunk { step, pieces, rows, draws: drawn.to_vec(), syms });
         }
         Ok(chunks)
     }
@@ -724,24 +781,29 @@ impl Session {
                 append_tap(output.taps.entry(tap.name.clone()), tap, &data);
             }
         }
-        self.device.run(bound, done..step.launches.len(), &chunk.syms, times)?;
+        self.device.run(bound, done..step.sampling as usize, &chunk.syms, times)?;
         let count = chunk.rows.len() * artifact.header().model.vocab as usize;
         let mut bytes = vec![0; count * 4];
         self.device.read(self.logits, 0, &mut bytes)?;
         output.logits.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
         output.rows += chunk.rows.len();
+        self.keep(chunk);
+        Ok(())
+    }
+
+    /// Counts a chunk's tokens as those of their sequences.
+    fn keep(&mut self, chunk: &Chunk<'_>) {
         for (seq, tokens) in &chunk.pieces {
             if let Some(sequence) = self.sequences.get_mut(seq) {
                 sequence.tokens += tokens.len() as u32;
             }
         }
-        Ok(())
     }
 
-    /// Takes pages for a chunk's tokens and uploads its inputs.
+    /// Takes pages for a chunk's tokens and uploads its inputs, in one copy.
     fn feed(&mut self, chunk: &Chunk<'_>) -> Result<(), Error> {
         let columns = chunk.syms.get(Sym::P) as usize;
-        let [mut tokens, mut positions, mut seqs, mut slots, mut table] = [const { Vec::<u32>::new() }; 5];
+        let mut feed = Feed { logit_rows: chunk.rows.clone(), draws: chunk.draws.clone(), ..Feed::default() };
         for (row, (seq, new)) in chunk.pieces.iter().enumerate() {
             let sequence = self.sequences.get_mut(seq).ok_or(RequestError::Sequence)?;
             let end = sequence.tokens + new.len() as u32;
@@ -749,27 +811,17 @@ impl Session {
                 let none = RequestError::Pages { wanted: 1, free: 0 };
                 sequence.pages.push(self.free.pop().ok_or(none)?);
             }
-            tokens.extend_from_slice(new);
-            seqs.extend(new.iter().map(|_| row as u32));
+            feed.tokens.extend_from_slice(new);
+            feed.seqs.extend(new.iter().map(|_| row as u32));
             for position in sequence.tokens..end {
-                positions.push(position);
-                slots.push(sequence.pages[(position / PAGE_TOKENS) as usize] * PAGE_TOKENS + position % PAGE_TOKENS);
+                feed.positions.push(position);
+                feed.slots
+                    .push(sequence.pages[(position / PAGE_TOKENS) as usize] * PAGE_TOKENS + position % PAGE_TOKENS);
             }
-            table.extend(sequence.pages.iter().take(columns));
-            table.resize((row + 1) * columns, u32::MAX); // −1
+            feed.page_table.extend(sequence.pages.iter().take(columns));
+            feed.page_table.resize((row + 1) * columns, u32::MAX); // −1
         }
-        for (input, buffer) in StepInput::ALL.into_iter().zip(self.inputs) {
-            let values = match input {
-                StepInput::Tokens => &tokens,
-                StepInput::Positions => &positions,
-                StepInput::Seqs => &seqs,
-                StepInput::Slots => &slots,
-                StepInput::PageTable => &table,
-                StepInput::LogitRows => &chunk.rows,
-            };
-            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            self.device.upload(buffer, 0, &bytes)?;
-        }
+        self.device.upload(self.inputs, 0, &self.steps[chunk.step].layout.pack(&feed))?;
         Ok(())
     }
 
@@ -797,22 +849,28 @@ impl Session {
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation, Error> {
         let start = Instant::now();
-        let output = self.step(&[SequenceInput { seq, tokens: prompt }], LogitsWanted::Last, false)?;
+        let input = [SequenceInput { seq, tokens: prompt }];
+        let mut first = None;
+        if options.max_new_tokens > 0 {
+            first = self.choose(&input, &[options.sampler])?.pop();
+        } else {
+            self.step(&input, LogitsWanted::Rows(&[]), false)?;
+        }
         let prompt_s = start.elapsed().as_secs_f64();
-        let mut generation = self.continue_from(seq, output, options, on_token)?;
+        let mut generation = self.continue_from(seq, first, options, on_token)?;
         generation.timings.prompt_s = prompt_s;
         Ok(generation)
     }
 
-    /// Continues a sequence from the step that fed its last token: `output` is that step's, and its last row that token's logits.
+    /// Continues a sequence whose next token is `first`, which is told and fed as those that follow; none: the generation is over.
     /// All tokens of the sequence count as the prompt, whose time the caller knows.
     ///
     /// # Errors
-    /// As [`Session::generate`]; [`RequestError::Empty`] if `output` has no row.
+    /// As [`Session::generate`].
     pub fn continue_from(
         &mut self,
         seq: SeqId,
-        mut output: StepOutput,
+        first: Option<u32>,
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Generation, Error> {
@@ -820,13 +878,12 @@ impl Session {
         let eos = options.eos.clone().unwrap_or_else(|| self.header().model.eos.clone());
         let mut token_ids: Vec<u32> = Vec::new();
         let mut decode = Duration::ZERO;
+        let mut next = first;
         let finish_reason = loop {
-            if token_ids.len() == options.max_new_tokens {
+            let Some(token) = next.filter(|_| token_ids.len() < options.max_new_tokens) else {
                 break FinishReason::Length;
-            }
+            };
             let position = (prompt_tokens + token_ids.len()) as u64;
-            let last = output.rows.checked_sub(1).ok_or(RequestError::Empty)?;
-            let token = options.sampler.pick(output.row(last), position)?;
             token_ids.push(token);
             if on_token(token).is_break() {
                 break FinishReason::Cancelled;
@@ -841,7 +898,7 @@ impl Session {
                 break FinishReason::Context;
             }
             let start = Instant::now();
-            output = self.step(&[SequenceInput { seq, tokens: &[token] }], LogitsWanted::Last, false)?;
+            next = self.choose(&[SequenceInput { seq, tokens: &[token] }], &[options.sampler])?.pop();
             decode += start.elapsed();
         };
         let timings = Timings {
@@ -961,6 +1018,7 @@ fn append_tap(entry: std::collections::btree_map::Entry<'_, String, TapOutput>, 
 mod tests {
     use super::*;
     use crate::session::tests::toy::{VOCAB, model};
+    use dsc_ir::graph::StepInput;
 
     /// A model without kernels: the device below stands in for them.
     mod toy {
@@ -983,6 +1041,8 @@ mod tests {
                 max: SymValues(*max),
                 arena_bytes: 1 << 16,
                 launches: Vec::new(),
+                collectives: Vec::new(),
+                sampling: 0,
                 taps: vec![Tap { name: "hidden.0".into(), after: 0, at: 64, columns: 2, dtype: DType::Bf16 }],
             };
             header.steps = steps.iter().map(step).collect();
@@ -1000,13 +1060,16 @@ mod tests {
         buffers: Vec<Vec<u8>>,
         names: Vec<&'static str>,
         cache: BTreeMap<u32, u32>,
+        bound: Vec<Layout>,
         runs: Arc<std::sync::Mutex<Vec<SymValues>>>,
     }
 
     impl FakeDevice {
-        fn input(&self, input: StepInput) -> Vec<u32> {
-            let inputs: Vec<usize> = (0..self.names.len()).filter(|&i| self.names[i] == "step inputs").collect();
-            let bytes = &self.buffers[inputs[input as usize]];
+        fn buffer(&self, name: &str) -> usize {
+            self.names.iter().position(|n| *n == name).unwrap()
+        }
+        fn input(&self, bound: Bound, input: StepInput) -> Vec<u32> {
+            let bytes = &self.buffers[self.buffer("step inputs")][self.bound[bound.0].at(input) as usize..];
             bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
         }
     }
@@ -1038,25 +1101,27 @@ mod tests {
             bytes.copy_from_slice(&self.buffers[buffer.0][at as usize..at as usize + bytes.len()]);
             Ok(())
         }
-        fn bind(&mut self, _: &[BoundLaunch], _: &SymValues) -> Result<Bound, DeviceError> {
-            Ok(Bound(0))
+        fn bind(&mut self, _: &[BoundLaunch], limits: &SymValues) -> Result<Bound, DeviceError> {
+            self.bound.push(Layout::new(limits));
+            Ok(Bound(self.bound.len() - 1))
         }
         fn run(
             &mut self,
-            _: Bound,
+            bound: Bound,
             _: std::ops::Range<usize>,
             syms: &SymValues,
             _: Option<&mut LaunchTimes>,
         ) -> Result<(), DeviceError> {
             self.runs.lock().unwrap().push(*syms);
             let [tokens, positions, seqs] =
-                [StepInput::Tokens, StepInput::Positions, StepInput::Seqs].map(|i| self.input(i));
-            let (slots, table, rows) =
-                (self.input(StepInput::Slots), self.input(StepInput::PageTable), self.input(StepInput::LogitRows));
+                [StepInput::Tokens, StepInput::Positions, StepInput::Seqs].map(|i| self.input(bound, i));
+            let [slots, table, rows, draws] =
+                [StepInput::Slots, StepInput::PageTable, StepInput::LogitRows, StepInput::Draws]
+                    .map(|i| self.input(bound, i));
             for t in 0..syms.get(Sym::T) as usize {
                 self.cache.insert(slots[t], tokens[t]);
             }
-            let logits = self.names.iter().position(|n| *n == "logits").unwrap();
+            let (logits, chosen) = (self.buffer("logits"), self.buffer("tokens"));
             for (l, &row) in rows.iter().take(syms.get(Sym::L) as usize).enumerate() {
                 let row = row as usize;
                 let mut sum = 7u32;
@@ -1064,11 +1129,14 @@ mod tests {
                     let page = table[(seqs[row] * syms.get(Sym::P) + p / PAGE_TOKENS) as usize];
                     sum = sum.wrapping_mul(31).wrapping_add(self.cache[&(page * PAGE_TOKENS + p % PAGE_TOKENS)]);
                 }
-                for v in 0..VOCAB {
-                    let x = (sum.wrapping_mul(v + 1) >> 8) as f32;
-                    let at = (l as u32 * VOCAB + v) as usize * 4;
+                let row: Vec<f32> = (0..VOCAB).map(|v| (sum.wrapping_mul(v + 1) >> 8) as f32).collect();
+                for (v, x) in row.iter().enumerate() {
+                    let at = (l * VOCAB as usize + v) * 4;
                     self.buffers[logits][at..at + 4].copy_from_slice(&x.to_le_bytes());
                 }
+                let draw = Draw::from_bits([draws[3 * l], draws[3 * l + 1], draws[3 * l + 2]].map(|b| b as i32));
+                let token = draw.pick(&row.iter().map(|&x| f64::from(x)).collect::<Vec<_>>()).map_or(-1, |t| t as i32);
+                self.buffers[chosen][4 * l..4 * l + 4].copy_from_slice(&token.to_le_bytes());
             }
             Ok(())
         }
@@ -1167,6 +1235,16 @@ mod tests {
         assert!(session.step(&[input], LogitsWanted::Rows(&[1]), false).is_err());
         session.step(&[input], LogitsWanted::Last, false).unwrap();
         assert_eq!(session.sequence_tokens(a), Some(65));
+    }
+
+    #[test]
+    fn one_rank_of_several_is_refused() {
+        let mut header = crate::testing::header();
+        (header.model.ranks, header.model.rank) = (8, 3);
+        let dir = tempfile::tempdir().unwrap();
+        let path = crate::testing::write_artifact(dir.path(), &mut header, &[0xc3]);
+        let error = Model::open(&path, dir.path(), &Options::default()).unwrap_err().to_string();
+        assert!(error.contains("rank 3 of 8") && error.contains("--tp 1"), "{error}");
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub(crate) fn header() -> Header {
             bos: Some(0),
             eos: vec![1],
             max_context: 64,
+            ranks: 1,
+            rank: 0,
         },
         weights: vec![WeightEntry {
             name: "w".into(),
@@ -66,6 +68,8 @@ pub(crate) fn header() -> Header {
             max: SymValues([16, 4, 4, 16, 16, 64]),
             arena_bytes: 256,
             launches: vec![Launch { kernel: 0, args: vec![Arg::Arena(64)], node: "count".into() }],
+            collectives: Vec::new(),
+            sampling: 1,
             taps: Vec::new(),
         }],
         sections: Vec::new(),

@@ -9,6 +9,7 @@
 //! there, once a layer's selections agree too little, what comes after it is reported and not judged.
 
 mod kernels;
+pub mod launches;
 mod ties;
 
 pub use kernels::{KernelReport, verify_kernels};

@@ -7,10 +7,10 @@
 //! nobody's rule. There the goldens' selections are forced on attention; ours are still compared, up to ties, layer by layer.
 
 use dsc::front::config::ModelConfig;
-use dsc::front::model::{BuildOptions, build};
+use dsc::front::model::{BuildOptions, Shard, build, build_rank};
 use dsc::passes::{self, Class, Cx};
 use dsc_ir::artifact::{Numerics, WeightSource};
-use dsc_ir::graph::interp::{Interp, StepInputs, StepValue};
+use dsc_ir::graph::interp::{Exchange, Interp, StepInputs, StepValue};
 use dsc_ir::graph::verify::verify;
 use dsc_ir::graph::weights::{Real, Stored, TensorData, materialize};
 use dsc_ir::graph::{Graph, Op, TensorType, Value, Weight};
@@ -18,6 +18,7 @@ use dsc_ir::{DType, SymValues};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Barrier, Mutex};
 
 type Outputs<F> = HashMap<String, StepValue<F>>;
 
@@ -275,6 +276,47 @@ fn chunks_do_not_change_results() {
 }
 
 /// Two sequences in one step, in pages out of order, give what each gives alone.
+/// Two ranks, each with its heads and its columns of MLPs and experts, whose sums meet.
+#[test]
+fn ranks_together_are_the_model() {
+    const RANKS: u32 = 2;
+    let dir = golden("v32-tiny");
+    let config = ModelConfig::read(&dir).expect("a config");
+    let options = BuildOptions { numerics: Numerics::Exact, layers: None, max_context: 1024 };
+    let tokens: Vec<i32> = (0..30).map(|i| i * 37 % 200).collect();
+    let step = StepInputs::sequence(&tokens, 0);
+    let whole = build(&config, &options);
+    let wanted = values(&interp::<f64>(&whole, &dir).step(&step).expect("a step"), "logits");
+    let (slots, barrier) = (Arc::new(Mutex::new(vec![Vec::new(); 2])), Arc::new(Barrier::new(2)));
+    let run = |rank: u32| {
+        let shard = Shard { ranks: RANKS, rank };
+        shard.check(&config, Numerics::Exact).expect("a split");
+        let graph = build_rank(&config, &options, shard);
+        assert_eq!(verify(&graph), []);
+        let (slots, barrier) = (Arc::clone(&slots), Arc::clone(&barrier));
+        let sum = move |x: Vec<f64>| {
+            slots.lock().expect("a lock")[rank as usize] = x;
+            barrier.wait();
+            let parts = slots.lock().expect("a lock").clone();
+            barrier.wait();
+            parts[0].iter().zip(&parts[1]).map(|(a, b)| a + b).collect()
+        };
+        let mut interp = interp::<f64>(&graph, &dir);
+        interp.connect(Exchange(Arc::new(sum)));
+        values(&interp.step(&step).expect("a step"), "logits")
+    };
+    let got = std::thread::scope(|scope| {
+        let other = scope.spawn(|| run(1));
+        [run(0), other.join().expect("a rank")]
+    });
+    for got in got {
+        let error = error(&got, &wanted);
+        assert!(error < 1e-9, "{error:e}");
+    }
+    let odd = Shard { ranks: 3, rank: 0 }.check(&config, Numerics::Exact).expect_err("4 heads");
+    assert!(odd.contains("4 attention heads cannot be split over 3 ranks"), "{odd}");
+}
+
 #[test]
 fn sequences_do_not_mix() {
     let dir = golden("v32-tiny");
@@ -303,6 +345,7 @@ fn sequences_do_not_mix() {
         slots: all.clone().map(slot).collect(),
         page_table: vec![vec![5, 1], vec![3, -1]],
         logit_rows: all.map(|i| i as i32).collect(),
+        draws: Vec::new(),
     };
     let e = error(&values(&interp.step(&together).expect("a step"), "logits"), &alone);
     assert!(e < 1e-12, "{e:e}");

@@ -2,7 +2,9 @@
 
 use super::{Failure, Outcome, bytes, check_destination, print, print_json, progress, table, tell, write_atomically};
 use crate::compile::{self, Compiled, Event, Options};
+use crate::front::model::Shard;
 use crate::passes;
+use crate::remember::Remember;
 use dsc_ir::artifact::{Header, Numerics};
 use dsc_targets::{Level, TargetOptions};
 use std::collections::BTreeMap;
@@ -30,9 +32,12 @@ pub struct Args {
     /// Numerics: f32 throughout, or what serving engines run (fp8 activations and caches)
     #[arg(long, value_enum, default_value = "deployed")]
     numerics: NumericsArg,
-    /// Ranks of tensor parallelism
+    /// Devices that share the model by tensor parallelism: an artifact each; compiled only, not run yet
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     tp: u32,
+    /// Which of their artifacts to make: `all`, or a number from 0
+    #[arg(long, default_value = "all", value_name = "R", value_parser = parse_rank)]
+    rank: Rank,
     /// Longest context in tokens [default: the model's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) max_context: Option<u32>,
@@ -63,6 +68,20 @@ pub struct Args {
     /// Print a JSON summary on stdout
     #[arg(long)]
     json: bool,
+}
+
+/// Which ranks to compile.
+#[derive(Clone, Copy)]
+enum Rank {
+    All,
+    One(u32),
+}
+
+fn parse_rank(text: &str) -> Result<Rank, String> {
+    match text {
+        "all" => Ok(Rank::All),
+        _ => text.parse().map(Rank::One).map_err(|_| "give `all`, or a number from 0".into()),
+    }
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -101,15 +120,35 @@ impl Emit {
 }
 
 pub fn run(args: Args) -> Outcome {
-    let started = Instant::now();
     let codegen = TargetOptions {
         levels: args.emit.iter().filter_map(|emit| emit.level()).collect(),
         ptxas: args.ptxas.clone(),
         lld: args.lld.clone(),
     };
     check(&args, &codegen)?;
+    let target = dsc_targets::target_with(&args.target, &codegen)?;
+    let target = Remember::new(&*target);
     let output = args.output.clone().unwrap_or_else(|| default_output(&args));
-    check_destination(&output)?;
+    let ranks = match args.rank {
+        Rank::All => 0..args.tp,
+        Rank::One(rank) => rank..rank + 1,
+    };
+    for rank in ranks {
+        let output = if args.tp > 1 { output.with_extension(format!("rank{rank}.dsc")) } else { output.clone() };
+        compile_rank(&args, (&codegen, &target), rank, &output)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Compiles one rank's part of the model, or all of what is not split.
+fn compile_rank(
+    args: &Args,
+    (codegen, target): (&TargetOptions, &Remember),
+    rank: u32,
+    output: &Path,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let started = Instant::now();
+    check_destination(output)?;
     let mut times: Vec<(String, Duration)> = Vec::new();
     let bar = progress::bar("Compiling", 0);
     let mut observe = |event: Event| match event {
@@ -128,18 +167,21 @@ pub fn run(args: Args) -> Outcome {
         }
     };
     let compiled = match &args.model_dir {
-        Some(dir) => compile::compile_dir(dir, &model_options(&args, codegen), &mut observe)?,
-        None => crate::library::compile(&args.library.options(&args, codegen)?, &mut observe)?,
+        Some(dir) => {
+            let options = Options { shard: Shard { ranks: args.tp, rank }, ..model_options(args, codegen.clone()) };
+            compile::compile_dir_for(target, dir, &options, &mut observe)?
+        }
+        None => crate::library::compile(&args.library.options(args, codegen.clone())?, &mut observe)?,
     };
     bar.finish_and_clear();
-    emit(&args, &compiled)?;
+    emit(args, &compiled)?;
     // Last: where the artifact is, all else is.
-    write_atomically(&output, &compiled.bytes)?;
+    write_atomically(output, &compiled.bytes)?;
     if args.time_passes {
         let rows = times.iter().map(|(name, took)| vec![name.clone(), format!("{:.2} ms", took.as_secs_f64() * 1e3)]);
         tell(table(&["pass", "time"], rows));
     }
-    summary(&args, &output, &compiled, started.elapsed())
+    summary(args, output, &compiled, started.elapsed())
 }
 
 fn model_options(args: &Args, codegen: TargetOptions) -> Options {
@@ -151,6 +193,7 @@ fn model_options(args: &Args, codegen: TargetOptions) -> Options {
         },
         max_context: args.max_context,
         chunk: args.chunk,
+        shard: Shard::default(),
         layers: args.layers.clone(),
         codegen,
     }
@@ -158,9 +201,17 @@ fn model_options(args: &Args, codegen: TargetOptions) -> Options {
 
 /// Refuses what can be refused before any work.
 fn check(args: &Args, codegen: &TargetOptions) -> Result<(), Box<dyn std::error::Error>> {
-    if args.tp != 1 {
-        let message = format!("--tp {}: tensor parallelism is not implemented", args.tp);
-        return Err(Failure::new(message).help("leave --tp out; one device runs the whole model").into());
+    if args.model_dir.is_none() && args.tp != 1 {
+        return Err(Failure::new(format!("--tp {}: a kernel library is one rank's", args.tp))
+            .help("leave --tp out, and say how many heads a rank has")
+            .into());
+    }
+    if let Rank::One(rank) = args.rank
+        && rank >= args.tp
+    {
+        return Err(Failure::new(format!("--rank {rank}: there are {} ranks", args.tp))
+            .help("ranks are numbered from 0; --tp says how many there are")
+            .into());
     }
     let target = dsc_targets::target_with(&args.target, codegen)?;
     for (emit, name) in [(Emit::Mlir, "mlir"), (Emit::Llvm, "llvm")] {
@@ -238,7 +289,7 @@ fn emit(args: &Args, compiled: &Compiled) -> Result<(), Box<dyn std::error::Erro
     Ok(())
 }
 
-fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> Outcome {
+fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> Result<(), Box<dyn std::error::Error>> {
     let header = &compiled.header;
     if args.json {
         let steps: Vec<_> = header
@@ -251,6 +302,8 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
             "bytes": compiled.bytes.len(),
             "target": header.target,
             "kernels": header.kernels.len(),
+            "rank": header.model.rank,
+            "ranks": header.model.ranks,
             "weights": header.weights.len(),
             "machine_code_kernels": machine_code(header),
             "warnings": compiled.module.warnings,
@@ -258,7 +311,7 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
             "entries": header.entries.iter().map(|e| format!("{}/{}", e.op, e.class)).collect::<Vec<_>>(),
             "seconds": took.as_secs_f64(),
         }))?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
     let rows = header.steps.iter().map(|s| {
         vec![
@@ -297,7 +350,7 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> O
         text += &format!("note: no weights in {}: their names and shapes were not checked\n", dir.display());
     }
     tell(text.trim_end());
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Kernels that need no compiler in the driver.

@@ -109,7 +109,9 @@ pub fn run(args: Args) -> Outcome {
         Some(path) => {
             let seq = session.add_sequence();
             let (output, prompt_s) = dump_logits(&mut session, seq, &prompt, path)?;
-            let mut generation = session.continue_from(seq, output, &options, &mut on_token)?;
+            let last = output.row(output.rows.saturating_sub(1));
+            let first = options.sampler.pick(last, prompt.len() as u64)?;
+            let mut generation = session.continue_from(seq, Some(first), &options, &mut on_token)?;
             generation.timings.prompt_s = prompt_s;
             generation
         }

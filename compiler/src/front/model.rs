@@ -21,7 +21,7 @@
 //! Nodes have the checkpoint's module names without `model.`. gate and up projections are stacked, gate first; experts are
 //! stacked too: `[experts, 2 · width, hidden]`. Stacking that would cut scale blocks gives a plain weight instead.
 //!
-//! Outputs: `logits`; `hidden.i`, the residual stream into layer `i`, and after the last layer the final norm's result;
+//! Outputs: `logits`; `tokens`, chosen from them; `hidden.i`, the residual stream into layer `i`, and after the last layer the final norm's result;
 //! `topk.i` of each layer with an indexer; each cache, by its name; and in `exact` numerics `index_q.i` and `index_w.i`, from which and
 //! the cached keys `dsc verify` makes index scores to judge ties. Kernels read both from memory anyway.
 
@@ -40,6 +40,9 @@ const INDEX_NORM_EPS: f32 = 1e-6;
 /// 1e-5, and the golden case agrees to 1e-6 with this and to 1e-5 with that.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
+/// Logits of a part of a row whose largest one block finds.
+const ARG_MAX_COLUMNS: u32 = 4096;
+
 /// What to build.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BuildOptions {
@@ -52,9 +55,75 @@ pub struct BuildOptions {
     pub max_context: u32,
 }
 
+/// Which part of a model that several devices run together: tensor parallelism.
+///
+/// Each rank has its heads of attention, and its part of the inner columns of every MLP and every expert. Down and output projections
+/// then give parts of sums, which [`Op::AllReduce`] adds. Everything else (embedding, indexer, gate, norms, head) each rank does
+/// in full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// Ranks.
+    pub ranks: u32,
+    /// This one, from 0.
+    pub rank: u32,
+}
+
+impl Default for Shard {
+    fn default() -> Shard {
+        Shard { ranks: 1, rank: 0 }
+    }
+}
+
+impl Shard {
+    /// Whether a model can be split so.
+    ///
+    /// # Errors
+    /// What the number of ranks does not divide.
+    pub fn check(self, config: &ModelConfig, numerics: Numerics) -> Result<(), String> {
+        let ranks = self.ranks as usize;
+        if ranks == 0 || self.rank >= self.ranks {
+            return Err(format!("rank {} of {ranks}: ranks are numbered from 0", self.rank));
+        }
+        let quantization = config.quantization.filter(|_| numerics == Numerics::Deployed && ranks > 1);
+        let block = quantization.map_or(1, |q| q.block[0].max(q.block[1]));
+        let c = config;
+        let sizes = [
+            ("attention heads", c.heads, 1),
+            ("columns of queries", c.heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), block),
+            ("columns of keys and values", c.heads * (c.qk_nope_head_dim + c.v_head_dim), block),
+            ("columns of attention", c.heads * c.v_head_dim, block),
+            ("columns of a dense MLP", c.intermediate, block),
+            ("columns of an expert", c.moe_intermediate, block),
+        ];
+        match sizes.into_iter().find(|(_, n, block)| !n.is_multiple_of(ranks * block)) {
+            None => Ok(()),
+            Some((what, n, 1)) => Err(format!("{n} {what} cannot be split over {ranks} ranks")),
+            Some((what, n, block)) => Err(format!(
+                "{n} {what} cannot be split over {ranks} ranks in whole blocks of {block} that share a scale"
+            )),
+        }
+    }
+}
+
+/// Along which axis ranks share a matrix.
+#[derive(Clone, Copy, PartialEq)]
+enum Split {
+    /// Each has all of it.
+    Whole,
+    /// Each has some of its outputs.
+    Rows,
+    /// Each has some of the columns it contracts.
+    Columns,
+}
+
 /// The graph of one step of the model.
 pub fn build(config: &ModelConfig, opts: &BuildOptions) -> Graph {
-    let mut b = Builder::new(config, opts);
+    build_rank(config, opts, Shard::default())
+}
+
+/// The graph of one step of a rank's part of the model, which [`Shard::check`] has passed.
+pub fn build_rank(config: &ModelConfig, opts: &BuildOptions, shard: Shard) -> Graph {
+    let mut b = Builder::new(config, opts, shard);
     b.model();
     b.graph
 }
@@ -67,6 +136,7 @@ fn dim(n: usize) -> u32 {
 struct Builder<'c> {
     config: &'c ModelConfig,
     opts: &'c BuildOptions,
+    shard: Shard,
     graph: Graph,
     inputs: HashMap<StepInput, Value>,
     rope_table: Option<Value>,
@@ -79,7 +149,7 @@ struct Builder<'c> {
 }
 
 impl<'c> Builder<'c> {
-    fn new(config: &'c ModelConfig, opts: &'c BuildOptions) -> Builder<'c> {
+    fn new(config: &'c ModelConfig, opts: &'c BuildOptions, shard: Shard) -> Builder<'c> {
         let act = match opts.numerics {
             Numerics::Exact => DType::F32,
             Numerics::Deployed => DType::Bf16,
@@ -87,6 +157,7 @@ impl<'c> Builder<'c> {
         Builder {
             config,
             opts,
+            shard,
             graph: Graph::default(),
             inputs: HashMap::new(),
             rope_table: None,
@@ -124,6 +195,7 @@ impl<'c> Builder<'c> {
                 MlpKind::Dense => self.mlp(&format!("{name}.mlp"), x, c.intermediate, self.act),
                 MlpKind::Moe => self.moe(&format!("{name}.mlp"), x),
             };
+            h = self.all_reduce(&format!("{name}.mlp"), h);
             residual = Some(r);
         }
         let (x, _) = self.add_norm("norm", h, residual);
@@ -142,16 +214,29 @@ impl<'c> Builder<'c> {
             if c.tie_word_embeddings { embedding } else { self.plain_matrix("lm_head", "lm_head", c.vocab, c.hidden) };
         let logits = self.op("lm_head", Op::Linear, &[x, w], DType::F32, &[Sym::L.into(), dim(c.vocab).into()]);
         self.output("logits".into(), logits);
+        self.tokens(logits);
+    }
+
+    /// The token that each row's draw picks.
+    fn tokens(&mut self, logits: Value) {
+        let parts = dim(self.config.vocab).div_ceil(ARG_MAX_COLUMNS);
+        let [largest, columns] = [DType::F32, DType::I32]
+            .map(|dtype| ValueType::Tensor(TensorType::plain(dtype, &[Sym::L.into(), parts.into()])));
+        let node = self.graph.add("tokens.largest", Op::ArgMax { parts }, &[logits], vec![largest, columns]);
+        let [largest, columns] = [0, 1].map(|output| Value { node, output });
+        let draws = self.input(StepInput::Draws);
+        let tokens = self.op("tokens", Op::Sample, &[logits, largest, columns, draws], DType::I32, &[Sym::L.into()]);
+        self.output("tokens".into(), tokens);
     }
 
     // ---- attention ----
 
     fn attention(&mut self, layer: usize, name: &str, x: Value) -> Value {
         let c = self.config;
-        let [heads, nope, rope, v] = [c.heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim];
+        let [heads, nope, rope, v] = [self.mine(c.heads), c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim];
         let q_latent = self.linear(&format!("{name}.q_a_proj"), x, c.q_lora_rank, self.act);
         let q_latent = self.rms_norm(&format!("{name}.q_a_layernorm"), q_latent, LATENT_NORM_EPS);
-        let q = self.linear(&format!("{name}.q_b_proj"), q_latent, heads * (nope + rope), self.act);
+        let q = self.split_linear(&format!("{name}.q_b_proj"), q_latent, heads * (nope + rope), self.act, Split::Rows);
         let q = self.heads(&format!("{name}.q"), q, heads, nope + rope);
         let q = self.rope(&format!("{name}.q_rope"), q, RopeLayout::Interleaved, nope);
 
@@ -163,12 +248,13 @@ impl<'c> Builder<'c> {
         let latent =
             self.op(&format!("{name}.latent"), Op::CacheLatent, &[cache, pages], self.act, &cached(c.kv_lora_rank));
         let k_rope = self.op(&format!("{name}.k_rope_cached"), Op::CacheRope, &[cache, pages], self.act, &cached(rope));
-        let w = self.block_matrix(&format!("{name}.kv_b_proj"), heads * (nope + v), c.kv_lora_rank);
+        let w = self.split_matrix(&format!("{name}.kv_b_proj"), heads * (nope + v), c.kv_lora_rank, Split::Rows);
         let kv = self.op(&format!("{name}.kv_b_proj"), Op::Linear, &[latent, w], self.act, &cached(heads * (nope + v)));
         let op = Op::MhaAttention { scale: c.softmax_scale() as f32, nope: dim(nope), value: dim(v), narrow: false };
         let out: [Extent; 2] = [Sym::T.into(), dim(heads * v).into()];
         let o = self.op(&format!("{name}.attention"), op, &[q, kv, k_rope, selected, seqs], self.act, &out);
-        self.linear(&format!("{name}.o_proj"), o, c.hidden, self.act)
+        let o = self.split_linear(&format!("{name}.o_proj"), o, c.hidden, self.act, Split::Columns);
+        self.all_reduce(name, o)
     }
 
     /// Key/value latent and rope key of the step, cached.
@@ -269,12 +355,15 @@ impl<'c> Builder<'c> {
 
     // ---- feed-forward ----
 
+    /// A rank's part of the sum.
     fn mlp(&mut self, name: &str, x: Value, width: usize, out: DType) -> Value {
+        let width = self.mine(width);
         let gate_up = [format!("{name}.gate_proj"), format!("{name}.up_proj")];
-        let w = self.stacked(&format!("{name}.gate_up_proj"), &gate_up, &[2 * width, self.config.hidden], width);
+        let shape = [2 * width, self.config.hidden];
+        let w = self.stacked(&format!("{name}.gate_up_proj"), &gate_up, &shape, width, Split::Rows);
         let y = self.linear_with(&format!("{name}.gate_up_proj"), x, w, 2 * width, self.act);
         let y = self.swiglu(name, y, width);
-        self.linear(&format!("{name}.down_proj"), y, self.config.hidden, out)
+        self.split_linear(&format!("{name}.down_proj"), y, self.config.hidden, out, Split::Columns)
     }
 
     fn swiglu(&mut self, name: &str, gate_up: Value, width: usize) -> Value {
@@ -316,7 +405,7 @@ impl<'c> Builder<'c> {
 
     fn experts(&mut self, name: &str, x: Value, experts: Value) -> Value {
         let c = self.config;
-        let (n, width, hidden) = (c.n_routed_experts, c.moe_intermediate, c.hidden);
+        let (n, width, hidden) = (c.n_routed_experts, self.mine(c.moe_intermediate), c.hidden);
         let per_token = dim(c.experts_per_token);
         let names = |of: &[&str]| -> Vec<String> {
             (0..n).flat_map(|e| of.iter().map(move |p| format!("{name}.experts.{e}.{p}"))).collect()
@@ -327,6 +416,7 @@ impl<'c> Builder<'c> {
             &names(&["gate_proj", "up_proj"]),
             &[n, 2 * width, hidden],
             width,
+            Split::Rows,
         );
         let x = self.operand(x);
         let y = self.op(
@@ -337,7 +427,8 @@ impl<'c> Builder<'c> {
             &rows(2 * width),
         );
         let y = self.swiglu(&format!("{name}.experts"), y, width);
-        let w = self.stacked(&format!("{name}.experts.down_proj"), &names(&["down_proj"]), &[n, hidden, width], hidden);
+        let (down, shape) = (names(&["down_proj"]), [n, hidden, width]);
+        let w = self.stacked(&format!("{name}.experts.down_proj"), &down, &shape, hidden, Split::Columns);
         let y = self.operand(y);
         self.op(
             &format!("{name}.experts.down_proj"),
@@ -393,6 +484,19 @@ impl<'c> Builder<'c> {
         self.graph.tensor(x).shape.last().and_then(|e| e.constant()).unwrap_or(0) as usize
     }
 
+    /// How many of something that is split are this rank's.
+    fn mine(&self, all: usize) -> usize {
+        all / self.shard.ranks.max(1) as usize
+    }
+
+    /// The sum of what the ranks have each made.
+    fn all_reduce(&mut self, name: &str, x: Value) -> Value {
+        match self.shard.ranks {
+            1 => x,
+            ranks => self.like(&format!("{name}.all_reduce"), Op::AllReduce { ranks }, &[x], self.act),
+        }
+    }
+
     fn slice(&mut self, name: &str, x: Value, start: u32, len: u32) -> Value {
         let mut shape = self.graph.tensor(x).shape.clone();
         if let Some(last) = shape.last_mut() {
@@ -438,7 +542,11 @@ impl<'c> Builder<'c> {
 
     /// `x` times the block-quantised (or plain) matrix of module `name`.
     fn linear(&mut self, name: &str, x: Value, rows: usize, out: DType) -> Value {
-        let w = self.block_matrix(name, rows, self.columns(x));
+        self.split_linear(name, x, rows, out, Split::Whole)
+    }
+
+    fn split_linear(&mut self, name: &str, x: Value, rows: usize, out: DType, split: Split) -> Value {
+        let w = self.split_matrix(name, rows, self.columns(x), split);
         self.linear_with(name, x, w, rows, out)
     }
 
@@ -503,11 +611,16 @@ impl<'c> Builder<'c> {
 
     /// A matrix that fp8 checkpoints quantise.
     fn block_matrix(&mut self, module: &str, rows: usize, columns: usize) -> Value {
-        self.stacked(module, &[module.to_string()], &[rows, columns], rows)
+        self.split_matrix(module, rows, columns, Split::Whole)
     }
 
-    /// Matrices of `rows` rows each that fp8 checkpoints quantise, stacked to `shape`.
-    fn stacked(&mut self, name: &str, modules: &[String], shape: &[usize], rows: usize) -> Value {
+    /// A rank's part of one.
+    fn split_matrix(&mut self, module: &str, rows: usize, columns: usize, split: Split) -> Value {
+        self.stacked(module, &[module.to_string()], &[rows, columns], rows, split)
+    }
+
+    /// Matrices of `rows` rows each that fp8 checkpoints quantise, stacked to `shape`; of split ones, this rank's parts.
+    fn stacked(&mut self, name: &str, modules: &[String], shape: &[usize], rows: usize, split: Split) -> Value {
         let columns = shape.last().copied().unwrap_or(0);
         let per_matrix = shape[shape.len() - 2] / rows.max(1);
         let dims: Vec<Extent> = shape.iter().map(|&n| dim(n).into()).collect();
@@ -516,7 +629,20 @@ impl<'c> Builder<'c> {
             Some(q) if per_matrix > 1 && !rows.is_multiple_of(q.block[0]) => TensorType::plain(DType::F32, &dims),
             Some(q) => TensorType::quant(Quant { block: q.block.map(dim), pow2: false }, &dims),
         };
-        let parts = modules.iter().map(|m| self.part(format!("model.{m}.weight"), rows, columns, true)).collect();
+        let (ranks, rank) = (self.shard.ranks, self.shard.rank);
+        let part = |m: &String| {
+            let mut part = self.part(format!("model.{m}.weight"), rows, columns, true);
+            let axis = match split {
+                Split::Whole => return part,
+                Split::Rows => 0,
+                Split::Columns => 1,
+            };
+            let mine = part.shape[axis];
+            part.shape[axis] = mine * ranks;
+            *if axis == 0 { &mut part.rows } else { &mut part.cols } = [rank * mine, (rank + 1) * mine];
+            part
+        };
+        let parts = modules.iter().map(part).collect();
         self.weight(&format!("{name}.weight"), ty, WeightSource::Tensors(parts))
     }
 }

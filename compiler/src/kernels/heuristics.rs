@@ -28,7 +28,7 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
             product(graph, node, class)
         }
         Op::MhaAttention { value, .. } => shape("mha_attention", tokens, *value, dim(inputs[3], 1), dim(inputs[0], 1)),
-        op @ (Op::Embed | Op::Route { .. } | Op::CacheLatent | Op::CacheRope) => {
+        op @ (Op::Embed | Op::Route { .. } | Op::CacheLatent | Op::CacheRope | Op::ArgMax { .. } | Op::Sample) => {
             shape(super::op_name(op), rows(graph, out), last(graph, out), 1, 1)
         }
         _ => match body_of(graph, node) {
@@ -47,7 +47,10 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
                     }
                 }
                 FusedKind::Heads => shape("heads", tokens, last(graph, out), 1, dim(out, 1)),
-                FusedKind::Row => shape("row", rows(graph, out), last(graph, out), 1, 1),
+                FusedKind::Row => {
+                    let heads = graph.ty(out).tensor().filter(|t| t.shape.len() == 3).map_or(1, |_| dim(out, 1));
+                    shape("row", rows(graph, out), last(graph, out), 1, heads)
+                }
                 FusedKind::Gate => shape("gate", rows(graph, out), last(graph, out), 1, 1),
                 FusedKind::SparseAttention => {
                     let (op, n, k, heads) = attention(&fused.body);

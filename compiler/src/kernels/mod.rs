@@ -16,6 +16,7 @@
 //! | [`combine`] | `mqa_combine` by itself | tokens × heads |
 //! | [`mha`] | `mha_attention` | tokens × heads |
 //! | [`cache`] | `cache_latent`, `cache_rope` | pages × sequences |
+//! | [`sample`] | `arg_max`, `sample` | rows with logits (× parts) |
 //!
 //! Every emitter reads its dims from the types, model numbers never appear; ragged edges need no code, because loads outside
 //! a view read zero and stores outside are dropped. A [`Schedule`] chooses tile sizes only: results may differ by
@@ -41,6 +42,7 @@ mod heuristics;
 pub mod linear;
 pub mod mha;
 pub mod rows;
+pub mod sample;
 pub mod sparse_attention;
 #[cfg(test)]
 mod tests;
@@ -120,7 +122,13 @@ pub(crate) fn several_sequences(class: &Class) -> bool {
 pub fn launches(graph: &Graph, node: NodeId) -> bool {
     !matches!(
         graph.dag[node].op,
-        Op::Input(_) | Op::Weight(_) | Op::State(_) | Op::Arg(_) | Op::SliceLast { .. } | Op::Reshape
+        Op::Input(_)
+            | Op::Weight(_)
+            | Op::State(_)
+            | Op::Arg(_)
+            | Op::SliceLast { .. }
+            | Op::Reshape
+            | Op::AllReduce { .. }
     )
 }
 
@@ -135,6 +143,8 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         Op::MqaCombine => combine::emit(graph, node, schedule, class),
         Op::MhaAttention { .. } => mha::emit(graph, node, schedule, class),
         Op::CacheLatent | Op::CacheRope => cache::emit(graph, node, schedule, class),
+        Op::ArgMax { .. } => sample::emit_arg_max(graph, node, schedule, class),
+        Op::Sample => sample::emit(graph, node, schedule, class),
         _ => match body_of(graph, node)?.kind {
             FusedKind::Row | FusedKind::Heads => rows::emit(graph, node, schedule, class),
             FusedKind::Gate => gate::emit(graph, node, schedule, class),
@@ -225,6 +235,9 @@ pub(crate) fn op_name(op: &Op) -> &'static str {
         Op::ExpertLinear { .. } => "expertlinear",
         Op::Route { .. } => "route",
         Op::WeightedSum => "weightedsum",
+        Op::ArgMax { .. } => "argmax",
+        Op::Sample => "sample",
+        Op::AllReduce { .. } => "allreduce",
         Op::Fused(_) => "fused",
     }
 }

@@ -88,10 +88,14 @@ pub(crate) fn emit_body(
     let block = e.b.grid(rows, tile);
     let row0 = times(&mut e.b, block, tile);
     let seq = batch.map(|sym| e.b.grid(sym, 1));
-    // Of a body by heads, a block takes one head.
+    // Of a body by heads, a block takes one head; of rows of heads that are too large together, as many as the schedule says.
     let heads = body.outputs.iter().filter_map(|(_, v)| body.ty(*v).tensor()?.shape.get(1)?.constant()).max();
     let head = match (prefix, heads) {
-        ("heads", Some(heads)) => Some(e.b.grid(heads, 1)),
+        ("heads", Some(heads)) => Some((e.b.grid(heads, 1), 1)),
+        (_, Some(heads)) if (1..heads).contains(&schedule.tile_h) && apart_by_head(body, heads) => {
+            let block = e.b.grid(heads, schedule.tile_h);
+            Some((times(&mut e.b, block, schedule.tile_h), schedule.tile_h))
+        }
         _ => None,
     };
     let mut emitter = Rows { e, body, rows, tile, row0, batch: batch.zip(seq), head, values: HashMap::new() };
@@ -99,6 +103,29 @@ pub(crate) fn emit_body(
         emitter.output(output as u32, *value)?;
     }
     emitter.e.finish(format!("{prefix}: {}", ops.join(", ")))
+}
+
+/// Whether each head of a body's values `[T, heads, ..]` is computed by itself.
+fn apart_by_head(body: &Graph, heads: u32) -> bool {
+    body.dag.node_weights().all(|node| match node.op {
+        // What views look at is judged where it is made.
+        Op::Arg(_) | Op::SliceLast { .. } | Op::Reshape => true,
+        Op::Rope { .. }
+        | Op::Quantize
+        | Op::Dequantize
+        | Op::Cast
+        | Op::Scale { .. }
+        | Op::Hadamard
+        | Op::RmsNorm { .. }
+        | Op::LayerNorm { .. }
+        | Op::Add
+        | Op::SwiGlu
+        | Op::Sigmoid => {
+            let shape = node.outputs[0].tensor().map_or(&[][..], |t| &t.shape);
+            shape.len() == 3 && shape[1].constant() == Some(heads)
+        }
+        _ => false,
+    })
 }
 
 /// A name that says the first ops; the hash tells the rest.
@@ -145,8 +172,8 @@ struct Rows<'g> {
     /// First row of this block.
     row0: ValueId,
     batch: Option<(Sym, ValueId)>,
-    /// The head that a block takes of values `[T, heads, ..]`, if not all.
-    head: Option<ValueId>,
+    /// The first head that a block takes of values `[T, heads, ..]`, and how many, if not all.
+    head: Option<(ValueId, u32)>,
     values: HashMap<Value, Tile>,
 }
 
@@ -155,8 +182,8 @@ impl Rows<'_> {
     fn place(&mut self, shape: &[Extent]) -> Result<(Vec<u32>, Vec<Ix>), KernelError> {
         let (mut sizes, mut start) = (Vec::new(), Vec::new());
         for (axis, &d) in shape.iter().enumerate() {
-            if let (1, 3, Some(head)) = (axis, shape.len(), self.head) {
-                sizes.push(1);
+            if let (1, 3, Some((head, count))) = (axis, shape.len(), self.head) {
+                sizes.push(count);
                 start.push(head.into());
                 continue;
             }
@@ -428,7 +455,7 @@ impl Rows<'_> {
         transposed: bool,
     ) -> Result<ValueId, KernelError> {
         let &[x, w] = inputs else { return Err(self.e.unsupported("head_linear without its two inputs")) };
-        let Some(head) = self.head else { return Err(self.e.unsupported("head_linear in a body by rows")) };
+        let Some((head, _)) = self.head else { return Err(self.e.unsupported("head_linear in a body by rows")) };
         let (heads, k) = (self.e.dim(x, 1)?, self.e.dim(w, 1)?);
         let rows_of_head = self.e.dim(w, 0)? / heads;
         let stored = super::view::storage(self.body.tensor(x).elem);

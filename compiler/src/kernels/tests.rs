@@ -14,6 +14,7 @@ use dsc_ir::graph::weights::{Data, TensorData, materialize};
 use dsc_ir::graph::{
     Elem, Fused, PAGE_TOKENS, Quant, RopeLayout, State, StateFormat, StepInput, TensorType, ValueType, Weight,
 };
+use dsc_ir::sample::Draw;
 use dsc_ir::tile::interp::{Binding, Options, block_count, run_blocks};
 use dsc_ir::tile::{self, Region};
 use dsc_ir::{Extent, SymValues};
@@ -24,6 +25,7 @@ use std::sync::Arc;
 const ROWS: Quant = Quant { block: [1, 128], pow2: true };
 const BLOCKS: Quant = Quant { block: [128, 128], pow2: false };
 const T: Sym = Sym::T;
+const L: Sym = Sym::L;
 
 /// Shapes from numbers and symbols.
 macro_rules! dims {
@@ -268,6 +270,7 @@ impl Machine {
                         StepInput::Slots => ints(&step.slots),
                         StepInput::PageTable => ints(&step.page_table.concat()),
                         StepInput::LogitRows => ints(&step.logit_rows),
+                        StepInput::Draws => ints(&step.draw_bits()),
                     };
                     made.insert(arg, bytes);
                 }
@@ -397,6 +400,35 @@ fn close(name: &str, expected: &[f32], got: &[f32], tolerance: f32) {
 }
 
 /// Tokens of one sequence, with scrambled pages.
+/// Tokens by temperature and nucleus, where every logit is in play, next to greedy rows and rows without numbers.
+#[test]
+fn sampling() {
+    for (columns, parts) in [(40, 1), (300, 3), (20_000, 5)] {
+        let mut lab = Lab::new(77);
+        let rows = lab.input(StepInput::LogitRows);
+        let x = lab.act(DType::F32, &[columns]);
+        let x = lab.op(Op::Scale { factor: 8.0 }, &[x], f32s(dims![T, columns]));
+        let x = lab.op(Op::TakeRows, &[x, rows], f32s(dims![L, columns]));
+        let types = [DType::F32, DType::I32].map(|d| ValueType::Tensor(plain(d, dims![L, parts]))).to_vec();
+        let node = lab.g.add("largest", Op::ArgMax { parts }, &[x], types);
+        let [largest, numbers] = [0, 1].map(|output| Value { node, output });
+        let draws = lab.input(StepInput::Draws);
+        let tokens = lab.op(Op::Sample, &[x, largest, numbers, draws], plain(DType::I32, dims![L]));
+        for value in [largest, numbers, tokens] {
+            lab.out(value);
+        }
+        let mut step = sequence(12, 0);
+        step.draws = (0..12)
+            .map(|i| Draw {
+                temperature: [0.0, 0.5, 2.0][i % 3],
+                top_p: [1.0, 0.9, 0.3, 0.01][i % 4],
+                quantile: i as f32 / 12.0 + 0.03,
+            })
+            .collect();
+        lab.check(&[step]);
+    }
+}
+
 fn sequence(n: usize, start: usize) -> StepInputs {
     let tokens: Vec<i32> = (start..start + n).map(|i| (i * 7 % 19) as i32).collect();
     let mut step = StepInputs::sequence(&tokens, start);
@@ -740,6 +772,7 @@ fn batch() -> Vec<StepInputs> {
             slots: (0..n).map(|p| slot(s, p)).collect(),
             page_table: table.clone(),
             logit_rows: vec![0],
+            draws: Vec::new(),
         });
     }
     steps.push(StepInputs {
@@ -749,6 +782,7 @@ fn batch() -> Vec<StepInputs> {
         slots: lengths.iter().enumerate().map(|(s, &n)| slot(s, n)).collect(),
         page_table: table.clone(),
         logit_rows: vec![2],
+        draws: Vec::new(),
     });
     steps
 }

@@ -55,6 +55,8 @@ fn chase(graph: &Graph, mut value: Value) -> (Value, Vec<Step>) {
         match &graph.dag[value.node].op {
             Op::SliceLast { start, len } => steps.push(Step::Slice(*start, *len)),
             Op::Reshape => steps.push(Step::Reshape(graph.tensor(value).shape.clone())),
+            // Made in place.
+            Op::AllReduce { .. } => {}
             _ => break,
         }
         value = graph.inputs(value.node)[0];

@@ -3,6 +3,7 @@
 use dsc_ir::artifact::WeightEntry;
 use dsc_ir::dtype::f32_to_e4m3;
 use dsc_ir::graph::{Elem, PAGE_TOKENS, StateFormat, StepInput};
+use dsc_ir::sample::Draw;
 use dsc_ir::{DType, Sym, SymValues};
 
 /// Bytes that repeat from `at` to `end`.
@@ -115,6 +116,7 @@ pub fn input(input: StepInput, syms: &SymValues, vocab: u32) -> Vec<u8> {
         }
         StepInput::PageTable => (0..sequences * pages).map(|i| page(i, all_pages)).collect(),
         StepInput::LogitRows => (0..tokens).collect(),
+        StepInput::Draws => (0..syms.get(Sym::L)).flat_map(|_| Draw::GREEDY.bits().map(|b| b as u32)).collect(),
     };
     values.into_iter().flat_map(u32::to_le_bytes).collect()
 }

@@ -77,6 +77,8 @@ pub fn prepare(choice: Choice, target: &dyn Target) -> Result<Bench, BenchError>
         bos: None,
         eos: Vec::new(),
         max_context: case.context,
+        ranks: 1,
+        rank: 0,
     };
     let compiled = compile::lower(vec![(class, graph)], facts, numerics, target, None, &mut |_| {})?;
     Ok(Bench { choice, compiled, syms })

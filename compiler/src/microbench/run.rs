@@ -171,7 +171,7 @@ impl Memory {
             Arg::Weight(i, at) => (self.weights[i as usize], at),
             Arg::State(i) => (self.states[i as usize], 0),
             Arg::Input(input) => (self.inputs[input as usize], 0),
-            Arg::Logits | Arg::Caller(_) | Arg::Workspace(_) => (self.logits, 0),
+            Arg::Logits | Arg::Tokens | Arg::Caller(_) | Arg::Workspace(_) => (self.logits, 0),
         };
         let args = launch.args.iter().map(place).collect();
         BoundLaunch { kernel: launch.kernel, node: launch.node.clone(), args }

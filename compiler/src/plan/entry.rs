@@ -46,7 +46,7 @@ fn plan_entry(
 ) -> Result<Entry, PlanError> {
     let Function { op, class, graph, relations } = function;
     let mut memory = Memory::of(graph);
-    let launches = launch_order(graph);
+    let (launches, _) = launch_order(graph);
     for &node in &launches {
         for (output, ty) in graph.dag[node].outputs.iter().enumerate() {
             memory.work(Value { node, output: output as u32 }, ty);

@@ -27,7 +27,8 @@ pub struct Placement {
 /// The value whose memory `value` is a view on, and how many views lie between.
 pub fn root(graph: &Graph, mut value: Value) -> (Value, usize) {
     let mut views = 0;
-    while matches!(graph.dag[value.node].op, Op::SliceLast { .. } | Op::Reshape) {
+    // Sums over ranks are made in place.
+    while matches!(graph.dag[value.node].op, Op::SliceLast { .. } | Op::Reshape | Op::AllReduce { .. }) {
         value = graph.inputs(value.node)[0];
         views += 1;
     }
@@ -64,7 +65,7 @@ struct Life {
     last: usize,
 }
 
-/// Places every tensor that `launches` write, except the logits, which have a buffer of their own.
+/// Places every tensor that `launches` write, except logits and tokens, which have buffers of their own.
 pub fn place(graph: &Graph, launches: &[NodeId], max: &SymValues) -> Placement {
     let mut lives = lives(graph, launches, max);
     let unshared_bytes = lives.iter().map(|l| l.bytes).sum();
@@ -83,13 +84,14 @@ pub fn place(graph: &Graph, launches: &[NodeId], max: &SymValues) -> Placement {
 
 fn lives(graph: &Graph, launches: &[NodeId], max: &SymValues) -> Vec<Life> {
     let time: HashMap<NodeId, usize> = launches.iter().enumerate().map(|(i, &n)| (n, i)).collect();
-    let logits = graph.outputs.iter().find(|(name, _)| name == "logits").map(|(_, v)| *v);
+    let results = graph.outputs.iter().filter(|(name, _)| ["logits", "tokens"].contains(&name.as_str()));
+    let results: Vec<Value> = results.map(|(_, v)| *v).collect();
     let mut lives = Vec::new();
     for (first, &node) in launches.iter().enumerate() {
         for (output, ty) in graph.dag[node].outputs.iter().enumerate() {
             let value = Value { node, output: output as u32 };
             let ValueType::Tensor(ty) = ty else { continue };
-            if Some(value) != logits {
+            if !results.contains(&value) {
                 let bytes = total_bytes(ty, max).next_multiple_of(ALIGN);
                 lives.push(Life { value, bytes, first, last: last_use(graph, value, &time).max(first) });
             }
@@ -139,7 +141,7 @@ mod tests {
             x = g.add1(format!("x{i}"), Op::Sigmoid, &[x], ty.clone());
         }
         g.outputs.push(("hidden.0".into(), x));
-        let launches = super::super::launch_order(&g);
+        let (launches, _) = super::super::launch_order(&g);
         let max = SymValues::default().with(Sym::T, 16);
         let placement = place(&g, &launches, &max);
         assert_eq!(launches.len(), 8);
@@ -159,7 +161,7 @@ mod tests {
         let z = g.add1("z", Op::Sigmoid, &[y], ty(64));
         let w = g.add1("w", Op::Sigmoid, &[half], ty(32));
         g.outputs = vec![("z".into(), z), ("w".into(), w)];
-        let launches = super::super::launch_order(&g);
+        let (launches, _) = super::super::launch_order(&g);
         let placement = place(&g, &launches, &SymValues::default().with(Sym::T, 4));
         let overlap = |a: Value, b: Value| {
             let (a, b) = (placement.offsets[&a], placement.offsets[&b]);

@@ -12,7 +12,7 @@ pub mod memory;
 
 use crate::kernels::{self, ArgRef, Emitted, Part};
 use crate::passes::Class;
-use dsc_ir::artifact::{Arg, Entry, Launch, Step, Tap, WeightEntry};
+use dsc_ir::artifact::{Arg, Collective, Entry, Launch, Step, Tap, WeightEntry};
 use dsc_ir::graph::{Elem, Graph, NodeId, Op, State, TensorType, Value, ValueType};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::Program;
@@ -117,7 +117,7 @@ fn plan_class(
     graph: &Graph,
     scheduler: &Scheduler,
 ) -> Result<Step, PlanError> {
-    let launches = launch_order(graph);
+    let (launches, sampling) = launch_order(graph);
     let memory = memory::place(graph, &launches, &class.max);
     let weights: Vec<u32> = graph.weights.iter().map(|w| intern_weight(plan, interned, w)).collect();
     let states: Vec<u32> = graph.states.iter().map(|s| intern_state(plan, s)).collect();
@@ -126,6 +126,8 @@ fn plan_class(
         max: class.max,
         arena_bytes: memory.bytes,
         launches: Vec::with_capacity(launches.len()),
+        collectives: collectives(graph, &launches, &memory),
+        sampling: sampling as u32,
         taps: taps(graph, &launches, &memory),
     };
     let binder = Binder { graph, class, memory: &memory, weights: &weights, states: &states };
@@ -162,13 +164,28 @@ fn launch(
     Ok(Launch { kernel, args, node: name.clone() })
 }
 
-/// Nodes that launch a kernel, in an order that respects every dependence. Inputs, weights and caches are just there;
-/// slices and reshapes are views on their source.
-pub fn launch_order(graph: &Graph) -> Vec<NodeId> {
+/// Nodes that launch a kernel, in an order that respects every dependence, and how many of them come before those that choose
+/// tokens. Inputs, weights and caches are just there; slices and reshapes are views on their source.
+pub fn launch_order(graph: &Graph) -> (Vec<NodeId>, usize) {
     let launches = |op: &Op| {
-        !matches!(op, Op::Input(_) | Op::Weight(_) | Op::State(_) | Op::Arg(_) | Op::SliceLast { .. } | Op::Reshape)
+        !matches!(
+            op,
+            Op::Input(_)
+                | Op::Weight(_)
+                | Op::State(_)
+                | Op::Arg(_)
+                | Op::SliceLast { .. }
+                | Op::Reshape
+                | Op::AllReduce { .. }
+        )
     };
-    graph.order().into_iter().filter(|&n| launches(&graph.dag[n].op)).collect()
+    let order = graph.order().into_iter().filter(|&n| launches(&graph.dag[n].op));
+    // Nothing but tokens is made of what these two make, so they may come last.
+    let (sampling, mut order): (Vec<NodeId>, Vec<NodeId>) =
+        order.partition(|&n| matches!(graph.dag[n].op, Op::ArgMax { .. } | Op::Sample));
+    let first = order.len();
+    order.extend(sampling);
+    (order, first)
 }
 
 /// Where taps can be read: right after the launch that makes them. `[T, heads, width]` is read as `[T, heads · width]`.
@@ -185,6 +202,21 @@ fn taps(graph: &Graph, launches: &[NodeId], memory: &memory::Placement) -> Vec<T
         }
     }
     taps
+}
+
+/// Sums over ranks: each right after the launch that makes what is added.
+fn collectives(graph: &Graph, launches: &[NodeId], memory: &memory::Placement) -> Vec<Collective> {
+    let mut sums: Vec<Collective> = Vec::new();
+    for node in graph.order().into_iter().filter(|&n| matches!(graph.dag[n].op, Op::AllReduce { .. })) {
+        let value = Value { node, output: 0 };
+        let (root, _) = memory::root(graph, value);
+        let Some(after) = launches.iter().position(|&n| n == root.node) else { continue };
+        let (Some(&at), ValueType::Tensor(ty)) = (memory.offsets.get(&root), graph.ty(value)) else { continue };
+        let (Elem::Plain(dtype), Some(columns)) = (ty.elem, row_elements(ty)) else { continue };
+        sums.push(Collective { after: after as u32 + 1, at, columns, dtype });
+    }
+    sums.sort_by_key(|sum| sum.after);
+    sums
 }
 
 /// Elements of a row of `[T, ..]`.
@@ -295,12 +327,17 @@ impl Binder<'_> {
         match self.graph.dag[root.node].op {
             Op::Weight(i) => Ok(Arg::Weight(self.weights[i as usize], scales)),
             Op::Input(input) => Ok(Arg::Input(input)),
-            _ if self.graph.outputs.iter().any(|(name, v)| name == "logits" && *v == root) => Ok(Arg::Logits),
+            _ if self.is_output("logits", root) => Ok(Arg::Logits),
+            _ if self.is_output("tokens", root) => Ok(Arg::Tokens),
             _ => match self.memory.offsets.get(&root) {
                 Some(offset) => Ok(Arg::Arena(offset + scales)),
                 None => Err(self.unbound(root)),
             },
         }
+    }
+
+    fn is_output(&self, name: &str, value: Value) -> bool {
+        self.graph.outputs.iter().any(|(n, v)| n == name && *v == value)
     }
 
     fn unbound(&self, value: Value) -> PlanError {

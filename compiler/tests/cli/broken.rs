@@ -183,7 +183,12 @@ fn compile_options() -> Vec<Case> {
             1,
             &["target ascend910b", "not implemented"],
         ),
-        c("two ranks", "compile $TINY -o out.dsc --tp 2", 1, &["--tp 2", "not implemented", "help: leave --tp out"]),
+        c(
+            "ranks that do not divide",
+            "compile $TINY -o out.dsc --tp 7",
+            1,
+            &["--tp", "heads cannot be split over 7 ranks"],
+        ),
         c("unknown numerics", "compile $TINY -o out.dsc --numerics fast", 2, &["'fast'", "deployed"]),
         c("unknown level", "compile $TINY -o out.dsc --emit graph,ptx", 2, &["'ptx'", "sched"]),
         c("assembler of another target", "compile $TINY -o out.dsc --ptxas x", 1, &["--ptxas", "target cpu", "sm_*"]),

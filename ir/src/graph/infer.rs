@@ -59,6 +59,8 @@ pub fn arity(op: &Op) -> (usize, usize) {
         | Op::Normalize { .. }
         | Op::SumPartials
         | Op::Append { .. }
+        | Op::ArgMax { .. }
+        | Op::AllReduce { .. }
         | Op::Route { .. } => (1, 1),
         Op::Embed
         | Op::TakeRows
@@ -75,6 +77,7 @@ pub fn arity(op: &Op) -> (usize, usize) {
         Op::LayerNorm { .. } | Op::Rope { .. } | Op::MqaCombine => (3, 3),
         Op::TopK { .. } => (1, 3),
         Op::CacheWrite | Op::ExpertLinear { .. } => (3, 4),
+        Op::Sample => (4, 4),
         Op::MhaAttention { .. } => (5, 5),
         Op::IndexerLogits => (5, 6),
         Op::MqaAttention { .. } | Op::MqaPartial { .. } => (4, 6),
@@ -198,6 +201,28 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
                 Rule::Tensor(vec![times(ids.shape[0], per_token)?], ints),
                 Rule::Tensor(vec![offsets.into()], ints),
             ])
+        }
+        Op::AllReduce { ranks } => {
+            positive("ranks", *ranks)?;
+            let x = cx.float(0)?;
+            one(x.shape.clone(), Elems::Is(x.elem))
+        }
+        Op::ArgMax { parts } => {
+            let x = cx.typed(0, DType::F32, 2)?;
+            positive("parts", *parts)?;
+            constant(x.shape[1], "columns")?;
+            let shape = vec![x.shape[0], (*parts).into()];
+            let rule = |dtype| Rule::Tensor(shape.clone(), Elems::Is(Elem::Plain(dtype)));
+            Ok(vec![rule(DType::F32), rule(DType::I32)])
+        }
+        Op::Sample => {
+            let x = cx.typed(0, DType::F32, 2)?;
+            constant(x.shape[1], "columns")?;
+            let (rows, parts) = (x.shape[0], constant(cx.typed(1, DType::F32, 2)?.shape[1], "parts")?);
+            cx.shaped(1, "the largest", DType::F32, &[rows, parts.into()])?;
+            cx.shaped(2, "columns", DType::I32, &[rows, parts.into()])?;
+            cx.shaped(3, "draws", DType::I32, &[rows, 3.into()])?;
+            one(vec![rows], Elems::Is(Elem::Plain(DType::I32)))
         }
         Op::WeightedSum => {
             let y = cx.float(0)?;

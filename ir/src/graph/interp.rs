@@ -21,6 +21,7 @@ use super::{
 };
 use crate::dtype::{DType, f32_to_e4m3, pow2_ceil};
 use crate::extent::{Sym, SymValues};
+use crate::sample::Draw;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -50,7 +51,7 @@ pub enum InterpError {
 }
 
 /// What a step is fed with; see [`StepInput`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepInputs {
     /// `[T]`
     pub tokens: Vec<i32>,
@@ -64,6 +65,8 @@ pub struct StepInputs {
     pub page_table: Vec<Vec<i32>>,
     /// `[L]`
     pub logit_rows: Vec<i32>,
+    /// `[L]`; those that are missing are [`Draw::GREEDY`].
+    pub draws: Vec<Draw>,
 }
 
 impl StepInputs {
@@ -77,8 +80,15 @@ impl StepInputs {
             slots: positions.clone(),
             page_table: vec![(0..end.div_ceil(PAGE_TOKENS as usize) as i32).collect()],
             logit_rows: (0..tokens.len() as i32).collect(),
+            draws: Vec::new(),
             positions,
         }
+    }
+
+    /// [`StepInput::Draws`], `[L, 3]`.
+    pub fn draw_bits(&self) -> Vec<i32> {
+        let draws = self.draws.iter().copied().chain(std::iter::repeat(Draw::GREEDY));
+        draws.take(self.logit_rows.len()).flat_map(Draw::bits).collect()
     }
 
     /// The sizes of this step; [`Sym::N`] is left at 0.
@@ -247,6 +257,17 @@ pub struct Interp<'g, F> {
     graph: &'g Graph,
     weights: Vec<Arc<TensorData<F>>>,
     states: Vec<Arc<Cache<F>>>,
+    exchange: Option<Exchange<F>>,
+}
+
+/// The sum over all ranks of what each gives, called by all of them in the same order.
+#[derive(Clone)]
+pub struct Exchange<F>(pub Arc<dyn Fn(Vec<F>) -> Vec<F> + Send + Sync>);
+
+impl<F> std::fmt::Debug for Exchange<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the other ranks")
+    }
 }
 
 impl<'g, F: Real> Interp<'g, F> {
@@ -271,7 +292,13 @@ impl<'g, F: Real> Interp<'g, F> {
             graph,
             weights: graph.weights.iter().map(make).collect::<Result<_, InterpError>>()?,
             states: graph.states.iter().map(|s| Arc::new(Cache::new(s.format))).collect(),
+            exchange: None,
         })
+    }
+
+    /// Connects it with the interpreters of the other ranks.
+    pub fn connect(&mut self, exchange: Exchange<F>) {
+        self.exchange = Some(exchange);
     }
 
     /// Forgets everything cached.
@@ -292,7 +319,7 @@ impl<'g, F: Real> Interp<'g, F> {
         if args.len() != self.graph.args.len() {
             return Err(InterpError::Step(format!("{} arguments of {}", args.len(), self.graph.args.len())));
         }
-        Step { weights: &self.weights, states: &self.states, inputs: &StepInputs::default(), syms }
+        Step { weights: &self.weights, states: &self.states, inputs: &StepInputs::default(), syms, exchange: None }
             .run(self.graph, args)
     }
 
@@ -301,7 +328,8 @@ impl<'g, F: Real> Interp<'g, F> {
     /// # Errors
     /// [`InterpError::Step`] or [`InterpError::Node`].
     pub fn step(&mut self, inputs: &StepInputs) -> Result<HashMap<String, StepValue<F>>, InterpError> {
-        let step = Step { weights: &self.weights, states: &self.states, inputs, syms: inputs.syms()? };
+        let exchange = self.exchange.as_ref();
+        let step = Step { weights: &self.weights, states: &self.states, inputs, syms: inputs.syms()?, exchange };
         let values = step.run(self.graph, &[])?;
         let mut outputs = HashMap::new();
         for ((name, _), value) in self.graph.outputs.iter().zip(values) {
@@ -343,6 +371,7 @@ struct Step<'a, F> {
     states: &'a [Arc<Cache<F>>],
     inputs: &'a StepInputs,
     syms: SymValues,
+    exchange: Option<&'a Exchange<F>>,
 }
 
 impl<F: Real> Step<'_, F> {
@@ -396,6 +425,17 @@ impl<F: Real> Step<'_, F> {
                 let short = self.syms.get(Sym::C) <= fused.select_all_below;
                 return Ok(if short { unscored(&fused.body, made) } else { made });
             }
+            Op::AllReduce { ranks } if *ranks > 1 => {
+                let x =
+                    fed.first().and_then(StepValue::tensor).ok_or_else(|| wrong("input 0 is not a tensor".into()))?;
+                let exchange = self.exchange.ok_or_else(|| wrong("it needs the other ranks".into()))?;
+                let dtype = node.outputs[0]
+                    .tensor()
+                    .and_then(|t| Out::new(t, &self.syms).ok())
+                    .map_or(DType::F32, |o| o.dtype());
+                let sum = (exchange.0)(x.values().to_vec()).into_iter().map(|v| v.round(dtype)).collect();
+                StepValue::Tensor(Arc::new(TensorData::new(x.shape.clone(), Data::Real(sum))))
+            }
             op => {
                 let mut eval = Eval { fed, outs: Vec::new(), syms: self.syms };
                 for ty in node.outputs.iter().filter_map(ValueType::tensor) {
@@ -417,6 +457,7 @@ impl<F: Real> Step<'_, F> {
             StepInput::Slots => i.slots.clone(),
             StepInput::PageTable => i.page_table.concat(),
             StepInput::LogitRows => i.logit_rows.clone(),
+            StepInput::Draws => i.draw_bits(),
         };
         TensorData::int(shape, data)
     }
@@ -558,6 +599,9 @@ impl<F: Real> Eval<F> {
             Op::ExpertLinear { per_token } => self.expert_linear(*per_token as usize),
             Op::Route { experts } => self.route(*experts as usize),
             Op::WeightedSum => self.weighted_sum(),
+            Op::ArgMax { parts } => self.arg_max(*parts),
+            Op::Sample => self.sample(),
+            Op::AllReduce { .. } => self.map(|x| x),
             Op::Input(_) | Op::Weight(_) | Op::State(_) | Op::Arg(_) | Op::Fused(_) => {
                 Err("is not an op on values".into())
             }
@@ -1120,6 +1164,39 @@ impl<F: Real> Eval<F> {
         Ok(vec![tensor(order), tensor(offsets)])
     }
 
+    fn arg_max(&self, parts: u32) -> Made<F> {
+        let x = self.t(0)?;
+        let width = super::part_columns(x.columns() as u32, parts) as usize;
+        let (mut values, mut columns) = (Vec::new(), Vec::new());
+        for row in x.values().chunks(x.columns().max(1)) {
+            for p in 0..parts as usize {
+                let mut best = (F::from_f64(f64::NEG_INFINITY), -1);
+                for (c, &v) in row.iter().enumerate().skip(p * width).take(width) {
+                    if v > best.0 || (best.1 < 0 && v == v) {
+                        best = (v, c as i32);
+                    }
+                }
+                values.push(best.0);
+                columns.push(best.1);
+            }
+        }
+        let shape = vec![x.shape[0], parts as usize];
+        let columns = TensorData::int(shape.clone(), columns);
+        let values = TensorData::new(shape, Data::Real(values));
+        Ok([values, columns].map(|t| StepValue::Tensor(Arc::new(t))).into())
+    }
+
+    fn sample(&self) -> Made<F> {
+        let (x, draws) = (self.t(0)?, self.ints(3)?);
+        let mut tokens = Vec::with_capacity(x.shape[0]);
+        for (row, bits) in x.values().chunks(x.columns().max(1)).zip(draws.chunks_exact(3)) {
+            let logits: Vec<f64> = row.iter().map(|v| v.to_f64()).collect();
+            let token = Draw::from_bits([bits[0], bits[1], bits[2]]).pick(&logits);
+            tokens.push(token.map_or(-1, |t| t as i32));
+        }
+        self.tensor(Data::Int(tokens))
+    }
+
     fn weighted_sum(&self) -> Made<F> {
         let (y, weights) = (self.t(0)?, self.x(1)?);
         let (t, k, d) = (y.shape[0], y.shape[1], y.columns());
@@ -1262,6 +1339,11 @@ mod tests {
 
     /// Runs one op on constant shapes, checking its type rule on the way.
     fn run(op: Op, inputs: &[T], out: Elem, shape: &[usize]) -> T {
+        all(op, inputs, out, shape).remove(0)
+    }
+
+    /// As [`run`], every result; `out` and `shape` are the first's.
+    fn all(op: Op, inputs: &[T], out: Elem, shape: &[usize]) -> Vec<T> {
         let ty = |t: &T| {
             let elem = match &t.data {
                 Data::Real(_) => Elem::Plain(DType::F32),
@@ -1279,7 +1361,8 @@ mod tests {
         let syms = SymValues::default();
         let fed = inputs.iter().map(|t| StepValue::Tensor(Arc::new(t.clone()))).collect();
         let eval = Eval { fed, outs: vec![Out::new(&declared, &syms).expect("a size")], syms };
-        eval.op(&op).expect("a result").remove(0).tensor().expect("a tensor").clone()
+        let made = eval.op(&op).expect("a result");
+        made.iter().map(|value| value.tensor().expect("a tensor").clone()).collect()
     }
 
     const F32: Elem = Elem::Plain(DType::F32);
@@ -1402,6 +1485,20 @@ mod tests {
         let wanted =
             [0.316_734_8, 0.318_421_1, 0.302_474_5, 0.312_165_4, 0.317_085_7, 0.318_378_2, 0.303_239_4, 0.311_500_9];
         close(&weights, &wanted);
+    }
+
+    #[test]
+    fn tokens_are_chosen() {
+        let nan = f32::NAN;
+        let x = r(&[3, 130], &[&[1., 3., 3.][..], &[0.; 125], &[7., 2.], &[nan; 130], &[0.; 129], &[9.]].concat());
+        let made = all(Op::ArgMax { parts: 2 }, &[x.clone()], F32, &[3, 2]);
+        let none = f32::NEG_INFINITY;
+        assert_eq!(made[0].values(), [3., 7., none, none, 0., 9.]);
+        assert_eq!(made[1].ints(), [1, 128, -1, -1, 0, 129]);
+        let draw = Draw { temperature: 2.0, top_p: 1.0, quantile: 0.0 };
+        let draws = i(&[3, 3], &[Draw::GREEDY, draw, draw].map(Draw::bits).concat());
+        let inputs = [x, made[0].clone(), made[1].clone(), draws];
+        assert_eq!(run(Op::Sample, &inputs, I32, &[3]).ints(), [128, -1, 0]);
     }
 
     #[test]

@@ -82,7 +82,8 @@ impl TensorType {
     }
 }
 
-/// Columns of each part of an [`Op::LinearPartial`] over `k` columns but the last: a multiple of 128, the usual scale block.
+/// Columns of each part of an [`Op::LinearPartial`] or [`Op::ArgMax`] over `k` columns but the last: a multiple of 128, the usual
+/// scale block.
 pub fn part_columns(k: u32, parts: u32) -> u32 {
     k.div_ceil(128).div_ceil(parts.max(1)).saturating_mul(128)
 }
@@ -186,17 +187,20 @@ pub enum StepInput {
     PageTable,
     /// `[L]`: the tokens of the step whose logits are wanted.
     LogitRows,
+    /// `[L, 3]`: how each of those rows chooses its token: the bits of a [`Draw`](crate::sample::Draw).
+    Draws,
 }
 
 impl StepInput {
     /// Every input.
-    pub const ALL: [StepInput; 6] = [
+    pub const ALL: [StepInput; 7] = [
         StepInput::Tokens,
         StepInput::Positions,
         StepInput::Seqs,
         StepInput::Slots,
         StepInput::PageTable,
         StepInput::LogitRows,
+        StepInput::Draws,
     ];
 
     /// Its shape.
@@ -205,6 +209,7 @@ impl StepInput {
         match self {
             StepInput::PageTable => vec![Sym::S.into(), Sym::P.into()],
             StepInput::LogitRows => vec![Sym::L.into()],
+            StepInput::Draws => vec![Sym::L.into(), 3.into()],
             _ => vec![Sym::T.into()],
         }
     }
@@ -409,6 +414,21 @@ pub enum Op {
     },
     /// `(y [T, k, D], weights [T, k] f32)`: f32-accumulated `Σ_j y_j · w_j` in ascending `j`, rounds.
     WeightedSum,
+    /// `(x [L, V])` f32: f32 `[L, parts]` and i32 `[L, parts]`: the largest number among columns `p·c..(p + 1)·c`, with `c` as
+    /// [`part_columns`] gives it, and its column, the lowest among equals; −inf and −1 where none of them is a number.
+    ArgMax {
+        /// Parts of a row.
+        parts: u32,
+    },
+    /// `(x [L, V], largest [L, P], columns [L, P], draws [L, 3])` with the results of [`Op::ArgMax`] on x: i32 `[L]`: the token that
+    /// each row's [`Draw`](crate::sample::Draw) picks, −1 where no logit is a number.
+    Sample,
+    /// `(x [T, D])` plain: the sum of the x of all ranks, in ascending order, rounds. Each rank runs a graph of its own, with the same
+    /// nodes and its part of the weights; no kernel does this, and it overwrites x, which nothing else may read.
+    AllReduce {
+        /// Ranks.
+        ranks: u32,
+    },
     /// Ops that one kernel will run. Inputs are the body's arguments, outputs its outputs.
     Fused(Box<Fused>),
 }
@@ -511,7 +531,7 @@ pub struct Graph {
     pub states: Vec<State>,
     /// Arguments, by index, of an entry point; it has no weights, caches and step inputs. A body's are those of its node.
     pub args: Vec<Argument>,
-    /// Named results. A step has `logits` f32 `[L, V]`, the taps `hidden.i` and `topk.i`, and every written state.
+    /// Named results. A step has `logits` f32 `[L, V]`, `tokens` i32 `[L]`, the taps `hidden.i` and `topk.i`, and every written state.
     pub outputs: Vec<(String, Value)>,
 }
 

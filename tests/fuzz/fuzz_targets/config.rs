@@ -113,6 +113,8 @@ fn check(config: &ModelConfig, numerics: Numerics, plan: Plan) {
             bos: config.bos,
             eos: config.eos.clone(),
             max_context: config.max_position_embeddings as u32,
+            ranks: 1,
+            rank: 0,
         },
         kernels: kernels.collect(),
         weights: plan.weights,

@@ -104,6 +104,8 @@ fn header(program: &Program, module: &Module) -> Header {
         bos: None,
         eos: Vec::new(),
         max_context: 1,
+        ranks: 1,
+        rank: 0,
     };
     Header {
         compiler: String::new(),

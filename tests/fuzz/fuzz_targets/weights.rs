@@ -41,9 +41,11 @@ fn header(weights: Vec<WeightEntry>) -> Header {
         bos: None,
         eos: Vec::new(),
         max_context: 1,
+        ranks: 1,
+        rank: 0,
     };
     let max = SymValues([1; 6]);
-    let step = Step { name: "s".into(), max, arena_bytes: 0, launches: Vec::new(), taps: Vec::new() };
+    let step = Step { name: "s".into(), max, arena_bytes: 0, launches: Vec::new(), collectives: Vec::new(), sampling: 0, taps: Vec::new() };
     Header {
         compiler: String::new(),
         target: String::new(),

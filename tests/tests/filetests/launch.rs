@@ -217,6 +217,8 @@ fn header(program: &Program, module: &Module) -> Header {
         bos: None,
         eos: vec![],
         max_context: 1,
+        ranks: 1,
+        rank: 0,
     };
     Header {
         compiler: String::new(),

@@ -3,7 +3,7 @@
 use super::report::{self, Achieved, HEADER, KernelShare, Requests, Summary, by_kernel, limits_line, profile_table};
 use super::{BundleArgs, Failure, Outcome, print, print_json, table};
 use dsc_ir::artifact::Header;
-use dsc_runtime::{Limits, LogitsWanted, SequenceInput, Session};
+use dsc_runtime::{Limits, Sampler, SequenceInput, Session};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -27,6 +27,9 @@ pub struct LoadArgs {
     /// Prefills that are timed
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     repeat: u32,
+    /// Draw tokens at this temperature, with a nucleus of 0.95; 0: the likeliest
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    temperature: f32,
     /// Split steps by kernel
     #[arg(long)]
     profile: bool,
@@ -39,6 +42,7 @@ struct Load {
     batch: usize,
     steps: usize,
     repeat: usize,
+    sampler: Sampler,
     profile: bool,
 }
 
@@ -54,6 +58,7 @@ impl Load {
             batch: args.batch as usize,
             steps: args.steps as usize,
             repeat: args.repeat as usize,
+            sampler: Sampler::new(args.temperature, 0.95, 1).map_err(|e| Failure::new(e.to_string()))?,
             profile: args.profile,
         };
         let beyond = |what: String| {
@@ -173,7 +178,7 @@ fn time_prefill(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed,
         let ids = tokens(load.prefill, round as u64, vocab);
         let seq = session.add_sequence();
         let start = Instant::now();
-        session.step(&[SequenceInput { seq, tokens: &ids }], LogitsWanted::Last, false)?;
+        session.choose(&[SequenceInput { seq, tokens: &ids }], &[load.sampler])?;
         timed.add(session, start);
         session.remove_sequence(seq);
         if round == 0 {
@@ -190,7 +195,7 @@ fn time_decode(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed, 
     let seqs: Vec<_> = (0..load.batch).map(|_| session.add_sequence()).collect();
     for (i, &seq) in seqs.iter().enumerate() {
         let ids = tokens(load.context, i as u64, vocab);
-        session.step(&[SequenceInput { seq, tokens: &ids }], LogitsWanted::Last, false)?;
+        session.choose(&[SequenceInput { seq, tokens: &ids }], &[load.sampler])?;
     }
     let mut timed = Timed::default();
     for step in 0..load.steps + WARM_UP {
@@ -201,7 +206,7 @@ fn time_decode(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed, 
         let inputs: Vec<_> =
             seqs.iter().zip(&ids).map(|(&seq, id)| SequenceInput { seq, tokens: std::slice::from_ref(id) }).collect();
         let start = Instant::now();
-        session.step(&inputs, LogitsWanted::Last, false)?;
+        session.choose(&inputs, &vec![load.sampler; inputs.len()])?;
         if step >= WARM_UP {
             timed.add(session, start);
         }

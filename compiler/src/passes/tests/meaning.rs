@@ -75,6 +75,7 @@ fn two_sequences() -> Vec<StepInputs> {
         slots: vec![64, 65, 66, 67, 68, 69, 0, 1],
         page_table: page_table.clone(),
         logit_rows: vec![5, 7],
+        draws: Vec::new(),
     };
     let second = StepInputs {
         tokens: vec![6, 3],
@@ -83,6 +84,7 @@ fn two_sequences() -> Vec<StepInputs> {
         slots: vec![70, 2],
         page_table,
         logit_rows: vec![1],
+        draws: Vec::new(),
     };
     vec![first, second]
 }
