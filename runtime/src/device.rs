@@ -144,6 +144,12 @@ pub trait Device: Send {
         Ok(start.elapsed() / repeat.max(1))
     }
 
+    /// Bytes of its memory that are in use now and were not when it was opened: by everything on the device, which should be this alone.
+    /// `None` where there is no memory of its own.
+    fn memory_used(&mut self) -> Option<u64> {
+        None
+    }
+
     /// How fast it can be at best on so many bytes, which may be measured now; `None` if that is not known.
     fn limits(&mut self, working_set: u64) -> Option<Limits> {
         let _ = working_set;

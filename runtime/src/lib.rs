@@ -66,8 +66,8 @@ pub use library::Library;
 pub use limits::Limits;
 pub use sample::Sampler;
 pub use session::{
-    FinishReason, GenerateOptions, Generation, LogitsWanted, Model, Options, ProfileRow, SeqId, SequenceInput, Session,
-    StepOutput, TapData, TapOutput, Timings, WeightsFrom,
+    FinishReason, GenerateOptions, Generation, LogitsWanted, Model, Opening, Options, ProfileRow, SeqId, SequenceInput,
+    Session, StepOutput, TapData, TapOutput, Timings, WeightsFrom,
 };
 pub use tokenizer::Tokenizer;
 pub use verify::{KernelReport, Report, Tolerances, verify_kernels};

@@ -56,6 +56,19 @@ impl<'a, P: AsRef<Path> + ?Sized> From<&'a P> for WeightsFrom<'a> {
     }
 }
 
+/// Seconds that opening a model took, by phase.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Opening {
+    /// Reading and checking the artifact.
+    pub artifact_s: f64,
+    /// Starting the device.
+    pub device_s: f64,
+    /// Loading kernels.
+    pub code_s: f64,
+    /// Making weights, and bringing them to the device.
+    pub weights_s: f64,
+}
+
 /// An artifact and its weights, shared by sessions.
 pub struct Model {
     artifact: Arc<Artifact>,
@@ -66,6 +79,7 @@ pub struct Model {
     pages: u32,
     /// The GPU with code and weights on it, if the artifact runs on one.
     gpu: Option<cuda::Loaded>,
+    opening: Opening,
 }
 
 impl Model {
@@ -88,6 +102,9 @@ impl Model {
         options: &Options,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Model, Error> {
+        let mut opening = Opening::default();
+        let mut clock = Instant::now();
+        let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64();
         let artifact = Artifact::open(artifact)?;
         let header = artifact.header();
         if header.steps.is_empty() {
@@ -104,13 +121,16 @@ impl Model {
         };
         // Refuse a machine that cannot run the artifact before reading gigabytes for it.
         let code = code_of(&artifact)?;
+        opening.artifact_s = lap();
         let mut gpu = None;
         if device::is_cuda(&header.target) {
             let device = gpu.insert(CudaDevice::open(options.device, threads)?);
+            opening.device_s = lap();
             device.load_code(header, code)?;
         } else {
             CpuDevice::new(1)?.load_code(header, code)?;
         }
+        opening.code_s = lap();
         // Rope tables need a row for each position, and a cache of many sequences holds more tokens than one may have.
         let positions = (pages * PAGE_TOKENS).min(header.model.max_context);
         let from = weights.into();
@@ -123,7 +143,9 @@ impl Model {
         if let Some(device) = &mut gpu {
             device.load_weights(&weights, progress)?;
         }
+        opening.weights_s = lap();
         Ok(Model {
+            opening,
             gpu: gpu.map(|device| device.loaded()),
             artifact: Arc::new(artifact),
             weights,
@@ -149,6 +171,16 @@ impl Model {
     /// Weights as the kernels read them; in host memory if that is where kernels run.
     pub fn weights(&self) -> &Weights {
         &self.weights
+    }
+
+    /// How long it took to open.
+    pub fn opening(&self) -> Opening {
+        self.opening
+    }
+
+    /// Bytes of device memory that weights and one session take by the plan.
+    pub fn planned_bytes(&self) -> u64 {
+        self.weights.total_bytes() + session_bytes(self.header(), self.pages)
     }
 
     /// Longest context of a sequence, in tokens.
@@ -533,6 +565,33 @@ impl Session {
         seq
     }
 
+    /// A new sequence with the tokens of another, cached in pages of its own: the caches are copied, nothing is computed.
+    ///
+    /// # Errors
+    /// [`RequestError::Sequence`], [`RequestError::Pages`]; [`Error::Device`].
+    pub fn fork(&mut self, seq: SeqId) -> Result<SeqId, Error> {
+        let Sequence { tokens, pages } = self.sequences.get(&seq).ok_or(RequestError::Sequence)?;
+        let (tokens, from) = (*tokens, pages.clone());
+        if from.len() > self.free.len() {
+            return Err(RequestError::Pages { wanted: from.len() as u64, free: self.free.len() }.into());
+        }
+        let to: Vec<u32> = self.free.split_off(self.free.len() - from.len()).into_iter().rev().collect();
+        let fork = self.add_sequence();
+        self.sequences.insert(fork, Sequence { tokens, pages: to.clone() });
+        // Runs of pages that follow one another on both sides are one copy.
+        let places: Vec<(u32, u32)> = from.into_iter().zip(to).collect();
+        let formats: Vec<StateFormat> = self.artifact.header().states.iter().map(|s| s.format).collect();
+        for (format, &state) in formats.iter().zip(&self.states) {
+            let page = u64::from(format.page_bytes());
+            for run in places.chunk_by(|a, b| b.0 == a.0.wrapping_add(1) && b.1 == a.1.wrapping_add(1)) {
+                let mut bytes = vec![0; run.len() * page as usize];
+                self.device.read(state, u64::from(run[0].0) * page, &mut bytes)?;
+                self.device.upload(state, u64::from(run[0].1) * page, &bytes)?;
+            }
+        }
+        Ok(fork)
+    }
+
     /// Ends a sequence; its pages are free again.
     pub fn remove_sequence(&mut self, seq: SeqId) {
         if let Some(sequence) = self.sequences.remove(&seq) {
@@ -582,6 +641,11 @@ impl Session {
     /// How fast the device can be at best on so many bytes; see [`Device::limits`].
     pub fn limits(&mut self, working_set: u64) -> Option<Limits> {
         self.device.limits(working_set)
+    }
+
+    /// Bytes of device memory in use since the device was opened; see [`Device::memory_used`].
+    pub fn memory_used(&mut self) -> Option<u64> {
+        self.device.memory_used()
     }
 
     /// Starts to time every launch, from zero.
@@ -1235,6 +1299,22 @@ mod tests {
         assert!(session.step(&[input], LogitsWanted::Rows(&[1]), false).is_err());
         session.step(&[input], LogitsWanted::Last, false).unwrap();
         assert_eq!(session.sequence_tokens(a), Some(65));
+    }
+
+    #[test]
+    fn forks_have_pages_of_their_own() {
+        let (mut session, _, _dir) = session(512);
+        let seq = session.add_sequence();
+        session.step(&[SequenceInput { seq, tokens: &text(70, 2) }], LogitsWanted::Last, false).unwrap();
+        let fork = session.fork(seq).unwrap();
+        assert_eq!(session.sequence_tokens(fork), Some(70));
+        let pages = |s: SeqId| session.sequences[&s].pages.clone();
+        assert_eq!((pages(seq), pages(fork)), (vec![0, 1], vec![2, 3]));
+        for _ in 0..2 {
+            session.fork(seq).unwrap();
+        }
+        assert!(session.fork(seq).unwrap_err().to_string().contains("0 free pages"));
+        assert!(session.fork(SeqId(99)).is_err());
     }
 
     #[test]

@@ -56,6 +56,21 @@ fn the_tiny_model_says_what_it_should() {
 }
 
 #[test]
+fn ranks_are_compiled_but_not_run() {
+    let dir = tempdir().unwrap();
+    let compile = ["compile", text(&TINY), "--numerics", "exact", "--max-context", "128", "--tp", "2", "-o", "t.dsc"];
+    succeed(dir.path(), &compile);
+    let shard = |rank: u32| succeed_json(dir.path(), &["inspect", &format!("t.rank{rank}.dsc"), "--json"]);
+    let (zero, one) = (shard(0), shard(1));
+    assert_eq!((&zero["model"]["ranks"], &one["model"]["rank"]), (&2.into(), &1.into()), "{zero}");
+    assert_eq!(zero["kernels"], one["kernels"]);
+    assert_ne!(zero["weights"], one["weights"]);
+    fs::write(dir.path().join("ids"), "1 2 3").unwrap();
+    let refused = run(dir.path(), &["run", "t.rank1.dsc", "--weights", text(&TINY), "--token-ids", "ids"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("rank 1 of 2"), "{refused:?}");
+}
+
+#[test]
 fn golden_outputs_are_verified() {
     let golden = TINY.join("golden-lowest.safetensors");
     let verify = ["verify", text(&BUNDLE), "--weights", text(&TINY), "--golden", text(&golden)];

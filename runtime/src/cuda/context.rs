@@ -22,6 +22,8 @@ pub(super) struct Context {
     pub(super) multiprocessors: u32,
     /// Shared memory that a block may ask for, in bytes.
     pub(super) max_shared_bytes: u32,
+    /// Bytes of memory that were free when it was opened, itself counted as used.
+    pub(super) free_at_open: u64,
 }
 
 // SAFETY: the handle is one of a primary context, which any number of threads may use at once; the rest is plain data and
@@ -71,7 +73,19 @@ impl Context {
         let mut raw = std::ptr::null_mut();
         // SAFETY: the pointer is to a handle; `drop` releases what is retained here.
         driver.check("cuDevicePrimaryCtxRetain", unsafe { (f.context_retain)(&mut raw, device) })?;
-        Ok(Arc::new(Context { driver, ordinal, device, raw, name, capability, multiprocessors, max_shared_bytes }))
+        let mut context = Context {
+            driver,
+            ordinal,
+            device,
+            raw,
+            name,
+            capability,
+            multiprocessors,
+            max_shared_bytes,
+            free_at_open: 0,
+        };
+        context.free_at_open = context.memory()?.0;
+        Ok(Arc::new(context))
     }
 
     /// Makes the context that of this thread. Everything else that is done with the driver needs it.

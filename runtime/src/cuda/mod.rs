@@ -356,6 +356,11 @@ impl Device for CudaDevice {
         self.graphs.run(&self.stream, kernels, program, launches, syms)
     }
 
+    fn memory_used(&mut self) -> Option<u64> {
+        let context = &self.loaded.context;
+        Some(context.free_at_open.saturating_sub(context.memory().ok()?.0))
+    }
+
     fn limits(&mut self, _: u64) -> Option<Limits> {
         Limits::of_gpu(&self.loaded.context.name)
     }

@@ -84,8 +84,12 @@ pub fn run(bundle: &BundleArgs, args: &LoadArgs) -> Outcome {
     let facts = bundle.facts()?;
     let load = Load::new(args, facts.max_context)?;
     let sequences = load.prefill.div_ceil(load.sequence()).max(load.batch);
+    let started = Instant::now();
     let model = bundle.open(&facts, load.sequence(), sequences)?;
+    let opened_s = started.elapsed().as_secs_f64();
     let mut session = model.session()?;
+    let session_s = started.elapsed().as_secs_f64() - opened_s;
+    let first_s = first_token(&mut session)?;
     let prefill = time_prefill(&mut session, &load, facts.vocab)?.report(&mut session, "prefill");
     let decode = time_decode(&mut session, &load, facts.vocab)?.report(&mut session, "decode");
     let per_s = |timed: &Report, tokens: usize| tokens as f64 / timed.times.median_us * 1e6;
@@ -94,6 +98,8 @@ pub fn run(bundle: &BundleArgs, args: &LoadArgs) -> Outcome {
         print_json(&serde_json::json!({
             "device": session.device(),
             "target": model.header().target,
+            "opening": model.opening(), "session_s": session_s, "first_token_s": first_s,
+            "memory_planned": model.planned_bytes(), "memory_used": session.memory_used(),
             "numerics": model.header().numerics,
             "prefill_tokens": load.prefill, "prefill": prefill.times, "prefill_tokens_per_s": prefill_rate,
             "batch": load.batch, "context": load.context, "decode": decode.times, "decode_tokens_per_s": decode_rate,
@@ -113,6 +119,18 @@ pub fn run(bundle: &BundleArgs, args: &LoadArgs) -> Outcome {
         line(format!("decode step, batch {}, context {}", load.batch, load.context), &decode, decode_rate),
     ];
     let mut text = format!("{}\n", session.device());
+    let o = model.opening();
+    let ms = [o.artifact_s, o.device_s, o.code_s, o.weights_s, session_s, first_s].map(|s| format!("{:.0}", s * 1e3));
+    let [artifact, device, code, weights, ready, first] = ms;
+    writeln!(
+        text,
+        "opened in ms: artifact {artifact}, device {device}, kernels {code}, weights {weights}, session {ready}, first token {first}"
+    )?;
+    if let Some(used) = session.memory_used() {
+        let planned = model.planned_bytes();
+        let more = (used as f64 / planned as f64 - 1.0) * 100.0;
+        writeln!(text, "memory: {used} bytes in use, {planned} planned ({more:+.2} %)")?;
+    }
     text += &table(&[&["", "median us", "min", "max", "tokens/s"][..], &HEADER].concat(), rows);
     for timed in [&prefill, &decode] {
         if let Some(limits) = &timed.limits {
@@ -126,6 +144,16 @@ pub fn run(bundle: &BundleArgs, args: &LoadArgs) -> Outcome {
     }
     print(text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Seconds from a prompt of one token to the token after it, in a session that has run nothing yet.
+fn first_token(session: &mut Session) -> Result<f64, Box<dyn std::error::Error>> {
+    let seq = session.add_sequence();
+    let start = Instant::now();
+    session.choose(&[SequenceInput { seq, tokens: &[0] }], &[Sampler::Greedy])?;
+    let took = start.elapsed().as_secs_f64();
+    session.remove_sequence(seq);
+    Ok(took)
 }
 
 /// Requests that were timed.
@@ -192,10 +220,13 @@ fn time_prefill(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed,
 }
 
 fn time_decode(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed, Box<dyn std::error::Error>> {
-    let seqs: Vec<_> = (0..load.batch).map(|_| session.add_sequence()).collect();
-    for (i, &seq) in seqs.iter().enumerate() {
-        let ids = tokens(load.context, i as u64, vocab);
-        session.choose(&[SequenceInput { seq, tokens: &ids }], &[load.sampler])?;
+    // All sequences have the same past, each a copy of its own; what is decoded differs.
+    let first = session.add_sequence();
+    let ids = tokens(load.context, 0, vocab);
+    session.choose(&[SequenceInput { seq: first, tokens: &ids }], &[load.sampler])?;
+    let mut seqs = vec![first];
+    for _ in 1..load.batch {
+        seqs.push(session.fork(first)?);
     }
     let mut timed = Timed::default();
     for step in 0..load.steps + WARM_UP {
