@@ -230,6 +230,8 @@ fn header(program: &Program, module: &Module) -> Header {
         states: vec![],
         kernels: vec![kernel],
         steps: vec![],
+        library: None,
+        entries: Vec::new(),
         sections: vec![],
     }
 }

@@ -8,6 +8,7 @@ mod linear;
 use super::{lower, schedule};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
+use crate::nvidia::lower::mlir::Ty;
 use dsc_ir::sched::verify::Budget;
 use dsc_ir::sched::{self, Scheduled};
 use dsc_ir::schedule::Schedule;
@@ -58,7 +59,7 @@ fn check(program: &Program, syms: SymValues, set: impl FnOnce(&mut [Vec<u8>])) {
         sched::interp::run(&scheduled, &syms, &mut buffers, &bindings, options).expect("runs");
         assert!(buffers == expected, "seed {seed} of\n{scheduled}");
     }
-    lower(&scheduled, hopper()).expect("lowers");
+    lower(&scheduled, hopper(), Ty::Global).expect("lowers");
 }
 
 impl Linear {
@@ -176,7 +177,7 @@ fn what_the_copy_engine_cannot_bring_is_left_to_the_plain_way() {
 #[test]
 fn products_stay_in_flight() {
     let waits = |l: Linear| -> Vec<u32> {
-        let (mlir, _) = lower(&scheduled(l.program("linear")), hopper()).expect("lowers");
+        let (mlir, _) = lower(&scheduled(l.program("linear")), hopper(), Ty::Global).expect("lowers");
         let found = mlir.match_indices("wgmma.wait_group.sync.aligned ");
         found
             .map(|(at, text)| mlir[at + text.len()..].chars().next().and_then(|c| c.to_digit(10)).unwrap_or(9))
