@@ -12,23 +12,27 @@ use super::contraction::{Contraction, STEP_BYTES, definitions};
 use super::fragment::varies;
 use super::store::in_pieces;
 use super::tensor_map::{can_copy, view_type};
+use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
-use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::sched::{
+    Atom, Block, Buffer, BufferId, Channel, ChannelId, Cluster, Fragment, Inst, Op, Place, Role, Scheduled,
+};
 use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Row tiles that are walked together: their rows of the left operand and a few columns of the right one stay in the cache.
 const BAND: u32 = 16;
 /// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
-const REGISTERS: [u32; 2] = [40, 232];
+const REGISTERS: [u32; 2] = [24, 240];
 /// The same where the producer's threads gather rows.
 const GATHERING_REGISTERS: [u32; 2] = [56, 224];
 /// The only channel.
 const RING: ChannelId = ChannelId(0);
 
 /// The schedule of a program that is one contraction; none if it is not, or the copy engine cannot bring its operands.
-pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
+pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
+    let program = &kernel.program;
     let c = Contraction::of(program)?;
     if !matches!(c.dtype, DType::Bf16 | DType::F16 | DType::E4m3) || !c.step.is_multiple_of(c.stage_k()) {
         return None;
@@ -37,7 +41,9 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
         can_copy(operand, view_type(&program.types, operand.view)?, c.stage_k()).then_some(())?;
     }
     let config = Config::of(&c, epilogue(program)?, arch)?;
-    Planner::new(program, c, config).scheduled()
+    let mut planner = Planner::new(program, c, config);
+    planner.cluster = planner.shared_copies(kernel.schedule.cluster);
+    planner.scheduled()
 }
 
 /// What the program does with the product; none if it stores nothing.
@@ -113,6 +119,8 @@ struct Planner<'a> {
     places: Vec<Place>,
     params: Vec<tile::Param>,
     names: Names,
+    /// Blocks that share copies, and whether those are of the right operands, else of the left one.
+    cluster: Option<(Cluster, bool)>,
 }
 
 fn plain(op: Op) -> Inst {
@@ -137,6 +145,7 @@ impl<'a> Planner<'a> {
             places: Vec::new(),
             params: Vec::new(),
             names: Names::new(),
+            cluster: None,
         };
         for param in &program.params {
             let value = p.fresh(program.ty(param.value).clone(), Place::View);
@@ -165,6 +174,26 @@ impl<'a> Planner<'a> {
         p.kept = p.split_for_maxima();
         p.after = p.c.body.insts.iter().filter_map(|i| i.results.first().copied()).filter(|&v| after(&p, v)).collect();
         p
+    }
+
+    /// Which copies so many blocks can share: of the larger operand, if neighbours along some axis of the grid want the same of it and
+    /// something else of the other.
+    fn shared_copies(&self, blocks: u32) -> Option<(Cluster, bool)> {
+        let axes = |operand: &super::contraction::Operand<'_>| -> HashSet<u32> {
+            let values = operand.index.iter().filter_map(|i| value_of(*i)).chain(operand.gathered).collect();
+            let ops = self.slice(values).into_iter().filter_map(|v| self.defs.get(&v)).map(|i| &i.op);
+            ops.filter_map(|op| if let tile::Op::BlockId { axis } = op { Some(*axis) } else { None }).collect()
+        };
+        let (left, right) = (axes(&self.c.left), self.c.rights.iter().flat_map(axes).collect::<HashSet<u32>>());
+        let bounds = self.slice(self.bounds());
+        let bounded =
+            bounds.iter().any(|v| matches!(self.defs.get(v), Some(i) if matches!(i.op, tile::Op::BlockId { .. })));
+        let [rows, columns] = self.c.shape();
+        let rights = columns * self.c.rights.len() as u32 >= rows;
+        let (shared, own, share) = if rights { (right, left, columns) } else { (left, right, rows) };
+        let axis = (0..2).find(|a| own.contains(a) && !shared.contains(a))?;
+        let whole = blocks > 1 && share.is_multiple_of(blocks * 8) && !bounded && self.c.left.gathered.is_none();
+        whole.then_some((Cluster { axis, blocks }, rights))
     }
 
     /// Maps to matrices whose rows are split into groups of columns for a reduction.
@@ -335,6 +364,7 @@ impl<'a> Planner<'a> {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),
             persistent: Some(BAND),
+            cluster: self.cluster.map(|c| c.0),
             params: self.params.clone(),
             threads: produces[1].max(consumes[1]) * Arch::WARP,
             buffers: self.buffers(),
@@ -439,11 +469,12 @@ impl<'a> Planner<'a> {
                         }
                     };
                 }
+                let shared = self.cluster.is_some_and(|(_, rights)| rights == (slot > 0));
                 let mut shape = operand.shape.to_vec();
                 *shape.last_mut()? = c.stage_k();
                 let view = *names.get(&operand.view)?;
                 let rows = operand.gathered.map(|r| names.get(&r).copied().ok_or(())).transpose().ok()?;
-                copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, rows, index, shape }));
+                copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, rows, index, shape, shared }));
             }
             insts.push(plain(Op::Acquire(RING)));
             insts.extend(copies);
@@ -468,8 +499,6 @@ impl<'a> Planner<'a> {
                 self.storable(self.tile(*value)?).then_some(())?;
                 let mut store = self.copied(inst, Place::Lazy, names)?;
                 if self.config.staging_bytes > 0 {
-                    // The last tile's results may still be on their way through the same memory.
-                    out.push(plain(Op::Barrier));
                     store.scratch = Some(BufferId(1 + self.c.rights.len() as u32));
                 }
                 out.push(store);
@@ -611,78 +640,174 @@ impl<'a> Planner<'a> {
     }
 
     /// The same with maps of each round's partial sums into the accumulators.
+    ///
+    /// A turn of the loop takes several rounds. In it partial sums of some rounds are in flight: a round's products are issued, then the oldest
+    /// partial sums are added while the younger ones are made. None is in flight from turn to turn, which the assembler would serialise.
+    /// What sums are scaled by is loaded some rounds before.
     fn scaled_sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
         let (lo, hi, step) = self.c.range;
         let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
-        let zeros = self.zeros(out);
-        let (Some(rounds), Index::Const(first)) = (self.c.rounds, lo) else {
-            return self.carrying((lo, hi, step), zeros, out, |p, counter, accs, out| {
-                p.scaled_rounds(counter, 1, accs, names, out)
-            });
+        let (products, ahead) = (self.c.dots.len(), self.config.loads_ahead);
+        let mut accs = self.zeros(out);
+        let (first, known) = match lo {
+            Index::Value(v) => (v, None),
+            Index::Const(n) => {
+                let (inst, v) = self.scalar(i32::try_from(n).ok()?);
+                out.push(inst);
+                (v, self.c.rounds.map(|rounds| (n, rounds)))
+            }
         };
-        let together = self.config.partials.min(rounds).max(1);
-        let looped = rounds / together * together;
-        let end = first + i64::from(looped) * i64::from(step);
-        let range = (lo, Index::Const(end), step * together);
-        let totals = self.carrying(range, zeros, out, |p, counter, accs, out| {
-            p.scaled_rounds(counter, together, accs, names, out)
-        })?;
-        if looped == rounds {
-            return Some(totals);
+        let (each_turn, end, rest) = match known {
+            Some((lo, rounds)) => {
+                let each = (2 * self.config.partials).min(rounds);
+                (each, Index::Const(lo + i64::from(rounds / each * each) * i64::from(step)), rounds % each)
+            }
+            None => (1, hi, 0),
+        };
+        let mut loaded = VecDeque::new();
+        for round in 0..ahead {
+            loaded.push_back(self.load_round((first, round * step), names, out)?);
         }
-        let (inst, counter) = self.scalar(i32::try_from(end).ok()?);
-        out.push(inst);
-        self.scaled_rounds(counter, rounds - looped, totals, names, out)
+        let counter = self.counter();
+        let init: Vec<ValueId> = accs.iter().copied().chain(loaded.iter().flatten().copied()).collect();
+        let carried = |p: &mut Self| -> Vec<ValueId> {
+            let mut all = p.results();
+            for &v in &init[products..] {
+                all.push(p.fresh(p.types[v.0 as usize].clone(), p.places[v.0 as usize].clone()));
+            }
+            all
+        };
+        let by_round = |values: &[ValueId]| -> VecDeque<Vec<ValueId>> {
+            let each = values.len() / ahead as usize;
+            (0..ahead as usize).map(|i| values[i * each..(i + 1) * each].to_vec()).collect()
+        };
+        let args = carried(self);
+        let mut insts = Vec::new();
+        let mut next = by_round(&args[products..]);
+        let sums = args[..products].to_vec();
+        let sums = self.scaled_rounds((counter, each_turn, true), (sums, &mut next), names, &mut insts)?;
+        let yields = sums.into_iter().chain(next.into_iter().flatten()).collect();
+        let body = Block { args: [counter].into_iter().chain(args).collect(), insts, yields };
+        let results = carried(self);
+        let op = Op::For { lo, hi: end, step: step * each_turn, init, body };
+        out.push(Inst { results: results.clone(), op, scratch: None });
+        accs = results[..products].to_vec();
+        if let (Index::Const(end), true) = (end, rest > 0) {
+            let (inst, counter) = self.scalar(i32::try_from(end).ok()?);
+            out.push(inst);
+            let mut loaded = by_round(&results[products..]);
+            accs = self.scaled_rounds((counter, rest, false), (accs, &mut loaded), names, out)?;
+        }
+        Some(accs)
     }
 
-    /// `count` rounds from `counter` on, all their products in flight before the first is added to `accs`.
+    /// `count` rounds from `counter` on, the first of which `loaded` has what is loaded for; afterwards it has that of the first
+    /// rounds behind, if there are `more`.
     fn scaled_rounds(
         &mut self,
-        counter: ValueId,
-        count: u32,
-        mut accs: Vec<ValueId>,
+        (counter, count, more): (ValueId, u32, bool),
+        (mut accs, loaded): (Vec<ValueId>, &mut VecDeque<Vec<ValueId>>),
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<Vec<ValueId>> {
+        let (step, ahead) = (self.c.range.2, self.config.loads_ahead);
+        let mut flight = Vec::new();
+        let mut issued = 0;
+        for round in 0..count {
+            while issued < (round + self.config.partials).min(count) {
+                flight.extend(self.multiply(None, (None, false), out));
+                issued += 1;
+            }
+            let now = loaded.pop_front()?;
+            if more || round + ahead < count {
+                loaded.push_back(self.load_round((counter, (round + ahead) * step), names, out)?);
+            }
+            accs = self.promote((accs, &mut flight), &now, names, out)?;
+        }
+        Some(accs)
+    }
+
+    /// What the maps of a round take from memory.
+    fn round_loads(&self) -> Vec<ValueId> {
+        let loads =
+            self.c.body.insts.iter().filter(|i| matches!(i.op, tile::Op::Load { .. } | tile::Op::Gather { .. }));
+        let results = loads.filter_map(|i| i.results.first().copied());
+        results.filter(|r| self.consumed.contains(r) && !self.after.contains(r)).collect()
+    }
+
+    /// Instructions of the loop that those values need, without what is loaded, the products, and what needs them.
+    fn computed_for(&self, roots: Vec<ValueId>, loads: &[ValueId]) -> Vec<&'a tile::Inst> {
+        let (mut seen, mut pending) = (HashSet::new(), roots);
+        while let Some(v) = pending.pop() {
+            let stops = loads.contains(&v) || self.c.is_product(v);
+            if seen.insert(v)
+                && !stops
+                && let Some(inst) = self.defs.get(&v)
+            {
+                pending.extend(tile::operands(&inst.op));
+            }
+        }
+        let wanted = |r: &ValueId| seen.contains(r) && !loads.contains(r) && !self.after.contains(r);
+        self.c.body.insts.iter().filter(|i| i.results.first().is_some_and(wanted)).collect()
+    }
+
+    /// Loads what the round `offset` after `counter` is scaled by.
+    fn load_round(
+        &mut self,
+        (counter, offset): (ValueId, u32),
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<Vec<ValueId>> {
+        let loads = self.round_loads();
+        let operands = loads.iter().filter_map(|v| self.defs.get(v)).flat_map(|i| tile::operands(&i.op)).collect();
+        let mut names = names.clone();
+        let (inst, at) = self.plus(counter, offset);
+        out.push(inst);
+        names.insert(self.c.body.args[0], at);
+        for inst in self.computed_for(operands, &[]) {
+            let place = self.place(inst)?;
+            out.push(self.copied(inst, place, &mut names)?);
+        }
+        for load in &loads {
+            let inst = *self.defs.get(load)?;
+            let place = self.place(inst)?;
+            out.push(self.copied(inst, place, &mut names)?);
+        }
+        loads.iter().map(|v| names.get(v).copied()).collect()
+    }
+
+    /// Adds the oldest partial sums in flight to the accumulators and gives back their stages; `loaded` is of their round.
+    fn promote(
+        &mut self,
+        (accs, flight): (Vec<ValueId>, &mut Vec<ValueId>),
+        loaded: &[ValueId],
         names: &Names,
         out: &mut Vec<Inst>,
     ) -> Option<Vec<ValueId>> {
         let c = self.c.clone();
-        let mut rounds = Vec::new();
-        for round in 0..count {
-            let mut names = names.clone();
-            let counter = if round == 0 {
-                counter
-            } else {
-                let (inst, v) = self.plus(counter, round * c.range.2);
-                out.push(inst);
-                v
-            };
-            names.insert(c.body.args[0], counter);
-            for inst in &c.body.insts {
-                let r = inst.results.first()?;
-                if self.consumed.contains(r) && !self.after.contains(r) {
-                    let place = self.place(inst)?;
-                    out.push(self.copied(inst, place, &mut names)?);
-                }
-            }
-            let partials = self.multiply(None, (None, false), out);
-            names.extend(c.dots.iter().map(|d| d.results[0]).zip(partials));
-            rounds.push(names);
-        }
+        let partials: Vec<ValueId> = flight.drain(..c.dots.len()).collect();
         let parts = c.step / c.stage_k();
-        for (round, names) in rounds.iter_mut().enumerate() {
-            for part in 0..parts {
-                let lag = count * parts - 1 - (round as u32 * parts + part);
-                out.push(plain(Op::Release { channel: RING, lag }));
-            }
-            names.extend(c.body.args[1..].iter().copied().zip(accs));
-            for inst in &c.body.insts {
-                let r = inst.results[0];
-                if self.after.contains(&r) && self.consumed.contains(&r) && !c.is_product(r) {
-                    out.push(self.combination(inst, names)?);
-                }
-            }
-            accs = c.body.yields.iter().map(|y| names.get(y).copied()).collect::<Option<_>>()?;
+        let younger = (flight.len() / c.dots.len()) as u32;
+        for part in 0..parts {
+            out.push(plain(Op::Release { channel: RING, lag: (younger + 1) * parts - 1 - part }));
         }
-        Some(accs)
+        let loads = self.round_loads();
+        let mut names = names.clone();
+        names.extend(loads.iter().copied().zip(loaded.iter().copied()));
+        names.extend(c.dots.iter().map(|d| d.results[0]).zip(partials));
+        names.extend(c.body.args[1..].iter().copied().zip(accs));
+        let after = |i: &&'a tile::Inst| {
+            i.results.first().is_some_and(|r| self.after.contains(r) && self.consumed.contains(r) && !c.is_product(*r))
+        };
+        let maps: Vec<&'a tile::Inst> = c.body.insts.iter().filter(after).collect();
+        for inst in self.computed_for(maps.iter().flat_map(|i| tile::operands(&i.op)).collect(), &loads) {
+            let place = self.place(inst)?;
+            out.push(self.copied(inst, place, &mut names)?);
+        }
+        for inst in maps {
+            out.push(self.combination(inst, &mut names)?);
+        }
+        c.body.yields.iter().map(|y| names.get(y).copied()).collect()
     }
 
     /// An instruction of the loop that comes after the products.
