@@ -425,7 +425,8 @@ impl<'a> Planner<'a> {
         let mut out = Vec::new();
         for inst in &region.insts {
             if inst.results == self.c.k_loop.results {
-                out.push(self.fill_loop(names)?);
+                let fill = self.fill_loop(names, &mut out)?;
+                out.push(fill);
             } else if let Some(around) = self.around(inst) {
                 out.push(self.loop_around(around, names, Self::producer)?);
             } else if inst.results.first().is_some_and(|r| self.produced.contains(r)) {
@@ -438,11 +439,26 @@ impl<'a> Planner<'a> {
         Some(out)
     }
 
+    /// The bounds of the loop over `k` as a role has them: where the number of rounds is known, the end follows from the start.
+    fn bounds_in(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<(Index, Index)> {
+        let (lo, hi, step) = self.c.range;
+        let lo = rename_index(lo, names)?;
+        let hi = match (self.c.rounds, lo) {
+            (Some(rounds), Index::Value(v)) => {
+                let (inst, end) = self.plus(v, rounds * step);
+                out.push(inst);
+                Index::Value(end)
+            }
+            _ => rename_index(hi, names)?,
+        };
+        Some((lo, hi))
+    }
+
     /// The loop over `k` that fills stages.
-    fn fill_loop(&mut self, names: &mut Names) -> Option<Inst> {
+    fn fill_loop(&mut self, names: &mut Names, out: &mut Vec<Inst>) -> Option<Inst> {
         let c = self.c.clone();
-        let (lo, hi, step) = c.range;
-        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
+        let step = c.range.2;
+        let (lo, hi) = self.bounds_in(names, out)?;
         let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
         names.insert(c.body.args[0], counter);
         let mut insts = Vec::new();
@@ -620,18 +636,26 @@ impl<'a> Planner<'a> {
 
     /// `Σ_k a · bᵀ`.
     fn sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
-        let (lo, hi, step) = self.c.range;
-        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
-        let (Some(rounds), Index::Const(first)) = (self.c.rounds, lo) else {
+        let step = self.c.range.2;
+        let (lo, hi) = self.bounds_in(names, out)?;
+        let Some(rounds) = self.c.rounds else {
             // There may be no round at all: nothing can stand before the loop.
             let zeros = self.zeros(out);
             return self.carrying((lo, hi, step), zeros, out, |p, _, accs, out| {
                 Some(p.multiply(Some(accs), (Some(0), true), out))
             });
         };
+        let second = match lo {
+            Index::Const(first) => Index::Const(first + i64::from(step)),
+            Index::Value(first) => {
+                let (inst, second) = self.plus(first, step);
+                out.push(inst);
+                Index::Value(second)
+            }
+        };
         let mut totals = self.multiply(None, (Some(1), false), out);
         if rounds > 1 {
-            let rest = (Index::Const(first + i64::from(step)), hi, step);
+            let rest = (second, hi, step);
             totals =
                 self.carrying(rest, totals, out, |p, _, accs, out| Some(p.multiply(Some(accs), (Some(1), true), out)))?;
         }
@@ -645,24 +669,27 @@ impl<'a> Planner<'a> {
     /// partial sums are added while the younger ones are made. None is in flight from turn to turn, which the assembler would serialise.
     /// What sums are scaled by is loaded some rounds before.
     fn scaled_sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
-        let (lo, hi, step) = self.c.range;
-        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
-        let (products, ahead) = (self.c.dots.len(), self.config.loads_ahead);
+        let (lo, hi) = self.bounds_in(names, out)?;
+        let (step, products, ahead) = (self.c.range.2, self.c.dots.len(), self.config.loads_ahead);
         let mut accs = self.zeros(out);
-        let (first, known) = match lo {
-            Index::Value(v) => (v, None),
+        let first = match lo {
+            Index::Value(v) => v,
             Index::Const(n) => {
                 let (inst, v) = self.scalar(i32::try_from(n).ok()?);
                 out.push(inst);
-                (v, self.c.rounds.map(|rounds| (n, rounds)))
+                v
             }
         };
-        let (each_turn, end, rest) = match known {
-            Some((lo, rounds)) => {
-                let each = (2 * self.config.partials).min(rounds);
-                (each, Index::Const(lo + i64::from(rounds / each * each) * i64::from(step)), rounds % each)
+        let rounds = self.c.rounds;
+        let each_turn = rounds.map_or(1, |rounds| (2 * self.config.partials).min(rounds));
+        let rest = rounds.map_or(0, |rounds| rounds % each_turn);
+        let end = match rounds {
+            Some(rounds) if rest > 0 => {
+                let (inst, end) = self.plus(first, (rounds - rest) * step);
+                out.push(inst);
+                Index::Value(end)
             }
-            None => (1, hi, 0),
+            _ => hi,
         };
         let mut loaded = VecDeque::new();
         for round in 0..ahead {
@@ -692,9 +719,7 @@ impl<'a> Planner<'a> {
         let op = Op::For { lo, hi: end, step: step * each_turn, init, body };
         out.push(Inst { results: results.clone(), op, scratch: None });
         accs = results[..products].to_vec();
-        if let (Index::Const(end), true) = (end, rest > 0) {
-            let (inst, counter) = self.scalar(i32::try_from(end).ok()?);
-            out.push(inst);
+        if let (Index::Value(counter), true) = (end, rest > 0) {
             let mut loaded = by_round(&results[products..]);
             accs = self.scaled_rounds((counter, rest, false), (accs, &mut loaded), names, out)?;
         }
