@@ -46,18 +46,26 @@ fn products() -> Vec<(Linear, u32, Rows)> {
         all.push((fp8(n, k, [32, 64]), 1, &[32]));
     }
     // As many tiles as multiprocessors, or a little fewer.
-    for (n, k, columns) in [(2112, 7168, 16), (4096, 7168, 32), (7168, 2048, 64), (24576, 1536, 64), (7168, 16384, 64)]
-    {
-        for cluster in [1, 2] {
-            all.push((fp8(n, k, [64, columns]), cluster, &[1, 16, 64]));
-            all.push((fp8(n, k, [128, columns]), cluster, &[128]));
+    for (n, k, tiles) in [
+        (2112, 7168, [[64, 16], [64, 32]]),
+        (4096, 7168, [[64, 32], [64, 64]]),
+        (7168, 2048, [[64, 64], [128, 64]]),
+        (24576, 1536, [[64, 64], [128, 64]]),
+        (7168, 16384, [[64, 64], [128, 64]]),
+    ] {
+        for (tile, rows) in tiles.into_iter().zip([&[64], &[128]]) {
+            all.push((fp8(n, k, tile), 1, rows));
         }
     }
     // Few outputs: parts of the sum, stored apart.
     for (n, k, columns) in [(2112, 7168, 1792), (4096, 7168, 3584), (7168, 16384, 8192)] {
         all.push((Linear { part: Some(columns), out: DType::F32, ..fp8(n, k, [16, 64]) }, 1, &[1, 16]));
     }
-    all.push((Linear { glu: true, ..fp8(2048, 7168, [128, 64]) }, 1, &[4096]));
+    for columns in [64, 128] {
+        for cluster in [1, 2] {
+            all.push((Linear { glu: true, ..fp8(2048, 7168, [128, columns]) }, cluster, &[4096]));
+        }
+    }
     all.push((Linear { glu: true, ..fp8(2048, 7168, [16, 64]) }, 1, &[16]));
     all.push((bf16(4096, 7168, [16, 64]), 1, &[16]));
     all.push((Linear { out: DType::F32, ..bf16(129_280, 7168, [16, 128]) }, 1, &[3]));

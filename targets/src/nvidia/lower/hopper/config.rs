@@ -28,7 +28,7 @@ pub struct Config {
     pub transposed: bool,
     /// Warpgroups along rows and columns of the tile.
     pub groups: [u32; 2],
-    /// Products in flight at a time: partial sums of so many rounds.
+    /// Products of which partial sums are in flight at a time.
     pub partials: u32,
     /// Rounds between loading what a round's sums are scaled by and using it: memory answers meanwhile. What rounds of a turn of the loop
     /// are is a multiple, so that registers need not change hands.
@@ -79,14 +79,15 @@ impl Config {
         if padded > MOST_COLUMNS || (!transposed && padded != wide) {
             return None;
         }
-        let accumulators = long / groups[0] / ROWS * padded / 2 * c.dots.len() as u32;
+        let product = long / groups[0] / ROWS * padded / 2;
+        let accumulators = product * c.dots.len() as u32;
         let partials = match () {
             () if c.direct => 0,
             () if accumulators <= FEW_REGISTERS && c.rounds.is_some_and(|n| n > 3) => 4,
-            () if accumulators * 3 <= MOST_REGISTERS && c.rounds.is_some_and(|n| n > 1) => 2,
+            () if accumulators + 2 * product <= MOST_REGISTERS && c.rounds.is_some_and(|n| n > 1) => 2,
             () => 1,
         };
-        if accumulators * (1 + partials) > MOST_REGISTERS {
+        if accumulators + product * partials > MOST_REGISTERS {
             return None;
         }
         let warpgroups = groups[0] * groups[1];
@@ -108,13 +109,15 @@ impl Config {
         let behind = if c.left.gathered.is_some() { behind_most(stages) } else { 0 };
         let parts = c.step / c.stage_k();
         let partials = partials.min(stages.saturating_sub(behind) / parts).max(partials.min(1));
-        let held = (partials * parts).max(2);
+        let rounds_held = partials.div_ceil(c.dots.len() as u32) + u32::from(partials > 1 && c.dots.len() > 1);
+        let held = (rounds_held * parts).max(2);
         let depth = stages >= held + behind;
         depth.then_some(Config {
             transposed,
             groups: if transposed { [groups[1], groups[0]] } else { groups },
             partials,
-            loads_ahead: if accumulators <= FEW_REGISTERS { 2 * partials } else { 2 },
+            // Where a product is short, memory takes longer; where operands change places there are many factors to keep.
+            loads_ahead: if accumulators <= FEW_REGISTERS && !transposed { 2 * partials } else { 2 },
             stages,
             slot_bytes,
             staging_bytes,

@@ -189,7 +189,8 @@ impl<'a> Planner<'a> {
         let bounded =
             bounds.iter().any(|v| matches!(self.defs.get(v), Some(i) if matches!(i.op, tile::Op::BlockId { .. })));
         let [rows, columns] = self.c.shape();
-        let rights = columns * self.c.rights.len() as u32 >= rows;
+        // Of equals the left: blocks that run side by side are of one column, and the cache answers their requests for the right ones once.
+        let rights = columns * self.c.rights.len() as u32 > rows;
         let (shared, own, share) = if rights { (right, left, columns) } else { (left, right, rows) };
         let axis = (0..2).find(|a| own.contains(a) && !shared.contains(a))?;
         let whole = blocks > 1 && share.is_multiple_of(blocks * 8) && !bounded && self.c.left.gathered.is_none();
@@ -578,13 +579,7 @@ impl<'a> Planner<'a> {
         let c = self.c.clone();
         for part in 0..c.step / c.stage_k() {
             out.push(plain(Op::Wait(RING)));
-            let mut taken = Vec::new();
-            for (slot, operand) in c.operands().into_iter().enumerate() {
-                let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
-                taken.push(self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
-                let op = Op::Take { channel: RING, slot: slot as u32 };
-                out.push(Inst { results: vec![taken[slot]], op, scratch: None });
-            }
+            let taken = self.take(out);
             let results = self.results();
             for (i, &result) in results.iter().enumerate() {
                 let acc = accs.as_ref().map(|accs| accs[i]);
@@ -681,7 +676,8 @@ impl<'a> Planner<'a> {
             }
         };
         let rounds = self.c.rounds;
-        let each_turn = rounds.map_or(1, |rounds| (2 * self.config.partials).min(rounds));
+        let turn = (2 * self.config.partials).max(4) / products as u32;
+        let each_turn = rounds.map_or(1, |rounds| turn.max(2).min(rounds));
         let rest = rounds.map_or(0, |rounds| rounds % each_turn);
         let end = match rounds {
             Some(rounds) if rest > 0 => {
@@ -736,20 +732,66 @@ impl<'a> Planner<'a> {
         out: &mut Vec<Inst>,
     ) -> Option<Vec<ValueId>> {
         let (step, ahead) = (self.c.range.2, self.config.loads_ahead);
-        let mut flight = Vec::new();
+        let products = self.c.dots.len() as u32;
+        let (mut flight, mut taken, mut waited) = (VecDeque::new(), Vec::new(), 0);
         let mut issued = 0;
         for round in 0..count {
-            while issued < (round + self.config.partials).min(count) {
-                flight.extend(self.multiply(None, (None, false), out));
-                issued += 1;
-            }
             let now = loaded.pop_front()?;
-            if more || round + ahead < count {
-                loaded.push_back(self.load_round((counter, (round + ahead) * step), names, out)?);
+            for product in 0..products {
+                let unit = round * products + product;
+                while issued < (unit + self.config.partials).min(count * products) {
+                    if issued % products == 0 {
+                        taken = self.wait_for_round(out);
+                        waited += 1;
+                    }
+                    flight.push_back(self.issue(&taken, (issued % products) as usize, out));
+                    issued += 1;
+                }
+                if product == 0 && (more || round + ahead < count) {
+                    loaded.push_back(self.load_round((counter, (round + ahead) * step), names, out)?);
+                }
+                let last = (product + 1 == products).then_some(waited - 1 - round);
+                accs = self.promote((accs, flight.pop_front()?), (product as usize, last), &now, names, out)?;
             }
-            accs = self.promote((accs, &mut flight), &now, names, out)?;
         }
         Some(accs)
+    }
+
+    /// Waits for the stages of a round; what is in their slots, stage by stage.
+    fn wait_for_round(&mut self, out: &mut Vec<Inst>) -> Vec<Vec<ValueId>> {
+        let c = self.c.clone();
+        let mut stages = Vec::new();
+        for _ in 0..c.step / c.stage_k() {
+            out.push(plain(Op::Wait(RING)));
+            stages.push(self.take(out));
+        }
+        stages
+    }
+
+    /// What is in the slots of the stage waited for last.
+    fn take(&mut self, out: &mut Vec<Inst>) -> Vec<ValueId> {
+        let c = self.c.clone();
+        let mut taken = Vec::new();
+        for (slot, operand) in c.operands().into_iter().enumerate() {
+            let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
+            taken.push(self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
+            let op = Op::Take { channel: RING, slot: slot as u32 };
+            out.push(Inst { results: vec![taken[slot]], op, scratch: None });
+        }
+        taken
+    }
+
+    /// The partial sum of one of the products of a round.
+    fn issue(&mut self, stages: &[Vec<ValueId>], product: usize, out: &mut Vec<Inst>) -> ValueId {
+        let mut acc = None;
+        let ty = self.program.ty(self.c.dots[product].results[0]).clone();
+        for taken in stages {
+            let result = self.fresh(ty.clone(), self.fragment());
+            let op = tile::Op::Dot { a: taken[0], b: taken[product + 1], acc, trans_b: true };
+            out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
+            acc = Some(result);
+        }
+        acc.unwrap_or(ValueId(u32::MAX))
     }
 
     /// What the maps of a round take from memory.
@@ -801,28 +843,29 @@ impl<'a> Planner<'a> {
         loads.iter().map(|v| names.get(v).copied()).collect()
     }
 
-    /// Adds the oldest partial sums in flight to the accumulators and gives back their stages; `loaded` is of their round.
+    /// Adds the partial sums of one product of a round to its accumulator; `loaded` is of the round. With the `last` product its stages
+    /// are given back, the waits for so many younger rounds after theirs.
     fn promote(
         &mut self,
-        (accs, flight): (Vec<ValueId>, &mut Vec<ValueId>),
+        (mut accs, partial): (Vec<ValueId>, ValueId),
+        (product, last): (usize, Option<u32>),
         loaded: &[ValueId],
         names: &Names,
         out: &mut Vec<Inst>,
     ) -> Option<Vec<ValueId>> {
         let c = self.c.clone();
-        let partials: Vec<ValueId> = flight.drain(..c.dots.len()).collect();
         let parts = c.step / c.stage_k();
-        let younger = (flight.len() / c.dots.len()) as u32;
-        for part in 0..parts {
-            out.push(plain(Op::Release { channel: RING, lag: (younger + 1) * parts - 1 - part }));
+        for part in 0..last.map_or(0, |_| parts) {
+            out.push(plain(Op::Release { channel: RING, lag: (last? + 1) * parts - 1 - part }));
         }
         let loads = self.round_loads();
         let mut names = names.clone();
         names.extend(loads.iter().copied().zip(loaded.iter().copied()));
-        names.extend(c.dots.iter().map(|d| d.results[0]).zip(partials));
-        names.extend(c.body.args[1..].iter().copied().zip(accs));
+        names.insert(c.dots[product].results[0], partial);
+        names.extend(c.body.args[1..].iter().copied().zip(accs.iter().copied()));
+        let wanted = self.slice(vec![c.body.yields[product]]);
         let after = |i: &&'a tile::Inst| {
-            i.results.first().is_some_and(|r| self.after.contains(r) && self.consumed.contains(r) && !c.is_product(*r))
+            i.results.first().is_some_and(|r| wanted.contains(r) && self.after.contains(r) && !c.is_product(*r))
         };
         let maps: Vec<&'a tile::Inst> = c.body.insts.iter().filter(after).collect();
         for inst in self.computed_for(maps.iter().flat_map(|i| tile::operands(&i.op)).collect(), &loads) {
@@ -832,7 +875,8 @@ impl<'a> Planner<'a> {
         for inst in maps {
             out.push(self.combination(inst, &mut names)?);
         }
-        c.body.yields.iter().map(|y| names.get(y).copied()).collect()
+        accs[product] = *names.get(&c.body.yields[product])?;
+        Some(accs)
     }
 
     /// An instruction of the loop that comes after the products.
