@@ -22,6 +22,10 @@ use std::collections::HashMap;
 
 use super::config::WARPGROUP;
 
+/// Warps of a warpgroup.
+const GROUP_WARPS: u32 = WARPGROUP / Arch::WARP;
+/// Nanoseconds between the starts of a role's warpgroups: about what a round of a large tile takes.
+const APART_NS: u32 = 500;
 /// Bytes to which operands of products are aligned.
 const ALIGN: u32 = 1024;
 
@@ -236,6 +240,11 @@ impl<'a> Emit<'a> {
         }
         self.role_tid = self.t.f.sub(self.t.tid, i32((role.warps[0] * Arch::WARP).into()));
         self.role_warp = self.t.f.sub(self.t.warp, i32(role.warps[0].into()));
+        if role.registers.is_some() && adds_apart(&role.body, false) {
+            // Warpgroups that run in step would all add at once, and none would multiply.
+            let late = self.t.f.cmp("uge", self.role_warp, i32(GROUP_WARPS.into()));
+            self.t.when(late, |t| ptx::sleep(&mut t.f, APART_NS));
+        }
         if !role.elected {
             self.prepare(&role.body)?;
             self.tiles(&role.body)?;
@@ -560,6 +569,12 @@ impl<'a> Emit<'a> {
 fn waits(block: &Block) -> bool {
     let inside = |i: &Inst| i.op.blocks().into_iter().any(waits);
     block.insts.iter().any(|i| matches!(i.op, Op::Wait(_)) || inside(i))
+}
+
+/// Whether loops make partial sums that are added apart from their products.
+fn adds_apart(block: &Block, in_loop: bool) -> bool {
+    let starts = |op: &Op| in_loop && matches!(op, Op::Tile(tile::Op::Dot { acc: None, .. }));
+    block.insts.iter().any(|i| starts(&i.op) || i.op.blocks().into_iter().any(|b| adds_apart(b, true)))
 }
 
 /// Whether a block gathers rows into a channel.

@@ -180,6 +180,11 @@ pub fn store_matrix(f: &mut Fn, at: Val, words: &[Val], transposed: bool) {
     effect(f, &text, &format!("r{}", ",r".repeat(n)), &args);
 }
 
+/// Stops for about as long.
+pub fn sleep(f: &mut Fn, nanoseconds: u32) {
+    effect(f, &format!("nanosleep.u32 {nanoseconds};"), "", &[]);
+}
+
 /// The threads of named barrier `id`, so many, wait for one another.
 pub fn barrier_of(f: &mut Fn, id: Val, threads: u32) {
     effect(f, &format!("bar.sync $0, {threads};"), "r", &[id]);
