@@ -1,5 +1,6 @@
 //! Matrix products for Hopper as cubins, with what a program needs to launch them:
-//! `cargo run --release -p dsc-targets --features nvidia --example hopper DIR`. `tests/bench/hopper.py DIR` checks and times them.
+//! `cargo run --release -p dsc-targets --features nvidia --example hopper DIR [TEXT]`, those with the text in their names.
+//! `tests/bench/hopper.py DIR` checks and times them.
 
 #[path = "../tests/support/experts.rs"]
 mod experts;
@@ -9,12 +10,14 @@ mod linear;
 use dsc_ir::DType;
 use dsc_ir::artifact::TensorMap;
 use dsc_ir::schedule::Schedule;
-use dsc_ir::tile::Program;
 use dsc_targets::{Kernel, Target, TargetOptions};
 use experts::Experts;
 use linear::Linear;
 use std::fmt::Write;
 use std::path::PathBuf;
+
+/// Outputs and contracted lengths of the model's projections.
+const PROJECTIONS: [(u32, u32); 5] = [(2112, 7168), (4096, 7168), (7168, 2048), (24576, 1536), (7168, 16384)];
 
 /// Row counts that a kernel is run with.
 type Rows = &'static [u32];
@@ -27,31 +30,45 @@ fn fp8(n: u32, k: u32, tile: [u32; 2]) -> Linear {
     Linear { dtype: DType::E4m3, n, k, tile, step: 128, out: DType::Bf16, glu: false, part: None }
 }
 
-/// The products of a layer, at prefill and at decode.
-fn products() -> Vec<(Linear, Rows)> {
-    let mut all: Vec<(Linear, Rows)> = vec![
-        (bf16(4096, 4096, [128, 256]), &[4096, 4000]),
-        (bf16(8192, 8192, [128, 256]), &[8192]),
-        (Linear { out: DType::F32, ..bf16(4096, 4096, [128, 256]) }, &[4096]),
-        (bf16(4096, 4096, [128, 128]), &[4096]),
+/// The products of a layer, at prefill and at decode, and how many blocks share what they bring.
+fn products() -> Vec<(Linear, u32, Rows)> {
+    let bf16_wide = [128, 256];
+    let mut all: Vec<(Linear, u32, Rows)> = vec![
+        (bf16(4096, 4096, bf16_wide), 1, &[4096, 4000]),
+        (bf16(8192, 8192, bf16_wide), 1, &[8192]),
+        (Linear { out: DType::F32, ..bf16(4096, 4096, bf16_wide) }, 1, &[4096]),
     ];
-    for (n, k) in [(4096, 7168), (7168, 2048), (24576, 1536), (7168, 16384)] {
-        all.push((fp8(n, k, [128, 128]), &[4096, 1000]));
+    for (n, k) in PROJECTIONS {
+        for cluster in [1, 2] {
+            all.push((fp8(n, k, [128, 128]), cluster, &[4096, 1000]));
+        }
+        all.push((fp8(n, k, [16, 64]), 1, &[1, 16]));
+        all.push((fp8(n, k, [32, 64]), 1, &[32]));
     }
-    for (n, k) in [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)] {
-        all.push((fp8(n, k, [16, 64]), &[1, 16]));
-        all.push((fp8(n, k, [16, 128]), &[16]));
-        all.push((fp8(n, k, [32, 64]), &[32]));
-        all.push((fp8(n, k, [64, 128]), &[64, 128]));
+    // As many tiles as multiprocessors, or a little fewer.
+    for (n, k, tiles) in [
+        (2112, 7168, [[64, 16], [64, 32]]),
+        (4096, 7168, [[64, 32], [64, 64]]),
+        (7168, 2048, [[64, 64], [128, 64]]),
+        (24576, 1536, [[64, 64], [128, 64]]),
+        (7168, 16384, [[64, 64], [128, 64]]),
+    ] {
+        for (tile, rows) in tiles.into_iter().zip([&[64], &[128]]) {
+            all.push((fp8(n, k, tile), 1, rows));
+        }
     }
     // Few outputs: parts of the sum, stored apart.
     for (n, k, columns) in [(2112, 7168, 1792), (4096, 7168, 3584), (7168, 16384, 8192)] {
-        all.push((Linear { part: Some(columns), out: DType::F32, ..fp8(n, k, [16, 64]) }, &[1, 16]));
+        all.push((Linear { part: Some(columns), out: DType::F32, ..fp8(n, k, [16, 64]) }, 1, &[1, 16]));
     }
-    all.push((Linear { glu: true, ..fp8(2048, 7168, [128, 64]) }, &[4096]));
-    all.push((Linear { glu: true, ..fp8(2048, 7168, [16, 64]) }, &[16]));
-    all.push((bf16(4096, 7168, [16, 64]), &[16]));
-    all.push((Linear { out: DType::F32, ..bf16(129_280, 7168, [16, 128]) }, &[3]));
+    for columns in [64, 128] {
+        for cluster in [1, 2] {
+            all.push((Linear { glu: true, ..fp8(2048, 7168, [128, columns]) }, cluster, &[4096]));
+        }
+    }
+    all.push((Linear { glu: true, ..fp8(2048, 7168, [16, 64]) }, 1, &[16]));
+    all.push((bf16(4096, 7168, [16, 64]), 1, &[16]));
+    all.push((Linear { out: DType::F32, ..bf16(129_280, 7168, [16, 128]) }, 1, &[3]));
     all
 }
 
@@ -68,23 +85,25 @@ fn experts() -> Vec<(Experts, Rows)> {
 }
 
 /// A kernel and what a launch has to know of it, as JSON.
-fn described() -> Vec<(Program, String, Rows)> {
+fn described() -> Vec<(Kernel, String, Rows)> {
     let mut all = Vec::new();
-    for (l, rows) in products() {
+    for (l, cluster, rows) in products() {
         let [m, n] = l.tile;
         let glu = if l.glu { "_glu" } else { "" };
         let part = l.part.map_or(String::new(), |p| format!("_part{p}"));
-        let name = format!("{}_n{}_k{}_{m}x{n}_{}{glu}{part}", l.dtype, l.n, l.k, l.out);
+        let together = if cluster > 1 { format!("_cluster{cluster}") } else { String::new() };
+        let name = format!("{}_n{}_k{}_{m}x{n}_{}{glu}{part}{together}", l.dtype, l.n, l.k, l.out);
         let mut text = format!(r#""kind":"linear","dtype":"{}","out":"{}","n":{},"k":{},"#, l.dtype, l.out, l.n, l.k);
         let _ = write!(text, r#""tile":{:?},"glu":{},"part":{}"#, l.tile, l.glu, l.part.unwrap_or(0));
-        all.push((l.program(&name), text, rows));
+        let schedule = Schedule { cluster, ..Schedule::default() };
+        all.push((Kernel { program: l.program(&name), schedule }, text, rows));
     }
     for (e, rows) in experts() {
         let [m, n] = e.tile;
         let name = format!("experts{}_n{}_k{}_{m}x{n}", e.experts, e.n, e.k);
         let mut text = format!(r#""kind":"experts","dtype":"e4m3","out":"bf16","n":{},"k":{},"#, e.n, e.k);
         let _ = write!(text, r#""tile":{:?},"experts":{},"per_token":{}"#, e.tile, e.experts, e.per_token);
-        all.push((e.program(&name), text, rows));
+        all.push((Kernel { program: e.program(&name), schedule: Schedule::default() }, text, rows));
     }
     all
 }
@@ -92,9 +111,10 @@ fn described() -> Vec<(Program, String, Rows)> {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = PathBuf::from(std::env::args().nth(1).ok_or("give the folder to write to")?);
     std::fs::create_dir_all(&folder)?;
-    let described = described();
-    let kernels: Vec<Kernel> =
-        described.iter().map(|(p, ..)| Kernel { program: p.clone(), schedule: Schedule::default() }).collect();
+    let only = std::env::args().nth(2).unwrap_or_default();
+    let mut described = described();
+    described.retain(|(kernel, ..)| kernel.program.name.contains(&only));
+    let kernels: Vec<Kernel> = described.iter().map(|(kernel, ..)| kernel.clone()).collect();
     let target = dsc_targets::nvidia::NvidiaTarget::named("sm_90a", &TargetOptions::default()).ok_or("no sm_90a")?;
     let module = target.compile(&kernels)?;
     module.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
@@ -106,11 +126,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let maps: Vec<String> = gpu.maps.iter().map(map).collect();
         let blocks = gpu.resources.map_or(0, |r| r.blocks_per_sm);
         lines.push(format!(
-            r#"{{"name":"{}",{text},"rows":{rows:?},"threads":{},"shared_bytes":{},"persistent":{},"blocks_per_sm":{blocks},"maps":[{}]}}"#,
+            r#"{{"name":"{}",{text},"rows":{rows:?},"threads":{},"shared_bytes":{},"persistent":{},"cluster":{},"blocks_per_sm":{blocks},"maps":[{}]}}"#,
             kernel.name,
             gpu.threads,
             gpu.shared_bytes,
             gpu.persistent,
+            gpu.cluster,
             maps.join(",")
         ));
     }

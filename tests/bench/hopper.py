@@ -23,7 +23,7 @@ import torch
 cuda = ctypes.CDLL("libcuda.so.1")
 MAP_BYTES = 128
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-ELEMENT = {"bf16": 9, "e4m3": 0, "f32": 7}  # CUtensorMapDataType
+ELEMENT = {torch.bfloat16: 9, torch.float8_e4m3fn: 0, torch.float32: 7}  # CUtensorMapDataType
 SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
 CACHE_BYTES = 160 << 20
 
@@ -44,7 +44,7 @@ def load(path, name, shared_bytes):
 class TensorMap:
     """A CUtensorMap of a tensor, at an address that is a multiple of 64."""
 
-    def __init__(self, tensor, dtype, tile, swizzle):
+    def __init__(self, tensor, tile, swizzle):
         self.memory = ctypes.create_string_buffer(MAP_BYTES + 64)
         self.address = (ctypes.addressof(self.memory) + 63) & ~63
         rank = tensor.dim()
@@ -54,10 +54,26 @@ class TensorMap:
         box = (ctypes.c_uint32 * rank)(*reversed(tile))
         ones = (ctypes.c_uint32 * rank)(*([1] * rank))
         code = cuda.cuTensorMapEncodeTiled(
-            ctypes.c_void_p(self.address), ELEMENT[dtype], rank, ctypes.c_void_p(tensor.data_ptr()), dims, strides, box, ones,
+            ctypes.c_void_p(self.address), ELEMENT[tensor.dtype], rank, ctypes.c_void_p(tensor.data_ptr()), dims, strides, box, ones,
             0, SWIZZLE[swizzle], 3, 0,
         )
         check(code, f"tensor map {tuple(tensor.shape)} tile {tile}")
+
+
+class Attribute(ctypes.Structure):
+    """A CUlaunchAttribute that is a cluster's dims."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("dims", ctypes.c_uint * 3), ("rest", ctypes.c_char * 52)]
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+                ("attributes", ctypes.POINTER(Attribute)), ("count", ctypes.c_uint)]
+
+
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 
 
 class Launch:
@@ -65,18 +81,22 @@ class Launch:
 
     def __init__(self, function, kernel, tensors, syms, grid, sms):
         tiles = grid[0] * grid[1] * grid[2]
-        self.grid = (min(tiles, sms * kernel["blocks_per_sm"]), 1, 1) if kernel["persistent"] else grid
+        cluster = kernel["cluster"]
+        held = min(tiles, sms * kernel["blocks_per_sm"] // cluster * cluster)
+        self.grid = (-(-held // cluster) * cluster, 1, 1) if kernel["persistent"] else grid
+        self.attribute = Attribute(CLUSTER_DIMENSION, b"", (cluster, 1, 1))
         self.function, self.kernel = function, kernel
-        self.maps = [TensorMap(tensors[m["param"]], kernel["dtype"], m["tile"], m["swizzle"]) for m in kernel["maps"]]
+        self.maps = [TensorMap(tensors[m["param"]], m["tile"], m["swizzle"]) for m in kernel["maps"]]
         self.pointers = [ctypes.c_uint64(t.data_ptr()) for t in [*tensors, syms]]
         addresses = [ctypes.addressof(p) for p in self.pointers] + [m.address for m in self.maps]
         self.args = (ctypes.c_void_p * len(addresses))(*addresses)
 
     def __call__(self):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = cuda.cuLaunchKernel(
-            self.function, *self.grid, self.kernel["threads"], 1, 1, self.kernel["shared_bytes"], stream, self.args, None
-        )
+        clustered = int(self.kernel["cluster"] > 1)
+        config = Config(self.grid, (self.kernel["threads"], 1, 1), self.kernel["shared_bytes"], stream,
+                        ctypes.pointer(self.attribute), clustered)
+        code = cuda.cuLaunchKernelEx(ctypes.byref(config), self.function, self.args, None)
         check(code, f"launch of {self.kernel['name']}")
 
 

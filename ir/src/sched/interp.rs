@@ -222,7 +222,7 @@ impl<'a> Executor<'a> {
             Op::Tile(op) => self.tile_op(op, inst)?,
             Op::Barrier => self.shared.barrier(unit),
             Op::Acquire(c) => return Ok(self.rings[c.0 as usize].acquire().map_err(|e| misuse(self, e))?.is_some()),
-            Op::Copy { channel, slot, view, rows, index, shape } => {
+            Op::Copy { channel, slot, view, rows, index, shape, .. } => {
                 let stage = self.rings[channel.0 as usize].filling().map_err(|e| misuse(self, e))?;
                 self.prepare(&operands(&inst.op))?;
                 let access = self.machine.access(*view, index, *rows, shape)?;

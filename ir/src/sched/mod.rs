@@ -50,6 +50,9 @@ pub struct Scheduled {
     /// A block goes on to further tiles of the grid: it runs the roles' bodies once a tile, and channels go on from one to the
     /// next. Tiles are taken down axis 0 in bands of this many, so that those which run together share operands. None: a tile a block.
     pub persistent: Option<u32>,
+    /// Blocks that run together, if they share copies. Such a kernel is persistent; where the grid ends within a cluster, the blocks
+    /// beyond do the same with tiles that are outside of every view.
+    pub cluster: Option<Cluster>,
     /// Parameters, as of the tile program.
     pub params: Vec<Param>,
     /// Types of all values, by [`ValueId`].
@@ -66,6 +69,15 @@ pub struct Scheduled {
     pub common: Block,
     /// Disjoint ranges of warps and what they run; none if `common` is all.
     pub roles: Vec<Role>,
+}
+
+/// Blocks that run together and fill one another's shared memory: neighbours along an axis of the grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Cluster {
+    /// The axis: 0 or 1.
+    pub axis: u32,
+    /// How many.
+    pub blocks: u32,
 }
 
 /// A range of warps with a body of their own.
@@ -188,7 +200,7 @@ pub struct Inst {
     pub results: Vec<ValueId>,
     /// What it does.
     pub op: Op,
-    /// Shared memory that it may use while it runs.
+    /// Shared memory that it may use while it runs. A store splits it between groups of threads, each of which orders its own uses.
     pub scratch: Option<BufferId>,
 }
 
@@ -238,6 +250,8 @@ pub enum Op {
         index: Vec<Index>,
         /// Shape of the tile.
         shape: Vec<u32>,
+        /// Whether the blocks of the cluster share it: each brings an equal part of the rows to all of them. It is the same tile for each.
+        shared: bool,
     },
     /// The acquired stage is full once its copies are complete.
     Commit(ChannelId),

@@ -24,6 +24,8 @@
 //! }
 //! ```
 //!
+//! A kernel with clusters says so behind its grid: `persistent 16 cluster 2 along 0`; a copy that they share is `copy shared c0.1, ...`.
+//!
 //! Places: `@uniform`, `@lazy`, `@shared(b3)`, `@slot(c0, 1)` and `@frag(ATOM, ROWSxCOLUMNS)` with warps along rows and columns and
 //! `ATOM` one of `mma16x8`, `wgmma`, `wgmma_t` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
 //! is written. Scratch memory stands last: `scratch b4`.
@@ -32,7 +34,7 @@
 //! `parse(print(k)) == [canonical(k)]`. The parser checks only what the text must hold to be represented; it never panics.
 
 use super::visit::visit;
-use super::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use super::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Cluster, Fragment, Inst, Op, Place, Role, Scheduled};
 use crate::dtype::DType;
 use crate::tile::text::{ParseError, Parsed, Parser, Printer, grid_text};
 use crate::tile::verify::MAX_DEPTH;
@@ -126,6 +128,9 @@ impl fmt::Display for Scheduled {
         write!(f, "scheduled {} grid({}) ", kernel.name, grid_text(&kernel.grid))?;
         if let Some(band) = kernel.persistent {
             write!(f, "persistent {band} ")?;
+        }
+        if let Some(Cluster { axis, blocks }) = kernel.cluster {
+            write!(f, "cluster {blocks} along {axis} ")?;
         }
         writeln!(f, "threads {}", kernel.threads)?;
         printer.tile.params(f, &kernel.params)?;
@@ -235,14 +240,15 @@ impl BlockPrinter<'_> {
             Op::Tile(op) => self.tile.op(op),
             Op::Barrier => "barrier".into(),
             Op::Acquire(c) => format!("acquire {c}"),
-            Op::Copy { channel, slot, view, rows, index, shape } => {
+            Op::Copy { channel, slot, view, rows, index, shape, shared } => {
                 // The element type is the view's; a shape is all that the copy says itself.
                 let dtype = match self.tile.types.get(view.0 as usize) {
                     Some(Type::View(t)) => t.dtype,
                     _ => DType::F32,
                 };
                 let tile = TileType { dtype, shape: shape.clone() };
-                format!("copy {channel}.{slot}, {} : {tile}", self.tile.access(*view, *rows, index))
+                let shared = if *shared { "shared " } else { "" };
+                format!("copy {shared}{channel}.{slot}, {} : {tile}", self.tile.access(*view, *rows, index))
             }
             Op::Commit(c) => format!("commit {c}"),
             Op::Wait(c) => format!("wait {c}"),
@@ -361,6 +367,12 @@ impl<'a> BlockParser<'a> {
         let name = self.p.word("the kernel's name")?.to_owned();
         let grid = self.p.grid()?;
         let persistent = if self.p.eat("persistent") { Some(self.p.integer()?) } else { None };
+        let cluster = if self.p.eat("cluster") {
+            let blocks = self.p.integer()?;
+            Some(Cluster { blocks, axis: field(&mut self.p, "along", true)? })
+        } else {
+            None
+        };
         self.p.expect("threads")?;
         let threads = self.p.integer()?;
         let (mut params, mut buffers, mut channels) = (Vec::new(), Vec::new(), Vec::new());
@@ -380,7 +392,20 @@ impl<'a> BlockParser<'a> {
             roles.push(self.role()?);
         }
         let (types, places) = (std::mem::take(&mut self.p.types), std::mem::take(&mut self.places));
-        Ok(Scheduled { name, grid, persistent, params, types, places, threads, buffers, channels, common, roles })
+        Ok(Scheduled {
+            name,
+            grid,
+            persistent,
+            cluster,
+            params,
+            types,
+            places,
+            threads,
+            buffers,
+            channels,
+            common,
+            roles,
+        })
     }
 
     /// `b0 = name:`, where the number counts the table's lines.
@@ -535,6 +560,7 @@ impl<'a> BlockParser<'a> {
             }
             "release" => Op::Release { channel: channel_id(p)?, lag: field(p, "lag", true)? },
             "copy" => {
+                let shared = p.eat("shared");
                 let (channel, slot) = slot(p)?;
                 p.expect(",")?;
                 let (view, rows, index) = p.access_or_rows()?;
@@ -546,7 +572,7 @@ impl<'a> BlockParser<'a> {
                     Some(Type::View(t)) if t.dtype != dtype => {
                         return Err(p.error(format!("a copy of {dtype} from {t}")));
                     }
-                    _ => Op::Copy { channel, slot, view, rows, index, shape },
+                    _ => Op::Copy { channel, slot, view, rows, index, shape, shared },
                 }
             }
             _ => return Ok(None),
@@ -652,6 +678,7 @@ role consumer warps 1..2 {
             name: program.name.clone(),
             grid: program.grid.clone(),
             persistent: bytes.first().filter(|&&n| n > 100).map(|&n| n.into()),
+            cluster: bytes.first().filter(|&&n| n > 140).map(|&n| Cluster { axis: u32::from(n) % 2, blocks: n.into() }),
             params: program.params.clone(),
             types: program.types.clone(),
             places: program.types.iter().map(&mut place).collect(),
@@ -698,6 +725,7 @@ role consumer warps 1..2 {
                         rows: (slot > 230).then_some(p.value),
                         index: at,
                         shape: vec![8, 4],
+                        shared: slot > 220,
                     })
                 }),
                 None => None,

@@ -55,6 +55,7 @@ pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetErro
         name: program.name.clone(),
         grid: program.grid.clone(),
         persistent: None,
+        cluster: None,
         params: program.params.clone(),
         types: s.types,
         places: s.places,

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `arch` | what differs between architectures, as data |
 //! | `lower` | tile program and schedule to MLIR text |
+//! | `tiles` | tiles of matrix products on Hopper |
 //! | `ptxas` | PTX to a cubin, and what it takes of a multiprocessor |
 //! | `target` | the way down for all kernels of a module; [`crate::gpu::llvm`] makes PTX of MLIR |
 //!
@@ -20,6 +21,7 @@ pub mod lower;
 pub mod ptxas;
 #[cfg(feature = "nvidia")]
 mod target;
+pub mod tiles;
 
 #[cfg(feature = "nvidia")]
 pub use target::NvidiaTarget;

@@ -5,7 +5,7 @@ use super::lower::{Lowered, lower};
 use super::ptxas;
 use super::ptxas::{Cubin, Ptxas};
 use crate::gpu::llvm;
-use crate::nvidia::lower;
+use crate::nvidia::{lower, tiles};
 use crate::parallel::in_parallel;
 use crate::{Kernel, KernelCode, Level, Listing, Module, Target, TargetError, TargetOptions};
 use dsc_ir::schedule::{KernelShape, Schedule};
@@ -143,7 +143,8 @@ impl Target for NvidiaTarget {
     }
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
-        Schedule::wide(shape, tokens)
+        let chosen = self.arch.has_wgmma.then(|| tiles::choose(shape, tokens, self.arch.device.sms)).flatten();
+        chosen.unwrap_or_else(|| Schedule::wide(shape, tokens))
     }
 
     fn fits(&self, kernel: &Kernel) -> bool {

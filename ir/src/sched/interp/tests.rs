@@ -190,6 +190,7 @@ impl Plain<'_> {
             name: program.name.clone(),
             grid: program.grid.clone(),
             persistent: None,
+            cluster: None,
             params: program.params.clone(),
             types: program.types.clone(),
             places: vec![Place::View; program.types.len()],

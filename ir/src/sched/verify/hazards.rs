@@ -5,6 +5,8 @@
 //! and a read conflict whichever elements they are of. Lazy values are read where they are used.
 //!
 //! An instruction may read and write one buffer if each thread overwrites only what it alone reads: elementwise, on tiles of one shape.
+//! What a store takes for scratch is its own affair.
+//!
 //! Behind `common` a role meets what all threads did, which only a barrier at the end of `common` settles.
 
 use super::lifetimes::overlap;
@@ -114,7 +116,9 @@ impl<'a> Hazards<'a, '_, '_> {
                 if let Some(&b) = reads.intersection(&writes).find(|&&b| !self.in_place(inst, b)) {
                     self.say(inst, format!("reads and overwrites {b} at once, and not element by element"));
                 }
-                writes.extend(inst.scratch);
+                if !matches!(inst.op, Op::Tile(tile::Op::Store { .. } | tile::Op::Scatter { .. })) {
+                    writes.extend(inst.scratch);
+                }
                 if let Op::Copy { channel, slot, .. } = &inst.op {
                     writes.insert(self.kernel.channels[channel.0 as usize].slots[*slot as usize]);
                 }

@@ -14,9 +14,11 @@
 
 use super::{Report, location, matrix};
 use crate::sched::ring::{Unit, channel_of, units};
-use crate::sched::{Atom, Block, Buffer, BufferId, ChannelId, Fragment, Inst, Op, Place, Scheduled};
+use crate::sched::visit::{Definitions, operands};
+use crate::sched::{Atom, Block, Buffer, BufferId, ChannelId, Cluster, Fragment, Inst, Op, Place, Scheduled};
 use crate::tile::verify::is_identifier;
 use crate::tile::{self, Type, ValueId};
+use std::collections::HashSet;
 
 pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     let before = report.diagnostics.len();
@@ -31,6 +33,7 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     if kernel.persistent == Some(0) {
         report.add("", "a band of tiles has at least one");
     }
+    cluster(kernel, report);
     for p in &kernel.params {
         if kernel.places[p.value.0 as usize] != Place::View {
             report.add(&format!(", %{}", p.name), "a parameter's place is @view");
@@ -40,6 +43,53 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     for (unit, block) in units(kernel).into_iter().enumerate() {
         places.unit = unit;
         places.block(block);
+    }
+}
+
+fn values_of(indices: [tile::Index; 2]) -> Vec<ValueId> {
+    let value = |i| if let tile::Index::Value(v) = i { Some(v) } else { None };
+    indices.into_iter().filter_map(value).collect()
+}
+
+/// Blocks of a cluster share what is the same for all of them, as often.
+fn cluster(kernel: &Scheduled, report: &mut Report) {
+    let axis = kernel.cluster.map(|c| c.axis);
+    if let Some(Cluster { axis, blocks }) = kernel.cluster {
+        if kernel.persistent.is_none() || axis > 1 || axis as usize >= kernel.grid.len() || blocks < 2 {
+            report.add("", "a cluster has at least two blocks along axis 0 or 1 of the grid of a persistent kernel");
+        }
+    }
+    let definitions = Definitions::new(kernel);
+    let differs = |vs: &[ValueId]| {
+        let (mut seen, mut pending) = (HashSet::new(), vs.to_vec());
+        while let Some(v) = pending.pop() {
+            match definitions.inst(v).map(|i| &i.op) {
+                Some(Op::Tile(tile::Op::BlockId { axis: a })) if Some(*a) == axis => return true,
+                Some(op) if seen.insert(v) => pending.extend(operands(op)),
+                _ => {}
+            }
+        }
+        false
+    };
+    for (unit, block) in units(kernel).into_iter().enumerate() {
+        let mut pending = vec![block];
+        while let Some(block) = pending.pop() {
+            for inst in &block.insts {
+                pending.extend(inst.op.blocks());
+                let problem = match &inst.op {
+                    Op::Copy { shared: true, .. } if axis.is_none() => "a copy is shared by the blocks of a cluster",
+                    Op::Copy { shared: true, rows: Some(_), .. } => "rows chosen by number are not shared",
+                    op @ Op::Copy { shared: true, .. } if differs(&operands(op)) => {
+                        "a copy that a cluster shares is the same for all its blocks"
+                    }
+                    Op::For { lo, hi, .. } if axis.is_some() && differs(&values_of([*lo, *hi])) => {
+                        "the blocks of a cluster run a loop equally often"
+                    }
+                    _ => continue,
+                };
+                report.add(&location(kernel, unit, inst), problem);
+            }
+        }
     }
 }
 

@@ -78,7 +78,7 @@ impl Eraser {
                 Op::If { cond, then, otherwise } => {
                     tile::Op::If { cond: *cond, then: self.block(then), otherwise: self.block(otherwise) }
                 }
-                Op::Copy { channel, slot, view, rows, index, shape } => {
+                Op::Copy { channel, slot, view, rows, index, shape, .. } => {
                     let dtype = match self.program.types.get(view.0 as usize) {
                         Some(Type::View(t)) => t.dtype,
                         _ => DType::F32,

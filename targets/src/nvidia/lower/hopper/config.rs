@@ -12,6 +12,8 @@ pub const ROWS: u32 = 64;
 const MOST_COLUMNS: u32 = 256;
 /// Registers of a thread that accumulators and products in flight may take.
 const MOST_REGISTERS: u32 = 192;
+/// Registers of accumulators up to which products are so short that more of them have to be in flight.
+const FEW_REGISTERS: u32 = 16;
 /// Rows of a tile from which its columns, not its rows, are the instruction's columns.
 const STRAIGHT_FROM: u32 = 64;
 /// Deepest ring.
@@ -26,8 +28,11 @@ pub struct Config {
     pub transposed: bool,
     /// Warpgroups along rows and columns of the tile.
     pub groups: [u32; 2],
-    /// Products in flight at a time: partial sums of so many rounds.
+    /// Products of which partial sums are in flight at a time.
     pub partials: u32,
+    /// Rounds between loading what a round's sums are scaled by and using it: memory answers meanwhile. What rounds of a turn of the loop
+    /// are is a multiple, so that registers need not change hands.
+    pub loads_ahead: u32,
     /// Stages of the ring.
     pub stages: u32,
     /// Bytes of a stage's left operand, and of each right one.
@@ -74,13 +79,15 @@ impl Config {
         if padded > MOST_COLUMNS || (!transposed && padded != wide) {
             return None;
         }
-        let accumulators = long / groups[0] / ROWS * padded / 2 * c.dots.len() as u32;
+        let product = long / groups[0] / ROWS * padded / 2;
+        let accumulators = product * c.dots.len() as u32;
         let partials = match () {
             () if c.direct => 0,
-            () if accumulators * 3 <= MOST_REGISTERS && c.rounds.is_some_and(|n| n > 1) => 2,
+            () if accumulators <= FEW_REGISTERS && c.rounds.is_some_and(|n| n > 3) => 4,
+            () if accumulators + 2 * product <= MOST_REGISTERS && c.rounds.is_some_and(|n| n > 1) => 2,
             () => 1,
         };
-        if accumulators * (1 + partials) > MOST_REGISTERS {
+        if accumulators + product * partials > MOST_REGISTERS {
             return None;
         }
         let warpgroups = groups[0] * groups[1];
@@ -99,13 +106,18 @@ impl Config {
         let beside = staging_bytes + part_bytes(row_parts, rows);
         let stages = ((limit - beside.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
         // Stages that consumers hold at once, and stages that gathered rows may be behind, must leave the producer one to go on.
-        let held = (partials * (c.step / c.stage_k())).max(2);
         let behind = if c.left.gathered.is_some() { behind_most(stages) } else { 0 };
+        let parts = c.step / c.stage_k();
+        let partials = partials.min(stages.saturating_sub(behind) / parts).max(partials.min(1));
+        let rounds_held = partials.div_ceil(c.dots.len() as u32) + u32::from(partials > 1 && c.dots.len() > 1);
+        let held = (rounds_held * parts).max(2);
         let depth = stages >= held + behind;
         depth.then_some(Config {
             transposed,
             groups: if transposed { [groups[1], groups[0]] } else { groups },
             partials,
+            // Where a product is short, memory takes longer; where operands change places there are many factors to keep.
+            loads_ahead: if accumulators <= FEW_REGISTERS && !transposed { 2 * partials } else { 2 },
             stages,
             slot_bytes,
             staging_bytes,

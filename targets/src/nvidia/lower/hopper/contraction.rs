@@ -10,8 +10,8 @@
 //! What stands around the loop may be anything that each thread can do for its own elements: scalars, maps, a store.
 
 use dsc_ir::DType;
-use dsc_ir::tile::{Index, Inst, Op, Program, Region, TileType, ValueId};
-use std::collections::HashMap;
+use dsc_ir::tile::{Index, Inst, MapArg, Op, Program, Region, Scalar, ScalarOp, TileType, ValueId};
+use std::collections::{HashMap, HashSet};
 
 /// Bytes of `k` that one stage holds of each row: the widest swizzle.
 pub const STEP_BYTES: u32 = 128;
@@ -40,7 +40,7 @@ pub struct Contraction<'a> {
     pub range: (Index, Index, u32),
     /// Its body.
     pub body: &'a Region,
-    /// Rounds of the loop, if its bounds are constants.
+    /// Rounds of the loop, if they are the same for every block.
     pub rounds: Option<u32>,
     /// Elements of `k` that a round takes.
     pub step: u32,
@@ -55,6 +55,9 @@ pub struct Contraction<'a> {
     /// Whether products add to the carried tiles themselves; else maps combine them.
     pub direct: bool,
 }
+
+/// Parts of a sum at most, where all are asked how long they are.
+const MOST_PARTS: u32 = 64;
 
 /// Where every value is defined, loops included.
 pub fn definitions<'a>(region: &'a Region, into: &mut HashMap<ValueId, &'a Inst>) {
@@ -129,10 +132,7 @@ impl<'a> Contraction<'a> {
         let left = program.tile(a)?;
         let rights: Vec<&TileType> = pairs.iter().map(|p| program.tile(p.1)).collect::<Option<_>>()?;
         let alike = rights.iter().all(|t| t.dtype == left.dtype && t.shape == rights[0].shape);
-        let rounds = match (lo, hi) {
-            (Index::Const(lo), Index::Const(hi)) => u32::try_from(hi.checked_sub(*lo)?).ok().map(|n| n.div_ceil(*step)),
-            _ => None,
-        };
+        let rounds = rounds(program, &defs, (*lo, *hi, *step));
         (one_left && alike && rounds != Some(0)).then_some(Contraction {
             k_loop,
             range: (*lo, *hi, *step),
@@ -168,6 +168,62 @@ impl<'a> Contraction<'a> {
     }
 }
 
+/// Rounds of a loop whose bounds are constants, or arithmetic on the block's number along one axis of constant size, if all blocks have
+/// as many.
+fn rounds(program: &Program, defs: &HashMap<ValueId, &Inst>, (lo, hi, step): (Index, Index, u32)) -> Option<u32> {
+    let at = |axes: &mut HashSet<u32>, block: i64| {
+        let mut of = |i: Index| match i {
+            Index::Const(n) => Some(n),
+            Index::Value(v) => number(defs, v, block, axes),
+        };
+        u32::try_from(of(hi)?.checked_sub(of(lo)?)?).ok().map(|n| n.div_ceil(step))
+    };
+    let mut axes = HashSet::new();
+    let first = at(&mut axes, 0)?;
+    let count = match axes.iter().collect::<Vec<_>>().as_slice() {
+        [] => 1,
+        [axis] => {
+            let dim = program.grid.get(**axis as usize)?;
+            dim.extent.constant()?.div_ceil(dim.tile.max(1))
+        }
+        _ => return None,
+    };
+    let alike = count <= MOST_PARTS && (1..count).all(|n| at(&mut axes, n.into()) == Some(first));
+    alike.then_some(first)
+}
+
+/// A scalar integer for a block's number along whatever axis it asks for, which is noted.
+fn number(defs: &HashMap<ValueId, &Inst>, v: ValueId, block: i64, axes: &mut HashSet<u32>) -> Option<i64> {
+    match &defs.get(&v)?.op {
+        Op::BlockId { axis } => {
+            axes.insert(*axis);
+            Some(block)
+        }
+        Op::Full { value: Scalar::I32(n), .. } => Some((*n).into()),
+        Op::Map { inputs, body } => {
+            let mut done: Vec<i64> = Vec::new();
+            let mut arg = |a: &MapArg, done: &[i64]| match a {
+                MapArg::Input(i) => number(defs, *inputs.get(*i as usize)?, block, axes),
+                MapArg::Inst(i) => done.get(*i as usize).copied(),
+            };
+            for inst in &body.insts {
+                let args = inst.args.iter().map(|a| arg(a, &done)).collect::<Option<Vec<_>>>()?;
+                done.push(match (inst.op, args.as_slice()) {
+                    (ScalarOp::Const(Scalar::I32(n)), _) => n.into(),
+                    (ScalarOp::Add, &[a, b]) => a.checked_add(b)?,
+                    (ScalarOp::Sub, &[a, b]) => a.checked_sub(b)?,
+                    (ScalarOp::Mul, &[a, b]) => a.checked_mul(b)?,
+                    (ScalarOp::Min, &[a, b]) => a.min(b),
+                    (ScalarOp::Max, &[a, b]) => a.max(b),
+                    _ => return None,
+                });
+            }
+            arg(&body.result, &done)
+        }
+        _ => None,
+    }
+}
+
 /// What a product adds to.
 fn adds_to(dot: &Inst) -> Option<ValueId> {
     match dot.op {
@@ -177,7 +233,7 @@ fn adds_to(dot: &Inst) -> Option<ValueId> {
 }
 
 fn is_zero(inst: &Inst) -> bool {
-    matches!(&inst.op, Op::Full { value: dsc_ir::tile::Scalar::F32(x), .. } if *x == 0.0)
+    matches!(&inst.op, Op::Full { value: Scalar::F32(x), .. } if *x == 0.0)
 }
 
 /// Whether an instruction is elementwise arithmetic on the carried tile.

@@ -22,6 +22,10 @@ use std::collections::HashMap;
 
 use super::config::WARPGROUP;
 
+/// Warps of a warpgroup.
+const GROUP_WARPS: u32 = WARPGROUP / Arch::WARP;
+/// Nanoseconds between the starts of a role's warpgroups: about what a round of a large tile takes.
+const APART_NS: u32 = 500;
 /// Bytes to which operands of products are aligned.
 const ALIGN: u32 = 1024;
 
@@ -52,19 +56,27 @@ pub struct Emit<'a> {
     pub rings: Vec<Ring>,
     /// Products in flight.
     pub flight: Flight,
-    /// Descriptors of whole buffers, by buffer and whether it is the instruction's second operand.
+    /// Starts of whole buffers in descriptors, by buffer and whether it is the instruction's second operand.
     pub descriptors: HashMap<(BufferId, bool), Val>,
     /// Values of the symbols.
     pub syms: [Val; 6],
+    /// Blocks that run together; 1 if each is by itself.
+    pub cluster: u32,
+    /// This block's number in its cluster.
+    pub rank: Val,
     /// The tile's coordinates in the grid.
     pub block: [Val; 3],
     /// This thread's number in its role.
     pub role_tid: Val,
+    /// This warp's.
+    pub role_warp: Val,
     /// Whether one thread runs the role.
     pub elected: bool,
     /// The barrier of this role's threads: its number, and how many they are.
     role_barrier: (u32, u32),
     geometries: HashMap<(Fragment, [u32; 2]), Geometry>,
+    /// Whether the role has the copy engine store results.
+    pub stores_boxes: bool,
     /// Addresses of gathered rows that this thread brings, and whether there is such a row.
     pub sources: HashMap<(ValueId, ValueId), Vec<(Val, Val)>>,
 }
@@ -95,11 +107,15 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
         flight: Flight::default(),
         descriptors: HashMap::new(),
         syms: [i32(0); 6],
+        cluster: s.cluster.map_or(1, |c| c.blocks),
+        rank: i32(0),
         block: [i32(0); 3],
         role_tid: i32(0),
+        role_warp: i32(0),
         elected: false,
         role_barrier: (0, s.threads),
         geometries: HashMap::new(),
+        stores_boxes: false,
         sources: HashMap::new(),
     };
     s.roles.iter().for_each(|r| define(&r.body, &mut e.defs));
@@ -107,7 +123,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
     let gpu = GpuKernel {
         threads: s.threads,
         shared_bytes: barriers,
-        cluster: 1,
+        cluster: e.cluster,
         persistent: s.persistent.is_some(),
         maps: e.maps.0.clone(),
         ..GpuKernel::default()
@@ -153,6 +169,9 @@ impl<'a> Emit<'a> {
         }
         let warp = ptx::uniform(&mut self.t.f, self.t.warp);
         self.t.warp = warp;
+        if self.cluster > 1 {
+            self.rank = isa::sreg(&mut self.t.f, "cluster.ctarank");
+        }
         self.init_barriers();
         let end = self.t.f.label();
         let s = self.s;
@@ -171,11 +190,17 @@ impl<'a> Emit<'a> {
         }
         self.t.f.br(end, &[]);
         self.t.f.start(end, &[]);
+        if self.cluster > 1 {
+            // Another block may still fill this one's memory, or arrive on its barriers.
+            ptx::cluster_barrier(&mut self.t.f);
+        }
         Ok(())
     }
 
     fn init_barriers(&mut self) {
-        let consumers = self.s.roles.iter().filter(|r| waits(&r.body)).map(warpgroups).sum();
+        let consumers: u32 = self.s.roles.iter().filter(|r| waits(&r.body)).map(warpgroups).sum();
+        // A stage that others fill too is free when it is free in all of them.
+        let consumers = consumers * self.cluster;
         let tid = self.t.tid;
         let one = self.t.f.cmp("eq", tid, i32(0));
         let rings: Vec<Ring> = self.rings.clone();
@@ -191,6 +216,9 @@ impl<'a> Emit<'a> {
             ptx::barrier_init_fence(&mut t.f);
         });
         self.t.barrier();
+        if self.cluster > 1 {
+            ptx::cluster_barrier(&mut self.t.f);
+        }
     }
 
     /// One role: its registers, then its body for every tile of this block.
@@ -199,6 +227,7 @@ impl<'a> Emit<'a> {
         self.descriptors.clear();
         self.geometries.clear();
         self.sources.clear();
+        self.stores_boxes = false;
         self.flight = Flight::default();
         self.rings.iter_mut().for_each(Ring::restart);
         self.elected = role.elected;
@@ -210,9 +239,16 @@ impl<'a> Emit<'a> {
             ptx::set_registers(&mut self.t.f, kind, registers);
         }
         self.role_tid = self.t.f.sub(self.t.tid, i32((role.warps[0] * Arch::WARP).into()));
+        self.role_warp = self.t.f.sub(self.t.warp, i32(role.warps[0].into()));
+        if role.registers.is_some() && adds_apart(&role.body, false) {
+            // Warpgroups that run in step would all add at once, and none would multiply.
+            let late = self.t.f.cmp("uge", self.role_warp, i32(GROUP_WARPS.into()));
+            self.t.when(late, |t| ptx::sleep(&mut t.f, APART_NS));
+        }
         if !role.elected {
             self.prepare(&role.body)?;
             self.tiles(&role.body)?;
+            self.end_stores();
             return self.deliver_rest();
         }
         let (first, chosen, out) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
@@ -254,7 +290,7 @@ impl<'a> Emit<'a> {
         if let Some(known) = self.geometries.get(&key) {
             return Ok(*known);
         }
-        let new = Geometry::new(&mut self.t, self.role_tid, *fragment, [rows, columns]);
+        let new = Geometry::new(&mut self.t, self.role_warp, *fragment, [rows, columns]);
         self.geometries.insert(key, new);
         Ok(new)
     }
@@ -277,8 +313,8 @@ impl<'a> Emit<'a> {
         match &inst.op {
             Op::For { lo, hi, step, init, body } => self.for_loop(inst, (*lo, *hi, *step), init, body),
             Op::Acquire(c) => self.acquire(*c),
-            Op::Copy { channel, slot, view, rows: None, index, shape } => {
-                self.copy(*channel, *slot, *view, index, shape)
+            Op::Copy { channel, slot, view, rows: None, index, shape, shared } => {
+                self.copy((*channel, *slot), *view, index, shape, *shared)
             }
             Op::Copy { channel, slot, view, rows: Some(rows), index, .. } => {
                 self.gather_rows(*channel, *slot, *view, *rows, index)
@@ -300,6 +336,15 @@ impl<'a> Emit<'a> {
     pub fn role_waits(&mut self) {
         let (id, threads) = self.role_barrier;
         isa::named_barrier(&mut self.t.f, id, threads);
+    }
+
+    /// All threads of the warpgroup wait for one another.
+    pub fn group_waits(&mut self) {
+        // Behind the barriers of the roles, which have one each.
+        let first = self.s.roles.len() as u32 + 1;
+        let group = self.t.f.div(self.role_tid, WARPGROUP);
+        let id = self.t.f.add(group, i32(first.into()));
+        ptx::barrier_of(&mut self.t.f, id, WARPGROUP);
     }
 
     fn tile_op(&mut self, inst: &'a Inst, op: &'a tile::Op) -> Result<(), String> {
@@ -524,6 +569,12 @@ impl<'a> Emit<'a> {
 fn waits(block: &Block) -> bool {
     let inside = |i: &Inst| i.op.blocks().into_iter().any(waits);
     block.insts.iter().any(|i| matches!(i.op, Op::Wait(_)) || inside(i))
+}
+
+/// Whether loops make partial sums that are added apart from their products.
+fn adds_apart(block: &Block, in_loop: bool) -> bool {
+    let starts = |op: &Op| in_loop && matches!(op, Op::Tile(tile::Op::Dot { acc: None, .. }));
+    block.insts.iter().any(|i| starts(&i.op) || i.op.blocks().into_iter().any(|b| adds_apart(b, true)))
 }
 
 /// Whether a block gathers rows into a channel.

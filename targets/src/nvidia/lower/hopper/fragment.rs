@@ -43,16 +43,15 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Of that tile for the running thread, `tid` in its role.
-    pub fn new(t: &mut Threads<'_>, tid: Val, fragment: Fragment, shape: [u32; 2]) -> Geometry {
+    /// Of that tile for a thread of the warp with that number in its role.
+    pub fn new(t: &mut Threads<'_>, warp: Val, fragment: Fragment, shape: [u32; 2]) -> Geometry {
         let transposed = fragment.atom == Atom::WgmmaTransposed;
         let swap = |[a, b]: [u32; 2]| if transposed { [b, a] } else { [a, b] };
         let ([long, short], groups) = (swap(shape), swap(fragment.warps));
         let (rows, wide) = (long / groups[0], short / groups[1]);
-        let group = t.f.div(tid, WARPGROUP);
+        let group = t.f.div(warp, WARPGROUP / 32);
         let (down, right) = (t.f.rem(group, groups[0]), t.f.div(group, groups[0]));
         let first = [t.f.mul(down, i32(rows.into())), t.f.mul(right, i32(wide.into()))];
-        let warp = t.f.div(tid, 32);
         let warp = t.f.rem(warp, 4);
         let (quad, within) = (t.f.div(t.lane, 4), t.f.rem(t.lane, 4));
         let row = t.f.mul(warp, i32(16));

@@ -21,11 +21,18 @@ impl<'a> Emit<'a> {
         let first = f.add(plane, ids[0]);
         let blocks = f.mul(counts[0], counts[1]);
         let blocks = f.mul(blocks, counts[2]);
+        // Clusters take tiles that lie together.
+        let (first, blocks) = (f.div(first, self.cluster), f.div(blocks, self.cluster));
         let mut sizes = [i32(1); 3];
         for (size, dim) in sizes.iter_mut().zip(&self.s.grid) {
             let extent = self.extent(dim.extent);
             let up = self.t.f.add(extent, i32(i64::from(dim.tile) - 1));
             *size = self.t.f.div(up, dim.tile);
+        }
+        if let Some(cluster) = self.s.cluster {
+            let size = &mut sizes[cluster.axis as usize];
+            let up = self.t.f.add(*size, i32(i64::from(cluster.blocks) - 1));
+            *size = self.t.f.div(up, cluster.blocks);
         }
         let tiles = self.t.f.mul(sizes[0], sizes[1]);
         let tiles = self.t.f.mul(tiles, sizes[2]);
@@ -34,6 +41,11 @@ impl<'a> Emit<'a> {
         let end = self.counted((first, tiles, blocks), &state, |e, tile, state| {
             e.resume(state);
             e.block = e.coordinates(tile, sizes, band);
+            if let Some(cluster) = e.s.cluster {
+                let at = &mut e.block[cluster.axis as usize];
+                let first = e.t.f.mul(*at, i32(cluster.blocks.into()));
+                *at = e.t.f.add(first, e.rank);
+            }
             e.block(body)?;
             e.settle_all();
             Ok(e.rings.iter().flat_map(|r| r.state()).collect())
@@ -103,9 +115,9 @@ impl<'a> Emit<'a> {
         registers.into_iter().map(|at| self.element(v, at, &mut seen)).collect()
     }
 
-    fn hold(&mut self, v: ValueId, values: &[Val]) {
+    fn hold(&mut self, v: ValueId, values: &[Val], varies: [bool; 2]) {
         let held = match &self.s.places[v.0 as usize] {
-            Place::Fragment(_) => Held::Registers(values.to_vec(), [true, true]),
+            Place::Fragment(_) => Held::Registers(values.to_vec(), varies),
             _ => Held::Scalar(values[0]),
         };
         self.held.insert(v, held);
@@ -126,8 +138,12 @@ impl<'a> Emit<'a> {
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
         let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
         let counters = carried.len();
-        let mut widths = Vec::new();
+        let (mut widths, mut varies) = (Vec::new(), Vec::new());
         for &v in init {
+            varies.push(match self.held.get(&v) {
+                Some(Held::Registers(_, varies)) => *varies,
+                _ => [true, true],
+            });
             let values = self.registers(v)?;
             widths.push(values.len());
             carried.extend(values);
@@ -145,8 +161,8 @@ impl<'a> Emit<'a> {
         let args = self.counted((lo, hi, i32(step.into())), &carried, |e, counter, values| {
             e.resume(values);
             e.held.insert(body.args[0], Held::Scalar(counter));
-            for (&arg, values) in body.args[1..].iter().zip(split(values)) {
-                e.hold(arg, &values);
+            for ((&arg, values), &varies) in body.args[1..].iter().zip(split(values)).zip(&varies) {
+                e.hold(arg, &values, varies);
             }
             e.flight = at_entry.clone();
             e.block(body)?;
@@ -160,8 +176,8 @@ impl<'a> Emit<'a> {
             Ok(next)
         })?;
         self.resume(&args);
-        for (&result, values) in inst.results.iter().zip(split(&args)) {
-            self.hold(result, &values);
+        for ((&result, values), &varies) in inst.results.iter().zip(split(&args)).zip(&varies) {
+            self.hold(result, &values, varies);
         }
         self.flight = at_entry.renamed(&body.args[1..], &inst.results);
         Ok(())

@@ -41,5 +41,5 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     if !arch.has_wgmma || !arch.has_tma {
         return None;
     }
-    plan::plan(&kernel.program, arch)
+    plan::plan(kernel, arch)
 }

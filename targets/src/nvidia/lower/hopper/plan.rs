@@ -12,23 +12,27 @@ use super::contraction::{Contraction, STEP_BYTES, definitions};
 use super::fragment::varies;
 use super::store::in_pieces;
 use super::tensor_map::{can_copy, view_type};
+use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
-use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::sched::{
+    Atom, Block, Buffer, BufferId, Channel, ChannelId, Cluster, Fragment, Inst, Op, Place, Role, Scheduled,
+};
 use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 /// Row tiles that are walked together: their rows of the left operand and a few columns of the right one stay in the cache.
 const BAND: u32 = 16;
 /// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
-const REGISTERS: [u32; 2] = [40, 232];
+const REGISTERS: [u32; 2] = [24, 240];
 /// The same where the producer's threads gather rows.
 const GATHERING_REGISTERS: [u32; 2] = [56, 224];
 /// The only channel.
 const RING: ChannelId = ChannelId(0);
 
 /// The schedule of a program that is one contraction; none if it is not, or the copy engine cannot bring its operands.
-pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
+pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
+    let program = &kernel.program;
     let c = Contraction::of(program)?;
     if !matches!(c.dtype, DType::Bf16 | DType::F16 | DType::E4m3) || !c.step.is_multiple_of(c.stage_k()) {
         return None;
@@ -37,7 +41,9 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
         can_copy(operand, view_type(&program.types, operand.view)?, c.stage_k()).then_some(())?;
     }
     let config = Config::of(&c, epilogue(program)?, arch)?;
-    Planner::new(program, c, config).scheduled()
+    let mut planner = Planner::new(program, c, config);
+    planner.cluster = planner.shared_copies(kernel.schedule.cluster);
+    planner.scheduled()
 }
 
 /// What the program does with the product; none if it stores nothing.
@@ -113,6 +119,8 @@ struct Planner<'a> {
     places: Vec<Place>,
     params: Vec<tile::Param>,
     names: Names,
+    /// Blocks that share copies, and whether those are of the right operands, else of the left one.
+    cluster: Option<(Cluster, bool)>,
 }
 
 fn plain(op: Op) -> Inst {
@@ -137,6 +145,7 @@ impl<'a> Planner<'a> {
             places: Vec::new(),
             params: Vec::new(),
             names: Names::new(),
+            cluster: None,
         };
         for param in &program.params {
             let value = p.fresh(program.ty(param.value).clone(), Place::View);
@@ -165,6 +174,27 @@ impl<'a> Planner<'a> {
         p.kept = p.split_for_maxima();
         p.after = p.c.body.insts.iter().filter_map(|i| i.results.first().copied()).filter(|&v| after(&p, v)).collect();
         p
+    }
+
+    /// Which copies so many blocks can share: of the larger operand, if neighbours along some axis of the grid want the same of it and
+    /// something else of the other.
+    fn shared_copies(&self, blocks: u32) -> Option<(Cluster, bool)> {
+        let axes = |operand: &super::contraction::Operand<'_>| -> HashSet<u32> {
+            let values = operand.index.iter().filter_map(|i| value_of(*i)).chain(operand.gathered).collect();
+            let ops = self.slice(values).into_iter().filter_map(|v| self.defs.get(&v)).map(|i| &i.op);
+            ops.filter_map(|op| if let tile::Op::BlockId { axis } = op { Some(*axis) } else { None }).collect()
+        };
+        let (left, right) = (axes(&self.c.left), self.c.rights.iter().flat_map(axes).collect::<HashSet<u32>>());
+        let bounds = self.slice(self.bounds());
+        let bounded =
+            bounds.iter().any(|v| matches!(self.defs.get(v), Some(i) if matches!(i.op, tile::Op::BlockId { .. })));
+        let [rows, columns] = self.c.shape();
+        // Of equals the left: blocks that run side by side are of one column, and the cache answers their requests for the right ones once.
+        let rights = columns * self.c.rights.len() as u32 > rows;
+        let (shared, own, share) = if rights { (right, left, columns) } else { (left, right, rows) };
+        let axis = (0..2).find(|a| own.contains(a) && !shared.contains(a))?;
+        let whole = blocks > 1 && share.is_multiple_of(blocks * 8) && !bounded && self.c.left.gathered.is_none();
+        whole.then_some((Cluster { axis, blocks }, rights))
     }
 
     /// Maps to matrices whose rows are split into groups of columns for a reduction.
@@ -335,6 +365,7 @@ impl<'a> Planner<'a> {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),
             persistent: Some(BAND),
+            cluster: self.cluster.map(|c| c.0),
             params: self.params.clone(),
             threads: produces[1].max(consumes[1]) * Arch::WARP,
             buffers: self.buffers(),
@@ -395,7 +426,8 @@ impl<'a> Planner<'a> {
         let mut out = Vec::new();
         for inst in &region.insts {
             if inst.results == self.c.k_loop.results {
-                out.push(self.fill_loop(names)?);
+                let fill = self.fill_loop(names, &mut out)?;
+                out.push(fill);
             } else if let Some(around) = self.around(inst) {
                 out.push(self.loop_around(around, names, Self::producer)?);
             } else if inst.results.first().is_some_and(|r| self.produced.contains(r)) {
@@ -408,11 +440,26 @@ impl<'a> Planner<'a> {
         Some(out)
     }
 
+    /// The bounds of the loop over `k` as a role has them: where the number of rounds is known, the end follows from the start.
+    fn bounds_in(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<(Index, Index)> {
+        let (lo, hi, step) = self.c.range;
+        let lo = rename_index(lo, names)?;
+        let hi = match (self.c.rounds, lo) {
+            (Some(rounds), Index::Value(v)) => {
+                let (inst, end) = self.plus(v, rounds * step);
+                out.push(inst);
+                Index::Value(end)
+            }
+            _ => rename_index(hi, names)?,
+        };
+        Some((lo, hi))
+    }
+
     /// The loop over `k` that fills stages.
-    fn fill_loop(&mut self, names: &mut Names) -> Option<Inst> {
+    fn fill_loop(&mut self, names: &mut Names, out: &mut Vec<Inst>) -> Option<Inst> {
         let c = self.c.clone();
-        let (lo, hi, step) = c.range;
-        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
+        let step = c.range.2;
+        let (lo, hi) = self.bounds_in(names, out)?;
         let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
         names.insert(c.body.args[0], counter);
         let mut insts = Vec::new();
@@ -439,11 +486,12 @@ impl<'a> Planner<'a> {
                         }
                     };
                 }
+                let shared = self.cluster.is_some_and(|(_, rights)| rights == (slot > 0));
                 let mut shape = operand.shape.to_vec();
                 *shape.last_mut()? = c.stage_k();
                 let view = *names.get(&operand.view)?;
                 let rows = operand.gathered.map(|r| names.get(&r).copied().ok_or(())).transpose().ok()?;
-                copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, rows, index, shape }));
+                copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, rows, index, shape, shared }));
             }
             insts.push(plain(Op::Acquire(RING)));
             insts.extend(copies);
@@ -468,8 +516,6 @@ impl<'a> Planner<'a> {
                 self.storable(self.tile(*value)?).then_some(())?;
                 let mut store = self.copied(inst, Place::Lazy, names)?;
                 if self.config.staging_bytes > 0 {
-                    // The last tile's results may still be on their way through the same memory.
-                    out.push(plain(Op::Barrier));
                     store.scratch = Some(BufferId(1 + self.c.rights.len() as u32));
                 }
                 out.push(store);
@@ -533,13 +579,7 @@ impl<'a> Planner<'a> {
         let c = self.c.clone();
         for part in 0..c.step / c.stage_k() {
             out.push(plain(Op::Wait(RING)));
-            let mut taken = Vec::new();
-            for (slot, operand) in c.operands().into_iter().enumerate() {
-                let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
-                taken.push(self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
-                let op = Op::Take { channel: RING, slot: slot as u32 };
-                out.push(Inst { results: vec![taken[slot]], op, scratch: None });
-            }
+            let taken = self.take(out);
             let results = self.results();
             for (i, &result) in results.iter().enumerate() {
                 let acc = accs.as_ref().map(|accs| accs[i]);
@@ -591,18 +631,26 @@ impl<'a> Planner<'a> {
 
     /// `Σ_k a · bᵀ`.
     fn sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
-        let (lo, hi, step) = self.c.range;
-        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
-        let (Some(rounds), Index::Const(first)) = (self.c.rounds, lo) else {
+        let step = self.c.range.2;
+        let (lo, hi) = self.bounds_in(names, out)?;
+        let Some(rounds) = self.c.rounds else {
             // There may be no round at all: nothing can stand before the loop.
             let zeros = self.zeros(out);
             return self.carrying((lo, hi, step), zeros, out, |p, _, accs, out| {
                 Some(p.multiply(Some(accs), (Some(0), true), out))
             });
         };
+        let second = match lo {
+            Index::Const(first) => Index::Const(first + i64::from(step)),
+            Index::Value(first) => {
+                let (inst, second) = self.plus(first, step);
+                out.push(inst);
+                Index::Value(second)
+            }
+        };
         let mut totals = self.multiply(None, (Some(1), false), out);
         if rounds > 1 {
-            let rest = (Index::Const(first + i64::from(step)), hi, step);
+            let rest = (second, hi, step);
             totals =
                 self.carrying(rest, totals, out, |p, _, accs, out| Some(p.multiply(Some(accs), (Some(1), true), out)))?;
         }
@@ -611,77 +659,223 @@ impl<'a> Planner<'a> {
     }
 
     /// The same with maps of each round's partial sums into the accumulators.
+    ///
+    /// A turn of the loop takes several rounds. In it partial sums of some rounds are in flight: a round's products are issued, then the oldest
+    /// partial sums are added while the younger ones are made. None is in flight from turn to turn, which the assembler would serialise.
+    /// What sums are scaled by is loaded some rounds before.
     fn scaled_sum(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
-        let (lo, hi, step) = self.c.range;
-        let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
-        let zeros = self.zeros(out);
-        let (Some(rounds), Index::Const(first)) = (self.c.rounds, lo) else {
-            return self.carrying((lo, hi, step), zeros, out, |p, counter, accs, out| {
-                p.scaled_rounds(counter, 1, accs, names, out)
-            });
+        let (lo, hi) = self.bounds_in(names, out)?;
+        let (step, products, ahead) = (self.c.range.2, self.c.dots.len(), self.config.loads_ahead);
+        let mut accs = self.zeros(out);
+        let first = match lo {
+            Index::Value(v) => v,
+            Index::Const(n) => {
+                let (inst, v) = self.scalar(i32::try_from(n).ok()?);
+                out.push(inst);
+                v
+            }
         };
-        let together = self.config.partials.min(rounds).max(1);
-        let looped = rounds / together * together;
-        let end = first + i64::from(looped) * i64::from(step);
-        let range = (lo, Index::Const(end), step * together);
-        let totals = self.carrying(range, zeros, out, |p, counter, accs, out| {
-            p.scaled_rounds(counter, together, accs, names, out)
-        })?;
-        if looped == rounds {
-            return Some(totals);
+        let rounds = self.c.rounds;
+        let turn = (2 * self.config.partials).max(4) / products as u32;
+        let each_turn = rounds.map_or(1, |rounds| turn.max(2).min(rounds));
+        let rest = rounds.map_or(0, |rounds| rounds % each_turn);
+        let end = match rounds {
+            Some(rounds) if rest > 0 => {
+                let (inst, end) = self.plus(first, (rounds - rest) * step);
+                out.push(inst);
+                Index::Value(end)
+            }
+            _ => hi,
+        };
+        let mut loaded = VecDeque::new();
+        for round in 0..ahead {
+            loaded.push_back(self.load_round((first, round * step), names, out)?);
         }
-        let (inst, counter) = self.scalar(i32::try_from(end).ok()?);
-        out.push(inst);
-        self.scaled_rounds(counter, rounds - looped, totals, names, out)
+        let counter = self.counter();
+        let init: Vec<ValueId> = accs.iter().copied().chain(loaded.iter().flatten().copied()).collect();
+        let carried = |p: &mut Self| -> Vec<ValueId> {
+            let mut all = p.results();
+            for &v in &init[products..] {
+                all.push(p.fresh(p.types[v.0 as usize].clone(), p.places[v.0 as usize].clone()));
+            }
+            all
+        };
+        let by_round = |values: &[ValueId]| -> VecDeque<Vec<ValueId>> {
+            let each = values.len() / ahead as usize;
+            (0..ahead as usize).map(|i| values[i * each..(i + 1) * each].to_vec()).collect()
+        };
+        let args = carried(self);
+        let mut insts = Vec::new();
+        let mut next = by_round(&args[products..]);
+        let sums = args[..products].to_vec();
+        let sums = self.scaled_rounds((counter, each_turn, true), (sums, &mut next), names, &mut insts)?;
+        let yields = sums.into_iter().chain(next.into_iter().flatten()).collect();
+        let body = Block { args: [counter].into_iter().chain(args).collect(), insts, yields };
+        let results = carried(self);
+        let op = Op::For { lo, hi: end, step: step * each_turn, init, body };
+        out.push(Inst { results: results.clone(), op, scratch: None });
+        accs = results[..products].to_vec();
+        if let (Index::Value(counter), true) = (end, rest > 0) {
+            let mut loaded = by_round(&results[products..]);
+            accs = self.scaled_rounds((counter, rest, false), (accs, &mut loaded), names, out)?;
+        }
+        Some(accs)
     }
 
-    /// `count` rounds from `counter` on, all their products in flight before the first is added to `accs`.
+    /// `count` rounds from `counter` on, the first of which `loaded` has what is loaded for; afterwards it has that of the first
+    /// rounds behind, if there are `more`.
     fn scaled_rounds(
         &mut self,
-        counter: ValueId,
-        count: u32,
-        mut accs: Vec<ValueId>,
+        (counter, count, more): (ValueId, u32, bool),
+        (mut accs, loaded): (Vec<ValueId>, &mut VecDeque<Vec<ValueId>>),
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<Vec<ValueId>> {
+        let (step, ahead) = (self.c.range.2, self.config.loads_ahead);
+        let products = self.c.dots.len() as u32;
+        let (mut flight, mut taken, mut waited) = (VecDeque::new(), Vec::new(), 0);
+        let mut issued = 0;
+        for round in 0..count {
+            let now = loaded.pop_front()?;
+            for product in 0..products {
+                let unit = round * products + product;
+                while issued < (unit + self.config.partials).min(count * products) {
+                    if issued % products == 0 {
+                        taken = self.wait_for_round(out);
+                        waited += 1;
+                    }
+                    flight.push_back(self.issue(&taken, (issued % products) as usize, out));
+                    issued += 1;
+                }
+                if product == 0 && (more || round + ahead < count) {
+                    loaded.push_back(self.load_round((counter, (round + ahead) * step), names, out)?);
+                }
+                let last = (product + 1 == products).then_some(waited - 1 - round);
+                accs = self.promote((accs, flight.pop_front()?), (product as usize, last), &now, names, out)?;
+            }
+        }
+        Some(accs)
+    }
+
+    /// Waits for the stages of a round; what is in their slots, stage by stage.
+    fn wait_for_round(&mut self, out: &mut Vec<Inst>) -> Vec<Vec<ValueId>> {
+        let c = self.c.clone();
+        let mut stages = Vec::new();
+        for _ in 0..c.step / c.stage_k() {
+            out.push(plain(Op::Wait(RING)));
+            stages.push(self.take(out));
+        }
+        stages
+    }
+
+    /// What is in the slots of the stage waited for last.
+    fn take(&mut self, out: &mut Vec<Inst>) -> Vec<ValueId> {
+        let c = self.c.clone();
+        let mut taken = Vec::new();
+        for (slot, operand) in c.operands().into_iter().enumerate() {
+            let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
+            taken.push(self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
+            let op = Op::Take { channel: RING, slot: slot as u32 };
+            out.push(Inst { results: vec![taken[slot]], op, scratch: None });
+        }
+        taken
+    }
+
+    /// The partial sum of one of the products of a round.
+    fn issue(&mut self, stages: &[Vec<ValueId>], product: usize, out: &mut Vec<Inst>) -> ValueId {
+        let mut acc = None;
+        let ty = self.program.ty(self.c.dots[product].results[0]).clone();
+        for taken in stages {
+            let result = self.fresh(ty.clone(), self.fragment());
+            let op = tile::Op::Dot { a: taken[0], b: taken[product + 1], acc, trans_b: true };
+            out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
+            acc = Some(result);
+        }
+        acc.unwrap_or(ValueId(u32::MAX))
+    }
+
+    /// What the maps of a round take from memory.
+    fn round_loads(&self) -> Vec<ValueId> {
+        let loads =
+            self.c.body.insts.iter().filter(|i| matches!(i.op, tile::Op::Load { .. } | tile::Op::Gather { .. }));
+        let results = loads.filter_map(|i| i.results.first().copied());
+        results.filter(|r| self.consumed.contains(r) && !self.after.contains(r)).collect()
+    }
+
+    /// Instructions of the loop that those values need, without what is loaded, the products, and what needs them.
+    fn computed_for(&self, roots: Vec<ValueId>, loads: &[ValueId]) -> Vec<&'a tile::Inst> {
+        let (mut seen, mut pending) = (HashSet::new(), roots);
+        while let Some(v) = pending.pop() {
+            let stops = loads.contains(&v) || self.c.is_product(v);
+            if seen.insert(v)
+                && !stops
+                && let Some(inst) = self.defs.get(&v)
+            {
+                pending.extend(tile::operands(&inst.op));
+            }
+        }
+        let wanted = |r: &ValueId| seen.contains(r) && !loads.contains(r) && !self.after.contains(r);
+        self.c.body.insts.iter().filter(|i| i.results.first().is_some_and(wanted)).collect()
+    }
+
+    /// Loads what the round `offset` after `counter` is scaled by.
+    fn load_round(
+        &mut self,
+        (counter, offset): (ValueId, u32),
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<Vec<ValueId>> {
+        let loads = self.round_loads();
+        let operands = loads.iter().filter_map(|v| self.defs.get(v)).flat_map(|i| tile::operands(&i.op)).collect();
+        let mut names = names.clone();
+        let (inst, at) = self.plus(counter, offset);
+        out.push(inst);
+        names.insert(self.c.body.args[0], at);
+        for inst in self.computed_for(operands, &[]) {
+            let place = self.place(inst)?;
+            out.push(self.copied(inst, place, &mut names)?);
+        }
+        for load in &loads {
+            let inst = *self.defs.get(load)?;
+            let place = self.place(inst)?;
+            out.push(self.copied(inst, place, &mut names)?);
+        }
+        loads.iter().map(|v| names.get(v).copied()).collect()
+    }
+
+    /// Adds the partial sums of one product of a round to its accumulator; `loaded` is of the round. With the `last` product its stages
+    /// are given back, the waits for so many younger rounds after theirs.
+    fn promote(
+        &mut self,
+        (mut accs, partial): (Vec<ValueId>, ValueId),
+        (product, last): (usize, Option<u32>),
+        loaded: &[ValueId],
         names: &Names,
         out: &mut Vec<Inst>,
     ) -> Option<Vec<ValueId>> {
         let c = self.c.clone();
-        let mut rounds = Vec::new();
-        for round in 0..count {
-            let mut names = names.clone();
-            let counter = if round == 0 {
-                counter
-            } else {
-                let (inst, v) = self.plus(counter, round * c.range.2);
-                out.push(inst);
-                v
-            };
-            names.insert(c.body.args[0], counter);
-            for inst in &c.body.insts {
-                let r = inst.results.first()?;
-                if self.consumed.contains(r) && !self.after.contains(r) {
-                    let place = self.place(inst)?;
-                    out.push(self.copied(inst, place, &mut names)?);
-                }
-            }
-            let partials = self.multiply(None, (None, false), out);
-            names.extend(c.dots.iter().map(|d| d.results[0]).zip(partials));
-            rounds.push(names);
-        }
         let parts = c.step / c.stage_k();
-        for (round, names) in rounds.iter_mut().enumerate() {
-            for part in 0..parts {
-                let lag = count * parts - 1 - (round as u32 * parts + part);
-                out.push(plain(Op::Release { channel: RING, lag }));
-            }
-            names.extend(c.body.args[1..].iter().copied().zip(accs));
-            for inst in &c.body.insts {
-                let r = inst.results[0];
-                if self.after.contains(&r) && self.consumed.contains(&r) && !c.is_product(r) {
-                    out.push(self.combination(inst, names)?);
-                }
-            }
-            accs = c.body.yields.iter().map(|y| names.get(y).copied()).collect::<Option<_>>()?;
+        for part in 0..last.map_or(0, |_| parts) {
+            out.push(plain(Op::Release { channel: RING, lag: (last? + 1) * parts - 1 - part }));
         }
+        let loads = self.round_loads();
+        let mut names = names.clone();
+        names.extend(loads.iter().copied().zip(loaded.iter().copied()));
+        names.insert(c.dots[product].results[0], partial);
+        names.extend(c.body.args[1..].iter().copied().zip(accs.iter().copied()));
+        let wanted = self.slice(vec![c.body.yields[product]]);
+        let after = |i: &&'a tile::Inst| {
+            i.results.first().is_some_and(|r| wanted.contains(r) && self.after.contains(r) && !c.is_product(*r))
+        };
+        let maps: Vec<&'a tile::Inst> = c.body.insts.iter().filter(after).collect();
+        for inst in self.computed_for(maps.iter().flat_map(|i| tile::operands(&i.op)).collect(), &loads) {
+            let place = self.place(inst)?;
+            out.push(self.copied(inst, place, &mut names)?);
+        }
+        for inst in maps {
+            out.push(self.combination(inst, &mut names)?);
+        }
+        accs[product] = *names.get(&c.body.yields[product])?;
         Some(accs)
     }
 

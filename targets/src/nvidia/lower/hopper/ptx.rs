@@ -37,6 +37,17 @@ pub fn barrier_arrive_if(f: &mut Fn, at: Val, c: Val) {
     effect(f, text, "r,r", &[at, c]);
 }
 
+/// Arrives at the same barrier of block `rank` of the cluster where `c` (i32) is not zero.
+pub fn barrier_arrive_at_if(f: &mut Fn, at: Val, rank: Val, c: Val) {
+    let text = "{\n.reg .pred p;\n.reg .b32 a;\nsetp.ne.b32 p, $2, 0;\n@p mapa.shared::cluster.u32 a, $0, $1;\n@p mbarrier.arrive.shared::cluster.b64 _, [a];\n}";
+    effect(f, text, "r,r,r", &[at, rank, c]);
+}
+
+/// All threads of all blocks of the cluster wait for one another.
+pub fn cluster_barrier(f: &mut Fn) {
+    effect(f, "barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;", "", &[]);
+}
+
 /// Whether this is the one lane of its warp that is chosen; the whole warp must run it.
 pub fn elect(f: &mut Fn) -> Val {
     let text = "{\n.reg .pred p;\n.reg .b32 l;\nelect.sync l|p, 0xffffffff;\nselp.b32 $0, 1, 0, p;\n}";
@@ -54,17 +65,43 @@ pub fn set_registers(f: &mut Fn, kind: &str, count: u32) {
     effect(f, &format!("setmaxnreg.{kind}.sync.aligned.u32 {count};"), "", &[]);
 }
 
-/// Copies a box of a tensor to shared memory; the barrier gets its bytes. `coordinates` innermost first.
-pub fn copy_box(f: &mut Fn, to: Val, map: Val, barrier: Val, coordinates: &[Val]) {
+/// Copies a box of a tensor to shared memory; the barrier gets its bytes. `coordinates` innermost first. With `blocks`, to the same place
+/// and barrier of so many blocks of the cluster.
+pub fn copy_box(f: &mut Fn, to: Val, map: Val, barrier: Val, coordinates: &[Val], blocks: Option<u32>) {
     let list: Vec<String> = (0..coordinates.len()).map(|i| format!("${}", i + 3)).collect();
     let text = format!(
-        "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {{{}}}], [$2];",
+        "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes{} [$0], [$1, {{{}}}], [$2]{};",
         coordinates.len(),
-        list.join(", ")
+        if blocks.is_some() { ".multicast::cluster" } else { "" },
+        list.join(", "),
+        if blocks.is_some() { format!(", ${}", coordinates.len() + 3) } else { String::new() },
     );
-    let constraints = format!("r,l,r{}", ",r".repeat(coordinates.len()));
-    let args: Vec<Val> = [to, map, barrier].into_iter().chain(coordinates.iter().copied()).collect();
+    let mut constraints = format!("r,l,r{}", ",r".repeat(coordinates.len()));
+    let mut args: Vec<Val> = [to, map, barrier].into_iter().chain(coordinates.iter().copied()).collect();
+    if let Some(blocks) = blocks {
+        constraints.push_str(",h");
+        args.push(Val::Int((1 << blocks) - 1, Ty::I16));
+    }
     effect(f, &text, &constraints, &args);
+}
+
+/// Copies a box of shared memory to a tensor, in a group of this thread's. `coordinates` innermost first.
+pub fn store_box(f: &mut Fn, map: Val, from: Val, coordinates: &[Val]) {
+    let list: Vec<String> = (0..coordinates.len()).map(|i| format!("${}", i + 2)).collect();
+    let (rank, list) = (coordinates.len(), list.join(", "));
+    let text = format!("cp.async.bulk.tensor.{rank}d.global.shared::cta.bulk_group [$0, {{{list}}}], [$1];");
+    let args: Vec<Val> = [map, from].into_iter().chain(coordinates.iter().copied()).collect();
+    effect(f, &text, &format!("l,r{}", ",r".repeat(rank)), &args);
+}
+
+/// Ends a group of [`store_box`].
+pub fn stores_commit(f: &mut Fn) {
+    effect(f, "cp.async.bulk.commit_group;", "", &[]);
+}
+
+/// Waits until what this thread's stores read may be overwritten.
+pub fn stores_wait(f: &mut Fn) {
+    effect(f, "cp.async.bulk.wait_group.read 0;", "", &[]);
 }
 
 /// Orders this thread's accesses to shared memory before those of the copy engine and of [`wgmma`].
@@ -72,14 +109,21 @@ pub fn fence_async(f: &mut Fn) {
     effect(f, "fence.proxy.async.shared::cta;", "", &[]);
 }
 
-/// Descriptor of an operand of [`wgmma`] that starts at this address of shared memory, in the 128-byte swizzle: `stride` bytes
-/// from eight rows to the next eight, `leading` from one 128-byte panel to the next where the operand's rows run across `k`.
-pub fn descriptor(f: &mut Fn, at: Val, leading: u32, stride: u32) -> Val {
+/// Unit of addresses in descriptors.
+pub const DESCRIPTOR_UNIT: u32 = 16;
+
+/// Where an operand starts, as its descriptor has it.
+pub fn descriptor_start(f: &mut Fn, at: Val) -> Val {
     let low = f.bin("lshr", at, i32(4));
-    let low = f.bin("and", low, i32(0x3fff));
+    f.bin("and", low, i32(0x3fff))
+}
+
+/// Descriptor of an operand of [`wgmma`] that starts there, in the 128-byte swizzle: `stride` bytes
+/// from eight rows to the next eight, `leading` from one 128-byte panel to the next where the operand's rows run across `k`.
+pub fn descriptor(f: &mut Fn, start: Val, leading: u32, stride: u32) -> Val {
+    let low = f.bin("or", start, i32(i64::from(leading / DESCRIPTOR_UNIT) << 16));
     let low = f.cast("zext", low, Ty::I64);
-    let high = (1 << 62) | (i64::from(stride >> 4) << 32) | (i64::from(leading >> 4) << 16);
-    f.bin("or", low, i64(high))
+    f.bin("or", low, i64((1 << 62) | (i64::from(stride / DESCRIPTOR_UNIT) << 32)))
 }
 
 /// Before the first [`wgmma`] of a group: registers are as written.
@@ -134,6 +178,16 @@ pub fn store_matrix(f: &mut Fn, at: Val, words: &[Val], transposed: bool) {
     let text = format!("stmatrix.sync.aligned.m8n8.x{n}{trans}.shared.b16 [$0], {{{}}};", list.join(", "));
     let args: Vec<Val> = [at].into_iter().chain(words.iter().copied()).collect();
     effect(f, &text, &format!("r{}", ",r".repeat(n)), &args);
+}
+
+/// Stops for about as long.
+pub fn sleep(f: &mut Fn, nanoseconds: u32) {
+    effect(f, &format!("nanosleep.u32 {nanoseconds};"), "", &[]);
+}
+
+/// The threads of named barrier `id`, so many, wait for one another.
+pub fn barrier_of(f: &mut Fn, id: Val, threads: u32) {
+    effect(f, &format!("bar.sync $0, {threads};"), "r", &[id]);
 }
 
 /// All lanes of the warp wait for one another; shared memory written before is visible after.

@@ -129,14 +129,14 @@ impl<'a> Emit<'a> {
         bytes.iter().sum()
     }
 
-    /// Starts a copy into the acquired stage.
+    /// Starts a copy into the acquired stage; of one that a cluster shares, this block's part, to the same place in every block.
     pub fn copy(
         &mut self,
-        channel: ChannelId,
-        slot: u32,
+        (channel, slot): (ChannelId, u32),
         view: ValueId,
         index: &[Index],
         shape: &[u32],
+        shared: bool,
     ) -> Result<(), String> {
         let s = self.s;
         let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
@@ -144,13 +144,24 @@ impl<'a> Emit<'a> {
         let full = self.barrier_at(channel, false, stage);
         let base = self.t.f.add(self.t.shared32, i32(buffer.offset.into()));
         let offset = self.t.f.mul(stage, i32(buffer.copy_bytes().into()));
-        let to = self.t.f.add(base, offset);
-        let number = self.maps.number(s, view, shape, buffer.swizzle).ok_or("a copy from what is no parameter")?;
-        let map = Val::Arg((s.params.len() + 1 + number) as u32, Ty::Generic);
+        let mut to = self.t.f.add(base, offset);
         let mut coordinates = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+        let mut part = shape.to_vec();
+        if shared {
+            let axis = shape.iter().rev().skip(1).position(|&n| n > 1).ok_or("a shared copy of one row")?;
+            let axis = shape.len() - 2 - axis;
+            part[axis] /= self.cluster;
+            let first = self.t.f.mul(self.rank, i32(part[axis].into()));
+            coordinates[axis] = self.t.f.add(coordinates[axis], first);
+            let bytes = self.t.f.mul(first, i32(buffer.pitch.into()));
+            to = self.t.f.add(to, bytes);
+        }
+        let number = self.maps.number(s, view, &part, buffer.swizzle).ok_or("a copy from what is no parameter")?;
+        let map = Val::Arg((s.params.len() + 1 + number) as u32, Ty::Generic);
         coordinates.reverse();
         let drives = self.drives();
-        self.t.when(drives, |t| ptx::copy_box(&mut t.f, to, map, full, &coordinates));
+        let blocks = shared.then_some(self.cluster);
+        self.t.when(drives, |t| ptx::copy_box(&mut t.f, to, map, full, &coordinates, blocks));
         Ok(())
     }
 
@@ -182,6 +193,13 @@ impl<'a> Emit<'a> {
         let stage = self.rings[channel.0 as usize].back(&mut self.t.f, lag);
         let empty = self.barrier_at(channel, true, stage);
         let within = self.t.f.rem(self.role_tid, WARPGROUP);
+        if self.cluster > 1 {
+            // One thread for each block of the cluster.
+            let mine = self.t.f.cmp("ult", within, i32(self.cluster.into()));
+            let mine = self.t.f.cast("zext", mine, Ty::I32);
+            ptx::barrier_arrive_at_if(&mut self.t.f, empty, within, mine);
+            return Ok(());
+        }
         let first = self.t.f.cmp("eq", within, i32(0));
         let first = self.t.f.cast("zext", first, Ty::I32);
         ptx::barrier_arrive_if(&mut self.t.f, empty, first);

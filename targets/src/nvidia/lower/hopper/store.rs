@@ -1,15 +1,15 @@
 //! Results to memory.
 //!
-//! 16-bit results are turned through shared memory, a warp's rows by itself, so that they leave as 16-byte pieces of whole rows;
-//! others go straight from the registers. Elements outside the view are dropped by a predicate each.
+//! 16-bit results are turned through shared memory. From there the copy engine takes boxes of 64 rows and columns of each warpgroup, which goes
+//! on meanwhile; where it cannot, each warp turns its own rows, and they leave as 16-byte pieces of whole rows. Others go straight from the registers. Elements outside the view are dropped by a predicate each.
 
-use super::config::ROWS;
+use super::config::{ROWS, WARPGROUP};
 use super::emit::Emit;
 use super::fragment::{Geometry, Register};
 use super::ptx;
-use super::tensor_map::view_type;
+use super::tensor_map::{can_describe, view_type};
 use crate::nvidia::lower::isa;
-use crate::nvidia::lower::mlir::{Val, i32};
+use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::sched::BufferId;
 use dsc_ir::tile::{Index, ValueId, ViewType};
 use std::collections::HashMap;
@@ -20,6 +20,8 @@ const PANEL: u32 = 128;
 const PIECE: u32 = 16;
 /// 16-bit elements in that.
 const PIECE_ELEMENTS: u32 = PIECE / 2;
+/// Columns of a box that the copy engine stores.
+const BOX: u32 = PANEL / 2;
 
 /// A tile being stored.
 struct Target {
@@ -66,6 +68,26 @@ impl Emit<'_> {
             return self.one_a_row(&geometry, &target, value);
         }
         match scratch {
+            Some(buffer) if self.by_boxes(&geometry, &target) => {
+                // A map knows how many rows there can be, not how many there are: what is cut goes piece by piece.
+                self.settle_all();
+                let extent = view_type(&self.s.types, view).map(|t| t.shape[target.row_axis]);
+                let extent = self.extent(extent.ok_or("a store to no view")?);
+                let first = self.t.f.add(target.start[target.row_axis], geometry.first[0]);
+                let end = self.t.f.add(first, i32((geometry.subs * ROWS).into()));
+                let whole = self.t.f.cmp("sle", end, extent);
+                let (boxes, pieces, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
+                self.t.f.cond_br(whole, (boxes, &[]), (pieces, &[]));
+                self.t.f.start(boxes, &[]);
+                self.boxes(&geometry, &target, value, buffer)?;
+                self.t.f.br(after, &[]);
+                self.t.f.start(pieces, &[]);
+                self.stores_waited();
+                self.staged(&geometry, &target, value, buffer)?;
+                self.t.f.br(after, &[]);
+                self.t.f.start(after, &[]);
+                Ok(())
+            }
             Some(buffer) if geometry.transposed => self.staged_transposed(&geometry, &target, value, buffer),
             Some(buffer) => self.staged(&geometry, &target, value, buffer),
             None => self.direct(&geometry, &target, value),
@@ -149,7 +171,7 @@ impl Emit<'_> {
     /// The warp's own part of the staging buffer as an address: rows of [`PANEL`] bytes from its group's first.
     fn staging(&mut self, buffer: BufferId, group_bytes: u32) -> Val {
         let offset = self.s.buffers[buffer.0 as usize].offset;
-        let group = self.t.f.div(self.role_tid, super::config::WARPGROUP);
+        let group = self.t.f.div(self.role_tid, WARPGROUP);
         let own = self.t.f.mul(group, i32(group_bytes.into()));
         let base = self.t.f.add(self.t.shared32, i32(offset.into()));
         self.t.f.add(base, own)
@@ -162,6 +184,95 @@ impl Emit<'_> {
         let at = self.t.f.mul(at, i32(PIECE.into()));
         let row = self.t.f.mul(row, i32(PANEL.into()));
         self.t.f.add(row, at)
+    }
+
+    /// Whether the copy engine can store the tile.
+    fn by_boxes(&self, g: &Geometry, target: &Target) -> bool {
+        let described = view_type(&self.s.types, target.view).is_some_and(can_describe);
+        !g.transposed && target.rows.is_none() && g.wide.is_multiple_of(BOX) && described
+    }
+
+    /// At the end of a role: its shared memory stays until the copy engine has read it.
+    pub fn end_stores(&mut self) {
+        if self.stores_boxes {
+            let drives = self.drives_stores();
+            self.t.when(drives, |t| ptx::stores_wait(&mut t.f));
+        }
+    }
+
+    /// The warpgroup's last boxes have been read.
+    fn stores_waited(&mut self) {
+        let drives = self.drives_stores();
+        self.t.when(drives, |t| ptx::stores_wait(&mut t.f));
+        self.group_waits();
+    }
+
+    /// Whether this thread drives the copy engine for its warpgroup.
+    fn drives_stores(&mut self) -> Val {
+        let within = self.t.f.rem(self.role_tid, WARPGROUP);
+        self.t.f.cmp("eq", within, i32(0))
+    }
+
+    /// Each warpgroup writes panels of 64 rows and columns, which one of its threads hands to the copy engine.
+    fn boxes(&mut self, g: &Geometry, target: &Target, value: ValueId, buffer: BufferId) -> Result<(), String> {
+        let groups = g.shape[0] * g.shape[1] / (g.subs * ROWS * g.wide);
+        let group_bytes = self.s.buffers[buffer.0 as usize].bytes() / groups;
+        let together = group_bytes / (ROWS * PANEL);
+        let staging = self.staging(buffer, group_bytes);
+        let mut tile = vec![1; target.start.len()];
+        let last = tile.len() - 1;
+        (tile[target.row_axis], tile[last]) = (ROWS, BOX);
+        let number = self.maps.number(self.s, target.view, &tile, PANEL).ok_or("a store to what is no parameter")?;
+        let map = Val::Arg((self.s.params.len() + 1 + number) as u32, Ty::Generic);
+        let lane = self.t.lane;
+        let top = self.t.f.mul(g.warp, i32(16));
+        let write_row = self.t.f.rem(lane, 16);
+        let write_row = self.t.f.add(top, write_row);
+        let half = self.t.f.div(lane, 16);
+        let places: Vec<Val> = (0..BOX / 8)
+            .step_by(2)
+            .map(|j| {
+                let piece = self.t.f.add(half, i32(j.into()));
+                let byte = self.swizzled(write_row, piece);
+                self.t.f.add(staging, byte)
+            })
+            .collect();
+        let drives = self.drives_stores();
+        self.stores_boxes = true;
+        let mut seen = HashMap::new();
+        for sub in 0..g.subs {
+            for first in (0..g.wide / BOX).step_by(together as usize) {
+                let panels = (g.wide / BOX - first).min(together);
+                self.stores_waited();
+                for (panel, j) in (0..panels).flat_map(|p| (0..BOX / 8).step_by(2).map(move |j| (p, j))) {
+                    let mut words = Vec::new();
+                    for (j, h) in [(j, 0), (j, 1), (j + 1, 0), (j + 1, 1)] {
+                        let at = [0, 1].map(|e| Register { sub, j: (first + panel) * (BOX / 8) + j, h, e });
+                        words.push(self.packed(value, at, &mut seen)?);
+                    }
+                    let to = self.t.f.add(places[j as usize / 2], i32((panel * ROWS * PANEL).into()));
+                    ptx::store_matrix(&mut self.t.f, to, &words, false);
+                }
+                ptx::fence_async(&mut self.t.f);
+                self.group_waits();
+                let row = self.t.f.add(target.start[target.row_axis], g.first[0]);
+                let row = self.t.f.add(row, i32((sub * ROWS).into()));
+                let column = self.t.f.add(target.start[last], g.first[1]);
+                let mut boxes = Vec::new();
+                for panel in 0..panels {
+                    let mut at = target.start.clone();
+                    at[target.row_axis] = row;
+                    at[last] = self.t.f.add(column, i32(((first + panel) * BOX).into()));
+                    at.reverse();
+                    boxes.push((self.t.f.add(staging, i32((panel * ROWS * PANEL).into())), at));
+                }
+                self.t.when(drives, |t| {
+                    boxes.iter().for_each(|(from, at)| ptx::store_box(&mut t.f, map, *from, at));
+                    ptx::stores_commit(&mut t.f);
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Each warp writes its 16 rows, some panels of 64 columns at a time, and reads them back row by row.

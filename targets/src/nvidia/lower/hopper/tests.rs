@@ -32,13 +32,21 @@ const FP8: Linear = Linear {
 };
 
 fn scheduled(program: Program) -> Scheduled {
-    let kernel = Kernel { program, schedule: Schedule::default() };
+    clustered(program, 1)
+}
+
+fn clustered(program: Program, cluster: u32) -> Scheduled {
+    let kernel = Kernel { program, schedule: Schedule { cluster, ..Schedule::default() } };
     schedule(&kernel, hopper()).expect("a contraction that Hopper's way takes")
 }
 
 /// Asserts that a program's schedule is valid, and that both interpreters agree on small integers.
 fn check(program: &Program, syms: SymValues, set: impl FnOnce(&mut [Vec<u8>])) {
-    let scheduled = scheduled(program.clone());
+    check_scheduled(program, scheduled(program.clone()), syms, set);
+}
+
+/// The same of a schedule of it.
+fn check_scheduled(program: &Program, scheduled: Scheduled, syms: SymValues, set: impl FnOnce(&mut [Vec<u8>])) {
     let budget = Budget {
         shared_bytes: hopper().shared_per_block,
         registers: Arch::REGISTERS_PER_SM,
@@ -125,6 +133,8 @@ fn two_products_of_one_operand() {
     Linear { glu: true, tile: [128, 64], ..FP8 }.check(130);
     Linear { glu: true, tile: [128, 128], ..BF16 }.check(20);
     Linear { glu: true, tile: [8, 64], ..FP8 }.check(5);
+    // One partial sum in flight at a time.
+    Linear { glu: true, tile: [128, 128], ..FP8 }.check(130);
 }
 
 #[test]
@@ -175,6 +185,24 @@ fn what_the_copy_engine_cannot_bring_is_left_to_the_plain_way() {
 }
 
 #[test]
+fn clusters_share_the_larger_operand() {
+    let check = |l: Linear, cluster: u32, tokens: u32, axis: u32, shared: &str| {
+        let program = l.program("linear");
+        let kernel = clustered(program.clone(), cluster);
+        assert_eq!(kernel.cluster.map(|c| (c.axis, c.blocks)), Some((axis, cluster)));
+        assert_eq!(kernel.to_string().matches(&format!("copy shared c0.{shared}, ")).count(), 1, "{kernel}");
+        check_scheduled(&program, kernel, SymValues([3; 6]).with(Sym::T, tokens), |_| ());
+    };
+    check(FP8, 2, 300, 1, "0");
+    check(Linear { tile: [128, 32], ..FP8 }, 4, 130, 1, "0");
+    check(BF16, 2, 128, 0, "1");
+    // What rows cannot be split for, and rows that are gathered, each block brings itself.
+    let alone = |program: Program, cluster| assert_eq!(clustered(program, cluster).cluster, None);
+    alone(Linear { tile: [64, 8], ..FP8 }.program("linear"), 16);
+    alone(Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128] }.program("experts"), 2);
+}
+
+#[test]
 fn products_stay_in_flight() {
     let waits = |l: Linear| -> Vec<u32> {
         let (mlir, _) = lower(&scheduled(l.program("linear")), hopper(), Ty::Global).expect("lowers");
@@ -185,6 +213,6 @@ fn products_stay_in_flight() {
     };
     // In the loop the stage before is released with one group in flight; after it the last one is waited for.
     assert_eq!(waits(BF16), [1, 0]);
-    // The first partial sum is added while the second is made.
-    assert_eq!(waits(FP8), [1, 0]);
+    // A partial sum is added while the next is made; none is in flight at the end of a turn.
+    assert_eq!(waits(FP8), [1, 1, 1, 0]);
 }

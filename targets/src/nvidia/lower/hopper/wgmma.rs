@@ -7,7 +7,7 @@ use super::config::ROWS;
 use super::emit::{Emit, Held};
 use super::fragment::Geometry;
 use super::ptx;
-use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
+use crate::nvidia::lower::mlir::{Val, i32};
 use dsc_ir::sched::{BufferId, ChannelId, Op};
 use dsc_ir::tile::ValueId;
 
@@ -70,8 +70,8 @@ impl<'a> Emit<'a> {
             let rows = self.t.f.mul(g.first[usize::from(second)], i32(data.pitch.into()));
             let base = self.t.f.add(self.t.shared32, i32(data.offset.into()));
             let at = self.t.f.add(base, rows);
-            let descriptor = ptx::descriptor(&mut self.t.f, at, 16, EIGHT_ROWS);
-            self.descriptors.insert((buffer, second), descriptor);
+            let start = ptx::descriptor_start(&mut self.t.f, at);
+            self.descriptors.insert((buffer, second), start);
         }
         Ok(())
     }
@@ -82,9 +82,14 @@ impl<'a> Emit<'a> {
         };
         let base = *self.descriptors.get(&(buffer, second)).ok_or("an operand without descriptor")?;
         let bytes = self.s.buffers[buffer.0 as usize].copy_bytes();
-        let offset = self.t.f.mul(stage, i32((bytes >> 4).into()));
-        let offset = self.t.f.cast("zext", offset, Ty::I64);
+        let offset = self.t.f.mul(stage, i32((bytes / ptx::DESCRIPTOR_UNIT).into()));
         Ok(self.t.f.add(base, offset))
+    }
+
+    /// The descriptor of an operand so many bytes behind a start.
+    fn described(&mut self, start: Val, bytes: u32) -> Val {
+        let at = self.t.f.add(start, i32((bytes / ptx::DESCRIPTOR_UNIT).into()));
+        ptx::descriptor(&mut self.t.f, at, ptx::DESCRIPTOR_UNIT, EIGHT_ROWS)
     }
 
     fn width(&self, buffer: BufferId) -> u32 {
@@ -112,12 +117,10 @@ impl<'a> Emit<'a> {
         }
         ptx::wgmma_fence(&mut self.t.f);
         for k in 0..self.width(buffer) / K_BYTES {
-            let step = i64(((k * K_BYTES) >> 4).into());
-            let right = self.t.f.add(right, step);
+            let step = k * K_BYTES;
+            let right = self.described(right, step);
             for (sub, sum) in sums.iter_mut().enumerate() {
-                let rows = i64(((sub as u32 * ROWS * 128) >> 4).into());
-                let left = self.t.f.add(left, step);
-                let left = self.t.f.add(left, rows);
+                let left = self.described(left, step + sub as u32 * ROWS * 128);
                 *sum = Some(ptx::wgmma(&mut self.t.f, dtype, g.wide, sum.as_deref(), left, right, false));
             }
         }

@@ -1,0 +1,101 @@
+//! Tiles of matrix products on Hopper, by the shape of the product: the one place where they are chosen.
+//!
+//! What was measured on an H200 (`docs/nvidia.md`) says:
+//!
+//! * Up to [`FEW`] rows each weight is read once, and 64 outputs a block are enough: the operands change places.
+//! * Above, a launch takes as many turns as its tiles need of all multiprocessors, and a turn as long as what a block reads: the sum of a tile's
+//!   sides. So of the tiles that the multiplier likes, that with the least product of the two is taken: with few outputs the
+//!   narrow ones, so that there is one for every multiprocessor, with many rows the largest.
+//! * Experts share the rows, and each has its own weights: a tile holds the rows that an expert has on average, and room for the scatter
+//!   of small numbers, so that most experts' weights are read once.
+//! * Blocks that share copies ([`Schedule::cluster`]) gained nowhere: what they save the cache they lose waiting for one another.
+
+use dsc_ir::schedule::{KernelShape, Schedule};
+
+/// Rows up to which the operands of a product change places.
+const FEW: u32 = 32;
+/// Rows of tiles.
+const ROWS: [u32; 2] = [128, 64];
+/// Columns of tiles.
+const COLUMNS: [u32; 4] = [128, 64, 32, 16];
+
+/// The schedule of a product in steps of at most `tokens` tokens, on a device of `sms` multiprocessors; none for other kernels.
+pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
+    let products = |[tile_m, tile_n]: [u32; 2]| Schedule {
+        tile_m,
+        tile_n: tile_n.min(shape.n.max(1)),
+        tile_k: 128.min(shape.k.max(1)),
+        ..Schedule::default()
+    };
+    let few = |rows: u32| [rows.next_multiple_of(16).max(16), 64];
+    match shape.op {
+        "linear" if tokens <= FEW => Some(products(few(tokens))),
+        "linear" => Some(products(balanced(shape, sms))),
+        "expert_linear" => {
+            // Each row is an expert's with the same chance: few have more than twice the average and a handful.
+            let average = (shape.m_max / u64::from(shape.heads.max(1))) as u32;
+            Some(products(match (2 * average + 8).min(tokens) {
+                most if most <= 16 => few(16),
+                most if most <= 40 => few(32),
+                most if most <= 2 * 64 => [64, 128],
+                _ => [128, 128],
+            }))
+        }
+        _ => None,
+    }
+}
+
+/// The tile whose turns take the least together; of equals the largest.
+fn balanced(shape: &KernelShape, sms: u32) -> [u32; 2] {
+    let cost = |&[rows, columns]: &[u32; 2]| {
+        let tiles = shape.m_max.div_ceil(rows.into()) * u64::from(shape.n.div_ceil(columns) * shape.heads.max(1));
+        tiles.div_ceil(sms.max(1).into()) * u64::from(rows + columns)
+    };
+    let tiles = ROWS.into_iter().flat_map(|rows| COLUMNS.map(|columns| [rows, columns]));
+    tiles.min_by_key(cost).unwrap_or([ROWS[0], COLUMNS[0]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dsc_ir::{Extent, Sym};
+
+    fn tile(op: &'static str, tokens: u32, (n, k, heads): (u32, u32, u32)) -> [u32; 2] {
+        let each = if op == "expert_linear" { 8 } else { 1 };
+        let m = Extent::from(Sym::T).times(each);
+        let shape = KernelShape { op, m, m_max: u64::from(tokens * each), n, k, heads };
+        let chosen = choose(&shape, tokens, 132).expect("a product");
+        [chosen.tile_m, chosen.tile_n]
+    }
+
+    #[test]
+    fn tiles_fill_the_multiprocessors() {
+        let linear = |tokens, n, k| tile("linear", tokens, (n, k, 1));
+        assert_eq!(linear(1, 2112, 7168), [16, 64]);
+        assert_eq!(linear(20, 4096, 7168), [32, 64]);
+        assert_eq!(linear(64, 2112, 7168), [64, 16]);
+        assert_eq!(linear(64, 4096, 7168), [64, 32]);
+        assert_eq!(linear(64, 7168, 2048), [64, 64]);
+        assert_eq!(linear(128, 2112, 7168), [64, 32]);
+        assert_eq!(linear(128, 4096, 7168), [64, 64]);
+        assert_eq!(linear(128, 7168, 16384), [128, 64]);
+        assert_eq!(linear(4096, 2112, 7168), [128, 128]);
+        assert_eq!(linear(4096, 24576, 1536), [128, 128]);
+    }
+
+    #[test]
+    fn experts_have_room_for_more_rows_than_the_average() {
+        let experts = |tokens| tile("expert_linear", tokens, (4096, 7168, 256));
+        assert_eq!(experts(1), [16, 64]);
+        assert_eq!(experts(64), [16, 64]);
+        assert_eq!(experts(512), [32, 64]);
+        assert_eq!(experts(1024), [64, 128]);
+        assert_eq!(experts(4096), [128, 128]);
+    }
+
+    #[test]
+    fn other_kernels_are_not_its_affair() {
+        let shape = KernelShape { op: "row", m: Extent::from(1), m_max: 1, n: 1, k: 1, heads: 1 };
+        assert_eq!(choose(&shape, 1, 132), None);
+    }
+}
