@@ -78,15 +78,25 @@ impl Memory {
         bytes
     }
 
-    /// Overwrites the beginning of an allocation.
-    pub fn write(&mut self, address: u64, bytes: &[u8]) {
-        let index = self.index(address);
-        let Some(a) = index.and_then(|i| self.allocations.get_mut(i)) else { return };
-        for (i, &byte) in bytes.iter().enumerate().take(a.bytes) {
-            let word = a.words[i / 4].get_mut();
-            let shift = 8 * (i % 4);
-            *word = *word & !(0xff << shift) | u32::from(byte) << shift;
+    /// Copies from inside of an allocation; false if it does not contain the bytes.
+    pub fn read_at(&self, address: u64, bytes: &mut [u8]) -> bool {
+        let Ok((a, offset)) = self.find(Access { lane: 0, address, bytes: bytes.len() }, false) else { return false };
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            let at = offset + i;
+            *byte = (a.words[at / 4].load(Ordering::Relaxed) >> (8 * (at % 4))) as u8;
         }
+        true
+    }
+
+    /// Overwrites bytes inside of an allocation, read-only ones too; false if it does not contain them.
+    pub fn write_at(&mut self, address: u64, bytes: &[u8]) -> bool {
+        let Ok((a, offset)) = self.find(Access { lane: 0, address, bytes: bytes.len() }, false) else { return false };
+        for (i, &byte) in bytes.iter().enumerate() {
+            let (word, shift) = (&a.words[(offset + i) / 4], 8 * ((offset + i) % 4));
+            let old = word.load(Ordering::Relaxed);
+            word.store(old & !(0xff << shift) | u32::from(byte) << shift, Ordering::Relaxed);
+        }
+        true
     }
 
     fn index(&self, address: u64) -> Option<usize> {
