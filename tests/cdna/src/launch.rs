@@ -107,6 +107,8 @@ impl CodeObject {
 fn kernarg(kernel: &Kernel, launch: &Launch<'_>) -> Vec<u8> {
     let mut bytes = launch.arguments.to_vec();
     bytes.resize(kernel.kernarg_bytes, 0);
+    // A loader allocates whole cache lines; LLVM rounds its loads up to 16 bytes.
+    bytes.resize(kernel.kernarg_bytes.next_multiple_of(64), 0xa5);
     for hidden in &kernel.hidden {
         let axis = match hidden.kind.as_bytes().last() {
             Some(b'y') => 1,

@@ -55,7 +55,8 @@ pub struct Wave {
     /// How many vector registers and AGPRs there are.
     limits: (u16, u16),
     s: [u32; 128],
-    s_known: u128,
+    /// Bits of each that were written: masks of lanes may have some that were not.
+    s_known: [u32; 128],
     s_pending: u128,
     /// The scalar condition, none if nothing set it.
     pub scc: Option<bool>,
@@ -94,7 +95,7 @@ impl Wave {
             v_pending: vec![0; all],
             limits,
             s: [0xdead_beef; 128],
-            s_known: 0b11 << EXEC,
+            s_known: std::array::from_fn(|n| if n >= EXEC as usize { !0 } else { 0 }),
             s_pending: 0,
             scc: None,
             pc: 0,
@@ -116,7 +117,7 @@ impl Wave {
     /// Sets a scalar register before the first instruction.
     pub fn preset_s(&mut self, n: usize, value: u32) {
         self.s[n] = value;
-        self.s_known |= 1 << n;
+        self.s_known[n] = !0;
     }
 
     /// Sets a vector register before the first instruction.
@@ -151,7 +152,7 @@ impl Wave {
     #[inline(always)]
     pub fn s(&mut self, n: u8) -> Result<u32, Cause> {
         self.check_s(n)?;
-        if self.s_known >> n & 1 == 0 {
+        if self.s_known[n as usize] != !0 {
             self.known = 0;
         }
         Ok(self.s[n as usize])
@@ -160,14 +161,52 @@ impl Wave {
     /// Writes a scalar register; it is known if all that the instruction read was.
     #[inline(always)]
     pub fn set_s(&mut self, n: u8, value: u32) -> Result<(), Cause> {
+        self.set_bits(n, value, if self.known != 0 { !0 } else { 0 })
+    }
+
+    /// Writes a scalar register of which these bits are known.
+    #[inline(always)]
+    pub fn set_bits(&mut self, n: u8, value: u32, known: u32) -> Result<(), Cause> {
         self.check_s(n)?;
         self.s[n as usize] = value;
-        let known = u128::from(self.known != 0);
-        self.s_known = self.s_known & !(1 << n) | known << n;
-        if n >= EXEC && known == 0 {
+        self.s_known[n as usize] = known;
+        if n >= EXEC && known != !0 {
             return Err(Cause::Undefined("what EXEC is set to".into()));
         }
         Ok(())
+    }
+
+    /// As [`set_bits`](Wave::set_bits), of a pair.
+    #[inline(always)]
+    pub fn set_bits64(&mut self, n: u8, value: u64, known: u64) -> Result<(), Cause> {
+        self.set_bits(n, value as u32, known as u32)?;
+        self.set_bits(n + 1, (value >> 32) as u32, (known >> 32) as u32)
+    }
+
+    /// A scalar operand and which of its bits are known.
+    #[inline(always)]
+    pub fn bits32(&mut self, op: Operand) -> Result<(u32, u32), Cause> {
+        if let Operand::S(n) = op {
+            self.check_s(n)?;
+            return Ok((self.s[n as usize], self.s_known[n as usize]));
+        }
+        let before = std::mem::replace(&mut self.known, !0);
+        let value = self.scalar32(op)?;
+        let known = std::mem::replace(&mut self.known, before);
+        Ok((value, if known == !0 { !0 } else { 0 }))
+    }
+
+    /// As [`bits32`](Wave::bits32), of 64 bits.
+    #[inline(always)]
+    pub fn bits64(&mut self, op: Operand) -> Result<(u64, u64), Cause> {
+        match op {
+            Operand::S(n) => {
+                let (low, high) = (self.bits32(op)?, self.bits32(Operand::S(n + 1))?);
+                Ok((u64::from(low.0) | u64::from(high.0) << 32, u64::from(low.1) | u64::from(high.1) << 32))
+            }
+            Operand::Const(c) => Ok((c.b64, !0)),
+            _ => self.bits32(op).map(|(v, k)| (u64::from(v), if k == !0 { !0 } else { 0 })),
+        }
     }
 
     /// As [`set_s`](Wave::set_s), of a pair.
@@ -185,7 +224,13 @@ impl Wave {
             Operand::Const(c) => c.b32,
             Operand::Scc => u32::from(self.condition()?),
             Operand::ExecZ => u32::from(self.exec() == 0),
-            Operand::VccZ => u32::from(self.scalar64(Operand::S(VCC))? == 0),
+            Operand::VccZ => {
+                let (value, known) = self.bits64(Operand::S(VCC))?;
+                if known != !0 && value & known == 0 {
+                    self.known = 0;
+                }
+                u32::from(value & known == 0)
+            }
             Operand::V(_) | Operand::None => return Err(Cause::Unknown("a scalar operand of this kind".into())),
         })
     }

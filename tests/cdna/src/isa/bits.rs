@@ -31,7 +31,7 @@ fn moves(name: &str) -> Option<Handler> {
 
 /// The second source where the mask has a bit, with what was written of that one only.
 fn cndmask(c: &mut Cx<'_>, i: &Inst) -> Done {
-    let mask = c.w.scalar64(i.ops[3])?;
+    let mask = c.mask(i, 3)?;
     let by = std::mem::replace(&mut c.w.known, !0);
     let a = select_source(c, i, 1)?;
     let known_a = std::mem::replace(&mut c.w.known, !0);

@@ -77,10 +77,9 @@ fn words<T: PartialOrd + Copy>(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u32) -> T + 
 fn put(c: &mut Cx<'_>, i: &Inst, bits: u64) -> Done {
     if i.sub & TO_EXEC != 0 {
         let bits = bits & c.w.exec();
-        let known = c.w.known;
+        let known = c.w.known | !c.w.exec();
         c.put_mask(i, 0, bits)?;
-        c.w.known = if known & c.w.exec() == c.w.exec() { !0 } else { 0 };
-        return c.w.set_s64(EXEC, bits);
+        return c.w.set_bits64(EXEC, bits, known);
     }
     c.put_mask(i, 0, bits)
 }

@@ -182,7 +182,8 @@ fn division(name: &str) -> Option<Handler> {
         "v_div_scale_f32" => div_scale,
         "v_div_fmas_f32" => |c, i| {
             let (a, b, d) = (c.f32(i, 1)?, c.f32(i, 2)?, c.f32(i, 3)?);
-            let vcc = c.w.scalar64(Operand::S(VCC))?;
+            let (vcc, known) = c.w.bits64(Operand::S(VCC))?;
+            c.w.known &= known;
             let mut out = map3(&a, &b, &d, fma);
             for l in 0..64 {
                 if vcc >> l & 1 != 0 {

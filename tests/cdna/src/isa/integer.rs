@@ -53,7 +53,7 @@ fn byte(a: u32, k: u32) -> u32 {
 /// Sums with a carry out in the second operand and, of four sources, in from the last.
 fn with_carry(c: &mut Cx<'_>, i: &Inst, carries_in: bool, f: impl Fn(u64, u64, u64) -> u64) -> Done {
     let (a, b) = (c.b32(i, 2)?, c.b32(i, 3)?);
-    let carry = if carries_in { c.w.scalar64(i.ops[4])? } else { 0 };
+    let carry = if carries_in { c.mask(i, 4)? } else { 0 };
     let mut sums = [0; 64];
     for l in 0..64 {
         sums[l] = f(u64::from(a[l]), u64::from(b[l]), carry >> l & 1);

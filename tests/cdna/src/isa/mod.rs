@@ -261,15 +261,18 @@ impl Cx<'_> {
     #[inline(always)]
     pub fn put_mask(&mut self, i: &Inst, k: usize, bits: u64) -> Done {
         let exec = self.w.exec();
-        if self.w.known & exec != exec {
-            self.w.known = 0;
-        } else {
-            self.w.known = !0;
-        }
         match i.ops[k] {
-            Operand::S(n) => self.w.set_s64(n, bits & exec),
+            Operand::S(n) => self.w.set_bits64(n, bits & exec, self.w.known | !exec),
             _ => Err(Cause::Unknown(format!("{} (its scalar destination)", i.text))),
         }
+    }
+
+    /// A mask of lanes that scalar operand `k` is; lanes whose bit was never written become unknown.
+    #[inline(always)]
+    pub fn mask(&mut self, i: &Inst, k: usize) -> Result<u64, Cause> {
+        let (value, known) = self.w.bits64(i.ops[k])?;
+        self.w.known &= known;
+        Ok(value)
     }
 
     /// A function of one word.

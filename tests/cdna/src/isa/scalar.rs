@@ -67,16 +67,48 @@ fn two_scc(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u32, u32) -> (u32, bool)) -> Don
     put(c, i, value)
 }
 
-/// Bits of two sources; SCC says whether the result is not 0.
-fn logic(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u32, u32) -> u32) -> Done {
-    two_scc(c, i, |a, b| (f(a, b), f(a, b) != 0))
+/// A function of bits, one by one, and which bits of the result are known: those that come out the same whatever an unknown bit is.
+fn known_bits(a: (u64, u64), b: (u64, u64), f: impl Fn(u64, u64) -> u64) -> (u64, u64) {
+    let value = f(a.0, b.0);
+    let others = [f(a.0 ^ !a.1, b.0), f(a.0, b.0 ^ !b.1), f(a.0 ^ !a.1, b.0 ^ !b.1)];
+    (value, others.iter().fold(!0, |known, other| known & !(value ^ other)))
 }
 
+/// SCC says whether the result is not 0; one known bit of it is enough.
+fn not_zero(c: &mut Cx<'_>, (value, known): (u64, u64)) {
+    c.w.scc = if value & known != 0 { Some(true) } else { (known == !0).then_some(false) };
+}
+
+/// Bits of two sources.
+fn logic(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u32, u32) -> u32) -> Done {
+    let (a, b) = (c.w.bits32(i.ops[1])?, c.w.bits32(i.ops[2])?);
+    let wide = |(v, k): (u32, u32)| (u64::from(v), u64::from(k) | !0 << 32);
+    let (value, known) = known_bits(wide(a), wide(b), |a, b| u64::from(f(a as u32, b as u32)));
+    not_zero(c, (value, known));
+    match i.ops[0] {
+        Operand::S(n) => c.w.set_bits(n, value as u32, known as u32),
+        _ => Err(Cause::Unknown(i.text.clone())),
+    }
+}
+
+/// As [`logic`], of 64 bits: masks of lanes, of which those of inactive lanes may never have been written.
 fn logic64(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u64, u64) -> u64) -> Done {
-    let (a, b) = (c.w.scalar64(i.ops[1])?, c.w.scalar64(i.ops[2])?);
-    let value = f(a, b);
-    c.w.set_scc(value != 0);
-    put64(c, i, value)
+    let (a, b) = (c.w.bits64(i.ops[1])?, c.w.bits64(i.ops[2])?);
+    let (value, known) = known_bits(a, b, f);
+    not_zero(c, (value, known));
+    put_bits64(c, i, value, known)
+}
+
+fn put_bits64(c: &mut Cx<'_>, i: &Inst, value: u64, known: u64) -> Done {
+    match i.ops[0] {
+        Operand::S(n) => c.w.set_bits64(n, value, known),
+        _ => Err(Cause::Unknown(i.text.clone())),
+    }
+}
+
+/// Words of two sources; SCC says whether the result is not 0.
+fn word(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u32, u32) -> u32) -> Done {
+    two_scc(c, i, |a, b| (f(a, b), f(a, b) != 0))
 }
 
 /// A double word and a count.
@@ -98,20 +130,24 @@ fn carry(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u64, u64, u64) -> u64) -> Done {
 
 /// EXEC goes to the destination, `f` of the source and EXEC to EXEC.
 fn save(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u64, u64) -> u64) -> Done {
-    let (a, exec) = (c.w.scalar64(i.ops[1])?, c.w.exec());
-    let value = f(a, exec);
-    c.w.set_s64(EXEC, value)?;
-    c.w.set_scc(value != 0);
+    let exec = to_exec(c, i, f)?;
     put64(c, i, exec)
 }
 
 /// As [`save`], with the new EXEC in the destination.
 fn wrexec(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u64, u64) -> u64) -> Done {
-    let (a, exec) = (c.w.scalar64(i.ops[1])?, c.w.exec());
-    let value = f(a, exec);
-    c.w.set_s64(EXEC, value)?;
-    c.w.set_scc(value != 0);
-    put64(c, i, value)
+    to_exec(c, i, f)?;
+    let exec = c.w.exec();
+    put64(c, i, exec)
+}
+
+/// Sets EXEC and SCC; returns the old EXEC.
+fn to_exec(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u64, u64) -> u64) -> Result<u64, Cause> {
+    let (a, exec) = (c.w.bits64(i.ops[1])?, c.w.exec());
+    let (value, known) = known_bits(a, (exec, !0), f);
+    c.w.set_bits64(EXEC, value, known)?;
+    not_zero(c, (value, known));
+    Ok(exec)
 }
 
 /// The low word of the destination with a constant of 16 bits.
@@ -190,16 +226,16 @@ fn words(name: &str) -> Option<Handler> {
         "s_nand_b32" => |c, i| logic(c, i, |a, b| !(a & b)),
         "s_nor_b32" => |c, i| logic(c, i, |a, b| !(a | b)),
         "s_xnor_b32" => |c, i| logic(c, i, |a, b| !(a ^ b)),
-        "s_lshl_b32" => |c, i| logic(c, i, |a, b| a << (b & 31)),
-        "s_lshr_b32" => |c, i| logic(c, i, |a, b| a >> (b & 31)),
-        "s_ashr_i32" => |c, i| logic(c, i, |a, b| (a as i32 >> (b & 31)) as u32),
+        "s_lshl_b32" => |c, i| word(c, i, |a, b| a << (b & 31)),
+        "s_lshr_b32" => |c, i| word(c, i, |a, b| a >> (b & 31)),
+        "s_ashr_i32" => |c, i| word(c, i, |a, b| (a as i32 >> (b & 31)) as u32),
         "s_bfm_b32" => |c, i| two(c, i, |a, b| ((1 << (a & 31)) - 1) << (b & 31)),
-        "s_bfe_u32" => |c, i| logic(c, i, |a, b| field(a.into(), b & 31, b >> 16 & 0x7f, false, 32) as u32),
-        "s_bfe_i32" => |c, i| logic(c, i, |a, b| field(a.into(), b & 31, b >> 16 & 0x7f, true, 32) as u32),
+        "s_bfe_u32" => |c, i| word(c, i, |a, b| field(a.into(), b & 31, b >> 16 & 0x7f, false, 32) as u32),
+        "s_bfe_i32" => |c, i| word(c, i, |a, b| field(a.into(), b & 31, b >> 16 & 0x7f, true, 32) as u32),
         "s_mul_i32" => |c, i| two(c, i, u32::wrapping_mul),
         "s_mul_hi_u32" => |c, i| two(c, i, |a, b| (u64::from(a) * u64::from(b) >> 32) as u32),
         "s_mul_hi_i32" => |c, i| two(c, i, |a, b| (i64::from(a as i32) * i64::from(b as i32) >> 32) as u32),
-        "s_absdiff_i32" => |c, i| logic(c, i, |a, b| (a as i32).wrapping_sub(b as i32).unsigned_abs()),
+        "s_absdiff_i32" => |c, i| word(c, i, |a, b| (a as i32).wrapping_sub(b as i32).unsigned_abs()),
         "s_lshl1_add_u32" => |c, i| lshl_add(c, i, 1),
         "s_lshl2_add_u32" => |c, i| lshl_add(c, i, 2),
         "s_lshl3_add_u32" => |c, i| lshl_add(c, i, 3),
@@ -223,13 +259,20 @@ fn words(name: &str) -> Option<Handler> {
 
 fn doubles(name: &str) -> Option<Handler> {
     Some(match name {
-        "s_mov_b64" => |c, i| un64(c, i, |a| a),
+        "s_mov_b64" => |c, i| {
+            let (value, known) = c.w.bits64(i.ops[1])?;
+            put_bits64(c, i, value, known)
+        },
         "s_cmov_b64" => |c, i| {
             let taken = c.w.condition()?;
             let old = c.w.scalar64(i.ops[0])?;
             un64(c, i, |a| if taken { a } else { old })
         },
-        "s_not_b64" => |c, i| un64_scc(c, i, |a| !a),
+        "s_not_b64" => |c, i| {
+            let (value, known) = c.w.bits64(i.ops[1])?;
+            not_zero(c, (!value, known));
+            put_bits64(c, i, !value, known)
+        },
         "s_wqm_b64" => |c, i| un64_scc(c, i, wqm),
         "s_brev_b64" => |c, i| un64(c, i, u64::reverse_bits),
         "s_bcnt0_i32_b64" => |c, i| count64_scc(c, i, u64::count_zeros),
@@ -266,8 +309,9 @@ fn doubles(name: &str) -> Option<Handler> {
         "s_cselect_b64" => |c, i| {
             let (a, b) = (i.ops[1], i.ops[2]);
             let chosen = if c.w.condition()? { a } else { b };
-            let value = c.w.scalar64(chosen)?;
-            put64(c, i, value)
+            let (value, known) = c.w.bits64(chosen)?;
+            let decided = c.w.known != 0;
+            put_bits64(c, i, value, if decided { known } else { 0 })
         },
         _ => return None,
     })
