@@ -105,7 +105,7 @@ fn lds(c: &mut Cx<'_>, i: &Inst) -> Done {
     c.w.require(exec, "what an atomic works with")?;
     let mut out = [0; 64];
     for l in (0..64).filter(|l| exec >> l & 1 != 0) {
-        let address = u64::from(at[l]) + i.offset as u64;
+        let address = u64::from(at[l].wrapping_add(i.offset as u32));
         out[l] = c.lds.update(who, l, address, |old| apply(op, old, value[l], compared[l]))?;
     }
     if first == 0 {
@@ -127,7 +127,7 @@ fn lds_wide(c: &mut Cx<'_>, i: &Inst) -> Done {
     c.w.require(exec, "what an atomic works with")?;
     let mut out = [0; 64];
     for l in (0..64).filter(|l| exec >> l & 1 != 0) {
-        let address = u64::from(at[l]) + i.offset as u64;
+        let address = u64::from(at[l].wrapping_add(i.offset as u32));
         c.lds.aligned(l, address, 8, 8)?;
         // No other wave runs between the four.
         let low = c.lds.update(who, l, address, |old| old)?;

@@ -83,7 +83,7 @@ fn read_at(c: &mut Cx<'_>, at: &[u32; 64], offset: u32, to: u16, words: usize) -
         if exec >> l & 1 == 0 {
             continue;
         }
-        let address = u64::from(at[l]) + u64::from(offset);
+        let address = u64::from(at[l].wrapping_add(offset));
         c.lds.aligned(l, address, 4 * words, alignment(words))?;
         for k in 0..words {
             let (value, defined) = c.lds.read(who, l, address + 4 * k as u64, 4)?;
@@ -120,7 +120,7 @@ fn part(c: &mut Cx<'_>, i: &Inst, bytes: usize, f: impl Fn(u32, u32) -> u32) -> 
     let (exec, who) = (c.w.exec(), c.w.who(false));
     let mut known = 0;
     for l in (0..64).filter(|l| exec >> l & 1 != 0) {
-        let address = u64::from(at[l]) + i.offset as u64;
+        let address = u64::from(at[l].wrapping_add(i.offset as u32));
         let (value, defined) = c.lds.read(who, l, address, bytes)?;
         out[l] = f(out[l], value);
         known |= u64::from(defined) << l;
@@ -144,7 +144,7 @@ fn write_at(c: &mut Cx<'_>, at: &[u32; 64], offset: u32, from: u16, words: usize
         if exec >> l & 1 == 0 {
             continue;
         }
-        let address = u64::from(at[l]) + u64::from(offset);
+        let address = u64::from(at[l].wrapping_add(offset));
         c.lds.aligned(l, address, 4 * words, alignment(words))?;
         for k in 0..words {
             let value = (c.w.v[from as usize + k][l], known[k] >> l & 1 != 0);
@@ -176,7 +176,7 @@ fn write_part(c: &mut Cx<'_>, i: &Inst, bytes: usize, shift: u32) -> Done {
     let value = *c.w.v(from)?;
     let known = c.w.known;
     for l in (0..64).filter(|l| exec >> l & 1 != 0) {
-        let address = u64::from(at[l]) + i.offset as u64;
+        let address = u64::from(at[l].wrapping_add(i.offset as u32));
         c.lds.write(who, Kind::Write, (l, address), bytes, (value[l] >> shift, known >> l & 1 != 0))?;
     }
     c.w.issue_lds(Target::Nothing);
