@@ -158,6 +158,33 @@ impl Model {
         })
     }
 
+    /// Opens an artifact with its weights in host memory, to be run by a device that the caller has: [`Model::session_on`].
+    ///
+    /// # Errors
+    /// As [`Model::open`], but of no device.
+    pub fn open_detached<'a>(
+        artifact: &Path,
+        weights: impl Into<WeightsFrom<'a>>,
+        options: &Options,
+    ) -> Result<Model, Error> {
+        let artifact = Artifact::open(artifact)?;
+        let header = artifact.header();
+        let pages = capacity_pages(header, options)?;
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        };
+        let from = weights.into();
+        let mut weights = open_weights(header, from, (pages * PAGE_TOKENS).min(header.model.max_context))?;
+        weights.make(threads, &|_, _| {})?;
+        let weights_dir = match from {
+            WeightsFrom::Folder(dir) => Some(dir.to_path_buf()),
+            WeightsFrom::Random(_) => None,
+        };
+        let (artifact, weights) = (Arc::new(artifact), Arc::new(weights));
+        Ok(Model { gpu: None, artifact, weights, weights_dir, threads, pages })
+    }
+
     /// The artifact's description.
     pub fn header(&self) -> &Header {
         self.artifact.header()
