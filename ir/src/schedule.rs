@@ -37,7 +37,7 @@ fn is_zero(n: &u32) -> bool {
 /// What a schedule is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelShape {
-    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `heads`, `gate`, `sparse_attention` (with
+    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `heads`, `gate`, `route`, `sparse_attention` (with
     /// indexer), `attention` (over a given selection), `mha_attention`, `indexer_logits`, or any other op's name.
     pub op: &'static str,
     /// Rows: tokens, or flat (token, expert) pairs.
@@ -79,6 +79,7 @@ impl Schedule {
             "attention" => Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, 64), ..Schedule::default() },
             "mha_attention" => Schedule { tile_m: 64, tile_n: 64, ..Schedule::default() },
             "heads" => Schedule { tile_m: rows(64), ..Schedule::default() },
+            "route" => Schedule { tile_m: 64, ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },
         }
     }
@@ -123,6 +124,7 @@ impl Schedule {
             },
             "mha_attention" => Schedule { tile_m: rows(32), tile_n: 64, ..Schedule::default() },
             "embed" => Schedule { tile_m: rows(8), ..Schedule::default() },
+            "route" => Schedule { tile_m: 64, ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },
         }
     }

@@ -129,14 +129,14 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
 }
 
 /// The kernel of an [`Op::Route`] node.
-pub fn emit_route(graph: &Graph, node: NodeId, _schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
+pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
     let Op::Route { experts } = graph.dag[node].op else {
         return Err(unsupported(graph, node, "not a route"));
     };
     let ids = graph.inputs(node)[0];
     let mut e = Emit::new(graph, node, None, &format!("route_e{experts}"));
     let flat = graph.tensor(Value { node, output: 0 }).shape[0];
-    let chunk = tile(0, 64, flat.eval(&class.max));
+    let chunk = tile(schedule.tile_m, 64, flat.eval(&class.max));
     let ids = e.read_as("experts", ids, Part::Data, &[flat])?;
     let (order, offsets) = (e.write("order", 0, Part::Data, None)?, e.write("offsets", 1, Part::Data, None)?);
 
