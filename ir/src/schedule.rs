@@ -40,7 +40,7 @@ fn is_zero(n: &u32) -> bool {
 /// What a schedule is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelShape {
-    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `heads`, `gate`, `sparse_attention` (with
+    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `heads`, `gate`, `route`, `sparse_attention` (with
     /// indexer), `attention` (over a given selection), `mha_attention`, `indexer_logits`, or any other op's name.
     pub op: &'static str,
     /// Rows: tokens, or flat (token, expert) pairs.

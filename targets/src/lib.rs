@@ -6,7 +6,7 @@
 //! **Invariants.** A target never changes what a program means: the interpreter in `dsc-ir` is the oracle. Capabilities are
 //! data ([`targets`]), so that `dsc targets` and selection read the same table.
 
-#[cfg(feature = "amd")]
+#[cfg(any(feature = "amd", feature = "emulate"))]
 pub mod amd;
 #[cfg(feature = "cpu")]
 pub mod cpu;

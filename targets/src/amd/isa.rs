@@ -64,7 +64,11 @@ impl Isa for Arch {
     }
 
     fn shared_per_block(&self) -> u32 {
-        self.lds_bytes - MEET_BYTES
+        self.lds_bytes
+    }
+
+    fn meeting_bytes(&self) -> u32 {
+        MEET_BYTES
     }
 
     fn matrix_atom(&self, dtype: DType, trans_b: bool) -> Option<Atom> {
@@ -77,6 +81,18 @@ impl Isa for Arch {
 
     fn matrix_step(&self, dtype: DType) -> u32 {
         mfma::STEP_BYTES / dtype.bytes() as u32
+    }
+
+    fn converts(&self, dtype: DType) -> bool {
+        dtype == DType::E4m3 && self.fp8 == Fp8::Fnuz
+    }
+
+    fn operand_word(&self, f: &mut Fn, _: DType, word: Val) -> Val {
+        fp8::to_fnuz(f, word)
+    }
+
+    fn moves_words(&self) -> bool {
+        true
     }
 
     fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
@@ -198,6 +214,31 @@ impl Isa for Arch {
 
     fn exp2(&self, f: &mut Fn, x: Val) -> Val {
         call(f, "llvm.amdgcn.exp2.f32", &[x], Ty::F32)
+    }
+
+    /// By a reciprocal and a step of refinement. LLVM's sequence scales by `v_div_scale`, which the ISA documents describe in a way that
+    /// overflows for large divisors, so that whoever emulates it by them gets NaN.
+    fn divide(&self, f: &mut Fn, a: Val, b: Val) -> Val {
+        const SCALE: f32 = (1u128 << 64) as f32;
+        // Reciprocals of very large numbers are denormal, and those of very small ones infinite.
+        let size = f.intrinsic("fabs", &[b]);
+        let large = f.fcmp("ogt", size, f32(SCALE));
+        let small = f.fcmp("olt", size, f32(1.0 / SCALE));
+        let scale = f.select(small, f32(SCALE), f32(1.0));
+        let scale = f.select(large, f32(1.0 / SCALE), scale);
+        let b = f.bin("fmul", b, scale);
+        let reciprocal = call(f, "llvm.amdgcn.rcp.f32", &[b], Ty::F32);
+        let rough = f.bin("fmul", a, reciprocal);
+        let minus = f.bin("fsub", f32(0.0), b);
+        let rest = f.intrinsic("fma", &[minus, rough, a]);
+        let fine = f.intrinsic("fma", &[rest, reciprocal, rough]);
+        // Nothing to refine in 0, infinity and NaN.
+        let size = f.intrinsic("fabs", &[rough]);
+        let some = f.fcmp("ogt", size, f32(0.0));
+        let finite = f.fcmp("olt", size, f32(f32::INFINITY));
+        let regular = f.bin("and", some, finite);
+        let quotient = f.select(regular, fine, rough);
+        f.bin("fmul", quotient, scale)
     }
 
     fn widen(&self, f: &mut Fn, v: Val, from: DType) -> Val {

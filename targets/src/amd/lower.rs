@@ -35,6 +35,10 @@ const UNUSED: [&str; 13] = [
     "amdgpu-no-workitem-id-z",
 ];
 
+/// Matrix instructions write vector registers as well; accumulator registers would only be copied from and to. A kernel that
+/// needs more than the 256 vector registers is better off without these words.
+pub const NO_ACCUMULATORS: &str = "[\"amdgpu-agpr-alloc\", \"0\"], ";
+
 /// Lowers a kernel for a chip.
 ///
 /// # Errors
@@ -58,8 +62,8 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let _ = writeln!(
         text,
         "  llvm.func @{}({}) attributes {{rocdl.kernel, rocdl.reqd_work_group_size = array<i32: {threads}, 1, 1>, \
-         rocdl.flat_work_group_size = \"{threads},{threads}\", passthrough = [{}, [\"uniform-work-group-size\", \
-         \"true\"]]}} {{",
+         rocdl.flat_work_group_size = \"{threads},{threads}\", passthrough = [{}, {NO_ACCUMULATORS}\
+         [\"uniform-work-group-size\", \"true\"]]}} {{",
         scheduled.name,
         args.join(", "),
         unused.join(", "),

@@ -7,11 +7,10 @@
 //! the two halves of the 16 bytes are two instructions where the chip has the narrower ones only. Rows are padded by 16 bytes, which
 //! leaves eight neighbouring rows in different banks.
 
-use super::arch::{Arch, Fp8};
-use super::fp8;
+use super::arch::Arch;
 use crate::gpu::emit::Emitter;
 use crate::gpu::fragment::Spread;
-use crate::gpu::isa::Product;
+use crate::gpu::isa::{Isa, Product};
 use crate::gpu::mlir::{Fn, Ty, Val, f32, i32};
 use dsc_ir::DType;
 
@@ -24,7 +23,7 @@ type Operand = Vec<String>;
 /// `acc + a · b`, for a spread of [`dsc_ir::sched::Atom::Mfma16x16`].
 pub fn product(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
     // Products of FNUZ operands are a fourth, so they are summed by themselves.
-    let apart = p.dtype == DType::E4m3 && arch.fp8 == Fp8::Fnuz;
+    let apart = arch.converts(p.dtype);
     let start = if apart { vec![f32(0.0); acc.len()] } else { acc.clone() };
     let sums = sums(arch, e, s, p, start);
     if !apart {
@@ -37,6 +36,7 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
     let Product { dtype, a, b, trans_b, .. } = *p;
     let bytes = dtype.bytes() as u32;
     let step = STEP_BYTES / bytes;
+    let convert = p.ready.map(|ready| !ready && arch.converts(dtype));
     let (in_row, chunk) = (e.t.f.rem(s.lane, 16), e.t.f.div(s.lane, 16));
     let chunk_byte = e.t.f.mul(chunk, i32(16));
     // First byte of this lane's row in each block of 16, of an operand that lies along `k`.
@@ -78,12 +78,16 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
             .iter()
             .map(|&row| {
                 let byte = e.t.f.add(row, a_at);
-                read(arch, e, dtype, byte)
+                read(arch, e, dtype, byte, convert[0])
             })
             .collect();
         for (gi, &row) in b_rows.iter().enumerate() {
             let byte = e.t.f.add(row, b_at);
-            let right = if trans_b { read(arch, e, dtype, byte) } else { read_column(arch, e, dtype, byte, b.pitch) };
+            let right = if trans_b {
+                read(arch, e, dtype, byte, convert[1])
+            } else {
+                read_column(arch, e, dtype, byte, b.pitch)
+            };
             for (ri, left) in lefts.iter().enumerate() {
                 let first = s.register(ri, gi, 0);
                 let mut c = pack(&mut e.t.f, &acc[first..first + 4], "f32");
@@ -130,12 +134,12 @@ fn multiply(arch: &Arch, f: &mut Fn, dtype: DType, a: &str, b: &str, c: &str) ->
     f.name(d)
 }
 
-/// 16 bytes of shared memory.
-fn read(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val) -> Operand {
+/// 16 bytes of shared memory, converted if need be.
+fn read(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val, convert: bool) -> Operand {
     let at = e.t.shared_at(byte);
     let f = &mut e.t.f;
-    if dtype == DType::E4m3 && arch.fp8 == Fp8::Fnuz {
-        let words: Vec<Val> = f.load(at, Ty::I32, 4).into_iter().map(|w| fp8::to_fnuz(f, w)).collect();
+    if convert {
+        let words: Vec<Val> = f.load(at, Ty::I32, 4).into_iter().map(|w| arch.operand_word(f, dtype, w)).collect();
         return words
             .chunks(2)
             .map(|pair| {

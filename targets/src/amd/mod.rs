@@ -11,6 +11,8 @@
 //! | `lld`, `metadata` | objects to code objects, and what these say of themselves |
 //! | `target` | the way down for all kernels of a module; [`crate::gpu::llvm`] makes objects of MLIR |
 //!
+//! With the feature `emulate` alone, without LLVM, there are `arch` and what `lower` needs only.
+//!
 //! **Kernel arguments** are, in order and without gaps: the address of each argument and the address of the six symbols, 64 bits each (the
 //! metadata's `.args`). Shared memory is static. Each kernel is a code object of its own, which `hipModuleLoadData` takes.
 //!
@@ -20,10 +22,14 @@
 pub mod arch;
 mod fp8;
 mod isa;
+#[cfg(feature = "amd")]
 pub mod lld;
 pub mod lower;
+#[cfg(feature = "amd")]
 pub mod metadata;
 mod mfma;
+#[cfg(feature = "amd")]
 mod target;
 
+#[cfg(feature = "amd")]
 pub use target::AmdTarget;

@@ -2,7 +2,7 @@
 
 use super::arch::Arch;
 use super::lld::Lld;
-use super::lower::{Lowered, lower};
+use super::lower::{Lowered, NO_ACCUMULATORS, lower};
 use super::metadata::Metadata;
 use crate::gpu::{self, llvm};
 use crate::parallel::in_parallel;
@@ -47,10 +47,20 @@ impl AmdTarget {
         self.levels.contains(&level)
     }
 
+    /// A kernel's code object, without accumulator registers if that spills nothing.
     fn build(&self, lld: &Lld, kernel: &Kernel) -> Result<Built, TargetError> {
-        let name = &kernel.program.name;
-        let failed = |reason| TargetError::Codegen { kernel: name.clone(), reason };
-        let lowered = lower(kernel, self.arch)?;
+        let mut lowered = lower(kernel, self.arch)?;
+        let built = self.assemble(lld, &kernel.program.name, lowered.clone())?;
+        if built.resources.spill_bytes == [0, 0] {
+            return Ok(built);
+        }
+        lowered.mlir = lowered.mlir.replace(NO_ACCUMULATORS, "");
+        let other = self.assemble(lld, &kernel.program.name, lowered)?;
+        Ok(if other.resources.spill_bytes < built.resources.spill_bytes { other } else { built })
+    }
+
+    fn assemble(&self, lld: &Lld, name: &str, lowered: Lowered) -> Result<Built, TargetError> {
+        let failed = |reason| TargetError::Codegen { kernel: name.to_owned(), reason };
         let options = llvm::Options {
             passes: "",
             llvm_ir: self.keeps(Level::Llvm),

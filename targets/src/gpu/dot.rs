@@ -7,8 +7,9 @@ use super::fragment::Spread;
 use super::isa::{self, Product};
 use super::mlir::{Ty, Val, i32};
 use dsc_ir::DType;
-use dsc_ir::sched::{Atom, Buffer, Place};
-use dsc_ir::tile::ValueId;
+use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Op, Place};
+use dsc_ir::tile::{self, ValueId};
+use std::collections::HashSet;
 
 /// Steps of `k` written out in a loop's body.
 const STEPS: u32 = 4;
@@ -27,11 +28,75 @@ impl<'a> Emitter<'a> {
         let values = match f.atom {
             Atom::Fma => self.dot_fma(&s, (a_buffer, self.dtype(a)), (b_buffer, self.dtype(b)), k, trans_b, acc),
             atom => {
-                let p = Product { atom, dtype: self.dtype(a), a: a_buffer, b: b_buffer, k, trans_b };
+                let ready = [a, b].map(|v| self.root(v).is_some_and(|b| self.ready.contains(&b)));
+                let p = Product { atom, dtype: self.dtype(a), a: a_buffer, b: b_buffer, ready, k, trans_b };
                 self.t.arch.product(self, &s, &p, acc)
             }
         };
         self.fragments.insert(r, values);
+    }
+
+    /// Buffers that hold what matrix instructions take, where these take other bits than memory holds: filled from memory or by
+    /// arithmetic, and read by products only, so that each element is converted once.
+    pub fn only_multiplied(&self) -> HashSet<BufferId> {
+        let (mut filled, mut read) = (HashSet::new(), HashSet::new());
+        self.follow(&self.s.common, &mut filled, &mut read);
+        filled.retain(|b| !read.contains(b));
+        filled
+    }
+
+    /// Adds the buffers that are filled with convertible elements, and those that something else reads or writes.
+    fn follow(&self, block: &Block, filled: &mut HashSet<BufferId>, other: &mut HashSet<BufferId>) {
+        other.extend(block.args.iter().chain(&block.yields).filter_map(|&v| self.root(v)));
+        for inst in &block.insts {
+            let op = match &inst.op {
+                Op::Tile(op) => op,
+                Op::For { init, body, .. } => {
+                    other.extend(init.iter().filter_map(|&v| self.root(v)));
+                    self.follow(body, filled, other);
+                    continue;
+                }
+                Op::If { then, otherwise, .. } => {
+                    self.follow(then, filled, other);
+                    self.follow(otherwise, filled, other);
+                    continue;
+                }
+                _ => continue,
+            };
+            let elementwise = matches!(op, tile::Op::Load { .. } | tile::Op::Gather { .. } | tile::Op::Map { .. });
+            for &r in &inst.results {
+                let Place::Shared(b) = self.place(r) else { continue };
+                if elementwise && self.t.arch.converts(self.dtype(r)) {
+                    filled.insert(*b);
+                } else {
+                    other.insert(*b);
+                }
+            }
+            match op {
+                tile::Op::Dot { .. } if !matches!(self.place(inst.results[0]), Place::Fragment(f) if f.atom == Atom::Fma) =>
+                    {}
+                // What it reads is what its own uses read.
+                tile::Op::Reshape { .. } => {}
+                // A fragment is stored by its owners, who do not convert.
+                tile::Op::Map { inputs, .. } if inputs.iter().any(|&i| self.is_fragment(i)) => {
+                    other.extend(inst.results.iter().filter_map(|&r| self.root(r)));
+                    other.extend(inputs.iter().filter_map(|&v| self.root(v)));
+                }
+                op => other.extend(tile::operands(op).into_iter().filter_map(|v| self.root(v))),
+            }
+        }
+    }
+
+    /// Elements of an operand as matrix instructions take them: words of them, or fewer than a word has.
+    pub fn operand(&mut self, dtype: DType, values: &[Val]) -> Vec<Val> {
+        let arch = self.t.arch;
+        let words = self.words(values);
+        let convert = |e: &mut Self, v: Val| {
+            let (ty, word) = (v.ty(), if v.ty() == Ty::I32 { v } else { e.t.f.cast("zext", v, Ty::I32) });
+            let word = arch.operand_word(&mut e.t.f, dtype, word);
+            if ty == Ty::I32 { word } else { e.t.f.cast("trunc", word, ty) }
+        };
+        words.into_iter().map(|v| convert(self, v)).collect()
     }
 
     fn dot_fma(

@@ -17,7 +17,7 @@ use super::{scan, topk};
 use dsc_ir::sched::{Block, Buffer, BufferId, Inst, Op, Place, Scheduled};
 use dsc_ir::tile::{self, Index, MapArg, MapFn, Scalar, ScalarOp, Type, ValueId, ViewType};
 use dsc_ir::{DType, Extent, Sym};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Rounds of an elementwise loop that are written out rather than looped over.
 const UNROLLED: u32 = 8;
@@ -34,6 +34,8 @@ pub struct Emitter<'a> {
     uniform: HashMap<ValueId, Val>,
     /// Registers of fragments.
     pub fragments: HashMap<ValueId, Vec<Val>>,
+    /// Buffers whose elements are as [`super::isa::Isa::operand_word`] makes them.
+    pub ready: HashSet<BufferId>,
     /// A number that divides a uniform integer.
     divisors: HashMap<ValueId, i64>,
     params: HashMap<ValueId, Val>,
@@ -62,12 +64,14 @@ impl<'a> Emitter<'a> {
             defs: HashMap::new(),
             uniform: HashMap::new(),
             fragments: HashMap::new(),
+            ready: HashSet::new(),
             divisors: HashMap::new(),
             params: HashMap::new(),
             syms: [i32(0); 6],
             blocks: [i32(0); 3],
         };
         definitions(&s.common, &mut e.defs);
+        e.ready = e.only_multiplied();
         for (i, p) in s.params.iter().enumerate() {
             e.params.insert(p.value, Val::Arg(i as u32, Ty::Global));
         }
@@ -126,12 +130,20 @@ impl<'a> Emitter<'a> {
     }
 
     /// The shared buffer that a value is, seen through reshapes.
-    pub fn root_buffer(&self, mut v: ValueId) -> &'a Buffer {
+    pub fn root_buffer(&self, v: ValueId) -> &'a Buffer {
+        match self.root(v) {
+            Some(b) => self.buffer(b),
+            None => unreachable!("the scheduler put %{} in shared memory", v.0),
+        }
+    }
+
+    /// Which shared buffer a value is, seen through reshapes; none if it is not in shared memory.
+    pub fn root(&self, mut v: ValueId) -> Option<BufferId> {
         loop {
             match (self.place(v), self.defs.get(&v)) {
-                (Place::Shared(b), _) => return self.buffer(*b),
+                (Place::Shared(b), _) => return Some(*b),
                 (_, Some(tile::Op::Reshape { x, .. })) => v = *x,
-                _ => unreachable!("the scheduler put %{} in shared memory", v.0),
+                _ => return None,
             }
         }
     }
@@ -490,13 +502,13 @@ impl<'a> Emitter<'a> {
             }
             tile::Op::Load { view, index, .. } => {
                 let index: Vec<Index> = index.clone();
-                self.load_global(*view, &index, at, None, n)
+                self.load_global(*view, &index, at, None, n, false)
             }
             tile::Op::Gather { view, rows, index, .. } => {
                 let row = self.chunk(*rows, &at[..1], 1)[0];
                 let mut index = index.clone();
                 index.insert(0, Index::Const(0));
-                self.load_global(*view, &index, at, Some(row), n)
+                self.load_global(*view, &index, at, Some(row), n, false)
             }
             tile::Op::Map { inputs, body } => {
                 let args: Vec<Vec<Val>> = inputs.iter().map(|&i| self.broadcast(i, at, n)).collect();
@@ -666,10 +678,23 @@ impl<'a> Emitter<'a> {
         self.t.f.cmp("ult", c, extent)
     }
 
-    fn load_global(&mut self, view: ValueId, index: &[Index], at: &[Val], row: Option<Val>, n: u32) -> Vec<Val> {
+    /// `n` neighbours; in words, if that is asked for and possible.
+    fn load_global(
+        &mut self,
+        view: ValueId,
+        index: &[Index],
+        at: &[Val],
+        row: Option<Val>,
+        n: u32,
+        words: bool,
+    ) -> Vec<Val> {
         let dtype = self.dtype(view);
-        let ty = isa::stored(dtype);
+        let mut ty = isa::stored(dtype);
+        let mut n = n;
         let a = self.access(view, index, at, row, n);
+        if words && a.whole && ty.bytes() < 4 && (n * ty.bytes()).is_multiple_of(4) {
+            (ty, n) = (Ty::I32, n * ty.bytes() / 4);
+        }
         let Type::View(v) = &self.s.types[view.0 as usize] else { unreachable!("verified: a view") };
         let first = self.t.f.offset(self.params[&view], i64(v.offset as i64));
         let zero = if ty == Ty::F32 { f32(0.0) } else { Val::Int(0, ty) };
@@ -726,7 +751,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Small elements packed to 32-bit words where there are enough of them.
-    fn words(&mut self, values: &[Val]) -> Vec<Val> {
+    pub fn words(&mut self, values: &[Val]) -> Vec<Val> {
         let per = (4 / values[0].ty().bytes()) as usize;
         if per == 1 || values.len() < per {
             return values.to_vec();
@@ -786,7 +811,7 @@ impl<'a> Emitter<'a> {
         let [all_rows, all_cols] = b.shape;
         let n = self.width_of(op, r).min(power_of_two_in(all_cols)).min(power_of_two_in(cols)).min(16);
         let n = n.min((32 / dtype.bytes() as u32).max(1));
-        let zero = if isa::stored(dtype) == Ty::F32 { f32(0.0) } else { Val::Int(0, isa::stored(dtype)) };
+        let ready = self.ready.iter().any(|&id| std::ptr::eq(self.buffer(id), b));
         let per_row = all_cols / n;
         let place = |e: &mut Self, c: Val| {
             let row = e.t.f.div(c, per_row);
@@ -813,7 +838,20 @@ impl<'a> Emitter<'a> {
                 if !shape.is_empty() {
                     at.push(from_col);
                 }
-                let values = e.evaluate(op, r, &at, n);
+                let values = match op {
+                    tile::Op::Load { view, index, .. } if e.t.arch.moves_words() => {
+                        e.load_global(*view, index, &at, None, n, true)
+                    }
+                    tile::Op::Gather { view, rows, index, .. } if e.t.arch.moves_words() => {
+                        let row = e.chunk(*rows, &at[..1], 1)[0];
+                        let mut index = index.clone();
+                        index.insert(0, Index::Const(0));
+                        e.load_global(*view, &index, &at, Some(row), n, true)
+                    }
+                    _ => e.evaluate(op, r, &at, n),
+                };
+                let values = if ready { e.operand(dtype, &values) } else { values };
+                let zero = if values[0].ty() == Ty::F32 { f32(0.0) } else { Val::Int(0, values[0].ty()) };
                 values.into_iter().map(|v| e.t.f.select(ok, v, zero)).collect::<Vec<Val>>()
             },
             |e, c, values, ok| {

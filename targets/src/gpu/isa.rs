@@ -29,6 +29,8 @@ pub struct Product<'a> {
     pub a: &'a Buffer,
     /// The right operand, `[n, k]` if `trans_b`, else `[k, n]`; padded alike.
     pub b: &'a Buffer,
+    /// Whether the elements of `a` and `b` are as [`Isa::operand_word`] makes them.
+    pub ready: [bool; 2],
     /// Contracted length.
     pub k: u32,
     /// Whether the right operand lies transposed.
@@ -44,11 +46,33 @@ pub trait Isa: Sync {
     /// Bytes of shared memory that the tiles of a block can have.
     fn shared_per_block(&self) -> u32;
 
+    /// Bytes of it that [`barrier_any`](Isa::barrier_any) takes in kernels that use it.
+    fn meeting_bytes(&self) -> u32 {
+        0
+    }
+
     /// The matrix instruction for operands of that type (the right one transposed in memory or not), if there is one.
     fn matrix_atom(&self, dtype: DType, trans_b: bool) -> Option<Atom>;
 
     /// Elements of `k` that one matrix instruction takes.
     fn matrix_step(&self, dtype: DType) -> u32;
+
+    /// Whether the matrix instructions take other bits of that type than memory holds.
+    fn converts(&self, dtype: DType) -> bool {
+        let _ = dtype;
+        false
+    }
+
+    /// 32 bits of elements as matrix instructions take them; for types that it [`converts`](Isa::converts).
+    fn operand_word(&self, f: &mut Fn, dtype: DType, word: Val) -> Val {
+        let _ = (f, dtype);
+        word
+    }
+
+    /// Whether tiles go from global to shared memory by words; else by elements, which the assembler packs.
+    fn moves_words(&self) -> bool {
+        false
+    }
 
     /// `acc + a · b` by matrix instructions, over all of `k`; `acc` as the spread says.
     fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val>;
@@ -95,6 +119,11 @@ pub trait Isa: Sync {
 
     /// `2^x`, relative error at most 2^-22.
     fn exp2(&self, f: &mut Fn, x: Val) -> Val;
+
+    /// `a / b` of f32.
+    fn divide(&self, f: &mut Fn, a: Val, b: Val) -> Val {
+        f.bin("fdiv", a, b)
+    }
 
     /// An element as f32 or i32 arithmetic takes it, from how it is stored ([`stored`]).
     fn widen(&self, f: &mut Fn, v: Val, from: DType) -> Val;

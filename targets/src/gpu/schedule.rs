@@ -27,6 +27,15 @@ use super::topk;
 /// # Errors
 /// [`TargetError::Unsupported`] if shared memory does not suffice; the message lists the buffers.
 pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetError> {
+    let (scheduled, error) = match attempt(kernel, arch, false) {
+        Ok(scheduled) => return Ok(scheduled),
+        Err(error) => (attempt(kernel, arch, true), error),
+    };
+    scheduled.map_err(|_| error)
+}
+
+/// One attempt; a `lean` one reads again from global memory what it could keep.
+fn attempt(kernel: &Kernel, arch: &dyn Isa, lean: bool) -> Result<Scheduled, TargetError> {
     let program = &kernel.program;
     let threads = threads(kernel);
     let analysis = Analysis::of(program, arch);
@@ -41,6 +50,7 @@ pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetErro
         operands: analysis.operands,
         atom: analysis.atom,
         buffers: Vec::new(),
+        lean,
         spilled: HashMap::new(),
         updated: program.params.iter().filter(|p| p.access == Access::ReadWrite).map(|p| p.value).collect(),
     };
@@ -66,13 +76,17 @@ pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetErro
         roles: Vec::new(),
     };
     let bytes = shared_bytes(&scheduled);
-    if bytes > arch.shared_per_block() {
+    // Only pushes to selections ask whether something holds in any thread.
+    let mut pushes = false;
+    each(&program.body, &mut |inst| pushes |= matches!(inst.op, tile::Op::TopkPush { .. }));
+    let limit = arch.shared_per_block() - if pushes { arch.meeting_bytes() } else { 0 };
+    if bytes > limit {
         return Err(TargetError::Unsupported {
             kernel: program.name.clone(),
             op: "shared memory".into(),
             reason: format!(
                 "{bytes} bytes of {} that a block of {} has; choose smaller tiles:\n{}",
-                arch.shared_per_block(),
+                limit,
                 arch.name(),
                 table(&scheduled.buffers)
             ),
@@ -322,6 +336,8 @@ struct Scheduler<'a> {
     operands: HashMap<ValueId, Operand>,
     atom: Atom,
     buffers: Vec<Buffer>,
+    /// Whether what can be read again from global memory is not kept in shared memory.
+    lean: bool,
     /// Shared copies of fragments, valid in the block being written.
     spilled: HashMap<ValueId, ValueId>,
     /// Views that are both read and written.
@@ -695,7 +711,24 @@ impl Scheduler<'_> {
         }
         let uses = self.uses.get(&r).copied().unwrap_or_default();
         let once = uses.count <= 1 && !uses.elsewhere && uses.reach <= 4 * elements;
-        if once || self.is_index_arithmetic(op) { Place::Lazy } else { self.shared(r) }
+        let again = self.lean && self.can_read_again(op);
+        if once || again || self.is_index_arithmetic(op) { Place::Lazy } else { self.shared(r) }
+    }
+
+    /// A load, or conversions of loads: the bytes stay where they are, and are near after the first time.
+    fn can_read_again(&self, op: &tile::Op) -> bool {
+        match op {
+            tile::Op::Load { .. } => true,
+            tile::Op::Map { inputs, body } => {
+                let lazy = |v: &ValueId| match (self.place(*v), self.defs.get(v)) {
+                    (Place::Uniform, _) => true,
+                    (Place::Lazy, Some(op)) => self.can_read_again(op),
+                    _ => false,
+                };
+                body.insts.len() <= 2 && inputs.iter().all(lazy)
+            }
+            _ => false,
+        }
     }
 
     /// Integer or boolean arithmetic on counters and single elements: cheaper to repeat than to keep.
