@@ -182,7 +182,7 @@ impl Model {
             WeightsFrom::Random(_) => None,
         };
         let (artifact, weights) = (Arc::new(artifact), Arc::new(weights));
-        Ok(Model { gpu: None, artifact, weights, weights_dir, threads, pages })
+        Ok(Model { opening: Opening::default(), gpu: None, artifact, weights, weights_dir, threads, pages })
     }
 
     /// The artifact's description.
