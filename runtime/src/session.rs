@@ -1349,7 +1349,7 @@ mod tests {
         let mut header = crate::testing::header();
         (header.model.ranks, header.model.rank) = (8, 3);
         let dir = tempfile::tempdir().unwrap();
-        let path = crate::testing::write_artifact(dir.path(), &mut header, &[0xc3]);
+        let path = crate::testing::write_artifact(dir.path(), &mut header, &[0xc3; 18]);
         let error = Model::open(&path, dir.path(), &Options::default()).unwrap_err().to_string();
         assert!(error.contains("rank 3 of 8") && error.contains("--tp 1"), "{error}");
     }
