@@ -46,7 +46,9 @@ impl Mini {
         let mut input = |i: StepInput| {
             graph.add1(format!("{i:?}").to_lowercase(), Op::Input(i), &[], TensorType::plain(DType::I32, &i.shape()))
         };
-        let [tokens, positions, seqs, slots, pages, rows, _] = StepInput::ALL.map(&mut input);
+        use StepInput::{LogitRows, PageTable, Positions, Seqs, Slots, Tokens};
+        let [tokens, positions, seqs, slots, pages, rows] =
+            [Tokens, Positions, Seqs, Slots, PageTable, LogitRows].map(&mut input);
         let ty = TensorType::plain(DType::F32, &[POSITIONS.into(), ROPE.into()]);
         let source = WeightSource::RopeTable { frequencies: vec![1.0, 0.1] };
         graph.weights.push(Weight { name: "rope".into(), ty: ty.clone(), source });
