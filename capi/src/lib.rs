@@ -236,9 +236,10 @@ pub unsafe extern "C" fn dsc_launch(
     stream: *mut c_void,
 ) -> DscStatus {
     guarded(|| {
-        // SAFETY: the caller's word, here and below.
+        // SAFETY: the caller's word.
         let (library, operation, tensors) = unsafe { call(library, operation, tensors, count) }?;
         let workspace = (workspace, workspace_bytes);
+        // SAFETY: as above.
         unsafe { library.library.launch(operation, &tensors, workspace, stream) }.map_err(refused)
     })
 }

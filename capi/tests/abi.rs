@@ -1,7 +1,7 @@
 //! The C interface as its users have it: the header is that of the code, the example in C builds and runs, and so does the Python
 //! module. Libraries are for the CPU; without `cc` or `python3` a test says that it was left out.
 
-use dsc::library::{Options, v32};
+use dsc_compiler::library::{self, Options, v32};
 use dsc_targets::TargetOptions;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -10,16 +10,19 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a folder above").to_owned()
 }
 
-/// The folder of libdsc.so, which Cargo builds before these tests.
-fn built() -> PathBuf {
+/// Puts the library, which Cargo builds before these tests, in a folder under the name that it is shipped with.
+fn built(dir: &Path) -> PathBuf {
     let deps = std::env::current_exe().expect("a path").parent().expect("a folder").to_owned();
     let above = deps.parent().expect("a folder above").to_owned();
-    let has = |dir: &PathBuf| dir.join("libdsc.so").exists();
-    [deps, above].into_iter().find(has).expect("libdsc.so beside the tests")
+    let places = [deps, above].map(|dir| dir.join("libdsc_capi.so"));
+    let from = places.iter().find(|path| path.exists()).expect("libdsc_capi.so beside the tests");
+    let to = dir.join("libdsc.so");
+    std::fs::copy(from, &to).expect("room");
+    to
 }
 
 /// Writes a small library for the CPU.
-fn library(dir: &Path) -> PathBuf {
+fn small_library(dir: &Path) -> PathBuf {
     let facts = dsc_ir::artifact::LibraryFacts {
         heads: 2,
         index_heads: 2,
@@ -31,9 +34,8 @@ fn library(dir: &Path) -> PathBuf {
         queries: vec![1],
         ..v32()
     };
-    let options =
-        Options { target: "cpu".into(), codegen: TargetOptions::default(), facts, schedules: Vec::new() };
-    let compiled = dsc::library::compile(&options, &mut |_| ()).expect("it compiles");
+    let options = Options { target: "cpu".into(), codegen: TargetOptions::default(), facts, schedules: Vec::new() };
+    let compiled = library::compile(&options, &mut |_| ()).expect("it compiles");
     let path = dir.join("dsa.dsc");
     std::fs::write(&path, compiled.bytes).expect("room");
     path
@@ -79,18 +81,19 @@ fn the_example_in_c_runs() {
         return;
     }
     let dir = tempfile::tempdir().expect("a folder");
-    let (program, so) = (dir.path().join("topk"), built());
+    let program = dir.path().join("topk");
+    built(dir.path());
     let mut cc = Command::new("cc");
     cc.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-but-set-variable", "-I"])
         .arg(root().join("capi/include"))
         .arg(root().join("examples/c/topk.c"))
         .arg("-L")
-        .arg(&so)
-        .args(["-l:libdsc.so", "-o"])
+        .arg(dir.path())
+        .args(["-ldsc", "-o"])
         .arg(&program);
     text(&cc.output().expect("cc starts"));
     let mut run = Command::new(program);
-    run.arg(library(dir.path())).arg("8").env("LD_LIBRARY_PATH", so);
+    run.arg(small_library(dir.path())).arg("8").env("LD_LIBRARY_PATH", dir.path());
     let said = text(&run.output().expect("it starts"));
     // Row r holds (37 i + 11 r) mod 100 at column i; the last row sees five columns.
     let largest = |r: i32| {
@@ -113,8 +116,8 @@ fn the_python_module_runs_without_torch() {
     let dir = tempfile::tempdir().expect("a folder");
     let mut run = Command::new("python3");
     run.arg(root().join("python/test_module.py"))
-        .arg(library(dir.path()))
-        .env("DSC_LIBRARY", built().join("libdsc.so"))
+        .arg(small_library(dir.path()))
+        .env("DSC_LIBRARY", built(dir.path()))
         .env("PYTHONPATH", root().join("python"))
         .env("PYTHONDONTWRITEBYTECODE", "1");
     let said = text(&run.output().expect("it starts"));

@@ -1,9 +1,9 @@
 /* Calls one operation of a kernel library from C: the exact top-k of some scores.
  *
  *   dsc compile --kernels dsa --target cpu --top-k 8 -o dsa.dsc
- *   cargo build --release --package dsc-capi
- *   cc -I capi/include examples/c/topk.c -L target/release -l dsc -o topk
- *   LD_LIBRARY_PATH=target/release ./topk dsa.dsc 8
+ *   cargo build --release --package dsc-capi && cp target/release/libdsc_capi.so libdsc.so
+ *   cc -I capi/include examples/c/topk.c -L . -l dsc -o topk
+ *   LD_LIBRARY_PATH=. ./topk dsa.dsc 8
  *
  * A library for a GPU is called the same way, with device pointers, a workspace in device memory and a stream.
  */

@@ -1534,4 +1534,73 @@ mod tests {
         header.model.eos = vec![1000; 10_000];
         assert_eq!(header.check().unwrap_err().len(), MAX_PROBLEMS);
     }
+
+    fn entry() -> Entry {
+        let arg = |name: &str, shape: &[Extent], write| EntryArg {
+            name: name.into(),
+            elem: ArgElem::Plain(DType::F32),
+            shape: shape.to_vec(),
+            write,
+        };
+        Entry {
+            op: "toy".into(),
+            class: "all".into(),
+            max: SymValues([8, 4, 4, 1, 1, 256]),
+            relations: vec![
+                (Sym::T.into(), Extent::from(Sym::S).times(2)),
+                (Sym::C.into(), Extent::from(Sym::P).times(64)),
+            ],
+            args: vec![
+                arg("x", &[Sym::T.into(), 3.into()], false),
+                arg("table", &[Sym::S.into(), Sym::P.into()], false),
+                arg("y", &[Sym::T.into()], true),
+            ],
+            workspace: vec![
+                WorkspacePart { element_bytes: 4, shape: vec![Sym::T.into(), Sym::C.into()] },
+                WorkspacePart { element_bytes: 2, shape: vec![Sym::T.into()] },
+            ],
+            launches: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn shapes_of_a_call_bind_its_sizes() {
+        let e = entry();
+        let syms = |shapes: [&[u64]; 3]| e.symbols(&shapes).map(|s| s.0).map_err(|m| (m.rank(), m.to_string()));
+        assert_eq!(syms([&[4, 3], &[2, 3], &[4]]), Ok([4, 2, 3, 1, 1, 192]));
+        assert_eq!(syms([&[4, 2], &[2, 3], &[4]]), Err((0, "x is [4, 2], wants [T, 3] where T = 4".into())));
+        assert_eq!(syms([&[4, 3], &[2, 3], &[5]]).unwrap_err().0, 0);
+        let unrelated = "T is 3, wants 2*S where T = 3, S = 2, P = 3".to_string();
+        assert_eq!(syms([&[3, 3], &[2, 3], &[3]]), Err((1, unrelated)));
+        assert_eq!(syms([&[10, 3], &[5, 3], &[10]]), Err((2, "10 T are more than 8".into())));
+        let (starts, bytes) = e.workspace(&SymValues([4, 2, 3, 1, 1, 192])).unwrap();
+        assert_eq!((starts, bytes), (vec![0, 3072], 3072 + 256));
+        assert_eq!(e.buffer(Arg::Workspace(1), &e.max), Some((256, 0)));
+        assert_eq!(e.buffer(Arg::Caller(2), &e.max), Some((32, 0)));
+        assert_eq!([Arg::Caller(3), Arg::Workspace(2), Arg::Arena(0)].map(|a| e.buffer(a, &e.max)), [None; 3]);
+        assert!(e.args[1].pitched() && !e.args[0].pitched() && !e.args[2].pitched());
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_entry_point_is_found() {
+        let wrong = |edit: &dyn Fn(&mut Entry), wanted: &str| {
+            let mut header = sample();
+            let mut e = entry();
+            edit(&mut e);
+            header.entries = vec![e];
+            let problems = header.check().unwrap_err().join("\n");
+            assert!(problems.contains(wanted), "{problems}");
+        };
+        wrong(&|e| e.max = e.max.with(Sym::N, 0), "largest sizes");
+        wrong(&|e| e.args[1].name = "x".into(), "not unique");
+        wrong(&|e| e.args[0].elem = ArgElem::Plain(DType::Bool), "type or pages");
+        wrong(&|e| e.args[0].elem = ArgElem::Pages(StateFormat::IndexFp8 { dim: 1 << 30 }), "type or pages");
+        wrong(&|e| e.args[0].shape = vec![], "no dims");
+        wrong(&|e| e.relations[0].0.factor = 2, "binds a multiple");
+        wrong(&|e| e.workspace[0].element_bytes = u32::MAX, "workspace is beyond reason");
+        let launch = |arg| Launch { kernel: 0, args: vec![arg], node: "n".into() };
+        wrong(&|e| e.launches = vec![launch(Arg::Caller(9))], "does not exist");
+        wrong(&|e| e.launches = vec![launch(Arg::Arena(0))], "does not exist");
+        wrong(&|e| e.launches = vec![Launch { kernel: 77, ..launch(Arg::Caller(0)) }], "kernel 77 of");
+    }
 }

@@ -2,7 +2,7 @@
 the kernels of others and on the same inputs:
 
     dsc compile --kernels dsa --target sm_90a --scale 0.041666668 -o libs/dsa-h128.dsc         # and --heads 64, 16: dsa-h64.dsc, ..
-    DSC_KERNELS=libs PYTHONPATH=python DSC_LIBRARY=target/release/libdsc.so \\
+    DSC_KERNELS=libs PYTHONPATH=python DSC_LIBRARY=target/release/libdsc_capi.so \\
         python3 bench_peers.py --extra tests/bench/ours.py --out results.json
 
 The module is `bench_peers`; a section hands over a case with the fields used here. A call is a closure on one set of inputs; it is

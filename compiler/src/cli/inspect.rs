@@ -85,7 +85,26 @@ fn kernel_text(artifact: &Artifact, name: &str) -> Result<String, Box<dyn Error>
     Ok(rest[..end].to_owned())
 }
 
+/// Entry points of a kernel library, and with `launches` what they run.
+fn entries(header: &Header, launches: bool) -> String {
+    let rows = header.entries.iter().map(|e| {
+        let args = e.args.iter().map(|a| format!("{} {:?}", a.name, a.shape)).collect::<Vec<_>>().join(", ");
+        let max = dsc_ir::Sym::ALL.map(|sym| format!("{} <= {}", sym.name(), e.max.get(sym))).join(", ");
+        vec![e.op.clone(), e.class.clone(), args, max]
+    });
+    let mut text = table(&["operation", "class", "arguments", "serves"], rows) + "\n";
+    for entry in header.entries.iter().filter(|_| launches) {
+        let rows = entry.launches.iter().map(|l| vec![l.node.clone(), header.kernels[l.kernel as usize].name.clone()]);
+        text += &table(&[&format!("{} {}", entry.op, entry.class), "kernel"], rows);
+        text += "\n";
+    }
+    text
+}
+
 fn steps(header: &Header, launches: bool) -> String {
+    if header.steps.is_empty() {
+        return entries(header, launches);
+    }
     let rows = header.steps.iter().map(|s| {
         let max = dsc_ir::Sym::ALL.map(|sym| format!("{} <= {}", sym.name(), s.max.get(sym))).join(", ");
         vec![s.name.clone(), s.launches.len().to_string(), s.arena_bytes.to_string(), max]

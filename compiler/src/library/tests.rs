@@ -412,3 +412,23 @@ fn schedules_are_data() {
     assert_eq!(changes[0].apply(&Schedule::default()).map(|s| s.tile_n), Ok(16));
     assert!(ScheduleChange::parse(r#"[{"schedule": {"tile_q": 16}}]"#).is_err());
 }
+
+#[test]
+fn what_cannot_be_compiled_is_refused_and_a_bf16_cache_is_not() {
+    let refused = |edit: &dyn Fn(&mut LibraryFacts), wanted: &str| {
+        let mut facts = small();
+        edit(&mut facts);
+        let error = check(&facts).unwrap_err();
+        assert!(error.contains(wanted), "{error}");
+    };
+    refused(&|f| f.heads = 0, "heads of 0");
+    refused(&|f| f.index_dim = 40, "multiples of 16");
+    refused(&|f| f.latent = 144, "do not divide 144");
+    refused(&|f| f.queries = vec![9], "query tokens");
+    refused(&|f| f.scale = f32::NAN, "scale of NaN");
+    let facts = LibraryFacts { fp8_cache: false, queries: vec![1], ..small() };
+    let options = Options { target: "cpu".into(), codegen: TargetOptions::default(), facts, schedules: Vec::new() };
+    let compiled = compile(&options, &mut |_| ()).expect("it compiles");
+    let entry = compiled.header.entries.iter().find(|e| e.op == "mla_decode").expect("an entry point");
+    assert_eq!(entry.args[1].shape, [Extent::from(Sym::N), (64 * 2 * (128 + 16)).into()]);
+}

@@ -1467,7 +1467,10 @@ mod tests {
     #[test]
     fn topk_takes_the_lowest_of_equals_and_never_minus_infinity() {
         let x = r(&[2, 4], &[1., 3., 1., 1., f32::NEG_INFINITY, 0., f32::NEG_INFINITY, f32::NEG_INFINITY]);
-        assert_eq!(run(Op::TopK { k: 2 }, &[x], I32, &[2, 2]).ints(), [0, 1, 1, -1]);
+        assert_eq!(run(Op::TopK { k: 2 }, &[x.clone()], I32, &[2, 2]).ints(), [0, 1, 1, -1]);
+        let (starts, ends) = (i(&[2], &[1, 0]), i(&[2], &[9, 1]));
+        assert_eq!(run(Op::TopK { k: 2 }, &[x.clone(), ends.clone()], I32, &[2, 2]).ints(), [0, 1, -1, -1]);
+        assert_eq!(run(Op::TopK { k: 2 }, &[x, starts, ends], I32, &[2, 2]).ints(), [1, 2, -1, -1]);
     }
 
     /// The gate vector of the model facts.
@@ -1607,5 +1610,26 @@ mod tests {
         let eval = Eval { fed, outs: vec![Out::new(&out, &syms).expect("a size")], syms };
         let made = eval.op(&Op::MqaAttention { scale: 1.0, narrow: false }).expect("a result");
         close(made[0].tensor().expect("a tensor").values(), &[1., 7.]);
+    }
+
+    /// Of a matrix of keys, with what is selected outside it, and nothing; logarithms of sums and largest scores too.
+    #[test]
+    fn mqa_reads_a_matrix() {
+        let syms = SymValues::default().with(Sym::C, 2);
+        let f32s = |shape: &[u32]| Out::new(&TensorType::plain(DType::F32, &fixed(shape)), &syms).expect("a size");
+        let tensors = [
+            r(&[2, 1, 2], &[0.; 4]),
+            r(&[2, 1, 1], &[1., 1.]),
+            r(&[2, 3], &[1., 5., 0., 1., 8., 2f32.ln()]),
+            i(&[2, 3], &[0, 7, 1, -1, 2, -1]),
+        ];
+        let fed: Vec<StepValue<f32>> = tensors.into_iter().map(|t| StepValue::Tensor(Arc::new(t))).collect();
+        let eval = Eval { fed, outs: vec![f32s(&[2, 1, 2]), f32s(&[2, 1]), f32s(&[2, 1])], syms };
+        let made = eval.op(&Op::MqaAttention { scale: 1.0, narrow: false }).expect("results");
+        let values = |n: usize| made[n].tensor().expect("a tensor").values().to_vec();
+        close(&values(0), &[1., 7., 0., 0.]);
+        close(&values(1)[..1], &[3f32.ln()]);
+        close(&values(2)[..1], &[2f32.ln()]);
+        assert_eq!([values(1)[1], values(2)[1]], [f32::INFINITY, f32::NEG_INFINITY]);
     }
 }

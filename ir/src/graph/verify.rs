@@ -366,6 +366,19 @@ mod tests {
     }
 
     #[test]
+    fn arguments() {
+        let declared = "arg 0 \"x\" : [T] f32\narg 1 \"s\" : index[dim=4, dtype=f32]\n";
+        let used = "%0 = arg[0]() : [T] f32 \"x\"\n%1 = arg[1]() : index[dim=4, dtype=f32] \"s\"\n";
+        check(&format!("{declared}{used}"), &[]);
+        check(&format!("{declared}%0 = arg[0]() : [T] bf16 \"x\""), &["x: its outputs"]);
+        check(&format!("{declared}%0 = arg[2]() : [T] f32 \"x\""), &["there is no argument 2"]);
+        check(&format!("{declared}{X}"), &["takes step inputs as arguments"]);
+        check("arg 0 \"x\" : [T] f32\narg 1 \"x\" : [T] f32", &["argument x: the name is not unique"]);
+        let graph = parse(&format!("graph {{\n{declared}{used}}}")).expect("a graph");
+        assert_eq!(parse(&graph.to_string()).expect("a graph"), graph);
+    }
+
+    #[test]
     fn a_written_cache_has_no_other_use() {
         let state = "state 0 \"s\" : index[dim=4, dtype=f32]\n%0 = state[0]() : index[dim=4, dtype=f32] \"s\"\n%1 = input[slots]() : [T] i32 \"i\"\n%2 = arg[0]() : [T, 4] f32 \"k\"\n%3 = cache_write(%0, %1, %2) : index[dim=4, dtype=f32] \"w\"\n";
         check(&format!("{state}output \"s\" = %3"), &["outside of a fused body"]);

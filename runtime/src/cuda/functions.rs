@@ -10,6 +10,7 @@ use crate::error::DeviceError;
 use dsc_ir::SymValues;
 use dsc_ir::artifact::Header;
 use std::ffi::c_void;
+use std::path::Path;
 use std::sync::Arc;
 
 /// The functions of a kernel library on a GPU.
@@ -25,7 +26,17 @@ impl CudaFunctions {
     /// As [`CudaDevice::open`](super::CudaDevice::open) and [`Kernels::load`]; [`DeviceError::Misuse`] for kernels that want their
     /// symbols in device memory.
     pub(crate) fn open(ordinal: u32, header: &Header, code: Code<'_>) -> Result<CudaFunctions, DeviceError> {
-        let context = Context::open(&context::driver_path(), ordinal)?;
+        CudaFunctions::open_with(&context::driver_path(), ordinal, header, code)
+    }
+
+    /// As [`CudaFunctions::open`] with the driver library at `driver`.
+    pub(super) fn open_with(
+        driver: &Path,
+        ordinal: u32,
+        header: &Header,
+        code: Code<'_>,
+    ) -> Result<CudaFunctions, DeviceError> {
+        let context = Context::open(driver, ordinal)?;
         if let Some(kernel) = header.kernels.iter().find(|k| !k.schedule.symbols_by_value) {
             return Err(DeviceError::Misuse(format!("kernel {} takes symbols from device memory", kernel.name)));
         }

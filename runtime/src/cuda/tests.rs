@@ -180,6 +180,39 @@ fn assembly_that_the_driver_refuses_is_shown() {
 }
 
 #[test]
+fn kernels_of_a_library_take_symbols_by_value_and_make_nothing() {
+    let fake = Fake::new(&[]);
+    let (mut header, _, _) = gpu_header();
+    let (native, portable) = (b"CUBNtally\0".to_vec(), b".visible .entry tally(\n)".to_vec());
+    header.kernels[0].name = "tally".into();
+    header.kernels[0].code_bytes = native.len() as u64;
+    let gpu = header.kernels[0].gpu.as_mut().unwrap();
+    (gpu.asm, gpu.shared_bytes) = ([0, portable.len() as u64], 0);
+    let code = Code { native: &native, portable: &portable };
+    let refused = CudaFunctions::open_with(&fake.path, 0, &header, code).err().unwrap().to_string();
+    assert!(refused.contains("kernel tally takes symbols from device memory"), "{refused}");
+    header.kernels[0].schedule.symbols_by_value = true;
+    let mut device = fake.device().unwrap();
+    device.load_code(&header, code).unwrap();
+    let buffer = device.alloc(4 * 8, "test").unwrap();
+    let error = device.bind(&launches(buffer, &[0]), &SymValues([3, 1, 1, 1, 1, 1])).unwrap_err().to_string();
+    assert!(error.contains("tally takes symbols by value"), "{error}");
+
+    let functions = CudaFunctions::open_with(&fake.path, 0, &header, code).unwrap();
+    let (place, used) = (device.place(buffer).unwrap().0, fake.used());
+    fake.log();
+    for tokens in [3, 1, 5] {
+        // SAFETY: eight cells are there; the fake driver has no streams.
+        unsafe { functions.launch(std::ptr::null_mut(), 0, vec![place + 4], &SymValues([tokens, 1, 1, 1, 1, 1])) }
+            .unwrap();
+    }
+    let launch = |n| format!("launch tally {n}x1x1 of 128, 0 bytes, cluster 1");
+    assert_eq!(fake.log(), [launch(3), launch(1), launch(5)]);
+    assert_eq!(fake.used(), used);
+    assert_eq!(counts(&mut device, buffer, 8), [0, 3, 2, 2, 1, 1, 0, 0]);
+}
+
+#[test]
 fn same_code_is_loaded_once() {
     let fake = Fake::new(&[]);
     let device = loaded(&fake, |header| {

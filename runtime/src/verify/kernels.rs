@@ -6,7 +6,7 @@
 use super::launches::{Contents, Errors, Launch, Sizes};
 use crate::artifact::Artifact;
 use crate::device::{BoundLaunch, Buffer, Code, Device};
-use crate::error::{DeviceError, Error};
+use crate::error::{CallError, DeviceError, Error};
 use dsc_ir::DType;
 use dsc_ir::artifact::{Header, KernelEntry, ParamEntry};
 use dsc_ir::tile::{self, Access, Program};
@@ -45,6 +45,9 @@ pub fn verify_kernels(
     progress: &dyn Fn(usize, usize, &str),
 ) -> Result<Vec<KernelReport>, Error> {
     let header = artifact.header();
+    if header.steps.is_empty() {
+        return Err(CallError::NoModel { path: artifact.path().to_path_buf() }.into());
+    }
     let text = std::str::from_utf8(artifact.section("tile")?).unwrap_or_default();
     let programs: HashMap<String, Program> = tile::parse(text)
         .map_err(|e| DeviceError::Misuse(format!("the artifact's tile programs cannot be read: {e}")))?

@@ -1,8 +1,8 @@
 //! A stand-in for the CUDA driver, for machines that have none: device memory is host memory, everything happens at once, and calls are
 //! written down. The tests in `runtime/src/cuda/tests.rs` build it with rustc and load it as the driver.
 //!
-//! Its kernels: `count` adds one to element `b` of its first argument (u32) for each block `b` below symbol T; every other name does
-//! nothing. A module is the name of its one function: `.entry NAME` in text, and the letters behind the first four bytes in machine
+//! Its kernels: `count` adds one to element `b` of its first argument (u32) for each block `b` below symbol T; `tally` does so with the
+//! symbols by value; every other name does nothing. A module is the name of its one function: `.entry NAME` in text, and the letters behind the first four bytes in machine
 //! code.
 
 #![allow(non_snake_case, clippy::missing_safety_doc)]
@@ -441,11 +441,13 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
 
 fn execute(launch: &Launch) {
     log(launch.line.clone());
-    if launch.name != "count" {
+    let by_value = launch.name == "tally";
+    if launch.name != "count" && !by_value {
         return;
     }
-    let [out, symbols] = launch.params.map(|address| at(address).cast::<u32>());
-    let tokens = unsafe { symbols.read() };
+    let out = at(launch.params[0]).cast::<u32>();
+    let tokens =
+        if by_value { launch.params[1] as u32 } else { unsafe { at(launch.params[1]).cast::<u32>().read() } };
     for block in 0..launch.grid[0].min(tokens) as usize {
         unsafe { *out.add(block) += 1 };
     }

@@ -4,6 +4,8 @@
 //! * `test`: everything the suite needs (LLVM 22, a ptxas), then the suite.
 //! * `ci`: `test`, formatting, lints, docs, and that compiling twice gives the same bytes.
 //! * `bench`: decode and prefill of the tiny model, and Hugging Face transformers on the same machine if it is installed.
+//! * `wheel [OPTIONS]`: the Python module of the kernel library with all it needs, in target/wheel; options are those of
+//!   `dsc compile --kernels dsa`, such as `--target sm_90a --heads 16`.
 //! * `fuzz [SECONDS]`: every fuzz target for that long (default 60).
 //!
 //! Nothing is installed behind your back: what is missing is named with the reason and the command, and installed only where
@@ -25,8 +27,9 @@ fn main() -> ExitCode {
         Some("test") => test(&args[1..]),
         Some("ci") => ci(),
         Some("bench") => bench(&args[1..]),
+        Some("wheel") => wheel(&args[1..]),
         Some("fuzz") => fuzz(args.get(1)),
-        _ => Err("usage: cargo xtask demo | test | ci | bench | fuzz [SECONDS]".into()),
+        _ => Err("usage: cargo xtask demo | test | ci | bench | wheel [OPTIONS] | fuzz [SECONDS]".into()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -162,6 +165,31 @@ fn bench(extra: &[String]) -> Outcome {
     args.push(&dsc);
     args.extend(extra.iter().map(String::as_str));
     run("python3", &args)
+}
+
+/// Builds libdsc and the compiler, compiles the kernel library (for sm_90a, unless the options say otherwise) and packs both.
+fn wheel(extra: &[String]) -> Outcome {
+    let target = extra.iter().any(|a| a.starts_with("--target"));
+    let cpu = extra.iter().any(|a| a == "cpu" || a == "--target=cpu");
+    let features: &[&str] = if cpu { &[] } else { features() };
+    cargo(&[&["build", "--release", "--package", "dsc"], features].concat())?;
+    cargo(&["build", "--release", "--package", "dsc-capi"])?;
+    let out = root().join("target").join("wheel");
+    std::fs::create_dir_all(&out).map_err(|e| format!("{}: {e}", out.display()))?;
+    let kernels = out.join("dsa.dsc");
+    let (dsc, lib, kernels) = (dsc(), dsc().with_file_name("libdsc_capi.so"), kernels.to_string_lossy().into_owned());
+    let ptxas = setup::ptxas();
+    let env: Vec<(&str, &str)> = ptxas.iter().map(|path| ("DSC_PTXAS", path.as_str())).collect();
+    let mut args = vec!["compile", "--kernels", "dsa", "-o", &kernels];
+    if !target {
+        args.extend(["--target", "sm_90a"]);
+    }
+    args.extend(extra.iter().map(String::as_str));
+    run_with(&dsc.to_string_lossy(), &args, &env)?;
+    let (lib, out) = (lib.to_string_lossy(), out.to_string_lossy());
+    let version = env!("CARGO_PKG_VERSION");
+    let pack = ["python/make_wheel.py", "--lib", &lib, "--kernels", &kernels, "--version", version, "--out", &out];
+    run("python3", &pack)
 }
 
 /// Runs every fuzz target on its seeds (`tests/fuzz/corpus`, and the file tests of its IR) and on what earlier runs found; an input
