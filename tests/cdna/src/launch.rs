@@ -146,7 +146,7 @@ impl Grid<'_> {
         let [x, y, z] = self.launch.grid.map(u64::from);
         let count = x * y * z;
         let (next, instructions) = (AtomicU64::new(0), AtomicU64::new(0));
-        let failed: Mutex<Option<(u64, Fault)>> = Mutex::new(None);
+        let failed: Mutex<Option<(u64, Box<Fault>)>> = Mutex::new(None);
         let work = || {
             let mut lds = Lds::new(self.lds_bytes, threads.div_ceil(64));
             loop {
@@ -175,13 +175,13 @@ impl Grid<'_> {
             work();
         });
         match failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
-            Some((_, fault)) => Err(Error::Fault(Box::new(fault))),
+            Some((_, fault)) => Err(Error::Fault(fault)),
             None => Ok(Stats { instructions: instructions.into_inner() }),
         }
     }
 
     /// Runs a block; returns how many instructions its waves ran.
-    fn block(&self, block: [u32; 3], threads: usize, lds: &mut Lds) -> Result<u64, Fault> {
+    fn block(&self, block: [u32; 3], threads: usize, lds: &mut Lds) -> Result<u64, Box<Fault>> {
         let mut waves: Vec<Wave> = (0..threads.div_ceil(64)).map(|w| self.wave(block, w, threads)).collect();
         let mut random = self.options.seed ^ u64::from(block[0]) << 20 ^ u64::from(block[1]) << 40;
         let mut total = 0;
@@ -206,14 +206,14 @@ impl Grid<'_> {
             let limit = self.options.limit.saturating_sub(total / threads as u64);
             let fault = |wave: &Wave, at: usize, cause: Cause| {
                 let inst = self.object.code.get(at);
-                Fault {
+                Box::new(Fault {
                     kernel: self.kernel.name.clone(),
                     block,
                     wave: usize::from(wave.id),
                     address: inst.map_or(0, |i| i.address),
                     text: inst.map_or(String::new(), |i| i.text.clone()),
                     cause,
-                }
+                })
             };
             match self.turn(wave, lds, quantum.min(limit)) {
                 Ok(n) => total += n,

@@ -115,7 +115,7 @@ impl Lds {
         if address as usize + bytes > self.bytes.len() || address > u64::from(u32::MAX) {
             return Err(Cause::LdsBounds { lane, address, bytes, size: self.bytes.len() });
         }
-        if address as usize % align != 0 {
+        if !(address as usize).is_multiple_of(align) {
             return Err(Cause::Misaligned { lane, address, bytes });
         }
         Ok(())

@@ -27,6 +27,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#![allow(clippy::needless_range_loop, reason = "a lane is an index into several registers")]
+#![allow(clippy::precedence, reason = "shifts bind as in the guides' pseudocode")]
+
 mod decode;
 mod fault;
 mod isa;

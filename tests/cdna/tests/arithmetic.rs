@@ -144,7 +144,7 @@ fn lanes_exchange() {
     check("v_mov_b32_dpp v3, v2 row_shl:4 row_mask:0xf bank_mask:0xf bound_ctrl:0", &|l| {
         if l % 16 < 12 { at(l + 4) } else { 0 }
     });
-    check("v_mov_b32_dpp v3, v2 row_ror:3 row_mask:0xf bank_mask:0xf", &|l| at(l & !15 | (l + 13) % 16));
+    check("v_mov_b32_dpp v3, v2 row_ror:3 row_mask:0xf bank_mask:0xf", &|l| at(l & !15 | ((l + 13) % 16)));
     check("v_mov_b32_dpp v3, v2 row_mirror row_mask:0xf bank_mask:0xf", &|l| at(l ^ 15));
     check("v_mov_b32_dpp v3, v2 row_half_mirror row_mask:0xf bank_mask:0xf", &|l| at(l ^ 7));
     check("v_mov_b32_dpp v3, v2 row_newbcast:5 row_mask:0xf bank_mask:0xf", &|l| at(l & !15 | 5));
@@ -165,7 +165,7 @@ fn lanes_exchange() {
     check("s_mov_b64 exec, 0xf0\n v_readfirstlane_b32 s8, v2\n s_mov_b64 exec, -1\n v_mov_b32 v3, s8", &|_| at(4));
     check("v_mov_b32 v3, v2\n s_movk_i32 s8, 77\n v_writelane_b32 v3, s8, 12", &|l| if l == 12 { 77 } else { at(l) });
     check("v_add_u32_sdwa v3, v2, v0 dst_sel:BYTE_1 dst_unused:UNUSED_PAD src0_sel:BYTE_0 src1_sel:WORD_0", &|l| {
-        (at(l) + l as u32 & 0xff) << 8
+        ((at(l) + l as u32) & 0xff) << 8
     });
     check(
         "v_mov_b32 v4, 0x8001ff80\n v_add_u32_sdwa v3, sext(v4), v0 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_1 src1_sel:DWORD",

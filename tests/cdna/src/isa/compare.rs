@@ -85,7 +85,7 @@ fn put(c: &mut Cx<'_>, i: &Inst, bits: u64) -> Done {
 }
 
 fn floats<T: PartialOrd + Copy>(c: &mut Cx<'_>, i: &Inst, a: &[T; 64], b: &[T; 64]) -> Done {
-    #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "what is not less may be unordered")]
+    #[allow(clippy::neg_cmp_op_on_partial_ord, clippy::double_comparisons, reason = "numbers may be unordered")]
     let bits = match i.sub & 15 {
         0 => 0,
         1 => ballot(|l| a[l] < b[l]),

@@ -210,9 +210,9 @@ fn exponent(a: f32) -> i32 {
 fn fixup(q: f32, denominator: f32, numerator: f32) -> f32 {
     let sign = denominator.is_sign_negative() != numerator.is_sign_negative();
     let signed = |x: f32| if sign { -x } else { x };
-    if numerator.is_nan() || denominator.is_nan() {
-        f32::NAN
-    } else if denominator == 0.0 && numerator == 0.0 || denominator.is_infinite() && numerator.is_infinite() {
+    let zeros = denominator == 0.0 && numerator == 0.0;
+    let infinities = denominator.is_infinite() && numerator.is_infinite();
+    if numerator.is_nan() || denominator.is_nan() || zeros || infinities {
         f32::NAN
     } else if denominator == 0.0 || numerator.is_infinite() {
         signed(f32::INFINITY)

@@ -157,7 +157,7 @@ fn scratch(c: &Cx<'_>, lane: usize, address: u64, bytes: usize) -> Result<(usize
     if address as usize + bytes > size {
         return Err(Cause::ScratchBounds { lane, address, bytes, size });
     }
-    if address as usize % bytes != 0 {
+    if !(address as usize).is_multiple_of(bytes) {
         return Err(Cause::Misaligned { lane, address, bytes });
     }
     Ok((address as usize / 4, 8 * (address as u32 % 4)))
