@@ -39,9 +39,9 @@ fn run(chip: &str, name: &str, a: &[[u32; 64]], b: &[[u32; 64]], c: &[[f32; 64]]
 /// Packs a lane's elements into registers.
 fn pack(bits: usize, held: usize, code: &dyn Fn(usize, usize) -> u32) -> Vec<[u32; 64]> {
     let mut out = vec![[0; 64]; (held * bits).div_ceil(32)];
-    for l in 0..64 {
-        for e in 0..held {
-            out[e * bits / 32][l] |= code(l, e) << (e * bits % 32);
+    for e in 0..held {
+        for (l, lane) in out[e * bits / 32].iter_mut().enumerate() {
+            *lane |= code(l, e) << (e * bits % 32);
         }
     }
     out
