@@ -8,7 +8,8 @@
 //!   narrow ones, so that there is one for every multiprocessor, with many rows the largest.
 //! * Experts share the rows, and each has its own weights: a tile holds the rows that an expert has on average, and room for the scatter
 //!   of small numbers, so that most experts' weights are read once.
-//! * Blocks that share copies ([`Schedule::cluster`]) gained nowhere: what they save the cache they lose waiting for one another.
+//! * Blocks that share copies ([`Schedule::cluster`]) gained as often as they lost: what they save the cache they lose waiting for one
+//!   another. None do.
 
 use dsc_ir::schedule::{KernelShape, Schedule};
 

@@ -54,10 +54,10 @@ fn values_of(indices: [tile::Index; 2]) -> Vec<ValueId> {
 /// Blocks of a cluster share what is the same for all of them, as often.
 fn cluster(kernel: &Scheduled, report: &mut Report) {
     let axis = kernel.cluster.map(|c| c.axis);
-    if let Some(Cluster { axis, blocks }) = kernel.cluster {
-        if kernel.persistent.is_none() || axis > 1 || axis as usize >= kernel.grid.len() || blocks < 2 {
-            report.add("", "a cluster has at least two blocks along axis 0 or 1 of the grid of a persistent kernel");
-        }
+    if let Some(Cluster { axis, blocks }) = kernel.cluster
+        && (kernel.persistent.is_none() || axis > 1 || axis as usize >= kernel.grid.len() || !(2..=8).contains(&blocks))
+    {
+        report.add("", "a cluster has two to eight blocks along axis 0 or 1 of the grid of a persistent kernel");
     }
     let definitions = Definitions::new(kernel);
     let differs = |vs: &[ValueId]| {

@@ -193,7 +193,8 @@ impl<'a> Planner<'a> {
         let rights = columns * self.c.rights.len() as u32 > rows;
         let (shared, own, share) = if rights { (right, left, columns) } else { (left, right, rows) };
         let axis = (0..2).find(|a| own.contains(a) && !shared.contains(a))?;
-        let whole = blocks > 1 && share.is_multiple_of(blocks * 8) && !bounded && self.c.left.gathered.is_none();
+        let whole =
+            (2..=8).contains(&blocks) && share.is_multiple_of(blocks * 8) && !bounded && self.c.left.gathered.is_none();
         whole.then_some((Cluster { axis, blocks }, rights))
     }
 
