@@ -1616,7 +1616,7 @@ mod tests {
     #[test]
     fn mqa_reads_a_matrix() {
         let syms = SymValues::default().with(Sym::C, 2);
-        let f32s = |shape: &[u32]| Out::new(&TensorType::plain(DType::F32, &fixed(shape)), &syms).expect("a size");
+        let f32s = |shape: &[usize]| Out::new(&TensorType::plain(DType::F32, &fixed(shape)), &syms).expect("a size");
         let tensors = [
             r(&[2, 1, 2], &[0.; 4]),
             r(&[2, 1, 1], &[1., 1.]),

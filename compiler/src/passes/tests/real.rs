@@ -79,8 +79,9 @@ fn launches_of_each_kind_of_layer() {
 fn the_whole_model() {
     let cx = cx(Numerics::Deployed, true, false);
     let graph = layers(DEEPSEEK, &(0..61).collect::<Vec<_>>(), &cx);
-    // 3 dense layers, 58 with experts; embedding, rows, head, and the first norm, which later layers have with the sum.
-    assert_eq!(launches(&graph), 3 * 15 + 58 * 20 + 4);
+    // 3 dense layers, 58 with experts; embedding, rows, head, the first norm, which later layers have with the sum, and two that
+    // choose tokens.
+    assert_eq!(launches(&graph), 3 * 15 + 58 * 20 + 6);
     assert!(graph.weights.iter().any(|w| w.name == "layers.60.self_attn.kv_b_proj.weight@bf16"));
 }
 
