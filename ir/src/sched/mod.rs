@@ -177,6 +177,8 @@ pub enum Atom {
     WgmmaTransposed,
     /// 16x16 results of 64 threads: thread `t`, register `e` holds row `t mod 16`, column `4 (t / 16) + e`.
     Mfma16x16,
+    /// 16x64 results of 64 threads: thread `t`, register `e` holds row `t mod 16`, column `16 (t / 16) + e`.
+    Mfma16x64,
     /// No instruction: fused multiply-adds. Thread `t` of a warp holds a 4x4 patch at row `4 (t / 8)`, column `4 (t mod 8)` of each
     /// 16x32 tile.
     Fma,

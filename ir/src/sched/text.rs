@@ -87,11 +87,12 @@ impl fmt::Display for ChannelId {
     }
 }
 
-const ATOMS: [(Atom, &str); 5] = [
+const ATOMS: [(Atom, &str); 6] = [
     (Atom::Mma16x8, "mma16x8"),
     (Atom::Wgmma, "wgmma"),
     (Atom::WgmmaTransposed, "wgmma_t"),
     (Atom::Mfma16x16, "mfma16x16"),
+    (Atom::Mfma16x64, "mfma16x64"),
     (Atom::Fma, "fma"),
 ];
 

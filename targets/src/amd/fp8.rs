@@ -68,3 +68,34 @@ pub fn to_fnuz(f: &mut Fn, word: Val) -> Val {
     let code = f.bin("and", code, keep);
     f.bin("or", code, nan)
 }
+
+#[cfg(all(test, any(feature = "nvidia", feature = "emulate")))]
+mod tests {
+    use super::*;
+    use crate::amd::arch::ARCHS;
+    use crate::gpu::block::Threads;
+    use crate::nvidia::arch;
+    use crate::nvidia::lower::emulate::Machine;
+
+    /// Integer arithmetic means the same everywhere, so any chip's emulator can run it.
+    #[test]
+    fn operands_keep_their_value() {
+        assert!(ARCHS.iter().any(|a| a.fp8 == Fp8::Fnuz));
+        let mut t = Threads::new(Fn::default(), &arch::ARCHS[0], 64);
+        let byte = t.f.mul(t.tid, i32(4));
+        let word = t.load_shared(byte, Ty::I32, 1)[0];
+        let word = to_fnuz(&mut t.f, word);
+        t.store_shared(byte, &[word]);
+        t.f.raw("llvm.return");
+        let mut m = Machine { shared: (0..=255).collect(), ..Machine::default() };
+        m.run(t.f.text(), 64).unwrap_or_else(|e| panic!("{e}"));
+        for (code, &got) in (0u8..=255).zip(&m.shared) {
+            let expected = match code {
+                0x7f | 0xff => 0x80,
+                0x80 => 0,
+                code => code,
+            };
+            assert_eq!(got, expected, "of {code:#x}");
+        }
+    }
+}

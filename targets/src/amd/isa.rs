@@ -79,6 +79,10 @@ impl Isa for Arch {
         }
     }
 
+    fn columns_atom(&self, dtype: DType, n: u32) -> Option<Atom> {
+        (dtype.bytes() == 2 && n.is_multiple_of(64)).then_some(Atom::Mfma16x64)
+    }
+
     fn matrix_step(&self, dtype: DType) -> u32 {
         mfma::STEP_BYTES / dtype.bytes() as u32
     }

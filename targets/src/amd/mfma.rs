@@ -6,13 +6,18 @@
 //! A lane reads 16 bytes of its row in a step of [`STEP_BYTES`]: which `k` an instruction takes is free, as long as both operands agree, so
 //! the two halves of the 16 bytes are two instructions where the chip has the narrower ones only. Rows are padded by 16 bytes, which
 //! leaves eight neighbouring rows in different banks.
+//!
+//! A right operand that lies as it is multiplied has a lane's `k` in eight rows. A lane reads four neighbours of each, which are four
+//! columns of four instructions; its 16 columns of their results are neighbours too ([`Atom::Mfma16x64`]).
 
 use super::arch::Arch;
+use super::isa::call;
 use crate::gpu::emit::Emitter;
 use crate::gpu::fragment::Spread;
 use crate::gpu::isa::{Isa, Product};
 use crate::gpu::mlir::{Fn, Ty, Val, f32, i32};
 use dsc_ir::DType;
+use dsc_ir::sched::Atom;
 
 /// Bytes of a row that a step contracts: 16 in each of the four lanes of a row.
 pub const STEP_BYTES: u32 = 64;
@@ -20,7 +25,7 @@ pub const STEP_BYTES: u32 = 64;
 /// 16 bytes of an operand in registers, as SSA names of what an instruction takes.
 type Operand = Vec<String>;
 
-/// `acc + a · b`, for a spread of [`dsc_ir::sched::Atom::Mfma16x16`].
+/// `acc + a · b`, for a spread of [`Atom::Mfma16x16`] or [`Atom::Mfma16x64`].
 pub fn product(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
     // Products of FNUZ operands are a fourth, so they are summed by themselves.
     let apart = arch.converts(p.dtype);
@@ -59,18 +64,21 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
     } else {
         // First byte of this lane's column, in its first row of a step.
         let first = e.t.f.mul(s.warp[1], i32(s.block[1].into()));
-        let column = e.t.f.add(first, in_row);
+        let (unit, each) = if p.atom == Atom::Mfma16x64 { (64, 4) } else { (16, 1) };
+        let own = e.t.f.mul(in_row, i32(each.into()));
+        let column = e.t.f.add(first, own);
         let row = e.t.f.mul(chunk, i32((16 / bytes * b.pitch).into()));
-        (0..s.block[1] / 16)
+        (0..s.block[1] / unit)
             .map(|tile| {
-                let column = e.t.f.add(column, i32((tile * 16).into()));
-                let column = e.at_most(column, b.shape[1] - 1, s.block[1] * s.warps[1] > b.shape[1]);
+                let column = e.t.f.add(column, i32((tile * unit).into()));
+                let column = e.at_most(column, b.shape[1] - each, s.block[1] * s.warps[1] > b.shape[1]);
                 let byte = e.t.f.mul(column, i32(bytes.into()));
                 let byte = e.t.f.add(byte, row);
                 e.t.f.add(byte, i32(b.offset.into()))
             })
             .collect()
     };
+    let wide = p.atom == Atom::Mfma16x64;
     let b_step = if trans_b { STEP_BYTES } else { step * b.pitch };
     e.steps(p.k.div_ceil(step), acc, |e, acc, at| {
         let (a_at, b_at) = (e.t.f.mul(at, i32(STEP_BYTES.into())), e.t.f.mul(at, i32(b_step.into())));
@@ -83,23 +91,78 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
             .collect();
         for (gi, &row) in b_rows.iter().enumerate() {
             let byte = e.t.f.add(row, b_at);
+            if wide {
+                let rights = read_patch(arch, e, dtype, byte, b.pitch);
+                for (ri, left) in lefts.iter().enumerate() {
+                    for (j, right) in rights.iter().enumerate() {
+                        let registers = [0, 4, 8, 12].map(|r| s.register(ri, gi, r + j as u32));
+                        accumulate(arch, e, dtype, (right, left), acc, registers);
+                    }
+                }
+                continue;
+            }
             let right = if trans_b {
                 read(arch, e, dtype, byte, convert[1])
             } else {
                 read_column(arch, e, dtype, byte, b.pitch)
             };
             for (ri, left) in lefts.iter().enumerate() {
-                let first = s.register(ri, gi, 0);
-                let mut c = pack(&mut e.t.f, &acc[first..first + 4], "f32");
-                for (left, right) in left.iter().zip(&right) {
-                    c = multiply(arch, &mut e.t.f, dtype, right, left, &c);
-                }
-                for i in 0..4 {
-                    acc[first + i] = element(&mut e.t.f, &c, i, "vector<4xf32>", Ty::F32);
-                }
+                let registers = [0, 1, 2, 3].map(|i| s.register(ri, gi, i));
+                accumulate(arch, e, dtype, (&right, left), acc, registers);
             }
         }
     })
+}
+
+/// The instructions of a step on four of the accumulators.
+fn accumulate(
+    arch: &Arch,
+    e: &mut Emitter,
+    dtype: DType,
+    (right, left): (&Operand, &Operand),
+    acc: &mut [Val],
+    registers: [usize; 4],
+) {
+    let before = registers.map(|r| acc[r]);
+    let mut c = pack(&mut e.t.f, &before, "f32");
+    for (left, right) in left.iter().zip(right) {
+        c = multiply(arch, &mut e.t.f, dtype, right, left, &c);
+    }
+    for (i, r) in registers.into_iter().enumerate() {
+        acc[r] = element(&mut e.t.f, &c, i, "vector<4xf32>", Ty::F32);
+    }
+}
+
+/// Eight rows of four 16-bit elements: for each of the four columns the lane's neighbours along `k`. One read a row, and the columns are
+/// put together from their halves of words.
+fn read_patch(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val, pitch: u32) -> Vec<Operand> {
+    // Bytes 0-3 of a selector's numbers are the second operand's, 4-7 the first's.
+    const HALVES: [i64; 2] = [0x0504_0100, 0x0706_0302];
+    let rows: Vec<Vec<Val>> = (0..8)
+        .map(|i| {
+            let byte = e.t.f.add(byte, i32((i * pitch).into()));
+            e.t.load_shared(byte, Ty::I32, 2)
+        })
+        .collect();
+    let ty = operand_type(arch, dtype);
+    let words = if arch.cdna4 { 4 } else { 2 };
+    (0..4)
+        .map(|column| {
+            let pairs: Vec<Val> = rows
+                .chunks(2)
+                .map(|two| {
+                    let (lower, upper) = (two[0][column / 2], two[1][column / 2]);
+                    call(&mut e.t.f, "llvm.amdgcn.perm", &[upper, lower, i32(HALVES[column % 2])], Ty::I32)
+                })
+                .collect();
+            let operand = |part: &[Val]| {
+                let bits = pack(&mut e.t.f, part, "i32");
+                let v = e.t.f.op(&format!("llvm.bitcast {bits} : vector<{words}xi32> to {ty}"), Ty::I32);
+                e.t.f.name(v)
+            };
+            pairs.chunks(words).map(operand).collect()
+        })
+        .collect()
 }
 
 /// The type of an operand of one instruction.

@@ -61,6 +61,9 @@ impl Layout {
             Atom::Mfma16x16 => {
                 Layout { lanes: 64, unit: [16, 16], width: 4, row_steps: &[0], ..one([1, 16, 1], [16, 4, 4]) }
             }
+            Atom::Mfma16x64 => {
+                Layout { lanes: 64, unit: [16, 64], width: 16, row_steps: &[0], ..one([1, 16, 1], [16, 4, 16]) }
+            }
             _ => one([4, 8, 1], [1, 4, 2]),
         }
     }

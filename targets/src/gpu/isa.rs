@@ -54,6 +54,12 @@ pub trait Isa: Sync {
     /// The matrix instruction for operands of that type (the right one transposed in memory or not), if there is one.
     fn matrix_atom(&self, dtype: DType, trans_b: bool) -> Option<Atom>;
 
+    /// A better one for results of `n` columns, all of whose products have right operands that lie as they are multiplied.
+    fn columns_atom(&self, dtype: DType, n: u32) -> Option<Atom> {
+        let _ = (dtype, n);
+        None
+    }
+
     /// Elements of `k` that one matrix instruction takes.
     fn matrix_step(&self, dtype: DType) -> u32;
 

@@ -49,6 +49,7 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, lean: bool) -> Result<Scheduled, Tar
         fragments: analysis.fragments,
         operands: analysis.operands,
         atom: analysis.atom,
+        atoms: analysis.atoms,
         buffers: Vec::new(),
         lean,
         spilled: HashMap::new(),
@@ -132,8 +133,10 @@ struct Analysis {
     fragments: BTreeSet<ValueId>,
     /// Values that are operands of products, with the padding they need.
     operands: HashMap<ValueId, Operand>,
-    /// The instruction of all products.
+    /// The instruction of all products but those of `atoms`.
     atom: Atom,
+    /// Fragments of another instruction.
+    atoms: HashMap<ValueId, Atom>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -159,6 +162,7 @@ impl Analysis {
             fragments: BTreeSet::new(),
             operands: HashMap::new(),
             atom: Atom::Fma,
+            atoms: HashMap::new(),
         };
         let mut home = HashMap::new();
         let mut regions = 0;
@@ -171,6 +175,9 @@ impl Analysis {
             a.atom = if atoms.all(|atom| atom == first) { first } else { Atom::Fma };
         }
         a.find_fragments(program, &every);
+        if a.atom != Atom::Fma {
+            a.find_atoms(program, arch, &every);
+        }
         for inst in &every {
             if let tile::Op::Dot { a: left, b: right, trans_b, .. } = &inst.op {
                 let step = match (a.atom, program.tile(*left).map(|t| t.dtype)) {
@@ -264,6 +271,52 @@ impl Analysis {
         }
     }
 
+    /// Fragments between which values pass in registers have one layout: the better one, if it does for all products among them.
+    fn find_atoms(&mut self, program: &Program, arch: &dyn Isa, every: &[&tile::Inst]) {
+        let mut groups = Groups::default();
+        let elements = |v: ValueId| program.tile(v).map(TileType::elements);
+        for inst in every {
+            let joined: Vec<Vec<ValueId>> = match &inst.op {
+                tile::Op::Dot { acc, .. } => vec![inst.results.iter().chain(acc).copied().collect()],
+                tile::Op::Map { inputs, .. } => {
+                    let r = inst.results[0];
+                    let same = inputs.iter().copied().filter(|&i| elements(i) == elements(r));
+                    vec![same.chain([r]).collect()]
+                }
+                tile::Op::Reshape { x, .. } => vec![vec![*x, inst.results[0]]],
+                tile::Op::For { init, body, .. } => {
+                    (0..init.len()).map(|i| vec![init[i], body.yields[i], body.args[i + 1], inst.results[i]]).collect()
+                }
+                tile::Op::If { then, otherwise, .. } => inst
+                    .results
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &r)| vec![then.yields[i], otherwise.yields[i], r])
+                    .collect(),
+                _ => Vec::new(),
+            };
+            for group in joined {
+                let fragments: Vec<ValueId> = group.into_iter().filter(|v| self.fragments.contains(v)).collect();
+                fragments.windows(2).for_each(|pair| groups.join(pair[0], pair[1]));
+            }
+        }
+        let mut better: BTreeMap<ValueId, Option<Atom>> = BTreeMap::new();
+        for inst in every {
+            let tile::Op::Dot { a, trans_b, .. } = &inst.op else { continue };
+            let r = inst.results[0];
+            let atom = match (program.tile(*a), program.tile(r)) {
+                (Some(a), Some(r)) if !trans_b => arch.columns_atom(a.dtype, matrix(&r.shape)[1]),
+                _ => None,
+            };
+            better.entry(groups.root(r)).and_modify(|b| *b = b.filter(|b| Some(*b) == atom)).or_insert(atom);
+        }
+        for &v in &self.fragments {
+            if let Some(Some(atom)) = better.get(&groups.root(v)) {
+                self.atoms.insert(v, *atom);
+            }
+        }
+    }
+
     /// Notes that a value is read as a matrix operand: the value itself, or what it is a view of with the same rows.
     fn operand(&mut self, program: &Program, v: ValueId, pads: Operand) {
         let mut root = v;
@@ -276,6 +329,28 @@ impl Analysis {
         for v in [root, v] {
             let o = self.operands.entry(v).or_insert(Operand { rows: 1, cols: 1 });
             *o = Operand { rows: o.rows.max(pads.rows), cols: o.cols.max(pads.cols) };
+        }
+    }
+}
+
+/// Values in groups that have something in common.
+#[derive(Default)]
+struct Groups {
+    parents: HashMap<ValueId, ValueId>,
+}
+
+impl Groups {
+    fn root(&self, mut v: ValueId) -> ValueId {
+        while let Some(&parent) = self.parents.get(&v) {
+            v = parent;
+        }
+        v
+    }
+
+    fn join(&mut self, a: ValueId, b: ValueId) {
+        let (a, b) = (self.root(a), self.root(b));
+        if a != b {
+            self.parents.insert(b, a);
         }
     }
 }
@@ -335,6 +410,7 @@ struct Scheduler<'a> {
     fragments: BTreeSet<ValueId>,
     operands: HashMap<ValueId, Operand>,
     atom: Atom,
+    atoms: HashMap<ValueId, Atom>,
     buffers: Vec<Buffer>,
     /// Whether what can be read again from global memory is not kept in shared memory.
     lean: bool,
@@ -390,9 +466,10 @@ impl Scheduler<'_> {
     }
 
     /// How warps share an `m x n` result: as square as it comes, so that operands are read least.
-    fn fragment(&self, shape: &[u32]) -> Place {
-        let [m, n] = matrix(shape);
-        let Layout { unit, lanes, .. } = Layout::of(self.atom);
+    fn fragment(&self, v: ValueId) -> Place {
+        let [m, n] = matrix(&self.tile(v).shape);
+        let atom = self.atoms.get(&v).copied().unwrap_or(self.atom);
+        let Layout { unit, lanes, .. } = Layout::of(atom);
         let warps = self.threads / lanes;
         let cost = |wm: u32| {
             let wn = warps / wm;
@@ -401,7 +478,7 @@ impl Scheduler<'_> {
             ((rows / unit[0]) * (cols / unit[1]), rows + cols, wm)
         };
         let wm = (0..=warps.ilog2()).map(|b| 1 << b).min_by_key(|&wm| cost(wm)).unwrap_or(1);
-        Place::Fragment(Fragment { atom: self.atom, warps: [wm, warps / wm] })
+        Place::Fragment(Fragment { atom, warps: [wm, warps / wm] })
     }
 
     fn region(&mut self, region: &Region) -> Block {
@@ -597,7 +674,7 @@ impl Scheduler<'_> {
             tile::Op::Dot { a, b, acc, trans_b } => {
                 let (a, b) = (self.stored(*a, false, out), self.stored(*b, false, out));
                 let r = inst.results[0];
-                let place = self.fragment(&self.tile(r).shape);
+                let place = self.fragment(r);
                 self.set(r, place);
                 tile::Op::Dot { a, b, acc: *acc, trans_b: *trans_b }
             }
@@ -756,7 +833,7 @@ impl Scheduler<'_> {
         if self.tile(v).elements() == 1 {
             Place::Uniform
         } else if self.fragments.contains(&v) {
-            self.fragment(&self.tile(v).shape)
+            self.fragment(v)
         } else {
             self.shared(v)
         }

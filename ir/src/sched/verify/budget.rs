@@ -140,6 +140,7 @@ fn fragment_elements(f: Fragment, shape: [u64; 2]) -> u64 {
         Atom::Wgmma => ([64, 8], 128),
         Atom::WgmmaTransposed => ([8, 64], 128),
         Atom::Mfma16x16 => ([16, 16], 64),
+        Atom::Mfma16x64 => ([16, 64], 64),
         Atom::Fma => ([16, 32], 32),
     };
     let side = |d: usize| shape[d].div_ceil(u64::from(f.warps[d]).max(1)).next_multiple_of(unit[d]);
