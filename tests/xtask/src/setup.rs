@@ -34,13 +34,13 @@ pub fn need(program: &str, package: &str, why: &str) -> Outcome {
 /// LLVM and MLIR 22, from Debian's packages or where `LLVM_SYS_221_PREFIX` says.
 pub fn need_llvm() -> Outcome {
     let prefix = env::var_os("LLVM_SYS_221_PREFIX").map_or_else(|| PathBuf::from(LLVM), PathBuf::from);
-    let parts = ["bin/llvm-config", "include/mlir-c/IR.h", "lib/libMLIRCAPIIR.a", "lib/libclang.so"];
+    let parts = ["bin/llvm-config", "include/mlir-c/IR.h", "lib/libMLIRCAPIIR.a", "lib/libclang.so", "bin/ld.lld"];
     let missing: Vec<&str> = parts.into_iter().filter(|part| !prefix.join(part).exists()).collect();
     if missing.is_empty() {
         return Ok(());
     }
     eprintln!(
-        "xtask: {} has no {}; LLVM and MLIR 22 are needed to compile for NVIDIA GPUs (about 1.5 GB)",
+        "xtask: {} has no {}; LLVM, MLIR and lld 22 are needed to compile for GPUs (about 1.5 GB)",
         prefix.display(),
         missing.join(", ")
     );
