@@ -274,7 +274,11 @@ pub fn targets() -> &'static [TargetInfo] {
         requires: &[],
         vector_bytes: 16,
         status: Status::Compiles,
-        note: if cfg!(feature = "amd") { "executed on an interpreter of its instructions, not on hardware" } else { "not in this build (feature `amd`)" },
+        note: if cfg!(feature = "amd") {
+            "executed on an interpreter of its instructions, not on hardware"
+        } else {
+            "not in this build (feature `amd`)"
+        },
     };
     const ALL: &[TargetInfo] = &[
         TargetInfo {
