@@ -611,10 +611,15 @@ impl Attend {
             let scores = b.dot_t(q_latent, keys, None);
             let scores = b.dot_t(q_rope, rope, Some(scores));
             let chosen = b.reshape(chosen, &[1, n]);
-            let scores = b.map(&[scores, chosen], |m, v| {
-                let (scale, zero, none) = (m.f32(self.scale), m.i32(0), m.f32(f32::NEG_INFINITY));
-                let (scaled, empty) = (m.mul(v[0], scale), m.lt(v[1], zero));
-                m.select(empty, none, scaled)
+            // By key, not by score: that is one operation a score.
+            let penalty = b.map(&[chosen], |m, v| {
+                let (zero, free, none) = (m.i32(0), m.f32(0.0), m.f32(f32::NEG_INFINITY));
+                let empty = m.lt(v[0], zero);
+                m.select(empty, none, free)
+            });
+            let scores = b.map(&[scores, penalty], |m, v| {
+                let scale = m.f32(self.scale);
+                m.fma(v[0], scale, v[1])
             });
             online_softmax(b, scores, keys, self.narrow, carried)
         });
@@ -770,12 +775,13 @@ pub(super) fn online_softmax(
 
 /// `acc / total`; zero where nothing was selected.
 pub(super) fn normalized(b: &mut Builder, total: ValueId, acc: ValueId) -> ValueId {
-    b.map(&[acc, total], |m, v| {
+    let inverse = b.map(&[total], |m, v| {
         let (zero, one) = (m.f32(0.0), m.f32(1.0));
-        let some = m.lt(zero, v[1]);
-        let total = m.select(some, v[1], one);
-        m.div(v[0], total)
-    })
+        let some = m.lt(zero, v[0]);
+        let total = m.select(some, v[0], one);
+        m.div(one, total)
+    });
+    product(b, acc, inverse)
 }
 
 /// Attention over a selection in memory.

@@ -89,14 +89,22 @@ pub fn run(
     })
 }
 
-/// A copy that was issued and has not taken effect.
+/// A copy or fill that was issued and has not taken effect.
 struct Copying {
     channel: ChannelId,
     slot: u32,
     stage: u64,
-    access: Access,
+    from: Source,
     shape: [usize; 2],
     tile: u64,
+}
+
+/// What fills a slot.
+enum Source {
+    /// Memory, read when the copy takes effect.
+    Memory(Access),
+    /// A tile, as it was computed.
+    Tile(Vec<u8>),
 }
 
 /// A unit on its way.
@@ -231,7 +239,25 @@ impl<'a> Executor<'a> {
                     channel: *channel,
                     slot: *slot,
                     stage,
-                    access,
+                    from: Source::Memory(access),
+                    shape,
+                    tile: self.tiles[unit],
+                });
+            }
+            Op::Fill { channel, slot, value } => {
+                let stage = self.rings[channel.0 as usize].filling().map_err(|e| misuse(self, e))?;
+                let read = self.prepare(&[*value])?;
+                let bytes = self.machine.get(*value)?.to_bytes();
+                self.note(read);
+                let shape = match &self.kernel.types[value.0 as usize] {
+                    Type::Tile(t) => rows_and_columns(&t.shape),
+                    _ => [0, 0],
+                };
+                self.copies.push(Copying {
+                    channel: *channel,
+                    slot: *slot,
+                    stage,
+                    from: Source::Tile(bytes),
                     shape,
                     tile: self.tiles[unit],
                 });
@@ -350,12 +376,18 @@ impl<'a> Executor<'a> {
 
     /// A copy takes effect.
     fn complete(&mut self, i: usize) -> Result<(), InterpError> {
-        let Copying { channel, slot, stage, access, shape, tile } = self.copies.swap_remove(i);
+        let Copying { channel, slot, stage, from, shape, tile } = self.copies.swap_remove(i);
         let channel = &self.kernel.channels[channel.0 as usize];
         let Some(&buffer) = channel.slots.get(slot as usize) else { return Ok(()) };
-        self.machine.enter_block(tile, &self.sizes);
-        let data = self.machine.load(access)?.to_bytes();
-        self.machine.enter_block(self.tiles[self.unit], &self.sizes);
+        let data = match from {
+            Source::Tile(bytes) => bytes,
+            Source::Memory(access) => {
+                self.machine.enter_block(tile, &self.sizes);
+                let data = self.machine.load(access)?.to_bytes();
+                self.machine.enter_block(self.tiles[self.unit], &self.sizes);
+                data
+            }
+        };
         let copy = stage % u64::from(channel.stages);
         self.shared.write(&self.kernel.buffers[buffer.0 as usize], copy, shape, &data);
         Ok(())

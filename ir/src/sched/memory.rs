@@ -110,9 +110,11 @@ fn span(buffer: &Buffer) -> Range<usize> {
 fn addresses(buffer: &Buffer, copy: u64, [rows, columns]: [usize; 2]) -> impl Iterator<Item = usize> {
     let base = buffer.offset as usize + copy as usize * buffer.copy_bytes() as usize;
     let (pitch, size, chunks) = (buffer.pitch as usize, buffer.dtype.bytes(), buffer.swizzle as usize / 16);
+    let panel = buffer.panel_bytes() as usize;
     let swizzled = move |row: usize, byte: usize| match (byte / 16).checked_rem(chunks) {
         Some(chunk) => (byte / 16 - chunk + (chunk ^ (row % chunks))) * 16 + byte % 16,
         None => byte,
     };
-    (0..rows).flat_map(move |r| (0..columns).map(move |c| base + r * pitch + swizzled(r, c * size)))
+    let within = move |r: usize, byte: usize| byte / pitch * panel + r * pitch + swizzled(r, byte % pitch);
+    (0..rows).flat_map(move |r| (0..columns).map(move |c| base + within(r, c * size)))
 }

@@ -11,7 +11,8 @@
 //!
 //! **Channels.** A channel has `stages` copies of its slots. Its producer acquires the next free stage, fills the slots and
 //! commits; each consumer waits for the next full stage, takes its slots and releases it. Stages go round in order. Counters are implicit:
-//! the n-th acquire of a role and the n-th wait of another mean the same stage.
+//! the n-th acquire of a role and the n-th wait of another mean the same stage. What fills a slot is a copy from memory ([`Op::Copy`]), or a tile that the
+//! producer computed ([`Op::Fill`]): that is how roles hand values to each other.
 //!
 //! **Invariants** ([`mod@verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
 //! buffers that live at once do not overlap, and budgets (shared memory, registers, barriers, threads) hold.
@@ -115,7 +116,7 @@ pub struct Buffer {
     pub dtype: DType,
     /// Rows and columns of one copy; a tile of another rank is flattened to its last axis.
     pub shape: [u32; 2],
-    /// Bytes from row to row.
+    /// Bytes from row to row. A row that is longer goes on in the next panel: all rows' first `pitch` bytes, then all rows' next.
     pub pitch: u32,
     /// Bytes of the XOR swizzle: 16-byte chunk `c` of row `r` is stored at chunk `c ^ (r mod swizzle/16)` of its swizzle-wide span;
     /// 0 for none.
@@ -127,9 +128,20 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Bytes of one copy. Saturates, as [`Buffer::bytes`] does, where a text says more than 4 GiB.
-    pub fn copy_bytes(&self) -> u32 {
+    /// Panels side by side: 1 unless rows are longer than the pitch.
+    pub fn panels(&self) -> u32 {
+        let row = self.shape[1].saturating_mul(self.dtype.bytes() as u32);
+        row.div_ceil(self.pitch.max(1)).max(1)
+    }
+
+    /// Bytes of one panel. Saturates, as [`Buffer::bytes`] does, where a text says more than 4 GiB.
+    pub fn panel_bytes(&self) -> u32 {
         self.shape[0].saturating_mul(self.pitch)
+    }
+
+    /// Bytes of one copy. Saturates as well.
+    pub fn copy_bytes(&self) -> u32 {
+        self.panel_bytes().saturating_mul(self.panels())
     }
 
     /// Bytes of all copies.
@@ -255,7 +267,16 @@ pub enum Op {
         /// Whether the blocks of the cluster share it: each brings an equal part of the rows to all of them. It is the same tile for each.
         shared: bool,
     },
-    /// The acquired stage is full once its copies are complete.
+    /// Writes a tile to a slot of the acquired stage, by the threads of the role. Complete when the stage is full.
+    Fill {
+        /// The channel.
+        channel: ChannelId,
+        /// Which slot.
+        slot: u32,
+        /// The tile.
+        value: ValueId,
+    },
+    /// The acquired stage is full once its copies and fills are complete.
     Commit(ChannelId),
     /// Waits until the next stage is full.
     Wait(ChannelId),

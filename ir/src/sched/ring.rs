@@ -131,7 +131,7 @@ pub(crate) fn users(kernel: &Scheduled) -> Vec<Users> {
         while let Some(block) = pending.pop() {
             for inst in &block.insts {
                 pending.extend(inst.op.blocks());
-                let produces = matches!(inst.op, Op::Acquire(_) | Op::Copy { .. } | Op::Commit(_));
+                let produces = matches!(inst.op, Op::Acquire(_) | Op::Copy { .. } | Op::Fill { .. } | Op::Commit(_));
                 let Some(of) = channel_of(&inst.op).and_then(|c| users.get_mut(c.0 as usize)) else { continue };
                 let list = if produces { &mut of.producers } else { &mut of.consumers };
                 if list.last() != Some(&unit) {
@@ -166,7 +166,8 @@ pub(crate) fn rings(kernel: &Scheduled) -> Vec<Ring> {
 pub(crate) fn channel_of(op: &Op) -> Option<ChannelId> {
     match op {
         Op::Acquire(c) | Op::Commit(c) | Op::Wait(c) => Some(*c),
-        Op::Copy { channel, .. } | Op::Take { channel, .. } | Op::Release { channel, .. } => Some(*channel),
+        Op::Copy { channel, .. } | Op::Fill { channel, .. } => Some(*channel),
+        Op::Take { channel, .. } | Op::Release { channel, .. } => Some(*channel),
         _ => None,
     }
 }

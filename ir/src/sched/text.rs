@@ -251,6 +251,7 @@ impl BlockPrinter<'_> {
                 let shared = if *shared { "shared " } else { "" };
                 format!("copy {shared}{channel}.{slot}, {} : {tile}", self.tile.access(*view, *rows, index))
             }
+            Op::Fill { channel, slot, value } => format!("fill {channel}.{slot}, {}", self.tile.v(*value)),
             Op::Commit(c) => format!("commit {c}"),
             Op::Wait(c) => format!("wait {c}"),
             Op::Take { channel, slot } => format!("take {channel}.{slot}"),
@@ -559,6 +560,11 @@ impl<'a> BlockParser<'a> {
                 let (channel, slot) = slot(p)?;
                 Op::Take { channel, slot }
             }
+            "fill" => {
+                let (channel, slot) = slot(p)?;
+                p.expect(",")?;
+                Op::Fill { channel, slot, value: p.value()? }
+            }
             "release" => Op::Release { channel: channel_id(p)?, lag: field(p, "lag", true)? },
             "copy" => {
                 let shared = p.eat("shared");
@@ -712,7 +718,11 @@ role consumer warps 1..2 {
             let plain = |op| Inst { results: Vec::new(), op, scratch: None };
             let channel = ChannelId(bytes.next().unwrap_or(0).into());
             out.insts.extend(match bytes.next() {
-                Some(0..40) => Some(plain(Op::Barrier)),
+                Some(0..20) => Some(plain(Op::Barrier)),
+                Some(slot @ 20..40) => {
+                    let fill = |p: &tile::Param| Op::Fill { channel, slot: slot.into(), value: p.value };
+                    kernel.params.first().map(|p| plain(fill(p)))
+                }
                 Some(40..80) => Some(plain(Op::Acquire(channel))),
                 Some(80..120) => Some(plain(Op::Commit(channel))),
                 Some(120..160) => Some(plain(Op::Wait(channel))),

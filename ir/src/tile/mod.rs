@@ -207,7 +207,7 @@ pub enum ScalarOp {
     Abs,
     /// Square root.
     Sqrt,
-    /// `2^a`, relative error at most 2^-22; 0 at −inf.
+    /// `2^a`, relative error at most 2^-22; 0 at −inf. A result below 2^-126 may be 0.
     Exp2,
     /// Bitwise and, i32; logical and, bool.
     And,

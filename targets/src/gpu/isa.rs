@@ -123,7 +123,7 @@ pub trait Isa: Sync {
     /// Writes neighbours (of a type that memory holds; at most 16 bytes) where `c` holds.
     fn store_global_if(&self, t: &mut Threads, c: Val, at: Val, words: &[Val]);
 
-    /// `2^x`, relative error at most 2^-22.
+    /// `2^x`, relative error at most 2^-22; 0 where that is below 2^-126, if the chip likes.
     fn exp2(&self, f: &mut Fn, x: Val) -> Val;
 
     /// `a / b` of f32.

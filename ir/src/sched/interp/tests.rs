@@ -299,3 +299,60 @@ proptest! {
         prop_assert!(want == got, "{}", kernel);
     }
 }
+
+/// A role doubles rows and hands them on; the other adds one and stores. Rows are two panels of 32 bytes.
+const HANDED: &str = "scheduled handed grid(T/8) threads 64
+    read %x: view<[T, 16] f32>
+    write %y: view<[T, 16] f32>
+    buffer b0 = rows: f32 8x16, offset 0, bytes 1024, pitch 32, swizzle 32, copies 2
+    channel c0 = rows: stages 2, slots [b0]
+{ }
+role first warps 0..1 {
+    %p = block_id 0 : i32 @uniform
+    %prow = map(%p) { a -> t0 = mul a, 8; t0 } : i32 @uniform
+    for %i = 0 to 3 step 1 {
+        %x0 = load %x[%prow, 0] : tile<8x16xf32> @lazy
+        %x1 = map(%x0) { a -> t0 = add a, a; t0 } : tile<8x16xf32> @lazy
+        acquire c0
+        fill c0.0, %x1
+        commit c0
+    }
+}
+role second warps 1..2 {
+    %q = block_id 0 : i32 @uniform
+    %qrow = map(%q) { a -> t0 = mul a, 8; t0 } : i32 @uniform
+    for %j = 0 to 3 step 1 {
+        wait c0
+        %v = take c0.0 : tile<8x16xf32> @slot(c0, 0)
+        %w = map(%v) { a -> t0 = add a, 1.0; t0 } : tile<8x16xf32> @lazy
+        store %y[%qrow, 0], %w
+        release c0 lag 0
+    }
+}
+";
+
+#[test]
+fn tiles_are_handed_from_role_to_role() {
+    let kernel = one(HANDED);
+    assert_eq!(verify::verify(&kernel, &Budget::UNLIMITED), vec![]);
+    assert_eq!(parse(&kernel.to_string()), Ok(vec![crate::sched::canonical(&kernel)]));
+    let x: Vec<f32> = (0..11 * 16).map(|i| i as f32).collect();
+    let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    let want: Vec<f32> = x.iter().map(|x| 2.0 * x + 1.0).collect();
+    for seed in 0..16 {
+        let mut buffers = [bytes(&x), vec![0xff; x.len() * 4]];
+        let options = Options { seed, check_races: false };
+        run(&kernel, &SymValues::default().with(Sym::T, 11), &mut buffers, &bindings(2), options).expect("runs");
+        assert_eq!(buffers[1], bytes(&want), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_stage_is_filled_whole() {
+    let without = one(&HANDED.replacen("        fill c0.0, %x1\n", "", 1));
+    let said = verify::verify(&without, &Budget::UNLIMITED);
+    assert!(said.iter().any(|d| d.message.contains("slot 0 is not filled")), "{said:?}");
+    let early = one(&HANDED.replacen("        acquire c0\n", "", 1));
+    let said = verify::verify(&early, &Budget::UNLIMITED);
+    assert!(said.iter().any(|d| d.message.contains("did not acquire")), "{said:?}");
+}

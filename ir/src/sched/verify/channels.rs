@@ -269,7 +269,7 @@ impl<'a> Run<'a> {
                 self.filled[c as usize].clear();
                 return Ok(ring.acquire()?.is_some());
             }
-            Op::Copy { slot, .. } => {
+            Op::Copy { slot, .. } | Op::Fill { slot, .. } => {
                 ring.filling()?;
                 if !self.filled[c as usize].insert(*slot) {
                     return Err(format!("fills slot {slot} of the stage twice"));

@@ -119,7 +119,7 @@ impl<'a> Hazards<'a, '_, '_> {
                 if !matches!(inst.op, Op::Tile(tile::Op::Store { .. } | tile::Op::Scatter { .. })) {
                     writes.extend(inst.scratch);
                 }
-                if let Op::Copy { channel, slot, .. } = &inst.op {
+                if let Op::Copy { channel, slot, .. } | Op::Fill { channel, slot, .. } = &inst.op {
                     writes.insert(self.kernel.channels[channel.0 as usize].slots[*slot as usize]);
                 }
                 self.access(inst, reads, writes, since);

@@ -123,6 +123,7 @@ fn location(kernel: &Scheduled, unit: super::ring::Unit, inst: &super::Inst) -> 
         (Op::Commit(c), _) => format!("commit {c}"),
         (Op::Wait(c), _) => format!("wait {c}"),
         (Op::Copy { channel, slot, .. }, _) => format!("copy {channel}.{slot}"),
+        (Op::Fill { channel, slot, .. }, _) => format!("fill {channel}.{slot}"),
         (Op::Take { channel, slot }, _) => format!("take {channel}.{slot}"),
         (Op::Release { channel, .. }, _) => format!("release {channel}"),
         (Op::Barrier, _) => "barrier".into(),

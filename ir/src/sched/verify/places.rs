@@ -136,11 +136,14 @@ fn tables(kernel: &Scheduled, report: &mut Report) {
 fn buffer_problem(b: &Buffer) -> Option<String> {
     let [rows, columns] = b.shape.map(u64::from);
     let element = b.dtype.bytes() as u64;
-    let bytes = rows.saturating_mul(b.pitch.into()).saturating_mul(b.copies.into());
+    let bytes = rows.saturating_mul(b.pitch.into()).saturating_mul(b.panels().into()).saturating_mul(b.copies.into());
     if rows == 0 || columns == 0 || b.copies == 0 {
         return Some("a buffer has rows, columns and copies".into());
     }
-    if u64::from(b.pitch) < columns.saturating_mul(element) {
+    // A row of several panels takes each of them whole.
+    let panels =
+        b.swizzle > 0 && b.pitch == b.swizzle && columns.saturating_mul(element).is_multiple_of(b.pitch.into());
+    if u64::from(b.pitch) < columns.saturating_mul(element) && !panels {
         return Some(format!("{columns} columns of {} need more than a pitch of {} bytes", b.dtype, b.pitch));
     }
     if !matches!(b.swizzle, 0 | 32 | 64 | 128) || (b.swizzle > 0 && !b.pitch.is_multiple_of(b.swizzle)) {
@@ -325,6 +328,7 @@ impl Places<'_, '_, '_> {
                 let tile = tile::TileType { dtype: view.dtype, shape: shape.clone() };
                 self.slot(c, *slot, &Type::Tile(tile))
             }
+            Op::Fill { slot, value, .. } => self.slot(c, *slot, &self.kernel.types[value.0 as usize]),
             Op::Release { lag, .. } if *lag >= channel.stages => {
                 Some(format!("a lag of {lag} keeps all {} stages: the producer never gets one", channel.stages))
             }

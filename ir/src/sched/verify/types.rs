@@ -94,6 +94,18 @@ impl Eraser {
                     self.no_results(inst);
                     continue;
                 }
+                Op::Fill { channel, slot, value } => {
+                    let Some(Type::Tile(t)) = self.program.types.get(value.0 as usize).cloned() else {
+                        self.problems.push(format!("%{} fills {channel}.{slot} and is no tile", value.0));
+                        continue;
+                    };
+                    let shape = t.shape.clone();
+                    let tile = self.fresh(Type::Tile(t));
+                    let op = tile::Op::Reshape { x: *value, shape };
+                    region.insts.push(tile::Inst { results: vec![tile], op });
+                    self.no_results(inst);
+                    continue;
+                }
                 Op::Take { .. } => match self.take(inst) {
                     Some(op) => op,
                     None => continue,

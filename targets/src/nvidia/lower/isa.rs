@@ -181,7 +181,7 @@ pub fn shared_atomic_add(f: &mut Fn, at: Val, v: Val) -> Val {
 
 /// `2^x`, relative error at most 2^-22.
 pub fn exp2(f: &mut Fn, x: Val) -> Val {
-    f.asm("ex2.approx.f32 $0, $1;", "=f,f", &[x], &[Ty::F32], false, false)[0]
+    f.asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", &[x], &[Ty::F32], false, false)[0]
 }
 
 /// Two f32 as bf16 or f16, packed; the first is the low half.

@@ -78,7 +78,7 @@ fn regions(op: &Op) -> Vec<&Region> {
 }
 
 /// All loops that directly hold a product.
-fn product_loops<'a>(region: &'a Region, found: &mut Vec<(&'a Inst, &'a Region)>) {
+pub fn product_loops<'a>(region: &'a Region, found: &mut Vec<(&'a Inst, &'a Region)>) {
     for inst in &region.insts {
         if let Op::For { body, .. } = &inst.op
             && body.insts.iter().any(|i| matches!(i.op, Op::Dot { .. }))
@@ -89,7 +89,8 @@ fn product_loops<'a>(region: &'a Region, found: &mut Vec<(&'a Inst, &'a Region)>
     }
 }
 
-fn products(region: &Region) -> usize {
+/// Products of a region, loops included.
+pub fn products(region: &Region) -> usize {
     let here = region.insts.iter().filter(|i| matches!(i.op, Op::Dot { .. })).count();
     here + region.insts.iter().flat_map(|i| regions(&i.op)).map(products).sum::<usize>()
 }
@@ -243,14 +244,25 @@ fn combines(inst: &Inst, carried: ValueId) -> bool {
 
 /// The load behind an operand, through a reshape that only drops axes of one element.
 fn operand<'a>(program: &Program, body: &Region, defs: &HashMap<ValueId, &'a Inst>, v: ValueId) -> Option<Operand<'a>> {
+    // A tile made outside of the loop would have to stay for all of it.
+    body.insts.iter().find(|i| i.results == loaded(defs, v).map(|i| i.results.clone()).unwrap_or_default())?;
+    source(program, defs, v)
+}
+
+/// What defines a value, or what it is a reshape of.
+fn loaded<'a>(defs: &HashMap<ValueId, &'a Inst>, v: ValueId) -> Option<&'a Inst> {
+    let inst = *defs.get(&v)?;
+    match &inst.op {
+        Op::Reshape { x, .. } => defs.get(x).copied(),
+        _ => Some(inst),
+    }
+}
+
+/// The same wherever the load stands.
+pub fn source<'a>(program: &Program, defs: &HashMap<ValueId, &'a Inst>, v: ValueId) -> Option<Operand<'a>> {
     let tile: &TileType = program.tile(v)?;
     let &[rows, k] = tile.shape.as_slice() else { return None };
-    let mut inst = *defs.get(&v)?;
-    if let Op::Reshape { x, .. } = &inst.op {
-        inst = defs.get(x)?;
-    }
-    // A tile made outside of the loop would have to stay for all of it.
-    body.insts.iter().find(|i| i.results == inst.results)?;
+    let inst = loaded(defs, v)?;
     let (view, index, shape, gathered) = match &inst.op {
         Op::Load { view, index, shape } => (*view, index, shape, None),
         Op::Gather { view, rows, index, shape } => (*view, index, shape, Some(*rows)),

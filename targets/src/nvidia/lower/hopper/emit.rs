@@ -6,7 +6,7 @@
 
 use super::fragment::{Geometry, Register, varies};
 use super::ptx;
-use super::ring::Ring;
+use super::ring::{Delivery, Ring};
 use super::tensor_map::Maps;
 use super::wgmma::Flight;
 use crate::nvidia::arch::Arch;
@@ -79,6 +79,16 @@ pub struct Emit<'a> {
     pub stores_boxes: bool,
     /// Addresses of gathered rows that this thread brings, and whether there is such a row.
     pub sources: HashMap<(ValueId, ValueId), Vec<(Val, Val)>>,
+    /// Channels that this role both fills and empties: their counter moves when a stage is waited for.
+    pub own: Vec<ChannelId>,
+    /// Whether products may read what threads wrote, without a fence since.
+    pub unfenced: bool,
+    /// In how many accumulators products in flight are made, whose sum they are.
+    pub split: HashMap<ValueId, usize>,
+    /// All but the first of those, as they are now.
+    pub others: HashMap<ValueId, Vec<Vec<Val>>>,
+    /// Numbers of those rows, by the first of the rows that threads bring together.
+    pub numbers: HashMap<(ValueId, u32), Val>,
 }
 
 /// MLIR of a scheduled kernel, and how to launch it. `symbols` is where they are read from ([`Threads::symbols`]).
@@ -93,8 +103,9 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
     let mut rings = Vec::new();
     for channel in &s.channels {
         let number = ChannelId(rings.len() as u32);
-        let gathers = s.roles.iter().any(|r| gathers(&r.body, number));
-        rings.push(Ring::new(channel.stages, barriers, gathers));
+        // Threads that read a slot themselves give it back themselves.
+        let all_arrive = channel.slots.iter().any(|b| s.buffers[b.0 as usize].swizzle == 0);
+        rings.push(Ring::new(channel.stages, barriers, delivery(s, number), all_arrive));
         barriers += 2 * 8 * channel.stages;
     }
     let mut e = Emit {
@@ -117,6 +128,11 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
         geometries: HashMap::new(),
         stores_boxes: false,
         sources: HashMap::new(),
+        numbers: HashMap::new(),
+        own: Vec::new(),
+        unfenced: false,
+        split: HashMap::new(),
+        others: HashMap::new(),
     };
     s.roles.iter().for_each(|r| define(&r.body, &mut e.defs));
     e.kernel()?;
@@ -198,17 +214,20 @@ impl<'a> Emit<'a> {
     }
 
     fn init_barriers(&mut self) {
-        let consumers: u32 = self.s.roles.iter().filter(|r| waits(&r.body)).map(warpgroups).sum();
-        // A stage that others fill too is free when it is free in all of them.
-        let consumers = consumers * self.cluster;
+        let cluster = self.cluster;
         let tid = self.t.tid;
         let one = self.t.f.cmp("eq", tid, i32(0));
-        let rings: Vec<Ring> = self.rings.clone();
+        let (s, rings): (&Scheduled, Vec<Ring>) = (self.s, self.rings.clone());
         self.t.when(one, |t| {
-            for ring in &rings {
+            for (number, ring) in rings.iter().enumerate() {
+                let consumers = s.roles.iter().filter(|r| waits(&r.body, ChannelId(number as u32)));
+                let consumers: u32 =
+                    consumers.map(|r| if ring.all_arrive { threads(r) } else { threads(r) / WARPGROUP }).sum();
+                // A stage that others fill too is free when it is free in all of them.
+                let consumers = consumers * cluster;
                 for stage in 0..ring.stages {
                     let full = t.f.add(t.shared32, i32((ring.barriers + 8 * stage).into()));
-                    ptx::barrier_init(&mut t.f, full, ring.arrivals);
+                    ptx::barrier_init(&mut t.f, full, ring.delivery.arrivals());
                     let empty = t.f.add(t.shared32, i32((ring.barriers + 8 * (ring.stages + stage)).into()));
                     ptx::barrier_init(&mut t.f, empty, consumers);
                 }
@@ -228,9 +247,24 @@ impl<'a> Emit<'a> {
         self.geometries.clear();
         self.sources.clear();
         self.stores_boxes = false;
+        self.numbers.clear();
         self.flight = Flight::default();
         self.rings.iter_mut().for_each(Ring::restart);
         self.elected = role.elected;
+        self.own.clear();
+        self.split.clear();
+        self.others.clear();
+        self.unfenced = false;
+        for (number, channel) in self.s.channels.iter().enumerate() {
+            let number = ChannelId(number as u32);
+            let fills = any(&role.body, &|op| matches!(op, Op::Acquire(c) if *c == number));
+            if fills && waits(&role.body, number) {
+                if channel.stages > 1 {
+                    return Err(format!("a role that fills and empties several stages of {}", channel.name));
+                }
+                self.own.push(number);
+            }
+        }
         let even = self.s.threads / Arch::WARP;
         if let Some(registers) = role.registers {
             // What a thread has at the start follows from the block's size.
@@ -267,10 +301,11 @@ impl<'a> Emit<'a> {
 
     /// What a role needs in every tile, computed once: where its elements lie, and descriptors of operands.
     fn prepare(&mut self, block: &'a Block) -> Result<(), String> {
+        self.split_chains(block)?;
         for inst in &block.insts {
-            if let Op::Tile(tile::Op::Dot { a, b, .. }) = &inst.op {
+            if let Op::Tile(tile::Op::Dot { a, b, trans_b, .. }) = &inst.op {
                 let geometry = self.geometry(inst.results[0])?;
-                self.prepare_descriptors(geometry, [*a, *b])?;
+                self.prepare_descriptors(geometry, [*a, *b], *trans_b)?;
             }
             for inner in inst.op.blocks() {
                 self.prepare(inner)?;
@@ -295,6 +330,11 @@ impl<'a> Emit<'a> {
         Ok(new)
     }
 
+    /// Whether the role has no products.
+    pub fn geometries_are_none(&self) -> bool {
+        self.geometries.is_empty()
+    }
+
     /// The only geometry of the role: what a lazy tile is seen in.
     pub fn the_geometry(&self) -> Result<Geometry, String> {
         let mut all = self.geometries.values();
@@ -304,12 +344,28 @@ impl<'a> Emit<'a> {
         }
     }
 
-    /// Runs a block's instructions.
-    pub fn block(&mut self, block: &'a Block) -> Result<(), String> {
-        block.insts.iter().try_for_each(|inst| self.inst(inst))
+    /// Along which axes the registers of a tile vary: a matrix as products leave it has padding too.
+    pub fn spread(&self, v: ValueId) -> Result<[bool; 2], String> {
+        let whole = self.shape(v) == self.the_geometry()?.shape;
+        Ok(if whole { [true, true] } else { varies(self.shape(v)) })
     }
 
-    fn inst(&mut self, inst: &'a Inst) -> Result<(), String> {
+    /// Runs a block's instructions.
+    pub fn block(&mut self, block: &'a Block) -> Result<(), String> {
+        let fills = |i: &Inst| matches!(i.op, Op::Acquire(_));
+        let first = block.insts.iter().position(fills);
+        for (i, inst) in block.insts.iter().enumerate() {
+            if first == Some(i) {
+                // Numbers of rows are on their way while stages are not free yet.
+                self.numbers.clear();
+                self.prepare_rows(block, true)?;
+            }
+            self.inst(inst)?;
+        }
+        Ok(())
+    }
+
+    pub fn inst(&mut self, inst: &'a Inst) -> Result<(), String> {
         match &inst.op {
             Op::For { lo, hi, step, init, body } => self.for_loop(inst, (*lo, *hi, *step), init, body),
             Op::Acquire(c) => self.acquire(*c),
@@ -319,6 +375,7 @@ impl<'a> Emit<'a> {
             Op::Copy { channel, slot, view, rows: Some(rows), index, .. } => {
                 self.gather_rows(*channel, *slot, *view, *rows, index)
             }
+            Op::Fill { channel, slot, value } => self.fill(*channel, *slot, *value),
             Op::Commit(c) => self.commit(*c),
             Op::Wait(c) => self.wait(*c),
             Op::Take { channel, slot } => self.take(*channel, *slot, inst.results[0]),
@@ -353,10 +410,11 @@ impl<'a> Emit<'a> {
             tile::Op::Scatter { view, rows, index, value } => {
                 return self.store((*view, Some(*rows), index), *value, inst.scratch);
             }
-            tile::Op::Reduce { x, kind: tile::ReduceKind::Max, .. } => {
-                return self.row_maxima(inst.results[0], *x, inst.scratch);
+            tile::Op::Reduce { x, kind: tile::ReduceKind::Max, .. } if self.dtype(*x) == dsc_ir::DType::I32 => {
+                return self.largest(inst.results[0], *x);
             }
-            tile::Op::Dot { a, b, acc, trans_b: true } => return self.dot(inst.results[0], *a, *b, *acc),
+            tile::Op::Reduce { x, kind, .. } => return self.reduce_rows(inst.results[0], *x, *kind, inst.scratch),
+            tile::Op::Dot { a, b, acc, trans_b } => return self.dot(inst.results[0], [*a, *b], *acc, *trans_b),
             _ => {}
         }
         let r = inst.results[0];
@@ -367,7 +425,21 @@ impl<'a> Emit<'a> {
                 self.held.insert(r, Held::Scalar(v));
                 Ok(())
             }
-            (Place::Fragment(_), tile::Op::Load { view, index, .. }) => self.load_fragment(r, *view, index),
+            (Place::Fragment(_), tile::Op::Load { view, index, shape }) if shape.len() == 2 => {
+                self.load_fragment(r, *view, index)
+            }
+            (Place::Fragment(_), tile::Op::Load { .. } | tile::Op::Reshape { .. } | tile::Op::Map { .. })
+                if self.spread(r).is_ok_and(|s| s == [false, true]) =>
+            {
+                let geometry = self.the_geometry()?;
+                let mut values = Vec::new();
+                for register in geometry.varying(false, true) {
+                    let [_, column] = geometry.coordinates(&mut self.t, register);
+                    values.push(self.row_element(r, column)?);
+                }
+                self.held.insert(r, Held::Registers(values, [false, true]));
+                Ok(())
+            }
             (Place::Fragment(_), tile::Op::Gather { view, rows, index, .. }) => {
                 self.gather_fragment(r, *view, *rows, index)
             }
@@ -384,10 +456,11 @@ impl<'a> Emit<'a> {
             (Place::Fragment(_), tile::Op::Map { .. }) => {
                 let geometry = self.the_geometry()?;
                 let mut seen = HashMap::new();
-                let registers = geometry.registers();
+                let own = self.spread(r)?;
+                let registers = geometry.varying(own[0], own[1]);
                 let values =
                     registers.iter().map(|&at| self.map_element(op, at, &mut seen)).collect::<Result<_, _>>()?;
-                self.held.insert(r, Held::Registers(values, [true, true]));
+                self.held.insert(r, Held::Registers(values, own));
                 Ok(())
             }
             (place, _) => Err(format!("%{} in {place:?}", r.0)),
@@ -467,7 +540,10 @@ impl<'a> Emit<'a> {
             let mut at = start.clone();
             at[axis] = self.t.f.add(at[axis], own);
             let (at, inside) = self.element_at(view, &at);
-            values.push(ptx::load_f32_if(&mut self.t.f, inside, at));
+            values.push(match self.dtype(view) {
+                dsc_ir::DType::I32 => ptx::load_i32_if(&mut self.t.f, inside, at),
+                _ => ptx::load_f32_if(&mut self.t.f, inside, at),
+            });
         }
         self.held.insert(r, Held::Registers(values, [!columns, columns]));
         Ok(())
@@ -498,6 +574,9 @@ impl<'a> Emit<'a> {
         }
         let value = match &inst.op {
             Op::Tile(tile::Op::Full { value, .. }) => arith::constant(*value),
+            Op::Tile(tile::Op::Iota { axis, shape }) if shape.len() == 2 => {
+                geometry.coordinates(&mut self.t, at)[*axis as usize]
+            }
             Op::Tile(tile::Op::Reshape { x, .. }) => self.element(*x, at, seen)?,
             Op::Tile(op @ tile::Op::Map { .. }) => self.map_element(op, at, seen)?,
             _ => return Err(format!("%{} is read where it is not held", v.0)),
@@ -520,6 +599,14 @@ impl<'a> Emit<'a> {
         Ok(arith::apply(&mut self.t.f, self.t.arch, body, &args).0)
     }
 
+    /// What a value is the same elements of.
+    pub fn before_reshapes(&self, mut v: ValueId) -> ValueId {
+        while let Some(Op::Tile(tile::Op::Reshape { x, .. })) = self.defs.get(&v).map(|i| &i.op) {
+            v = *x;
+        }
+        v
+    }
+
     /// Two neighbours of a 16-bit or 8-bit tile in one word, the first in the low half.
     pub fn packed(
         &mut self,
@@ -528,10 +615,7 @@ impl<'a> Emit<'a> {
         seen: &mut HashMap<(ValueId, usize), Val>,
     ) -> Result<Val, String> {
         let dtype = self.dtype(v);
-        let mut root = v;
-        while let Some(Op::Tile(tile::Op::Reshape { x, .. })) = self.defs.get(&root).map(|i| &i.op) {
-            root = *x;
-        }
+        let root = self.before_reshapes(v);
         // The usual end of a kernel is a rounding: then one instruction rounds both.
         if let Some(Op::Tile(tile::Op::Map { inputs, body })) = self.defs.get(&root).map(|i| &i.op)
             && let MapArg::Inst(last) = body.result
@@ -565,10 +649,9 @@ impl<'a> Emit<'a> {
     }
 }
 
-/// Whether a block waits for stages.
-fn waits(block: &Block) -> bool {
-    let inside = |i: &Inst| i.op.blocks().into_iter().any(waits);
-    block.insts.iter().any(|i| matches!(i.op, Op::Wait(_)) || inside(i))
+/// Whether an operation like that is in a block.
+fn any(block: &Block, is: &dyn std::ops::Fn(&Op) -> bool) -> bool {
+    block.insts.iter().any(|i| is(&i.op) || i.op.blocks().into_iter().any(|b| any(b, is)))
 }
 
 /// Whether loops make partial sums that are added apart from their products.
@@ -577,13 +660,26 @@ fn adds_apart(block: &Block, in_loop: bool) -> bool {
     block.insts.iter().any(|i| starts(&i.op) || i.op.blocks().into_iter().any(|b| adds_apart(b, true)))
 }
 
-/// Whether a block gathers rows into a channel.
-fn gathers(block: &Block, number: ChannelId) -> bool {
-    let here = |op: &Op| matches!(op, Op::Copy { channel, rows: Some(_), .. } if *channel == number);
-    block.insts.iter().any(|i| here(&i.op) || i.op.blocks().into_iter().any(|b| gathers(b, number)))
+/// Whether a block waits for stages of a channel.
+fn waits(block: &Block, number: ChannelId) -> bool {
+    any(block, &|op| matches!(op, Op::Wait(c) if *c == number))
 }
 
-/// Warpgroups of a role.
-fn warpgroups(role: &Role) -> u32 {
-    (role.warps[1] - role.warps[0]) * Arch::WARP / WARPGROUP
+/// How stages of a channel become full.
+fn delivery(s: &Scheduled, number: ChannelId) -> Delivery {
+    for role in &s.roles {
+        if any(&role.body, &|op| matches!(op, Op::Fill { channel, .. } if *channel == number)) {
+            return Delivery::Written(threads(role));
+        }
+        if any(&role.body, &|op| matches!(op, Op::Copy { channel, rows: Some(_), .. } if *channel == number)) {
+            // Late delivery counts a thread's copies: only one ring's can be told apart.
+            return if s.channels.len() == 1 { Delivery::Behind } else { Delivery::Gathered(threads(role)) };
+        }
+    }
+    Delivery::Engine
+}
+
+/// Threads of a role.
+fn threads(role: &Role) -> u32 {
+    (role.warps[1] - role.warps[0]) * Arch::WARP
 }

@@ -6,13 +6,14 @@
 
 use super::emit::{Emit, Held};
 use super::ptx;
-use super::ring::Ring;
+use super::ring::{Delivery, Ring};
 use crate::nvidia::lower::arith;
-use crate::nvidia::lower::mlir::{Ty, Val, i32};
+use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::sched::{Block, ChannelId, Op};
 use dsc_ir::tile::{self, Index, Type, ValueId};
 
 use super::config::{WARPGROUP, behind_most};
+use std::collections::HashMap;
 
 /// Bytes that a thread brings at a time.
 const PIECE: u32 = 16;
@@ -22,9 +23,23 @@ const ROW_THREADS: u32 = 8;
 impl<'a> Emit<'a> {
     /// One element of a vector of integers, by its number.
     pub fn row_element(&mut self, v: ValueId, row: Val) -> Result<Val, String> {
+        self.vector_element(v, row, &mut HashMap::new())
+    }
+
+    /// The same; `seen` keeps what this element's computation has already given.
+    pub fn vector_element(&mut self, v: ValueId, row: Val, seen: &mut HashMap<ValueId, Val>) -> Result<Val, String> {
         if let Some(Held::Scalar(x)) = self.held.get(&v) {
             return Ok(*x);
         }
+        if let Some(&known) = seen.get(&v) {
+            return Ok(known);
+        }
+        let value = self.new_element(v, row, seen)?;
+        seen.insert(v, value);
+        Ok(value)
+    }
+
+    fn new_element(&mut self, v: ValueId, row: Val, seen: &mut HashMap<ValueId, Val>) -> Result<Val, String> {
         let op = match self.defs.get(&v).map(|i| &i.op) {
             Some(Op::Tile(op)) => op,
             _ => return Err(format!("%{} is no vector of integers", v.0)),
@@ -32,17 +47,29 @@ impl<'a> Emit<'a> {
         match op {
             tile::Op::Full { value, .. } => Ok(arith::constant(*value)),
             tile::Op::Iota { .. } => Ok(row),
-            tile::Op::Load { view, index, .. } => {
-                let [start] = index.as_slice() else { return Err("a vector of a matrix".into()) };
-                let start = self.index(*start)?;
-                let at = self.t.f.add(start, row);
-                let (at, inside) = self.element_at(*view, &[at]);
+            tile::Op::Load { view, index, shape } => {
+                let axis = shape.iter().position(|&n| n > 1).unwrap_or(0);
+                if shape.iter().filter(|&&n| n > 1).count() > 1 {
+                    return Err("a vector of a matrix".into());
+                }
+                let mut at = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+                at[axis] = self.t.f.add(at[axis], row);
+                let (at, inside) = self.element_at(*view, &at);
                 Ok(ptx::load_i32_if(&mut self.t.f, inside, at))
             }
+            tile::Op::Gather { view, rows, index, shape } if shape.iter().skip(1).all(|&n| n == 1) => {
+                let mut at = vec![self.vector_element(*rows, row, seen)?];
+                for &i in index {
+                    at.push(self.index(i)?);
+                }
+                let (at, inside) = self.element_at(*view, &at);
+                Ok(ptx::load_i32_if(&mut self.t.f, inside, at))
+            }
+            tile::Op::Reshape { x, .. } => self.vector_element(*x, row, seen),
             tile::Op::Map { inputs, body } => {
                 let mut args = Vec::new();
                 for &input in inputs {
-                    args.push((self.row_element(input, row)?, self.dtype(input)));
+                    args.push((self.vector_element(input, row, seen)?, self.dtype(input)));
                 }
                 Ok(arith::apply(&mut self.t.f, self.t.arch, body, &args).0)
             }
@@ -75,15 +102,23 @@ impl<'a> Emit<'a> {
         [self.t.f.div(self.role_tid, ROW_THREADS), self.t.f.rem(self.role_tid, ROW_THREADS)]
     }
 
-    /// Finds the rows that the copies of a loop's body bring, once for all its rounds.
-    pub fn prepare_rows(&mut self, body: &'a Block) -> Result<(), String> {
+    /// Finds the rows that the copies of a loop's body bring: those chosen in it, or those that are the same in all its rounds.
+    pub fn prepare_rows(&mut self, body: &'a Block, inside: bool) -> Result<(), String> {
         for inst in &body.insts {
             let Op::Copy { view, rows: Some(rows), shape, .. } = &inst.op else { continue };
+            if body.insts.iter().any(|i| i.results.contains(rows)) != inside {
+                continue;
+            }
             let [first, piece] = self.own_piece();
             let mut sources = Vec::new();
             for start in (0..shape[0]).step_by((WARPGROUP / ROW_THREADS) as usize) {
                 let row = self.t.f.add(first, i32(start.into()));
-                let number = self.row_element(*rows, row)?;
+                let key = (*rows, start);
+                let number = match self.numbers.get(&key) {
+                    Some(&known) if inside => known,
+                    _ => self.row_element(*rows, row)?,
+                };
+                self.numbers.insert(key, number);
                 let (at, inside) = self.element_at(*view, &[number, i32(0)]);
                 // An address outside the view is never read, but it must not leave the buffer either.
                 let base = self.param(*view);
@@ -132,7 +167,11 @@ impl<'a> Emit<'a> {
                 let row = self.t.f.add(first, i32((i as u32 * apart).into()));
                 self.t.f.cmp("ult", row, i32(count.into()))
             };
-            ptx::copy_piece(&mut self.t.f, to, from, inside, wanted);
+            for panel in 0..buffer.panels() {
+                let from = self.t.f.offset(from, i64((panel * buffer.pitch).into()));
+                let to = self.t.f.add(to, i32((panel * buffer.panel_bytes()).into()));
+                ptx::copy_piece(&mut self.t.f, to, from, inside, wanted);
+            }
         }
         Ok(())
     }
@@ -140,6 +179,18 @@ impl<'a> Emit<'a> {
     /// Ends a stage of the producer.
     pub fn commit(&mut self, channel: ChannelId) -> Result<(), String> {
         let ring = self.rings[channel.0 as usize].clone();
+        match ring.delivery {
+            Delivery::Gathered(_) => {
+                let full = self.barrier_at(channel, false, ring.stage);
+                ptx::copies_arrive(&mut self.t.f, full);
+            }
+            Delivery::Written(_) => {
+                // No fence here: it would wait for loads that run ahead.
+                let full = self.barrier_at(channel, false, ring.stage);
+                ptx::barrier_arrive(&mut self.t.f, full);
+            }
+            Delivery::Engine | Delivery::Behind => {}
+        }
         if ring.gathers() {
             ptx::copies_commit(&mut self.t.f);
             let most = behind_most(ring.stages);
@@ -154,7 +205,9 @@ impl<'a> Emit<'a> {
             let behind = self.t.f.select(late, ring.behind, more);
             self.rings[channel.0 as usize].behind = behind;
         }
-        self.rings[channel.0 as usize].advance(&mut self.t.f);
+        if !self.own.contains(&channel) {
+            self.rings[channel.0 as usize].advance(&mut self.t.f);
+        }
         Ok(())
     }
 

@@ -74,14 +74,14 @@ impl<'a> Emit<'a> {
         [f.add(first, row), f.bin("udiv", within, rows), z]
     }
 
-    fn resume(&mut self, state: &[Val]) {
+    pub fn resume(&mut self, state: &[Val]) {
         for (ring, state) in self.rings.iter_mut().zip(state.chunks(RING_STATE)) {
             ring.resume(state);
         }
     }
 
     /// `for i in lo..hi step step`, tested first; what it carries at its end.
-    fn counted(
+    pub fn counted(
         &mut self,
         (lo, hi, step): (Val, Val, Val),
         carried: &[Val],
@@ -111,7 +111,8 @@ impl<'a> Emit<'a> {
             _ => {}
         }
         let mut seen = HashMap::new();
-        let registers = self.the_geometry()?.registers();
+        let [rows, columns] = self.spread(v)?;
+        let registers = self.the_geometry()?.varying(rows, columns);
         registers.into_iter().map(|at| self.element(v, at, &mut seen)).collect()
     }
 
@@ -131,10 +132,13 @@ impl<'a> Emit<'a> {
         init: &[ValueId],
         body: &'a Block,
     ) -> Result<(), String> {
+        if self.computes_rows(body) {
+            return self.pipelined(inst, (lo, hi, step), body);
+        }
         if !self.flight.all_among(init) {
             self.settle_all();
         }
-        self.prepare_rows(body)?;
+        self.prepare_rows(body, false)?;
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
         let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
         let counters = carried.len();
@@ -142,7 +146,7 @@ impl<'a> Emit<'a> {
         for &v in init {
             varies.push(match self.held.get(&v) {
                 Some(Held::Registers(_, varies)) => *varies,
-                _ => [true, true],
+                _ => self.spread(v).unwrap_or([true, true]),
             });
             let values = self.registers(v)?;
             widths.push(values.len());
@@ -158,6 +162,7 @@ impl<'a> Emit<'a> {
             widths.iter().map(take).collect()
         };
         let at_entry = self.flight.renamed(init, &body.args[1..]);
+        let unfenced = self.unfenced;
         let args = self.counted((lo, hi, i32(step.into())), &carried, |e, counter, values| {
             e.resume(values);
             e.held.insert(body.args[0], Held::Scalar(counter));
@@ -180,6 +185,8 @@ impl<'a> Emit<'a> {
             self.hold(result, &values, varies);
         }
         self.flight = at_entry.renamed(&body.args[1..], &inst.results);
+        // There may have been no round.
+        self.unfenced |= unfenced;
         Ok(())
     }
 }

@@ -68,7 +68,7 @@ fn epilogue(program: &Program) -> Option<Epilogue> {
 }
 
 /// Visits every instruction.
-fn for_each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
+pub fn for_each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
     for inst in &region.insts {
         visit(inst);
         match &inst.op {
@@ -98,7 +98,7 @@ fn divisor(i: Index, defs: &HashMap<ValueId, &tile::Inst>) -> u32 {
     constant.unwrap_or(1)
 }
 
-type Names = HashMap<ValueId, ValueId>;
+pub type Names = HashMap<ValueId, ValueId>;
 
 struct Planner<'a> {
     program: &'a Program,
@@ -898,14 +898,16 @@ impl<'a> Planner<'a> {
     }
 }
 
-fn value_of(i: Index) -> Option<ValueId> {
+/// The value that an index is.
+pub fn value_of(i: Index) -> Option<ValueId> {
     match i {
         Index::Value(v) => Some(v),
         Index::Const(_) => None,
     }
 }
 
-fn rename_index(i: Index, names: &Names) -> Option<Index> {
+/// An index under new names.
+pub fn rename_index(i: Index, names: &Names) -> Option<Index> {
     Some(match i {
         Index::Value(v) => Index::Value(*names.get(&v)?),
         Index::Const(_) => i,
@@ -913,7 +915,7 @@ fn rename_index(i: Index, names: &Names) -> Option<Index> {
 }
 
 /// An operation that roles may run, with its operands renamed.
-fn renamed(op: &tile::Op, names: &Names) -> Option<tile::Op> {
+pub fn renamed(op: &tile::Op, names: &Names) -> Option<tile::Op> {
     let v = |v: &ValueId| names.get(v).copied();
     let indices = |index: &[Index]| index.iter().map(|&i| rename_index(i, names)).collect::<Option<Vec<_>>>();
     Some(match op {

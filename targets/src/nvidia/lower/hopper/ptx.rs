@@ -142,13 +142,14 @@ pub fn wgmma_wait(f: &mut Fn, n: usize) {
 }
 
 /// One matrix product of a warpgroup, in flight: `d = a · bᵀ`, plus `acc` if there is one. 64 x `n` results of 32 bytes of `k`.
-/// `across`: rows of `b` run across `k` (16-bit types only).
-pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, acc: Option<&[Val]>, a: Val, b: Val, across: bool) -> Vec<Val> {
+/// `across`: rows of `a`, of `b` run across `k` (16-bit types only).
+pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, acc: Option<&[Val]>, [a, b]: [Val; 2], across: [bool; 2]) -> Vec<Val> {
     let count = n as usize / 2;
+    let turned = format!(", {}, {}", u32::from(across[0]), u32::from(across[1]));
     let (k, ty, tail) = match dtype {
         DType::E4m3 => (32, "e4m3", String::new()),
-        DType::F16 => (16, "f16", format!(", 0, {}", u32::from(across))),
-        _ => (16, "bf16", format!(", 0, {}", u32::from(across))),
+        DType::F16 => (16, "f16", turned),
+        _ => (16, "bf16", turned),
     };
     let d: Vec<String> = (0..count).map(|i| format!("${i}")).collect();
     let (keep, first) = (u32::from(acc.is_some()), 2 * count);
@@ -200,6 +201,12 @@ pub fn load_shared_words(f: &mut Fn, at: Val) -> Vec<Val> {
     f.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", &[at], &[Ty::I32; 4], true, true)
 }
 
+/// Writes four words to shared memory.
+pub fn store_shared_words(f: &mut Fn, at: Val, words: &[Val]) {
+    let args: Vec<Val> = [at].into_iter().chain(words.iter().copied()).collect();
+    effect(f, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", &args);
+}
+
 /// An f32 of shared memory.
 pub fn load_shared_f32(f: &mut Fn, at: Val) -> Val {
     f.asm("ld.shared.f32 $0, [$1];", "=f,r", &[at], &[Ty::F32], true, true)[0]
@@ -225,6 +232,23 @@ pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], false, true)[0]
 }
 
+/// Two words of memory that no one writes meanwhile, or zeros where `c` does not hold. Stays where it is written: in front of waits.
+pub fn load_words_if(f: &mut Fn, c: Val, at: Val) -> Vec<Val> {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\n@p ld.global.nc.L2::256B.v2.b32 {$0, $1}, [$2];\n}";
+    f.asm(text, "=&r,=&r,l,r", &[at, c], &[Ty::I32; 2], true, true)
+}
+
+/// The two e4m3 of the low or high half of a word as f32.
+pub fn widen_e4m3(f: &mut Fn, word: Val, high: bool) -> [Val; 2] {
+    let half = if high { "h" } else { "l" };
+    let text = format!(
+        "{{\n.reg .b16 l, h, x, y;\n.reg .b32 w;\nmov.b32 {{l, h}}, $2;\ncvt.rn.f16x2.e4m3x2 w, {half};\nmov.b32 {{x, y}}, w;\ncvt.f32.f16 $0, x;\ncvt.f32.f16 $1, y;\n}}"
+    );
+    let both = f.asm(&text, "=f,=f,r", &[word], &[Ty::F32; 2], false, false);
+    [both[0], both[1]]
+}
+
 /// An i32 of memory that no one writes meanwhile, or zero where `c` does not hold.
 pub fn load_i32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let c = f.cast("zext", c, Ty::I32);
@@ -238,6 +262,16 @@ pub fn copy_piece(f: &mut Fn, to: Val, from: Val, inside: Val, wanted: Val) {
     let wanted = f.cast("zext", wanted, Ty::I32);
     let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\n@p cp.async.cg.shared.global.L2::256B [$0], [$1], 16, $2;\n}";
     effect(f, text, "r,l,r,r", &[to, from, size, wanted]);
+}
+
+/// Arrives once this thread's copies up to here are complete.
+pub fn copies_arrive(f: &mut Fn, at: Val) {
+    effect(f, "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", "r", &[at]);
+}
+
+/// Arrives.
+pub fn barrier_arrive(f: &mut Fn, at: Val) {
+    effect(f, "mbarrier.arrive.shared::cta.b64 _, [$0];", "r", &[at]);
 }
 
 /// Ends a group of [`copy_piece`].

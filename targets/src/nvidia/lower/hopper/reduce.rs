@@ -1,7 +1,7 @@
-//! The largest element of each row of a fragment.
+//! The largest element of each row of a fragment, or the sum.
 //!
-//! A thread takes the maximum of its registers, lanes that share rows exchange theirs, and warps that share rows meet in shared
-//! memory: a line a part, an element a row. Afterwards every thread has the maxima of its own rows.
+//! A thread combines its registers, lanes that share rows exchange theirs, and warps that share rows meet in shared
+//! memory: a line a part, an element a row. Afterwards every thread has the results of its own rows. The order is fixed.
 
 use super::config::ROWS;
 use super::emit::{Emit, Held};
@@ -11,19 +11,33 @@ use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Val, f32, i32};
 use dsc_ir::sched::{BufferId, Place};
-use dsc_ir::tile::ValueId;
+use dsc_ir::tile::{ReduceKind, ValueId};
 use std::collections::HashMap;
+
+/// What combines with anything to that.
+fn start(kind: ReduceKind) -> Val {
+    match kind {
+        ReduceKind::Max => f32(f32::NEG_INFINITY),
+        ReduceKind::Sum => f32(0.0),
+    }
+}
 
 impl Emit<'_> {
     /// Makes `r`, a value a row, of a tile of results.
-    pub fn row_maxima(&mut self, r: ValueId, x: ValueId, scratch: Option<BufferId>) -> Result<(), String> {
+    pub fn reduce_rows(
+        &mut self,
+        r: ValueId,
+        x: ValueId,
+        kind: ReduceKind,
+        scratch: Option<BufferId>,
+    ) -> Result<(), String> {
         let g = self.the_geometry()?;
         // Lanes with the same rows: of a quad, or those at the same place in every quad.
         let lanes: &[u32] = if g.transposed { &[4, 8, 16] } else { &[1, 2] };
         let mut seen = HashMap::new();
         let mut maxima = Vec::new();
         for row in g.varying(true, false) {
-            let mut most = f32(f32::NEG_INFINITY);
+            let mut most = start(kind);
             for column in g.varying(false, true) {
                 let at = Register {
                     sub: row.sub + column.sub,
@@ -32,16 +46,16 @@ impl Emit<'_> {
                     e: row.e + column.e,
                 };
                 let element = self.element(x, at, &mut seen)?;
-                most = self.larger(most, element);
+                most = self.both(kind, most, element);
             }
             for &lane in lanes {
                 let other = isa::shuffle_xor(&mut self.t.f, most, lane);
-                most = self.larger(most, other);
+                most = self.both(kind, most, other);
             }
             maxima.push(most);
         }
         if let Some(buffer) = scratch {
-            maxima = self.met(&g, maxima, buffer);
+            maxima = self.met(&g, maxima, kind, buffer);
         }
         let held = match (&self.s.places[r.0 as usize], maxima.first()) {
             (Place::Uniform, Some(&first)) => Held::Scalar(first),
@@ -51,12 +65,36 @@ impl Emit<'_> {
         Ok(())
     }
 
-    fn larger(&mut self, a: Val, b: Val) -> Val {
-        self.t.f.intrinsic("maximum", &[a, b])
+    fn both(&mut self, kind: ReduceKind, a: Val, b: Val) -> Val {
+        match kind {
+            ReduceKind::Max => self.t.f.intrinsic("maximum", &[a, b]),
+            ReduceKind::Sum => self.t.f.bin("fadd", a, b),
+        }
+    }
+
+    /// Makes the scalar `r`, the largest of a vector of integers, every warp by itself.
+    pub fn largest(&mut self, r: ValueId, x: ValueId) -> Result<(), String> {
+        let count = self.shape(x).iter().product::<u32>();
+        let mut most = i32(i32::MIN.into());
+        for first in (0..count).step_by(Arch::WARP as usize) {
+            let at = self.t.f.add(self.t.lane, i32(first.into()));
+            let mut element = self.vector_element(x, at, &mut HashMap::new())?;
+            if first + Arch::WARP > count {
+                let own = self.t.f.cmp("ult", at, i32(count.into()));
+                element = self.t.f.select(own, element, i32(i32::MIN.into()));
+            }
+            most = self.t.f.intrinsic("smax", &[most, element]);
+        }
+        for lane in [16, 8, 4, 2, 1] {
+            let other = isa::shuffle_xor(&mut self.t.f, most, lane);
+            most = self.t.f.intrinsic("smax", &[most, other]);
+        }
+        self.held.insert(r, Held::Scalar(most));
+        Ok(())
     }
 
     /// The same over all warps that share rows.
-    fn met(&mut self, g: &Geometry, parts: Vec<Val>, buffer: BufferId) -> Vec<Val> {
+    fn met(&mut self, g: &Geometry, parts: Vec<Val>, kind: ReduceKind, buffer: BufferId) -> Vec<Val> {
         let data = &self.s.buffers[buffer.0 as usize];
         let (count, pitch) = (data.shape[0], data.pitch);
         let base = self.t.f.add(self.t.shared32, i32(data.offset.into()));
@@ -86,11 +124,11 @@ impl Emit<'_> {
         }
         let mut met = Vec::new();
         for row in rows {
-            let mut most = f32(f32::NEG_INFINITY);
+            let mut most = start(kind);
             for part in 0..count {
                 let at = self.t.f.add(row, i32((part * pitch).into()));
                 let v = ptx::load_shared_f32(&mut self.t.f, at);
-                most = self.larger(most, v);
+                most = self.both(kind, most, v);
             }
             met.push(most);
         }

@@ -22,33 +22,64 @@ pub struct Ring {
     pub stage: Val,
     /// Parity of its round.
     pub phase: Val,
-    /// Arrivals that make a stage full, besides its bytes.
-    pub arrivals: u32,
+    /// How a stage becomes full.
+    pub delivery: Delivery,
+    /// Whether all threads of its consumers arrive when they give a stage back: those that read it themselves. Else one a
+    /// warpgroup does, whose products have ended.
+    pub all_arrive: bool,
     /// Stages committed whose gathered rows are not delivered yet, at most `config::behind_most`.
     pub behind: Val,
     /// Stages waited for, the newest first, as far as this stretch of code knows.
     recent: Vec<Val>,
 }
 
+/// How a stage becomes full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// The copy engine brings it.
+    Engine,
+    /// The copy engine, and a warpgroup that gathers rows and delivers them some stages late: see [`super::gather`].
+    Behind,
+    /// So many threads gather rows; each copy arrives by itself, and readers make what came visible to products.
+    Gathered(u32),
+    /// So many threads write it; readers make it visible to products as well.
+    Written(u32),
+}
+
+impl Delivery {
+    /// Arrivals that make a stage full, besides its bytes.
+    pub fn arrivals(self) -> u32 {
+        match self {
+            Delivery::Engine => 1,
+            Delivery::Behind => 1 + WARPGROUP,
+            Delivery::Gathered(n) | Delivery::Written(n) => n,
+        }
+    }
+}
+
 impl Ring {
     /// A ring at its start.
-    pub fn new(stages: u32, barriers: u32, gathers: bool) -> Ring {
-        let arrivals = if gathers { 1 + WARPGROUP } else { 1 };
-        Ring { stages, barriers, stage: i32(0), phase: i32(0), arrivals, behind: i32(0), recent: Vec::new() }
+    pub fn new(stages: u32, barriers: u32, delivery: Delivery, all_arrive: bool) -> Ring {
+        let (stage, phase, behind) = (i32(0), i32(0), i32(0));
+        Ring { stages, barriers, stage, phase, delivery, all_arrive, behind, recent: Vec::new() }
     }
 
-    /// Whether threads bring rows into it.
+    /// Whether rows are delivered late.
     pub fn gathers(&self) -> bool {
-        self.arrivals > 1
+        self.delivery == Delivery::Behind
     }
 
     /// Back to the start.
     pub fn restart(&mut self) {
-        *self = Ring::new(self.stages, self.barriers, self.gathers());
+        *self = Ring::new(self.stages, self.barriers, self.delivery, self.all_arrive);
     }
 
     /// Goes to the next stage.
     pub fn advance(&mut self, f: &mut Fn) {
+        if self.stages == 1 {
+            self.phase = f.bin("xor", self.phase, i32(1));
+            return;
+        }
         let next = f.add(self.stage, i32(1));
         let wrapped = f.cmp("eq", next, i32(self.stages.into()));
         self.stage = f.select(wrapped, i32(0), next);
@@ -63,7 +94,10 @@ impl Ring {
 
     /// Takes up what a loop carries.
     pub fn resume(&mut self, state: &[Val]) {
-        self.stage = state[0];
+        // The only stage stays the constant that it was.
+        if self.stages > 1 {
+            self.stage = state[0];
+        }
         self.phase = state[1];
         // What nobody gathers stays the constant that it was.
         if self.gathers() {
@@ -76,6 +110,9 @@ impl Ring {
     pub fn back(&self, f: &mut Fn, lag: u32) -> Val {
         if let Some(&known) = self.recent.get(lag as usize) {
             return known;
+        }
+        if self.stages == 1 {
+            return i32(0);
         }
         let back = f.sub(self.stage, i32((lag + 1).into()));
         let below = f.cmp("slt", back, i32(0));
@@ -99,6 +136,9 @@ impl<'a> Emit<'a> {
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
         ptx::barrier_wait(&mut self.t.f, empty, parity);
+        if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
+            return Ok(());
+        }
         let full = self.barrier_at(channel, false, stage);
         let bytes = self.stage_bytes(channel);
         let drives = self.drives();
@@ -156,12 +196,22 @@ impl<'a> Emit<'a> {
             let bytes = self.t.f.mul(first, i32(buffer.pitch.into()));
             to = self.t.f.add(to, bytes);
         }
+        // A panel is a box.
+        let panels = buffer.panels();
+        let last = part.last_mut().ok_or("a copy of a scalar")?;
+        *last /= panels;
+        let columns = *last;
         let number = self.maps.number(s, view, &part, buffer.swizzle).ok_or("a copy from what is no parameter")?;
         let map = Val::Arg((s.params.len() + 1 + number) as u32, Ty::Generic);
         coordinates.reverse();
         let drives = self.drives();
         let blocks = shared.then_some(self.cluster);
-        self.t.when(drives, |t| ptx::copy_box(&mut t.f, to, map, full, &coordinates, blocks));
+        for panel in 0..panels {
+            let to = self.t.f.add(to, i32((panel * buffer.panel_bytes()).into()));
+            let mut at = coordinates.clone();
+            at[0] = self.t.f.add(at[0], i32((panel * columns).into()));
+            self.t.when(drives, |t| ptx::copy_box(&mut t.f, to, map, full, &at, blocks));
+        }
         Ok(())
     }
 
@@ -170,6 +220,10 @@ impl<'a> Emit<'a> {
         let [stage, phase, _] = self.rings[channel.0 as usize].state();
         let full = self.barrier_at(channel, false, stage);
         ptx::barrier_wait(&mut self.t.f, full, phase);
+        if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
+            // What other threads wrote is ordered before this thread by the barrier, and before its products by a fence.
+            self.unfenced = true;
+        }
         let ring = &mut self.rings[channel.0 as usize];
         ring.recent.insert(0, stage);
         ring.advance(&mut self.t.f);
@@ -177,11 +231,37 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
+    /// Where a slot of a stage starts.
+    pub fn slot_at(&mut self, channel: ChannelId, slot: u32, stage: Val) -> Val {
+        let buffer = &self.s.buffers[self.s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
+        let base = self.t.f.add(self.t.shared32, i32(buffer.offset.into()));
+        let offset = self.t.f.mul(stage, i32(buffer.copy_bytes().into()));
+        self.t.f.add(base, offset)
+    }
+
     /// A slot of the stage waited for last.
     pub fn take(&mut self, channel: ChannelId, slot: u32, result: ValueId) -> Result<(), String> {
         let buffer = self.s.channels[channel.0 as usize].slots[slot as usize];
         let stage = self.rings[channel.0 as usize].back(&mut self.t.f, 0);
-        self.held.insert(result, Held::Stage(buffer, stage));
+        let data = &self.s.buffers[buffer.0 as usize];
+        if data.swizzle > 0 {
+            self.held.insert(result, Held::Stage(buffer, stage));
+            return Ok(());
+        }
+        // No operand of a product: every thread takes the values of its own rows.
+        if data.shape[1] != 1 || data.dtype != dsc_ir::DType::F32 {
+            return Err(format!("{} is read by threads and is no column of f32", data.name));
+        }
+        let geometry = self.the_geometry()?;
+        let base = self.slot_at(channel, slot, stage);
+        let mut values = Vec::new();
+        for register in geometry.varying(true, false) {
+            let [row, _] = geometry.coordinates(&mut self.t, register);
+            let byte = self.t.f.mul(row, i32(data.pitch.into()));
+            let at = self.t.f.add(base, byte);
+            values.push(ptx::load_shared_f32(&mut self.t.f, at));
+        }
+        self.held.insert(result, Held::Registers(values, [true, false]));
         Ok(())
     }
 
@@ -192,6 +272,10 @@ impl<'a> Emit<'a> {
         }
         let stage = self.rings[channel.0 as usize].back(&mut self.t.f, lag);
         let empty = self.barrier_at(channel, true, stage);
+        if self.rings[channel.0 as usize].all_arrive {
+            ptx::barrier_arrive(&mut self.t.f, empty);
+            return Ok(());
+        }
         let within = self.t.f.rem(self.role_tid, WARPGROUP);
         if self.cluster > 1 {
             // One thread for each block of the cluster.

@@ -63,6 +63,11 @@ impl Emit<'_> {
         }
         let columns = shape.len().checked_sub(1).ok_or("a store of a scalar")?;
         let rows = (0..columns).find(|&d| shape[d] > 1).or(columns.checked_sub(1)).ok_or("a store of a vector")?;
+        // A value a row, laid out along the view's last axis.
+        let root = self.before_reshapes(value);
+        if shape.last() == Some(&geometry.shape[0]) && self.shape(root) == [geometry.shape[0], 1] && numbers.is_none() {
+            return self.one_a_row(&geometry, &Target { view, start, row_axis: columns, rows: None }, root);
+        }
         let target = Target { view, start, row_axis: if numbers.is_some() { 0 } else { rows }, rows: numbers };
         if shape.last() == Some(&1) && geometry.shape[1] > 1 {
             return self.one_a_row(&geometry, &target, value);

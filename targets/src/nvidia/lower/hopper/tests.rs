@@ -1,5 +1,7 @@
 //! Scheduled contractions: valid, within the budget, and equal to their tile programs on the interpreters.
 
+#[path = "../../../../tests/support/attention.rs"]
+mod attention;
 #[path = "../../../../tests/support/experts.rs"]
 mod experts;
 #[path = "../../../../tests/support/linear.rs"]
@@ -9,6 +11,7 @@ use super::{lower, schedule};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::Ty;
+use attention::Attention;
 use dsc_ir::sched::verify::Budget;
 use dsc_ir::sched::{self, Scheduled};
 use dsc_ir::schedule::Schedule;
@@ -31,6 +34,15 @@ const FP8: Linear = Linear {
     part: None,
 };
 
+const BUDGET: Budget = Budget {
+    // As of sm_90a.
+    shared_bytes: 232_448,
+    registers: Arch::REGISTERS_PER_SM,
+    thread_registers: Arch::REGISTERS_PER_THREAD,
+    named_barriers: 15,
+    threads: Arch::THREADS_PER_BLOCK,
+};
+
 fn scheduled(program: Program) -> Scheduled {
     clustered(program, 1)
 }
@@ -47,14 +59,7 @@ fn check(program: &Program, syms: SymValues, set: impl FnOnce(&mut [Vec<u8>])) {
 
 /// The same of a schedule of it.
 fn check_scheduled(program: &Program, scheduled: Scheduled, syms: SymValues, set: impl FnOnce(&mut [Vec<u8>])) {
-    let budget = Budget {
-        shared_bytes: hopper().shared_per_block,
-        registers: Arch::REGISTERS_PER_SM,
-        thread_registers: Arch::REGISTERS_PER_THREAD,
-        named_barriers: 15,
-        threads: Arch::THREADS_PER_BLOCK,
-    };
-    assert_eq!(sched::verify::verify(&scheduled, &budget), vec![], "{scheduled}");
+    assert_eq!(sched::verify::verify(&scheduled, &BUDGET), vec![], "{scheduled}");
     let bindings: Vec<Binding> = (0..program.params.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
     let mut seed = 7u32;
     let mut buffers: Vec<Vec<u8>> =
@@ -215,4 +220,127 @@ fn products_stay_in_flight() {
     assert_eq!(waits(BF16), [1, 0]);
     // A partial sum is added while the next is made; none is in flight at the end of a turn.
     assert_eq!(waits(FP8), [1, 1, 1, 0]);
+}
+
+const SPARSE: Attention = Attention {
+    heads: 64,
+    tile: 64,
+    latent: 512,
+    rope: 64,
+    k: 192,
+    keys: 64,
+    fp8: false,
+    parts: None,
+    searched: false,
+};
+
+impl Attention {
+    /// Asserts that the schedule is valid, and that it gives what the program gives but for rounding.
+    fn check(self, tokens: u32, lengths: &[i32]) {
+        let program = self.program("attention");
+        let scheduled = scheduled(program.clone());
+        assert_eq!(sched::verify::verify(&scheduled, &BUDGET), vec![], "{scheduled}");
+        let rows = 300u32;
+        let syms = SymValues([3; 6]).with(Sym::T, tokens).with(Sym::C, rows);
+        let of = |name: &str| program.params.iter().position(|p| p.name == name).expect("it is a parameter");
+        let (q, indices) = (of("q"), of("indices"));
+        let mut bindings: Vec<Binding> =
+            (0..program.params.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
+        // Views of one row each.
+        for (name, whole) in [("q_rope", "q"), ("rope", "latent"), ("scales", "latent")] {
+            if let Some(p) = program.params.iter().position(|p| p.name == name) {
+                bindings[p].buffer = of(whole);
+            }
+        }
+        let mut random = 7u32;
+        let mut next = || {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            random >> 8
+        };
+        let bf16 = |n: u32| half::bf16::from_f32((n % 512) as f32 / 128.0 - 2.0).to_le_bytes();
+        let mut buffers: Vec<Vec<u8>> = Vec::new();
+        for p in &program.params {
+            let Type::View(view) = program.ty(p.value) else { continue };
+            let size: u64 = view.shape.iter().map(|e| e.eval(&syms)).product::<u64>() * view.dtype.bytes() as u64;
+            buffers.push(vec![0; size as usize]);
+        }
+        buffers[q] = (0..tokens * self.heads * (self.latent + self.rope)).flat_map(|_| bf16(next())).collect();
+        let mut cache = Vec::new();
+        for _ in 0..rows {
+            if self.fp8 {
+                cache.extend((0..self.latent).map(|_| (next() % 0x38) as u8 | (next() % 2 << 7) as u8));
+                cache.extend((0..self.latent.div_ceil(128)).flat_map(|_| (0.5 + (next() % 8) as f32).to_le_bytes()));
+            } else {
+                cache.extend((0..self.latent).flat_map(|_| bf16(next())));
+            }
+            cache.extend((0..self.rope).flat_map(|_| bf16(next())));
+        }
+        buffers[of("latent")] = cache;
+        buffers[indices] = (0..tokens * self.k).flat_map(|_| (next() as i32 % 340 - 20).to_le_bytes()).collect();
+        buffers[of("lengths")] = lengths.iter().flat_map(|n| n.to_le_bytes()).collect();
+        let outputs: Vec<usize> = ["y", "largest_scores", "sums", "largest", "totals"]
+            .iter()
+            .filter_map(|name| program.params.iter().position(|p| p.name == *name))
+            .collect();
+        for &o in &outputs {
+            buffers[o].fill(0xff);
+        }
+        let mut expected = buffers.clone();
+        interp::run(&program, &syms, &mut expected, &bindings).expect("runs");
+        let mut first: Option<Vec<Vec<u8>>> = None;
+        for seed in 0..2 {
+            let mut got = buffers.clone();
+            let options = sched::interp::Options { seed, check_races: true };
+            sched::interp::run(&scheduled, &syms, &mut got, &bindings, options).expect("runs");
+            for &o in &outputs {
+                let bytes = if program.params[o].name == "y" { 2 } else { 4 };
+                let float = |b: &[u8]| match *b {
+                    [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+                    [a, b] => half::bf16::from_le_bytes([a, b]).to_f32(),
+                    _ => f32::NAN,
+                };
+                let (mut wrong, mut norm) = (0.0f64, 1e-30f64);
+                for (a, b) in got[o].chunks(bytes).zip(expected[o].chunks(bytes)) {
+                    let (a, b) = (f64::from(float(a)), f64::from(float(b)));
+                    wrong += (a - b).powi(2);
+                    norm += b * b;
+                }
+                assert!(
+                    (wrong / norm).sqrt() < 2e-3,
+                    "seed {seed}: {} {wrong} {norm}\n{scheduled}",
+                    program.params[o].name
+                );
+            }
+            let same = first.get_or_insert_with(|| got.clone());
+            assert!(*same == got, "seed {seed} gives other bits");
+        }
+        lower(&scheduled, hopper(), Ty::Global).expect("lowers");
+    }
+}
+
+#[test]
+fn attention_over_gathered_rows() {
+    SPARSE.check(2, &[192, 70]);
+    Attention { heads: 128, ..SPARSE }.check(1, &[100]);
+    Attention { latent: 128, k: 100, ..SPARSE }.check(3, &[100, 0, 64]);
+    Attention { searched: true, ..SPARSE }.check(2, &[192, 150]);
+}
+
+#[test]
+fn attention_over_codes() {
+    Attention { fp8: true, ..SPARSE }.check(2, &[192, 1]);
+}
+
+#[test]
+fn attention_in_parts() {
+    Attention { parts: Some(2), ..SPARSE }.check(2, &[192, 65]);
+    Attention { parts: Some(3), fp8: true, ..SPARSE }.check(1, &[130]);
+}
+
+#[test]
+fn attention_of_few_heads() {
+    let few = Attention { heads: 16, tile: 16, ..SPARSE };
+    few.check(2, &[192, 70]);
+    Attention { fp8: true, ..few }.check(1, &[128]);
+    Attention { heads: 8, tile: 8, parts: Some(2), ..few }.check(1, &[192]);
 }

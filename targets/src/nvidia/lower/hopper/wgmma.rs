@@ -8,11 +8,17 @@ use super::emit::{Emit, Held};
 use super::fragment::Geometry;
 use super::ptx;
 use crate::nvidia::lower::mlir::{Val, i32};
-use dsc_ir::sched::{BufferId, ChannelId, Op};
-use dsc_ir::tile::ValueId;
+use dsc_ir::sched::{Block, Buffer, ChannelId, Op};
+use dsc_ir::tile::{self, ValueId};
 
 /// Bytes of `k` of one instruction.
 const K_BYTES: u32 = 32;
+/// Columns of an operand whose rows run across `k` that a panel has.
+const PANEL_ROWS: u32 = 64;
+/// Instructions of a chain from which it is split, registers that its accumulators may take, and most of them.
+const LONG_CHAIN: u32 = 8;
+const SPLIT_REGISTERS: u32 = 32;
+const MOST_SPLIT: u32 = 4;
 /// Bytes from eight rows to the next eight in the 128-byte swizzle.
 const EIGHT_ROWS: u32 = 1024;
 
@@ -54,11 +60,62 @@ impl Flight {
     }
 }
 
+/// The instruction's operands of a product, and whether the rows of each run across `k`.
+fn in_order(g: Geometry, [a, b]: [ValueId; 2], trans_b: bool) -> ([ValueId; 2], [bool; 2]) {
+    if g.transposed { ([b, a], [!trans_b, false]) } else { ([a, b], [false, !trans_b]) }
+}
+
+/// Bytes from the start of an operand to its `k`-th step of [`K_BYTES`].
+fn step(data: &Buffer, k: u32, across: bool) -> u32 {
+    if across {
+        k * K_BYTES / data.dtype.bytes() as u32 * data.pitch
+    } else {
+        k * K_BYTES / data.pitch * data.panel_bytes() + k * K_BYTES % data.pitch
+    }
+}
+
 impl<'a> Emit<'a> {
-    /// Computes the descriptors of the operands of a product once, for stage 0.
-    pub fn prepare_descriptors(&mut self, g: Geometry, operands: [ValueId; 2]) -> Result<(), String> {
-        let operands = if g.transposed { [operands[1], operands[0]] } else { operands };
-        for (second, v) in [false, true].into_iter().zip(operands) {
+    /// Chains of products of a block that are over within it and leave registers for it are made in several accumulators: each
+    /// instruction waits for the one before it that adds to the same.
+    pub fn split_chains(&mut self, block: &Block) -> Result<(), String> {
+        // A single ring feeds a contraction, whose products are in flight from round to round.
+        if self.s.channels.len() == 1 {
+            return Ok(());
+        }
+        let dots: Vec<(ValueId, ValueId, Option<ValueId>)> = block
+            .insts
+            .iter()
+            .filter_map(|i| match &i.op {
+                Op::Tile(tile::Op::Dot { a, acc, .. }) => Some((i.results[0], *a, *acc)),
+                _ => None,
+            })
+            .collect();
+        for &(first, ..) in dots.iter().filter(|d| d.2.is_none()) {
+            let mut chain = vec![first];
+            while let Some(next) = dots.iter().find(|d| d.2 == chain.last().copied()) {
+                chain.push(next.0);
+            }
+            let k_bytes = |v: ValueId| {
+                let a = dots.iter().find(|d| d.0 == v).map_or(v, |d| d.1);
+                self.shape(a).last().copied().unwrap_or(0) * self.dtype(a).bytes() as u32
+            };
+            let steps: u32 = chain.iter().map(|&v| k_bytes(v) / K_BYTES).sum();
+            let carried = chain.iter().any(|v| block.yields.contains(v));
+            if carried || steps < LONG_CHAIN {
+                continue;
+            }
+            let g = self.geometry(first)?;
+            let count = (SPLIT_REGISTERS / (g.subs * g.wide / 2)).clamp(1, MOST_SPLIT) as usize;
+            self.split.extend(chain.into_iter().map(|v| (v, count)));
+        }
+        Ok(())
+    }
+
+    /// Computes the descriptors of the operands of a product once, for stage 0. `trans_b` as of the product.
+    pub fn prepare_descriptors(&mut self, g: Geometry, operands: [ValueId; 2], trans_b: bool) -> Result<(), String> {
+        let (operands, across) = in_order(g, operands, trans_b);
+        for (number, v) in operands.into_iter().enumerate() {
+            let second = number == 1;
             let buffer = match self.defs.get(&v).map(|i| &i.op) {
                 Some(Op::Take { channel, slot }) => self.s.channels[channel.0 as usize].slots[*slot as usize],
                 _ => return Err("a product of what is in no ring".into()),
@@ -67,9 +124,14 @@ impl<'a> Emit<'a> {
             if data.swizzle != 128 || data.pitch != 128 {
                 return Err(format!("operand {} without the 128-byte swizzle", data.name));
             }
-            let rows = self.t.f.mul(g.first[usize::from(second)], i32(data.pitch.into()));
             let base = self.t.f.add(self.t.shared32, i32(data.offset.into()));
-            let at = self.t.f.add(base, rows);
+            let at = if across[number] {
+                // A single group: its rows are all the columns.
+                base
+            } else {
+                let rows = self.t.f.mul(g.first[number], i32(data.pitch.into()));
+                self.t.f.add(base, rows)
+            };
             let start = ptx::descriptor_start(&mut self.t.f, at);
             self.descriptors.insert((buffer, second), start);
         }
@@ -86,47 +148,84 @@ impl<'a> Emit<'a> {
         Ok(self.t.f.add(base, offset))
     }
 
-    /// The descriptor of an operand so many bytes behind a start.
-    fn described(&mut self, start: Val, bytes: u32) -> Val {
+    /// The descriptor of an operand so many bytes behind a start; `across` as of [`in_order`].
+    fn described(&mut self, start: Val, bytes: u32, data: &Buffer, across: bool) -> Val {
         let at = self.t.f.add(start, i32((bytes / ptx::DESCRIPTOR_UNIT).into()));
-        ptx::descriptor(&mut self.t.f, at, ptx::DESCRIPTOR_UNIT, EIGHT_ROWS)
+        let leading = if across { data.panel_bytes() } else { ptx::DESCRIPTOR_UNIT };
+        ptx::descriptor(&mut self.t.f, at, leading, EIGHT_ROWS)
     }
 
-    fn width(&self, buffer: BufferId) -> u32 {
-        let b = &self.s.buffers[buffer.0 as usize];
-        b.shape[1] * b.dtype.bytes() as u32
+    /// Columns of one instruction: the assembler wants its accumulators to fit the registers that threads start with.
+    fn most_columns(&self) -> u32 {
+        if self.s.threads > 3 * super::config::WARPGROUP { 128 } else { 256 }
     }
 
-    /// `result = acc + a · bᵀ`, in flight.
-    pub fn dot(&mut self, result: ValueId, a: ValueId, b: ValueId, acc: Option<ValueId>) -> Result<(), String> {
+    fn buffer_of(&self, v: ValueId) -> Result<&'a Buffer, String> {
+        match self.held.get(&v) {
+            Some(&Held::Stage(buffer, _)) => Ok(&self.s.buffers[buffer.0 as usize]),
+            _ => Err("a product of no stage".into()),
+        }
+    }
+
+    /// `result = acc + a · b`, or `acc + a · bᵀ`, in flight.
+    pub fn dot(
+        &mut self,
+        result: ValueId,
+        [a, b]: [ValueId; 2],
+        acc: Option<ValueId>,
+        trans_b: bool,
+    ) -> Result<(), String> {
         let g = self.geometry(result)?;
-        let (first, second) = if g.transposed { (b, a) } else { (a, b) };
-        let Some(&Held::Stage(buffer, _)) = self.held.get(&first) else { return Err("a product of no stage".into()) };
-        let dtype = self.s.buffers[buffer.0 as usize].dtype;
+        let ([first, second], across) = in_order(g, [a, b], trans_b);
+        let (left_data, right_data) = (self.buffer_of(first)?, self.buffer_of(second)?);
+        let dtype = left_data.dtype;
         let (left, right) = (self.operand(first, false)?, self.operand(second, true)?);
+        let k_bytes = self.shape(a).last().copied().unwrap_or(0) * dtype.bytes() as u32;
         let per_sub = (g.wide / 2) as usize;
-        let mut sums: Vec<Option<Vec<Val>>> = vec![None; g.subs as usize];
+        let count = self.split.get(&result).copied().unwrap_or(1);
+        let mut chains: Vec<Vec<Option<Vec<Val>>>> = vec![vec![None; g.subs as usize]; count];
         if let Some(acc) = acc {
             let Some(Held::Registers(values, [true, true])) = self.held.get(&acc) else {
                 return Err(format!("accumulator %{} is no fragment", acc.0));
             };
-            sums = values.chunks(per_sub).map(|c| Some(c.to_vec())).collect();
+            let others = self.others.remove(&acc).unwrap_or_default();
+            for (chain, values) in chains.iter_mut().zip([values.clone()].into_iter().chain(others)) {
+                *chain = values.chunks(per_sub).map(|c| Some(c.to_vec())).collect();
+            }
             for group in self.flight.0.iter_mut().filter(|g| g.value == Some(acc)) {
                 group.value = None;
             }
         }
+        if std::mem::take(&mut self.unfenced) {
+            ptx::fence_async(&mut self.t.f);
+        }
         ptx::wgmma_fence(&mut self.t.f);
-        for k in 0..self.width(buffer) / K_BYTES {
-            let step = k * K_BYTES;
-            let right = self.described(right, step);
+        let pieces = g.wide.div_ceil(self.most_columns());
+        let wide = g.wide / pieces;
+        for k in 0..k_bytes / K_BYTES {
+            let sums = &mut chains[k as usize % count];
             for (sub, sum) in sums.iter_mut().enumerate() {
-                let left = self.described(left, step + sub as u32 * ROWS * 128);
-                *sum = Some(ptx::wgmma(&mut self.t.f, dtype, g.wide, sum.as_deref(), left, right, false));
+                let rows = if across[0] { left_data.panel_bytes() } else { ROWS * 128 };
+                let behind = step(left_data, k, across[0]) + sub as u32 * rows;
+                let left = self.described(left, behind, left_data, across[0]);
+                let mut all = Vec::new();
+                for piece in 0..pieces {
+                    let columns = if across[1] { wide / PANEL_ROWS * right_data.panel_bytes() } else { wide * 128 };
+                    let behind = step(right_data, k, across[1]) + piece * columns;
+                    let right = self.described(right, behind, right_data, across[1]);
+                    let own = (piece * wide / 2) as usize..((piece + 1) * wide / 2) as usize;
+                    let acc = sum.as_ref().map(|s| &s[own]);
+                    all.extend(ptx::wgmma(&mut self.t.f, dtype, wide, acc, [left, right], across));
+                }
+                *sum = Some(all);
             }
         }
         ptx::wgmma_commit(&mut self.t.f);
-        let values = sums.into_iter().flatten().flatten().collect();
-        self.held.insert(result, Held::Registers(values, [true, true]));
+        let mut chains: Vec<Vec<Val>> =
+            chains.into_iter().map(|c| c.into_iter().flatten().flatten().collect()).collect();
+        self.held.insert(result, Held::Registers(chains.remove(0), [true, true]));
+        chains.retain(|c| !c.is_empty());
+        self.others.insert(result, chains);
         let stages = [a, b].into_iter().filter_map(|v| match self.defs.get(&v).map(|i| &i.op) {
             Some(Op::Take { channel, .. }) => Some((*channel, 0)),
             _ => None,
@@ -143,7 +242,16 @@ impl<'a> Emit<'a> {
         for group in self.flight.0.drain(..=last).collect::<Vec<_>>() {
             let Some(v) = group.value else { continue };
             if let Some(Held::Registers(values, varies)) = self.held.get(&v).cloned() {
-                let pinned = ptx::pin(&mut self.t.f, &values);
+                let others = self.others.remove(&v).unwrap_or_default();
+                let all: Vec<Val> = values.iter().copied().chain(others.into_iter().flatten()).collect();
+                let all = ptx::pin(&mut self.t.f, &all);
+                let (first, rest) = all.split_at(values.len());
+                let mut pinned = first.to_vec();
+                for other in rest.chunks(values.len()) {
+                    for (sum, &x) in pinned.iter_mut().zip(other) {
+                        *sum = self.t.f.bin("fadd", *sum, x);
+                    }
+                }
                 self.held.insert(v, Held::Registers(pinned, varies));
             }
         }

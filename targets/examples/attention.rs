@@ -1,0 +1,152 @@
+//! Sparse attention for Hopper as cubins, with what a program needs to launch them:
+//! `cargo run --release -p dsc-targets --features nvidia --example attention DIR`. `tests/bench/attention.py DIR` checks and times them.
+
+#[path = "../tests/support/attention.rs"]
+mod attention;
+
+use attention::Attention;
+use dsc_ir::artifact::TensorMap;
+use dsc_ir::schedule::Schedule;
+use dsc_ir::tile::{Access, Builder, Program, ReduceKind, ValueId};
+use dsc_ir::{DType, Extent, Sym};
+use dsc_targets::{Kernel, Target, TargetOptions};
+use std::path::PathBuf;
+
+const PREFILL: Attention = Attention {
+    heads: 128,
+    tile: 64,
+    latent: 512,
+    rope: 64,
+    k: 2048,
+    keys: 64,
+    fp8: false,
+    parts: None,
+    searched: false,
+};
+const DECODE: Attention = Attention { fp8: true, ..PREFILL };
+
+/// Programs by name, and what a launch has to know of each, as JSON.
+fn described() -> Vec<(String, Program, String)> {
+    let mut all = Vec::new();
+    let mut kernel = |name: String, a: Attention| {
+        let (parts, fp8) = (a.parts.unwrap_or(0), a.fp8);
+        let text = format!(
+            r#""kind":"attention","heads":{},"tile":{},"k":{},"fp8":{fp8},"parts":{parts},"row_bytes":{}"#,
+            a.heads,
+            a.tile,
+            a.k,
+            a.row_bytes()
+        );
+        let program = a.program(&name);
+        all.push((name, program, text));
+    };
+    for heads in [64, 128] {
+        kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL });
+    }
+    for heads in [16, 64, 128] {
+        let tile = heads.min(64);
+        for parts in [None, Some(2), Some(4), Some(8), Some(16), Some(32)] {
+            let name = format!("decode_h{heads}_p{}", parts.unwrap_or(1));
+            kernel(name, Attention { heads, tile, parts, ..DECODE });
+        }
+    }
+    kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE });
+    for heads in [16, 64, 128] {
+        for parts in [2, 4, 8, 16, 32] {
+            let name = format!("combine_h{heads}_p{parts}");
+            let program = combine(&name, heads, parts, 512);
+            let text = format!(r#""kind":"combine","heads":{heads},"parts":{parts}"#);
+            all.push((name, program, text));
+        }
+    }
+    all
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut args = std::env::args().skip(1);
+    let folder = PathBuf::from(args.next().ok_or("give the folder to write to")?);
+    let only = args.next().unwrap_or_default();
+    std::fs::create_dir_all(&folder)?;
+    let described: Vec<_> = described().into_iter().filter(|d| d.0.contains(&only)).collect();
+    let kernels: Vec<Kernel> =
+        described.iter().map(|(_, p, _)| Kernel { program: p.clone(), schedule: Schedule::default() }).collect();
+    let target = dsc_targets::nvidia::NvidiaTarget::named("sm_90a", &TargetOptions::default()).ok_or("no sm_90a")?;
+    let module = target.compile(&kernels)?;
+    module.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
+    let mut lines = Vec::new();
+    for ((_, program, text), kernel) in described.iter().zip(&module.kernels) {
+        let gpu = kernel.gpu.as_ref().ok_or("no launch")?;
+        let code = &module.code[kernel.entry as usize..(kernel.entry + kernel.code_bytes) as usize];
+        std::fs::write(folder.join(format!("{}.cubin", kernel.name)), code)?;
+        let maps: Vec<String> = gpu.maps.iter().map(map).collect();
+        let params: Vec<String> = program.params.iter().map(|p| format!("{:?}", p.name)).collect();
+        let tiles: Vec<u32> = program.grid.iter().map(|g| g.tile).collect();
+        lines.push(format!(
+            r#"{{"name":"{}",{text},"params":[{}],"tiles":{tiles:?},"threads":{},"shared_bytes":{},"persistent":{},"blocks_per_sm":{},"maps":[{}]}}"#,
+            kernel.name,
+            params.join(","),
+            gpu.threads,
+            gpu.shared_bytes,
+            gpu.persistent,
+            gpu.resources.map_or(0, |r| r.blocks_per_sm),
+            maps.join(",")
+        ));
+    }
+    std::fs::write(folder.join("manifest.json"), format!("[\n{}\n]\n", lines.join(",\n")))?;
+    println!("{} kernels in {}", lines.len(), folder.display());
+    Ok(())
+}
+
+fn map(m: &TensorMap) -> String {
+    format!(r#"{{"param":{},"tile":{:?},"swizzle":{}}}"#, m.param, m.tile, m.swizzle)
+}
+
+/// Columns of a block that joins parts.
+const JOINED: u32 = 512;
+
+/// Joins parts: `sums [T, heads, parts, columns]`, `largest` and `totals [T, heads, parts]` to `y [T, heads, columns]`.
+fn combine(name: &str, heads: u32, parts: u32, columns: u32) -> Program {
+    let mut b = Builder::new(name);
+    let stats: [Extent; 3] = [Sym::T.into(), heads.into(), parts.into()];
+    let sums = b.param("sums", DType::F32, &[stats[0], stats[1], stats[2], columns.into()], Access::Read);
+    let [largest, totals] = ["largest", "totals"].map(|name| b.param(name, DType::F32, &stats, Access::Read));
+    let y = b.param("y", DType::Bf16, &[stats[0], stats[1], columns.into()], Access::Write);
+    let (head, token) = (b.grid(heads, 1), b.grid(Sym::T, 1));
+    let column = b.grid(columns, JOINED);
+    let column = b.map(&[column], |m, v| {
+        let n = m.i32(JOINED as i32);
+        m.mul(v[0], n)
+    });
+    let all = |b: &mut Builder, view: ValueId| {
+        let x = b.load(view, &[token.into(), head.into(), 0.into()], &[1, 1, parts]);
+        b.reshape(x, &[1, parts])
+    };
+    let (maxima, sizes) = (all(&mut b, largest), all(&mut b, totals));
+    let top = b.reduce(maxima, 1, ReduceKind::Max);
+    let weighted = b.map(&[maxima, top, sizes], |m, v| {
+        let d = m.sub(v[0], v[1]);
+        let w = m.exp2(d);
+        m.mul(w, v[2])
+    });
+    let total = b.reduce(weighted, 1, ReduceKind::Sum);
+    let inverse = b.map(&[total], |m, v| {
+        let (zero, one) = (m.f32(0.0), m.f32(1.0));
+        let some = m.lt(zero, v[0]);
+        let total = m.select(some, v[0], one);
+        m.div(one, total)
+    });
+    let x = b.load(sums, &[token.into(), head.into(), 0.into(), column.into()], &[1, 1, parts, JOINED]);
+    let x = b.reshape(x, &[parts, JOINED]);
+    let weights = b.map(&[maxima, top, inverse], |m, v| {
+        let d = m.sub(v[0], v[1]);
+        let w = m.exp2(d);
+        m.mul(w, v[2])
+    });
+    let weights = b.reshape(weights, &[parts, 1]);
+    let x = b.map(&[x, weights], |m, v| m.mul(v[0], v[1]));
+    let out = b.reduce(x, 0, ReduceKind::Sum);
+    let out = b.cast(out, DType::Bf16);
+    let out = b.reshape(out, &[1, 1, JOINED]);
+    b.store(y, &[token.into(), head.into(), column.into()], out);
+    b.finish().expect("the program is well-typed")
+}
