@@ -1584,7 +1584,7 @@ mod tests {
     #[test]
     fn what_is_wrong_with_an_entry_point_is_found() {
         let wrong = |edit: &dyn Fn(&mut Entry), wanted: &str| {
-            let mut header = sample();
+            let (mut header, _) = file();
             let mut e = entry();
             edit(&mut e);
             header.entries = vec![e];

@@ -19,6 +19,7 @@ use dsc_targets::{Kernel, Module, Target, TargetError, TargetOptions};
 use launches::{Errors, Launch, check_plan};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -40,9 +41,9 @@ impl Executed {
         let module = self.module.borrow();
         let code = &module.kernels[kernel];
         let mut objects = self.objects.borrow_mut();
-        if !objects.contains_key(&code.entry) {
+        if let Entry::Vacant(free) = objects.entry(code.entry) {
             let bytes = &module.code[code.entry as usize..][..code.code_bytes as usize];
-            objects.insert(code.entry, CodeObject::parse(bytes).map_err(|e| e.to_string())?);
+            free.insert(CodeObject::parse(bytes).map_err(|e| e.to_string())?);
         }
         Ok(code.entry)
     }
@@ -72,7 +73,7 @@ impl Executed {
             arguments: &arguments,
         };
         // Every other kernel with waves in turns of random length.
-        let seed = if kernel % 2 == 0 { 0 } else { kernel as u64 };
+        let seed = if kernel.is_multiple_of(2) { 0 } else { kernel as u64 };
         let options = dsc_cdna::Options { seed, ..dsc_cdna::Options::default() };
         object.launch(&run, &mut memory, options).map_err(|e| e.to_string())?;
         let got: Vec<Vec<u8>> = starts.iter().map(|&start| memory.read(start)).collect();

@@ -1172,7 +1172,7 @@ impl<F: Real> Eval<F> {
             for p in 0..parts as usize {
                 let mut best = (F::from_f64(f64::NEG_INFINITY), -1);
                 for (c, &v) in row.iter().enumerate().skip(p * width).take(width) {
-                    if v > best.0 || (best.1 < 0 && v == v) {
+                    if v > best.0 || (best.1 < 0 && !v.to_f64().is_nan()) {
                         best = (v, c as i32);
                     }
                 }
@@ -1467,7 +1467,7 @@ mod tests {
     #[test]
     fn topk_takes_the_lowest_of_equals_and_never_minus_infinity() {
         let x = r(&[2, 4], &[1., 3., 1., 1., f32::NEG_INFINITY, 0., f32::NEG_INFINITY, f32::NEG_INFINITY]);
-        assert_eq!(run(Op::TopK { k: 2 }, &[x.clone()], I32, &[2, 2]).ints(), [0, 1, 1, -1]);
+        assert_eq!(run(Op::TopK { k: 2 }, std::slice::from_ref(&x), I32, &[2, 2]).ints(), [0, 1, 1, -1]);
         let (starts, ends) = (i(&[2], &[1, 0]), i(&[2], &[9, 1]));
         assert_eq!(run(Op::TopK { k: 2 }, &[x.clone(), ends.clone()], I32, &[2, 2]).ints(), [0, 1, -1, -1]);
         assert_eq!(run(Op::TopK { k: 2 }, &[x, starts, ends], I32, &[2, 2]).ints(), [1, 2, -1, -1]);
@@ -1494,7 +1494,7 @@ mod tests {
     fn tokens_are_chosen() {
         let nan = f32::NAN;
         let x = r(&[3, 130], &[&[1., 3., 3.][..], &[0.; 125], &[7., 2.], &[nan; 130], &[0.; 129], &[9.]].concat());
-        let made = all(Op::ArgMax { parts: 2 }, &[x.clone()], F32, &[3, 2]);
+        let made = all(Op::ArgMax { parts: 2 }, std::slice::from_ref(&x), F32, &[3, 2]);
         let none = f32::NEG_INFINITY;
         assert_eq!(made[0].values(), [3., 7., none, none, 0., 9.]);
         assert_eq!(made[1].ints(), [1, 128, -1, -1, 0, 129]);

@@ -6,6 +6,7 @@ use dsc_ir::artifact::{Header, KernelEntry};
 use dsc_runtime::device::{Bound, BoundLaunch, Buffer, Code, Device, LaunchTimes};
 use dsc_runtime::{DeviceError, Weights};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -60,8 +61,8 @@ impl Device for Interpreted {
     fn load_code(&mut self, header: &Header, code: Code<'_>) -> Result<(), DeviceError> {
         for kernel in &header.kernels {
             let bytes = &code.native[kernel.entry as usize..][..kernel.code_bytes as usize];
-            if !self.objects.contains_key(&kernel.entry) {
-                self.objects.insert(kernel.entry, CodeObject::parse(bytes).map_err(misuse)?);
+            if let Entry::Vacant(free) = self.objects.entry(kernel.entry) {
+                free.insert(CodeObject::parse(bytes).map_err(misuse)?);
             }
         }
         self.kernels.clone_from(&header.kernels);
@@ -113,7 +114,8 @@ impl Device for Interpreted {
         syms: &SymValues,
         _: Option<&mut LaunchTimes>,
     ) -> Result<(), DeviceError> {
-        for launch in self.bound[bound.0][launches].to_vec() {
+        for launch in launches {
+            let launch = self.bound[bound.0][launch].clone();
             self.launch(&launch, syms)?;
         }
         Ok(())

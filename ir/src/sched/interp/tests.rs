@@ -334,7 +334,7 @@ role second warps 1..2 {
 #[test]
 fn tiles_are_handed_from_role_to_role() {
     let kernel = one(HANDED);
-    assert_eq!(verify::verify(&kernel, &Budget::UNLIMITED), vec![]);
+    assert_eq!(verify(&kernel, &Budget::UNLIMITED), vec![]);
     assert_eq!(parse(&kernel.to_string()), Ok(vec![crate::sched::canonical(&kernel)]));
     let x: Vec<f32> = (0..11 * 16).map(|i| i as f32).collect();
     let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
@@ -350,9 +350,9 @@ fn tiles_are_handed_from_role_to_role() {
 #[test]
 fn a_stage_is_filled_whole() {
     let without = one(&HANDED.replacen("        fill c0.0, %x1\n", "", 1));
-    let said = verify::verify(&without, &Budget::UNLIMITED);
+    let said = verify(&without, &Budget::UNLIMITED);
     assert!(said.iter().any(|d| d.message.contains("slot 0 is not filled")), "{said:?}");
     let early = one(&HANDED.replacen("        acquire c0\n", "", 1));
-    let said = verify::verify(&early, &Budget::UNLIMITED);
+    let said = verify(&early, &Budget::UNLIMITED);
     assert!(said.iter().any(|d| d.message.contains("did not acquire")), "{said:?}");
 }

@@ -81,6 +81,9 @@ struct Spot {
     e: u32,
 }
 
+/// The number of a thread's row, by what gives the numbers and the first of the rows that threads bring together.
+type Numbered = ((ValueId, u32), Val);
+
 impl<'a> Emit<'a> {
     /// Writes a tile to a slot of the acquired stage.
     pub fn fill(&mut self, channel: ChannelId, slot: u32, value: ValueId) -> Result<(), String> {
@@ -243,7 +246,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Numbers of this thread's rows in the round of that counter; none of any view where there is no such round.
-    fn numbers_at(&mut self, body: &'a Block, counter: Val, hi: Val) -> Result<Vec<((ValueId, u32), Val)>, String> {
+    fn numbers_at(&mut self, body: &'a Block, counter: Val, hi: Val) -> Result<Vec<Numbered>, String> {
         self.held.insert(body.args[0], Held::Scalar(counter));
         let some = self.t.f.cmp("slt", counter, hi);
         for inst in body.insts.iter().filter(|i| matches!(i.op, Op::Tile(_))) {
@@ -287,13 +290,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Issues the loads of one row.
-    fn load_row(
-        &mut self,
-        value: ValueId,
-        row: u32,
-        numbers: &[((ValueId, u32), Val)],
-        loaded: &mut Loaded,
-    ) -> Result<(), String> {
+    fn load_row(&mut self, value: ValueId, row: u32, numbers: &[Numbered], loaded: &mut Loaded) -> Result<(), String> {
         let own = self.t.f.rem(self.role_tid, ROW_THREADS);
         let within = self.t.f.mul(own, i32(PIECE.into()));
         let columns = self.shape(value)[1];
@@ -392,7 +389,7 @@ impl<'a> Emit<'a> {
         &mut self,
         v: ValueId,
         at: Spot,
-        (numbers, within): (&[((ValueId, u32), Val)], Val),
+        (numbers, within): (&[Numbered], Val),
         loaded: &mut Loaded,
     ) -> Result<(), String> {
         if let Some(Op::Tile(tile::Op::Gather { view, rows, index, .. })) = self.defs.get(&v).map(|i| &i.op) {
@@ -419,9 +416,8 @@ impl<'a> Emit<'a> {
                     words.extend(ptx::load_words_if(&mut self.t.f, inside, address));
                 }
                 loaded.words.insert(key, words);
-            } else if !loaded.scalars.contains_key(&key) {
-                let x = ptx::load_f32_if(&mut self.t.f, inside, address);
-                loaded.scalars.insert(key, x);
+            } else {
+                loaded.scalars.entry(key).or_insert_with(|| ptx::load_f32_if(&mut self.t.f, inside, address));
             }
             return Ok(());
         }

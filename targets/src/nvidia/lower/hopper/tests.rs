@@ -268,7 +268,7 @@ impl Attention {
         let mut cache = Vec::new();
         for _ in 0..rows {
             if self.fp8 {
-                cache.extend((0..self.latent).map(|_| (next() % 0x38) as u8 | (next() % 2 << 7) as u8));
+                cache.extend((0..self.latent).map(|_| (next() % 0x38) as u8 | ((next() % 2) << 7) as u8));
                 cache.extend((0..self.latent.div_ceil(128)).flat_map(|_| (0.5 + (next() % 8) as f32).to_le_bytes()));
             } else {
                 cache.extend((0..self.latent).flat_map(|_| bf16(next())));
