@@ -129,10 +129,10 @@ pub fn compile(options: &Options, observe: &mut dyn FnMut(Event)) -> Result<Comp
     compile_for(&*target, options, observe)
 }
 
-/// [`compile`] for a target that need not have a name.
+/// [`compile()`] for a target that need not have a name.
 ///
 /// # Errors
-/// As [`compile`].
+/// As [`compile()`].
 pub fn compile_for(
     target: &dyn Target,
     options: &Options,

@@ -8,8 +8,8 @@
 //! * operands of products, reductions, concatenations, selections and whatever is read more than once are [`Place::Shared`];
 //! * the rest is [`Place::Lazy`]: views of other tiles, counters, and loads and arithmetic with one use, which fuse into it.
 //!
-//! Then buffers get offsets by their lifetimes ([`allocate`]) and barriers go where a thread may meet another's write
-//! ([`place_barriers`]).
+//! Then buffers get offsets by their lifetimes (`allocate`) and barriers go where a thread may meet another's write
+//! (`place_barriers`).
 
 use crate::{Kernel, TargetError};
 use dsc_ir::DType;

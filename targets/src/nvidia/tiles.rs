@@ -2,7 +2,7 @@
 //!
 //! What was measured on an H200 (`docs/nvidia.md`) says:
 //!
-//! * Up to [`FEW`] rows each weight is read once, and 64 outputs a block are enough: the operands change places.
+//! * Up to `FEW` rows each weight is read once, and 64 outputs a block are enough: the operands change places.
 //! * Above, a launch takes as many turns as its tiles need of all multiprocessors, and a turn as long as what a block reads: the sum of a tile's
 //!   sides. So of the tiles that the multiplier likes, that with the least product of the two is taken: with few outputs the
 //!   narrow ones, so that there is one for every multiprocessor, with many rows the largest.

@@ -9,12 +9,12 @@
 //! barrier ends it. A value equal to the threshold loses to the `k` kept ones, which have lower numbers. The threshold starts at
 //! −inf, which excludes −inf and, as a comparison, NaN.
 //!
-//! **Cut.** [`cut`] finds the `k` best exactly and leaves them in order.
+//! **Cut.** `cut` finds the `k` best exactly and leaves them in order.
 //!
 //! **Cost.** What a push takes is mostly waiting, so it is counted in barriers: one where nothing wins, three where something does. A cut
 //! takes two, one a pass (at most four) and one for each 8 members a thread; there is one in `min(k / 2, 1024)` winners at most.
 //!
-//! **Once.** What is pushed only once, and of which few are kept (expert gating), needs no buffer: [`few`] selects right then, and the
+//! **Once.** What is pushed only once, and of which few are kept (expert gating), needs no buffer: `few` selects right then, and the
 //! state is the result.
 
 mod cut;
