@@ -100,6 +100,8 @@ fn check(config: &ModelConfig, numerics: Numerics, plan: Plan) {
         }
     });
     let header = Header {
+        entries: Vec::new(),
+        library: None,
         compiler: String::new(),
         target: String::new(),
         features: Vec::new(),

@@ -45,7 +45,15 @@ fn header(weights: Vec<WeightEntry>) -> Header {
         rank: 0,
     };
     let max = SymValues([1; 6]);
-    let step = Step { name: "s".into(), max, arena_bytes: 0, launches: Vec::new(), collectives: Vec::new(), sampling: 0, taps: Vec::new() };
+    let step = Step {
+        name: "s".into(),
+        max,
+        arena_bytes: 0,
+        launches: Vec::new(),
+        collectives: Vec::new(),
+        sampling: 0,
+        taps: Vec::new(),
+    };
     Header {
         compiler: String::new(),
         target: String::new(),
