@@ -3,13 +3,14 @@
 
 #[path = "../tests/support/attention.rs"]
 mod attention;
+#[path = "support/cubins.rs"]
+mod cubins;
 
 use attention::Attention;
-use dsc_ir::artifact::TensorMap;
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Access, Builder, Program, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent, Sym};
-use dsc_targets::{Kernel, Target, TargetOptions};
+use dsc_targets::Kernel;
 use std::path::PathBuf;
 
 const PREFILL: Attention = Attention {
@@ -66,39 +67,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let folder = PathBuf::from(args.next().ok_or("give the folder to write to")?);
     let only = args.next().unwrap_or_default();
-    std::fs::create_dir_all(&folder)?;
-    let described: Vec<_> = described().into_iter().filter(|d| d.0.contains(&only)).collect();
-    let kernels: Vec<Kernel> =
-        described.iter().map(|(_, p, _)| Kernel { program: p.clone(), schedule: Schedule::default() }).collect();
-    let target = dsc_targets::nvidia::NvidiaTarget::named("sm_90a", &TargetOptions::default()).ok_or("no sm_90a")?;
-    let module = target.compile(&kernels)?;
-    module.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
-    let mut lines = Vec::new();
-    for ((_, program, text), kernel) in described.iter().zip(&module.kernels) {
-        let gpu = kernel.gpu.as_ref().ok_or("no launch")?;
-        let code = &module.code[kernel.entry as usize..(kernel.entry + kernel.code_bytes) as usize];
-        std::fs::write(folder.join(format!("{}.cubin", kernel.name)), code)?;
-        let maps: Vec<String> = gpu.maps.iter().map(map).collect();
-        let params: Vec<String> = program.params.iter().map(|p| format!("{:?}", p.name)).collect();
-        let tiles: Vec<u32> = program.grid.iter().map(|g| g.tile).collect();
-        lines.push(format!(
-            r#"{{"name":"{}",{text},"params":[{}],"tiles":{tiles:?},"threads":{},"shared_bytes":{},"persistent":{},"blocks_per_sm":{},"maps":[{}]}}"#,
-            kernel.name,
-            params.join(","),
-            gpu.threads,
-            gpu.shared_bytes,
-            gpu.persistent,
-            gpu.resources.map_or(0, |r| r.blocks_per_sm),
-            maps.join(",")
-        ));
-    }
-    std::fs::write(folder.join("manifest.json"), format!("[\n{}\n]\n", lines.join(",\n")))?;
-    println!("{} kernels in {}", lines.len(), folder.display());
-    Ok(())
-}
-
-fn map(m: &TensorMap) -> String {
-    format!(r#"{{"param":{},"tile":{:?},"swizzle":{}}}"#, m.param, m.tile, m.swizzle)
+    let kernels = described().into_iter().filter(|(name, ..)| name.contains(&only));
+    let kernels: Vec<_> =
+        kernels.map(|(_, program, text)| (Kernel { program, schedule: Schedule::default() }, text)).collect();
+    cubins::write(&folder, &kernels)
 }
 
 /// Columns of a block that joins parts.

@@ -2,15 +2,16 @@
 //! `cargo run --release -p dsc-targets --features nvidia --example hopper DIR [TEXT]`, those with the text in their names.
 //! `tests/bench/hopper.py DIR` checks and times them.
 
+#[path = "support/cubins.rs"]
+mod cubins;
 #[path = "../tests/support/experts.rs"]
 mod experts;
 #[path = "../tests/support/linear.rs"]
 mod linear;
 
 use dsc_ir::DType;
-use dsc_ir::artifact::TensorMap;
 use dsc_ir::schedule::Schedule;
-use dsc_targets::{Kernel, Target, TargetOptions};
+use dsc_targets::Kernel;
 use experts::Experts;
 use linear::Linear;
 use std::fmt::Write;
@@ -110,36 +111,9 @@ fn described() -> Vec<(Kernel, String, Rows)> {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = PathBuf::from(std::env::args().nth(1).ok_or("give the folder to write to")?);
-    std::fs::create_dir_all(&folder)?;
     let only = std::env::args().nth(2).unwrap_or_default();
-    let mut described = described();
-    described.retain(|(kernel, ..)| kernel.program.name.contains(&only));
-    let kernels: Vec<Kernel> = described.iter().map(|(kernel, ..)| kernel.clone()).collect();
-    let target = dsc_targets::nvidia::NvidiaTarget::named("sm_90a", &TargetOptions::default()).ok_or("no sm_90a")?;
-    let module = target.compile(&kernels)?;
-    module.warnings.iter().for_each(|w| eprintln!("warning: {w}"));
-    let mut lines = Vec::new();
-    for ((_, text, rows), kernel) in described.iter().zip(&module.kernels) {
-        let gpu = kernel.gpu.as_ref().ok_or("no launch")?;
-        let code = &module.code[kernel.entry as usize..(kernel.entry + kernel.code_bytes) as usize];
-        std::fs::write(folder.join(format!("{}.cubin", kernel.name)), code)?;
-        let maps: Vec<String> = gpu.maps.iter().map(map).collect();
-        let blocks = gpu.resources.map_or(0, |r| r.blocks_per_sm);
-        lines.push(format!(
-            r#"{{"name":"{}",{text},"rows":{rows:?},"threads":{},"shared_bytes":{},"persistent":{},"cluster":{},"blocks_per_sm":{blocks},"maps":[{}]}}"#,
-            kernel.name,
-            gpu.threads,
-            gpu.shared_bytes,
-            gpu.persistent,
-            gpu.cluster,
-            maps.join(",")
-        ));
-    }
-    std::fs::write(folder.join("manifest.json"), format!("[\n{}\n]\n", lines.join(",\n")))?;
-    println!("{} kernels in {}", lines.len(), folder.display());
-    Ok(())
-}
-
-fn map(m: &TensorMap) -> String {
-    format!(r#"{{"param":{},"tile":{:?},"swizzle":{}}}"#, m.param, m.tile, m.swizzle)
+    let described = described().into_iter().filter(|(kernel, ..)| kernel.program.name.contains(&only));
+    let kernels: Vec<_> =
+        described.map(|(kernel, text, rows)| (kernel, format!(r#"{text},"rows":{rows:?}"#))).collect();
+    cubins::write(&folder, &kernels)
 }

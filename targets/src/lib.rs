@@ -65,6 +65,17 @@ pub struct Module {
     pub warnings: Vec<String>,
 }
 
+#[cfg(feature = "llvm")]
+impl Module {
+    /// Appends a kernel's own image, which drivers read by words; gives where it starts.
+    fn append(&mut self, image: &[u8]) -> u64 {
+        let start = self.code.len().next_multiple_of(64);
+        self.code.resize(start, 0);
+        self.code.extend(image);
+        start as u64
+    }
+}
+
 /// A level that kernels pass through inside a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {

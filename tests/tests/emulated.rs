@@ -51,7 +51,7 @@ impl Target for Emulated {
     }
 
     fn block_bytes(&self) -> u32 {
-        self.arch.shared_per_block / 8 * 5
+        dsc_targets::gpu::block_bytes(self.arch)
     }
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {

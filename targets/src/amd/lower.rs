@@ -2,21 +2,10 @@
 
 use super::arch::Arch;
 use super::isa::MEET_BYTES;
-use crate::gpu::{block, emit, mlir, schedule};
+use crate::gpu::{Lowered, block, emit, mlir, schedule};
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
 use std::fmt::Write;
-
-/// A kernel on its way to LLVM.
-#[derive(Clone, Debug)]
-pub struct Lowered {
-    /// One MLIR module with one function.
-    pub mlir: String,
-    /// How it is launched.
-    pub gpu: GpuKernel,
-    /// The scheduled tile IR, as text.
-    pub sched: String,
-}
 
 /// What the runtime may pass to a kernel and ours do not read; without these words the hardware would be asked for it.
 const UNUSED: [&str; 13] = [

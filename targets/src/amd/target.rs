@@ -2,18 +2,15 @@
 
 use super::arch::Arch;
 use super::lld::Lld;
-use super::lower::{Lowered, NO_ACCUMULATORS, lower};
+use super::lower::{NO_ACCUMULATORS, lower};
 use super::metadata::Metadata;
-use crate::gpu::{self, llvm};
+use crate::gpu::{self, Lowered, llvm};
 use crate::parallel::in_parallel;
-use crate::{Kernel, KernelCode, Level, Listing, Module, Target, TargetError, TargetOptions};
+use crate::{Kernel, KernelCode, Level, Module, Target, TargetError, TargetOptions};
 use dsc_ir::artifact::Resources;
 use dsc_ir::schedule::{KernelShape, Schedule};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-
-/// Code objects start at multiples of this.
-const CODE_ALIGN: usize = 64;
 
 /// Code for one AMD chip.
 #[derive(Clone, Debug)]
@@ -85,19 +82,6 @@ impl AmdTarget {
         }
         Ok(Built { lowered, code, object, resources })
     }
-
-    fn listings(&self, name: &str, kernel: &Built) -> impl Iterator<Item = Listing> {
-        let levels = [
-            (Level::Sched, Some(&kernel.lowered.sched)),
-            (Level::Mlir, Some(&kernel.lowered.mlir)),
-            (Level::Llvm, kernel.code.llvm_ir.as_ref()),
-            (Level::Asm, Some(&kernel.code.assembly)),
-        ];
-        levels
-            .into_iter()
-            .filter(|(level, _)| self.keeps(*level))
-            .filter_map(move |(level, text)| Some(Listing { kernel: name.to_owned(), level, text: text?.clone() }))
-    }
 }
 
 impl Target for AmdTarget {
@@ -118,7 +102,7 @@ impl Target for AmdTarget {
     }
 
     fn block_bytes(&self) -> u32 {
-        self.arch.lds_bytes / 8 * 5
+        gpu::block_bytes(self.arch)
     }
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
@@ -138,11 +122,7 @@ impl Target for AmdTarget {
         let mut entries: BTreeMap<&[u8], u64> = BTreeMap::new();
         for (kernel, built) in kernels.iter().zip(&built) {
             let name = &kernel.program.name;
-            let entry = *entries.entry(&built.object).or_insert_with(|| {
-                module.code.resize(module.code.len().next_multiple_of(CODE_ALIGN), 0);
-                module.code.extend(&built.object);
-                (module.code.len() - built.object.len()) as u64
-            });
+            let entry = *entries.entry(&built.object).or_insert_with(|| module.append(&built.object));
             let [spilled, _] = built.resources.spill_bytes;
             if spilled > 0 {
                 let registers = built.resources.registers;
@@ -159,7 +139,7 @@ impl Target for AmdTarget {
                 scratch_bytes: 0,
                 gpu: Some(gpu),
             });
-            module.listings.extend(self.listings(name, built));
+            module.listings.extend(built.lowered.listings(name, &built.code, &self.levels));
         }
         Ok(module)
     }

@@ -487,6 +487,12 @@ impl<'a> Emitter<'a> {
         at
     }
 
+    /// Coordinates of the first element of chunk `c`, of `n` neighbours each, of a tile.
+    pub fn first_of(&mut self, c: Val, n: u32, shape: &[u32]) -> Vec<Val> {
+        let first = self.t.f.mul(c, i32(n.into()));
+        self.delinear(first, shape)
+    }
+
     /// `n` neighbours of what an op makes.
     pub fn evaluate(&mut self, op: &'a tile::Op, r: ValueId, at: &[Val], n: u32) -> Vec<Val> {
         match op {
@@ -883,18 +889,14 @@ impl<'a> Emitter<'a> {
                 n = n.min(power_of_two_in(offset));
             }
             let total = from.iter().product::<u32>() / n;
-            let place = |e: &mut Self, c: Val| {
-                let first = e.t.f.mul(c, i32(n.into()));
-                e.delinear(first, from)
-            };
             self.each_chunk(
                 total,
                 |e, c| {
-                    let at = place(e, c);
+                    let at = e.first_of(c, n, from);
                     e.chunk(x, &at, n)
                 },
                 |e, c, values, ok| {
-                    let mut at = place(e, c);
+                    let mut at = e.first_of(c, n, from);
                     at[axis] = e.t.f.add(at[axis], i32(offset.into()));
                     let row = e.linear(&at[..last], &shape[..last]);
                     e.guarded(ok, |e| e.store_buffer(b, dtype, row, at[last], &values));
@@ -917,18 +919,14 @@ impl<'a> Emitter<'a> {
         let shape = self.shape(value);
         let n = self.store_width(view, value);
         let total = (shape.iter().product::<u32>() / n).max(1);
-        let place = |e: &mut Self, c: Val| {
-            let first = e.t.f.mul(c, i32(n.into()));
-            e.delinear(first, shape)
-        };
         self.each_chunk(
             total,
             |e, c| {
-                let at = place(e, c);
+                let at = e.first_of(c, n, shape);
                 e.chunk(value, &at, n)
             },
             |e, c, values, ok| {
-                let at = place(e, c);
+                let at = e.first_of(c, n, shape);
                 e.store_global(view, index, &at, (None, ok), &values);
             },
         );
@@ -940,18 +938,14 @@ impl<'a> Emitter<'a> {
         let total = (shape.iter().product::<u32>() / n).max(1);
         let mut full = index.to_vec();
         full.insert(0, Index::Const(0));
-        let place = |e: &mut Self, c: Val| {
-            let first = e.t.f.mul(c, i32(n.into()));
-            e.delinear(first, shape)
-        };
         self.each_chunk(
             total,
             |e, c| {
-                let at = place(e, c);
+                let at = e.first_of(c, n, shape);
                 (e.chunk(rows, &at[..1], 1)[0], e.chunk(value, &at, n))
             },
             |e, c, (row, values), ok| {
-                let at = place(e, c);
+                let at = e.first_of(c, n, shape);
                 e.store_global(view, &full, &at, (Some(row), ok), &values);
             },
         );

@@ -28,9 +28,43 @@ pub mod schedule;
 pub mod topk;
 
 use crate::Kernel;
+#[cfg(feature = "llvm")]
+use crate::{Level, Listing};
+use dsc_ir::artifact::GpuKernel;
 use dsc_ir::sched::{self, Place, Scheduled};
 use dsc_ir::tile::{self, Type, ValueId};
 use isa::Isa;
+
+/// A kernel on its way to LLVM.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// One MLIR module with one function.
+    pub mlir: String,
+    /// How it is launched.
+    pub gpu: GpuKernel,
+    /// The scheduled tile IR, as text.
+    pub sched: String,
+}
+
+#[cfg(feature = "llvm")]
+impl Lowered {
+    /// What was asked to be kept of a kernel, from its schedule down to its assembly.
+    pub fn listings(&self, name: &str, code: &llvm::Code, kept: &[Level]) -> Vec<Listing> {
+        let levels = [
+            (Level::Sched, Some(&self.sched)),
+            (Level::Mlir, Some(&self.mlir)),
+            (Level::Llvm, code.llvm_ir.as_ref()),
+            (Level::Asm, Some(&code.assembly)),
+        ];
+        let kept = levels.into_iter().filter(|(level, _)| kept.contains(level));
+        kept.filter_map(|(level, text)| Some(Listing { kernel: name.to_owned(), level, text: text?.clone() })).collect()
+    }
+}
+
+/// Bytes of operands that a block keeps beside its other tiles: five eighths of its shared memory.
+pub fn block_bytes(arch: &dyn Isa) -> u32 {
+    arch.shared_per_block() / 8 * 5
+}
 
 /// Accumulators of a thread beyond which the rest no longer finds registers.
 const MOST_ACCUMULATORS: usize = 160;

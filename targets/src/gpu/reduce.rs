@@ -326,15 +326,10 @@ impl<'a> Emitter<'a> {
         reduced[axis] = 1;
         let total = reduced.iter().product::<u32>() / n;
         let dtype = self.dtype(r);
-        let place = |e: &mut Self, c: Val| {
-            let first = e.t.f.mul(c, i32(n.into()));
-            let reduced = reduced.clone();
-            e.delinear(first, &reduced)
-        };
         self.each_chunk(
             total,
             |e, c| {
-                let at = place(e, c);
+                let at = e.first_of(c, n, &reduced);
                 e.repeat(shape[axis], vec![none; n as usize], |e, i, acc| {
                     let mut at = at.clone();
                     at[axis] = i;
@@ -343,7 +338,7 @@ impl<'a> Emitter<'a> {
                 })
             },
             |e, c, values, ok| {
-                let at = place(e, c);
+                let at = e.first_of(c, n, &reduced);
                 let row = e.linear(&at[..last], &reduced[..last]);
                 e.guarded(ok, |e| e.store_buffer(to, dtype, row, at[last], &values));
             },

@@ -1,19 +1,16 @@
 //! Kernels to a module: every kernel by itself and on all cores, then laid out one after another.
 
 use super::arch::Arch;
-use super::lower::{Lowered, lower};
+use super::lower::lower;
 use super::ptxas;
 use super::ptxas::{Cubin, Ptxas};
-use crate::gpu::llvm;
+use crate::gpu::{self, Lowered, llvm};
 use crate::nvidia::{lower, tiles};
 use crate::parallel::in_parallel;
-use crate::{Kernel, KernelCode, Level, Listing, Module, Target, TargetError, TargetOptions};
+use crate::{Kernel, KernelCode, Level, Module, Target, TargetError, TargetOptions};
 use dsc_ir::schedule::{KernelShape, Schedule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-
-/// Cubins start at multiples of this, as the driver reads their headers by words.
-const CODE_ALIGN: usize = 64;
 
 /// Code for one NVIDIA architecture.
 #[derive(Clone, Debug)]
@@ -79,11 +76,7 @@ impl NvidiaTarget {
             portable.extend(ptx.as_bytes());
             let cubin = cubins.get(ptx);
             let entry = match cubin {
-                Some(cubin) => *entries.entry(ptx).or_insert_with(|| {
-                    module.code.resize(module.code.len().next_multiple_of(CODE_ALIGN), 0);
-                    module.code.extend(&cubin.bytes);
-                    (module.code.len() - cubin.bytes.len()) as u64
-                }),
+                Some(cubin) => *entries.entry(ptx).or_insert_with(|| module.append(&cubin.bytes)),
                 None => 0,
             };
             if let Some(cubin) = cubin {
@@ -101,23 +94,10 @@ impl NvidiaTarget {
                 scratch_bytes: 0,
                 gpu: Some(gpu),
             });
-            module.listings.extend(self.listings(name, kernel));
+            module.listings.extend(kernel.lowered.listings(name, &kernel.code, &self.levels));
         }
         module.portable = Some(portable);
         Ok(module)
-    }
-
-    fn listings(&self, name: &str, kernel: &Assembly) -> impl Iterator<Item = Listing> {
-        let levels = [
-            (Level::Sched, Some(&kernel.lowered.sched)),
-            (Level::Mlir, Some(&kernel.lowered.mlir)),
-            (Level::Llvm, kernel.code.llvm_ir.as_ref()),
-            (Level::Asm, Some(&kernel.code.assembly)),
-        ];
-        levels
-            .into_iter()
-            .filter(|(level, _)| self.keeps(*level))
-            .filter_map(move |(level, text)| Some(Listing { kernel: name.to_owned(), level, text: text?.clone() }))
     }
 }
 
@@ -139,7 +119,7 @@ impl Target for NvidiaTarget {
     }
 
     fn block_bytes(&self) -> u32 {
-        self.arch.shared_per_block / 8 * 5
+        gpu::block_bytes(self.arch)
     }
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {

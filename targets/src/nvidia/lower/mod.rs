@@ -15,23 +15,12 @@ pub mod isa;
 mod mma;
 
 use super::arch::Arch;
-use crate::gpu::{self, emit, schedule};
+use crate::gpu::{self, Lowered, emit, schedule};
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
 use std::fmt::Write;
 
 pub use crate::gpu::{arith, block, mlir};
-
-/// A kernel on its way to LLVM.
-#[derive(Clone, Debug)]
-pub struct Lowered {
-    /// One MLIR module with one function.
-    pub mlir: String,
-    /// How it is launched.
-    pub gpu: GpuKernel,
-    /// The scheduled tile IR, as text.
-    pub sched: String,
-}
 
 /// Whether a block of the kernel has room on that architecture: shared memory, and registers for its accumulators.
 pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {

@@ -1,7 +1,7 @@
 //! A lowered kernel on buffers, as [`dsc_ir::tile::interp::run_blocks`] takes them.
 
 use super::Machine;
-use crate::nvidia::lower::Lowered;
+use crate::gpu::Lowered;
 use dsc_ir::SymValues;
 use dsc_ir::tile::Program;
 use dsc_ir::tile::interp::Binding;
