@@ -321,7 +321,7 @@ fn tiny_model_deployed_layers_are_their_graphs() {
         let (_, cpu, last) = deployed(Some(vec![layer]));
         let apart = spread(&cpu, &last, DEPLOYED_ROWS);
         println!("layer {layer}: {apart:.1e}");
-        assert!(apart.all < 1.5e-2 && apart.median < 5e-3 && apart.worst < 0.2, "layer {layer}: {apart:.1e}");
+        assert!(apart.all < 1e-2 && apart.median < 5e-3 && apart.worst < 0.2, "layer {layer}: {apart:.1e}");
         exact += usize::from(apart.median < 1e-6);
     }
     assert!(exact >= 4, "most rows agree to rounding in {exact} of 6 layers only");
