@@ -2,8 +2,8 @@
 //! likes, and bound launches may become a captured graph.
 
 use crate::cpu::CpuDevice;
-use crate::cuda::CudaDevice;
 use crate::error::DeviceError;
+use crate::gpu::GpuDevice;
 use crate::limits::Limits;
 use crate::weights::Weights;
 use dsc_ir::SymValues;
@@ -47,20 +47,67 @@ impl<'a> Code<'a> {
     }
 }
 
-/// Whether artifacts for a target run on NVIDIA GPUs.
-pub(crate) fn is_cuda(target: &str) -> bool {
-    target.starts_with("sm_")
+/// Whose GPUs an artifact is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vendor {
+    /// NVIDIA: targets `sm_*`, on the CUDA driver.
+    Nvidia,
+    /// AMD: targets `gfx*`, on HIP.
+    Amd,
+}
+
+impl Vendor {
+    /// Whose a target's GPUs are; none if it has none.
+    pub fn of(target: &str) -> Option<Vendor> {
+        match target {
+            t if t.starts_with("sm_") => Some(Vendor::Nvidia),
+            t if t.starts_with("gfx") => Some(Vendor::Amd),
+            _ => None,
+        }
+    }
+
+    /// Its targets, as a pattern.
+    pub fn targets(self) -> &'static str {
+        match self {
+            Vendor::Nvidia => "sm_*",
+            Vendor::Amd => "gfx*",
+        }
+    }
+
+    /// What drives its GPUs.
+    pub(crate) fn driver(self) -> &'static str {
+        match self {
+            Vendor::Nvidia => "CUDA driver",
+            Vendor::Amd => "HIP library",
+        }
+    }
+
+    /// What the user installs for that.
+    pub(crate) fn package(self) -> &'static str {
+        match self {
+            Vendor::Nvidia => "the NVIDIA driver",
+            Vendor::Amd => "ROCm",
+        }
+    }
+
+    /// The environment variable that hides GPUs.
+    pub(crate) fn hides(self) -> &'static str {
+        match self {
+            Vendor::Nvidia => "CUDA_VISIBLE_DEVICES does",
+            Vendor::Amd => "HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES do",
+        }
+    }
 }
 
 /// The device that runs artifacts for a target: the CPU with `threads` threads (0: one for each that the system grants), or for
-/// `sm_*` the GPU of number `ordinal`.
+/// `sm_*` and `gfx*` the GPU of number `ordinal`.
 ///
 /// # Errors
-/// What [`CpuDevice::new`] and [`CudaDevice::open`] say.
+/// What [`CpuDevice::new`] and [`GpuDevice::open`] say.
 pub fn open(target: &str, threads: usize, ordinal: u32) -> Result<Box<dyn Device>, DeviceError> {
-    Ok(match is_cuda(target) {
-        true => Box::new(CudaDevice::open(ordinal, threads)?),
-        false => Box::new(CpuDevice::new(threads)?),
+    Ok(match Vendor::of(target) {
+        Some(vendor) => Box::new(GpuDevice::open(vendor, ordinal, threads)?),
+        None => Box::new(CpuDevice::new(threads)?),
     })
 }
 

@@ -1,6 +1,7 @@
 //! What can go wrong between an artifact and its output.
 
 use crate::checkpoint::{CheckpointError, StorageDtype};
+use crate::device::Vendor;
 use crate::sample::SampleError;
 use crate::tokenizer::TokenizerError;
 use dsc_ir::artifact::ArtifactError;
@@ -266,19 +267,24 @@ pub enum DeviceError {
         /// What is wrong.
         what: String,
     },
-    /// The library of the CUDA driver cannot be loaded.
+    /// The library of the GPU's driver cannot be loaded.
     #[error(
-        "no CUDA driver, which artifacts for sm_* targets need: cannot load {library} ({reason}); use a machine with an NVIDIA driver, or compile with `--target cpu`"
+        "no {}, which artifacts for {} targets need: cannot load {library} ({reason}); use a machine with {}, or compile with `--target cpu`",
+        .vendor.driver(), .vendor.targets(), .vendor.package()
     )]
     NoDriver {
+        /// Whose.
+        vendor: Vendor,
         /// The library.
         library: String,
         /// What the system said.
         reason: String,
     },
-    /// The CUDA driver lacks something.
-    #[error("the CUDA driver is too old: it serves {found}, and {wants} is needed; update the NVIDIA driver")]
+    /// The driver lacks something.
+    #[error("the {} is too old: it serves {found}, and {wants} is needed; update {}", .vendor.driver(), .vendor.package())]
     DriverOld {
+        /// Whose.
+        vendor: Vendor,
         /// What it serves.
         found: String,
         /// What is needed.
@@ -286,11 +292,13 @@ pub enum DeviceError {
     },
     /// There is no GPU of that number.
     #[error("there is no GPU {ordinal}, the driver sees {count}; {remedy}", remedy = if *.count == 0 {
-        "use a machine with one, and see that CUDA_VISIBLE_DEVICES does not hide it"
+        format!("use a machine with one, and see that {} not hide it", .vendor.hides())
     } else {
-        "give another number with the `device` option"
+        "give another number with the `device` option".to_owned()
     })]
     NoGpu {
+        /// Whose.
+        vendor: Vendor,
         /// The number.
         ordinal: u32,
         /// GPUs there are.
@@ -303,14 +311,16 @@ pub enum DeviceError {
     Architecture {
         /// The artifact's target.
         target: String,
-        /// The GPU and its compute capability.
+        /// The GPU and its architecture.
         gpu: String,
     },
     /// The driver refused a kernel's code.
     #[error(
-        "the driver refuses the {kind} of kernel {kernel}: {log}; update the NVIDIA driver, or compile the model again"
+        "the driver refuses the {kind} of kernel {kernel}: {log}; update {}, or compile the model again", .vendor.package()
     )]
     Assembly {
+        /// Whose driver.
+        vendor: Vendor,
         /// The kernel.
         kernel: String,
         /// `machine code` or `assembly`.
@@ -318,7 +328,7 @@ pub enum DeviceError {
         /// What it said.
         log: String,
     },
-    /// A call of the CUDA driver failed.
+    /// A call of the driver failed.
     #[error("{call} failed with {code}: {what}")]
     Driver {
         /// The function.

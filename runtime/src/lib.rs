@@ -3,7 +3,7 @@
 //! ```text
 //! Model    an Artifact (mapped, checked) and its Weights (mapped or made), shared by sessions
 //! Session  sequences, their pages of the cache, and a Device that runs the artifact's launches
-//! Device   memory and launches: the CPU, or an NVIDIA GPU
+//! Device   memory and launches: the CPU, or an NVIDIA or AMD GPU
 //! Library  operations that other programs call on their own memory
 //! ```
 //!
@@ -39,10 +39,10 @@ pub mod artifact;
 pub mod checkpoint;
 mod cpu;
 mod cpu_limits;
-mod cuda;
 pub mod device;
 mod error;
 pub mod evaluate;
+mod gpu;
 mod inputs;
 pub mod library;
 pub mod limits;
@@ -58,10 +58,10 @@ pub mod weights;
 pub use artifact::Artifact;
 pub use checkpoint::Checkpoint;
 pub use cpu::CpuDevice;
-pub use cuda::CudaDevice;
-pub use device::Device;
+pub use device::{Device, Vendor};
 pub use error::{CallError, DeviceError, Error, RequestError, WeightError};
 pub use evaluate::Evaluation;
+pub use gpu::GpuDevice;
 pub use library::Library;
 pub use limits::Limits;
 pub use sample::Sampler;

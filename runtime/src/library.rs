@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A launch allocates nothing on the device and waits for nothing: sizes go to kernels by value and so do tensor maps, which are
-//! made on the host at each launch. So a launch may be captured as part of a CUDA graph, which then holds the sizes and
+//! made on the host at each launch. So a launch may be captured as part of a graph, which then holds the sizes and
 //! addresses of that call. On the CPU `launch` returns when it is done.
 //!
 //! Shapes bind the sizes ([`Entry::symbols`]); each view of each kernel is compared with the memory it is given, at the sizes of the
@@ -15,9 +15,9 @@
 
 use crate::artifact::Artifact;
 use crate::cpu::CpuDevice;
-use crate::cuda::CudaFunctions;
-use crate::device::{Code, Device, is_cuda};
+use crate::device::{Code, Device, Vendor};
 use crate::error::{CallError, DeviceError, Error};
+use crate::gpu::GpuFunctions;
 use dsc_ir::artifact::{ArgElem, Entry, EntryArg, Header, Misfit, WORKSPACE_ALIGN};
 use dsc_ir::{DType, SymValues};
 use std::ffi::c_void;
@@ -48,7 +48,7 @@ pub struct Library {
 
 enum Place {
     Cpu(Mutex<CpuDevice>),
-    Cuda(CudaFunctions),
+    Gpu(GpuFunctions),
 }
 
 /// A call whose arguments fit.
@@ -73,12 +73,13 @@ impl Library {
         }
         let portable = if header.section("asm").is_some() { artifact.section("asm")? } else { &[] };
         let code = Code { native: artifact.section("code")?, portable };
-        let device = if is_cuda(&header.target) {
-            Place::Cuda(CudaFunctions::open(ordinal, header, code)?)
-        } else {
-            let mut device = CpuDevice::new(threads)?;
-            device.load_code(header, code)?;
-            Place::Cpu(Mutex::new(device))
+        let device = match Vendor::of(&header.target) {
+            Some(vendor) => Place::Gpu(GpuFunctions::open(vendor, ordinal, header, code)?),
+            None => {
+                let mut device = CpuDevice::new(threads)?;
+                device.load_code(header, code)?;
+                Place::Cpu(Mutex::new(device))
+            }
         };
         Ok(Library { artifact, device })
     }
@@ -90,7 +91,7 @@ impl Library {
 
     /// Whether arrays are in the memory of a GPU.
     pub fn on_gpu(&self) -> bool {
-        matches!(self.device, Place::Cuda(_))
+        matches!(self.device, Place::Gpu(_))
     }
 
     /// Bytes of the workspace that a call of operation `op` with these arguments needs. Their addresses are not looked at.
@@ -101,7 +102,7 @@ impl Library {
         Ok(self.call(op, tensors)?.workspace)
     }
 
-    /// Puts a call in the queue `stream` (a `CUstream`; null is the default one; the CPU has none). `workspace` has at least
+    /// Puts a call in the queue `stream` (a `CUstream` or `hipStream_t`; null is the default one; the CPU has none). `workspace` has at least
     /// [`Library::workspace_bytes`], aligned to 256; its contents do not matter, and change.
     ///
     /// # Errors
@@ -139,7 +140,7 @@ impl Library {
                     unsafe { device.launch(kernel, &places, &call.syms)? };
                 }
             }
-            Place::Cuda(functions) => {
+            Place::Gpu(functions) => {
                 functions.enter()?;
                 for launch in &call.entry.launches {
                     let kernel = launch.kernel as usize;

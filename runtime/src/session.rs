@@ -8,9 +8,9 @@
 use crate::artifact::Artifact;
 use crate::checkpoint::Checkpoint;
 use crate::cpu::CpuDevice;
-use crate::cuda::{self, CudaDevice};
-use crate::device::{self, Bound, BoundLaunch, Buffer, Code, Device, LaunchTime, LaunchTimes};
+use crate::device::{Bound, BoundLaunch, Buffer, Code, Device, LaunchTime, LaunchTimes, Vendor};
 use crate::error::{CallError, DeviceError, Error, RequestError};
+use crate::gpu::{self, GpuDevice};
 use crate::inputs::{Feed, Layout};
 use crate::limits::Limits;
 use crate::sample::{SampleError, Sampler};
@@ -78,7 +78,7 @@ pub struct Model {
     threads: usize,
     pages: u32,
     /// The GPU with code and weights on it, if the artifact runs on one.
-    gpu: Option<cuda::Loaded>,
+    gpu: Option<gpu::Loaded>,
     opening: Opening,
 }
 
@@ -86,7 +86,7 @@ impl Model {
     /// Opens an artifact with its weights, on the device that it was compiled for.
     ///
     /// # Errors
-    /// What [`Artifact::open`], [`device::open`], [`Checkpoint::open`] and [`Weights::load`] say; [`RequestError::Context`] for a
+    /// What [`Artifact::open`], [`open`](crate::device::open), [`Checkpoint::open`] and [`Weights::load`] say; [`RequestError::Context`] for a
     /// capacity that the artifact does not serve.
     pub fn open<'a>(artifact: &Path, weights: impl Into<WeightsFrom<'a>>, options: &Options) -> Result<Model, Error> {
         Model::open_with(artifact, weights, options, &|_, _| {})
@@ -123,8 +123,8 @@ impl Model {
         let code = code_of(&artifact)?;
         opening.artifact_s = lap();
         let mut gpu = None;
-        if device::is_cuda(&header.target) {
-            let device = gpu.insert(CudaDevice::open(options.device, threads)?);
+        if let Some(vendor) = Vendor::of(&header.target) {
+            let device = gpu.insert(GpuDevice::open(vendor, options.device, threads)?);
             opening.device_s = lap();
             device.load_code(header, code)?;
         } else {
@@ -237,7 +237,7 @@ impl Model {
         match &self.gpu {
             None => self.session_on(Box::new(CpuDevice::new(self.threads)?)),
             Some(loaded) => {
-                let device = CudaDevice::sharing(loaded.clone(), self.threads)?;
+                let device = GpuDevice::sharing(loaded.clone(), self.threads)?;
                 let weights: Vec<Buffer> = (0..self.weights.len()).map(Buffer).collect();
                 Session::new(self, Box::new(device), &weights)
             }
@@ -264,7 +264,7 @@ impl std::fmt::Debug for Model {
 /// The code sections of an artifact.
 fn code_of(artifact: &Artifact) -> Result<Code<'_>, Error> {
     // The CPU's assembly is for people. A GPU's stands in for machine code where there is none, or none for the GPU.
-    let portable = device::is_cuda(&artifact.header().target) && artifact.header().section("asm").is_some();
+    let portable = Vendor::of(&artifact.header().target).is_some() && artifact.header().section("asm").is_some();
     Ok(Code { native: artifact.section("code")?, portable: if portable { artifact.section("asm")? } else { &[] } })
 }
 

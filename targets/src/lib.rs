@@ -286,7 +286,7 @@ pub fn targets() -> &'static [TargetInfo] {
         vector_bytes: 16,
         status: Status::Compiles,
         note: if cfg!(feature = "amd") {
-            "executed on an interpreter of its instructions, not on hardware"
+            "executed on an interpreter of its instructions, not on hardware; HIP tried on a stand-in only"
         } else {
             "not in this build (feature `amd`)"
         },

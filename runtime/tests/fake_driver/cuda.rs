@@ -1,9 +1,9 @@
 //! A stand-in for the CUDA driver, for machines that have none: device memory is host memory, everything happens at once, and calls are
-//! written down. The tests in `runtime/src/cuda/tests.rs` build it with rustc and load it as the driver.
+//! written down. The tests in `runtime/src/gpu/tests.rs` build it with rustc and load it as the driver.
 //!
 //! Its kernels: `count` adds one to element `b` of its first argument (u32) for each block `b` below symbol T; `tally` does so with the
 //! symbols by value; every other name does nothing. A module is the name of its one function: `.entry NAME` in text, and the letters behind the first four bytes in machine
-//! code.
+//! code. `hip.rs` is the same under the names of HIP.
 
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
@@ -16,11 +16,12 @@ type Status = c_uint;
 type Handle = *mut c_void;
 
 /// What tests may set with [`fake_set`], by number.
-static SETTINGS: Mutex<[u64; 6]> = Mutex::new([12080, 1, 9, 0, 1 << 30, 0]);
-const VERSION: usize = 0;
-const DEVICES: usize = 1;
-const MAJOR: usize = 2;
-const MINOR: usize = 3;
+static SETTINGS: Mutex<[u64; 6]> = Mutex::new(DEFAULTS);
+pub const DEFAULTS: [u64; 6] = [12080, 1, 9, 0, 1 << 30, 0];
+pub const VERSION: usize = 0;
+pub const DEVICES: usize = 1;
+pub const MAJOR: usize = 2;
+pub const MINOR: usize = 3;
 const MEMORY: usize = 4;
 /// The status that the next wait returns.
 const FAULT: usize = 5;
@@ -55,11 +56,11 @@ pub struct Config {
     attribute_count: c_uint,
 }
 
-fn setting(which: usize) -> u64 {
+pub fn setting(which: usize) -> u64 {
     SETTINGS.lock().unwrap()[which]
 }
 
-fn log(line: String) {
+pub fn log(line: String) {
     LOG.lock().unwrap().push(line);
 }
 
@@ -352,7 +353,7 @@ pub unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, _: Handle, _
 }
 
 /// The name behind `.entry`, or that behind the first four bytes; both end where letters do.
-unsafe fn module_name(image: *const u8) -> Option<String> {
+pub unsafe fn module_name(image: *const u8) -> Option<String> {
     let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy().into_owned();
     let name = match text.split_once(".entry ") {
         Some((_, name)) => name.to_owned(),
@@ -413,7 +414,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     params: *const *const u64,
     _: *mut *mut c_void,
 ) -> Status {
-    let (config, name) = unsafe { (&*config, &*function.cast::<String>()) };
+    let config = unsafe { &*config };
     let cluster = match config.attribute_count {
         0 => 1,
         1 => {
@@ -423,11 +424,18 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
         }
         n => panic!("{n} attributes"),
     };
-    let [x, y, z] = config.grid;
-    let threads = config.block[0];
-    let line = format!("launch {name} {x}x{y}x{z} of {threads}, {} bytes, cluster {cluster}", config.shared_bytes);
+    let how = format!("{} bytes, cluster {cluster}", config.shared_bytes);
+    unsafe { enqueue(function, config.grid, config.block[0], &how, params) };
+    0
+}
+
+/// Executes a launch, or notes it for the graph that is being captured.
+pub unsafe fn enqueue(function: Handle, grid: [c_uint; 3], threads: c_uint, how: &str, params: *const *const u64) {
+    let name = unsafe { &*function.cast::<String>() };
+    let [x, y, z] = grid;
+    let line = format!("launch {name} {x}x{y}x{z} of {threads}, {how}");
     let params = unsafe { [**params, **params.add(1)] };
-    let launch = Launch { name: name.clone(), grid: config.grid, line, params };
+    let launch = Launch { name: name.clone(), grid, line, params };
     let mut state = STATE.lock().unwrap();
     match &mut state.capture {
         Some(captured) => captured.push(launch),
@@ -436,7 +444,6 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
             execute(&launch);
         }
     }
-    0
 }
 
 fn execute(launch: &Launch) {

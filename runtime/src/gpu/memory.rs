@@ -26,7 +26,7 @@ impl DeviceMemory {
         // SAFETY: the pointer is to an address. `drop` frees what is allocated here.
         let status = unsafe { (context.driver.functions.memory_alloc)(&mut address, size.max(1)) };
         if status != 0 {
-            return Err(context.memory_error("cuMemAlloc", status, bytes, what));
+            return Err(context.memory_error(status, bytes, what));
         }
         Ok(DeviceMemory { context: Arc::clone(context), address, bytes })
     }
@@ -122,7 +122,7 @@ impl Stream {
         let mut raw = std::ptr::null_mut();
         // SAFETY: the pointer is to a handle.
         let status = unsafe { (context.driver.functions.stream_create)(&mut raw, STREAM_NON_BLOCKING) };
-        context.driver.check("cuStreamCreate", status)?;
+        context.driver.check(|n| n.stream_create, status)?;
         Ok(Stream { context: Arc::clone(context), raw })
     }
 
@@ -135,7 +135,7 @@ impl Stream {
         self.context.enter()?;
         // SAFETY: the stream lives.
         let status = unsafe { (self.context.driver.functions.stream_wait)(self.raw) };
-        self.context.driver.check("cuStreamSynchronize", status)
+        self.context.driver.check(|n| n.stream_wait, status)
     }
 
     /// Copies the first `bytes` bytes from `at` of pinned memory to `to`.
@@ -147,7 +147,7 @@ impl Stream {
         // SAFETY: the source is checked above, the rest is asked of the caller.
         let status =
             unsafe { (self.context.driver.functions.copy_to_device)(to, from.pointer.add(at).cast(), bytes, self.raw) };
-        self.context.driver.check("cuMemcpyHtoDAsync", status)
+        self.context.driver.check(|n| n.copy_to_device, status)
     }
 
     /// Copies `bytes` bytes from `from` to the start of pinned memory.
@@ -158,7 +158,7 @@ impl Stream {
         assert!(bytes <= to.bytes, "a copy beyond pinned memory");
         // SAFETY: the destination is checked above, the rest is asked of the caller.
         let status = unsafe { (self.context.driver.functions.copy_to_host)(to.pointer.cast(), from, bytes, self.raw) };
-        self.context.driver.check("cuMemcpyDtoHAsync", status)
+        self.context.driver.check(|n| n.copy_to_host, status)
     }
 
     /// Copies inside the GPU.
@@ -168,7 +168,7 @@ impl Stream {
     pub(super) unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<(), DeviceError> {
         // SAFETY: asked of the caller.
         let status = unsafe { (self.context.driver.functions.copy_on_device)(to, from, bytes, self.raw) };
-        self.context.driver.check("cuMemcpyDtoDAsync", status)
+        self.context.driver.check(|n| n.copy_on_device, status)
     }
 
     /// Fills memory with zeros.
@@ -177,7 +177,7 @@ impl Stream {
         // SAFETY: the range is the whole of a live allocation.
         let status =
             unsafe { (self.context.driver.functions.fill)(memory.address, 0, memory.bytes as usize, self.raw) };
-        self.context.driver.check("cuMemsetD8Async", status)
+        self.context.driver.check(|n| n.fill, status)
     }
 }
 
@@ -206,7 +206,7 @@ impl Event {
         let (mut raw, flags) = (std::ptr::null_mut(), if timing { 0 } else { EVENT_NO_TIMING });
         // SAFETY: the pointer is to a handle.
         let status = unsafe { (context.driver.functions.event_create)(&mut raw, flags) };
-        context.driver.check("cuEventCreate", status)?;
+        context.driver.check(|n| n.event_create, status)?;
         Ok(Event { context: Arc::clone(context), raw })
     }
 
@@ -214,14 +214,14 @@ impl Event {
     pub(super) fn record(&self, stream: &Stream) -> Result<(), DeviceError> {
         // SAFETY: both live.
         let status = unsafe { (self.context.driver.functions.event_record)(self.raw, stream.raw) };
-        self.context.driver.check("cuEventRecord", status)
+        self.context.driver.check(|n| n.event_record, status)
     }
 
     /// Waits until the queue is past the mark; not at all if there is none.
     pub(super) fn wait(&self) -> Result<(), DeviceError> {
         // SAFETY: the event lives.
         let status = unsafe { (self.context.driver.functions.event_wait)(self.raw) };
-        self.context.driver.check("cuEventSynchronize", status)
+        self.context.driver.check(|n| n.event_wait, status)
     }
 
     /// Time from another mark to this one, both passed.
@@ -229,7 +229,7 @@ impl Event {
         let mut milliseconds = 0f32;
         // SAFETY: the pointer is to a float, both events live.
         let status = unsafe { (self.context.driver.functions.event_elapsed)(&mut milliseconds, start.raw, self.raw) };
-        self.context.driver.check("cuEventElapsedTime", status)?;
+        self.context.driver.check(|n| n.event_elapsed, status)?;
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
 }

@@ -1,37 +1,42 @@
-//! NVIDIA GPUs as a device: kernels of the artifact as functions of the CUDA driver, which is loaded when a GPU is first wanted.
+//! GPUs as a device: kernels of the artifact as functions of the vendor's driver, which is loaded when a GPU is first wanted.
 //!
 //! ```text
-//! driver    the driver's functions, by dlopen         code    kernels: cubins, or PTX that the driver compiles
-//! context   a GPU, what it has and is                 bind    parameters, tensor maps, grids, checked once
-//! memory    device and pinned memory, streams         graph   launches, captured and kept
-//! upload    weights on their way                      functions  kernels of a library, for callers
+//! driver    the driver's functions, by dlopen         code    kernels: machine code, or PTX that the driver compiles
+//! cuda, hip what each vendor's does in its own way    bind    parameters, tensor maps, grids, checked once
+//! context   a GPU, what it has and is                 graph   launches, captured and kept
+//! memory    device and pinned memory, streams         functions  kernels of a library, for callers
+//! upload    weights on their way
 //! ```
 //!
 //! Everything a device does goes in one queue, so nothing waits but the host, once a step: when it reads a result. Symbols lie in
 //! device memory, so one captured graph serves every step whose grids it covers.
+//!
+//! HIP has not met hardware: its part runs against a stand-in, as all of this does in our tests.
 
 mod bind;
 mod code;
 mod context;
+mod cuda;
 mod driver;
 mod functions;
 mod graph;
+mod hip;
 mod memory;
 #[cfg(test)]
 mod tests;
 mod upload;
 
-use crate::device::{Bound, BoundLaunch, Buffer, Code, Device, LaunchTimes};
+use crate::device::{Bound, BoundLaunch, Buffer, Code, Device, LaunchTimes, Vendor};
 use crate::error::DeviceError;
 use crate::limits::Limits;
 use crate::weights::Weights;
 use bind::{Program, Ready};
 use code::Kernels;
 use context::Context;
-use driver::Address;
+use driver::{Address, Spec};
 use dsc_ir::artifact::Header;
 use dsc_ir::{Sym, SymValues};
-pub(crate) use functions::CudaFunctions;
+pub(crate) use functions::GpuFunctions;
 use graph::{Graph, Graphs};
 use memory::{DeviceMemory, Event, Pinned, Stream};
 use std::ops::Range;
@@ -63,8 +68,8 @@ enum Memory {
     Weight(usize),
 }
 
-/// An NVIDIA GPU.
-pub struct CudaDevice {
+/// An NVIDIA or AMD GPU.
+pub struct GpuDevice {
     /// First, so that it goes first: that waits for all work on what follows.
     stream: Stream,
     graphs: Graphs,
@@ -82,31 +87,31 @@ pub struct CudaDevice {
     outbox: Pinned,
 }
 
-impl CudaDevice {
-    /// GPU `ordinal` as the driver counts; `threads` threads (0: one a core) make weights for it. The driver is the system's, or
-    /// the library that the environment variable `DSC_CUDA_DRIVER` names.
+impl GpuDevice {
+    /// The vendor's GPU `ordinal` as the driver counts; `threads` threads (0: one a core) make weights for it. The driver is the
+    /// system's, or the library that the environment variable `DSC_CUDA_DRIVER` or `DSC_HIP_LIBRARY` names.
     ///
     /// # Errors
     /// [`DeviceError::NoDriver`], [`DeviceError::DriverOld`], [`DeviceError::NoGpu`], [`DeviceError::Memory`],
     /// [`DeviceError::Driver`].
-    pub fn open(ordinal: u32, threads: usize) -> Result<CudaDevice, DeviceError> {
-        CudaDevice::open_with(&context::driver_path(), ordinal, threads)
+    pub fn open(vendor: Vendor, ordinal: u32, threads: usize) -> Result<GpuDevice, DeviceError> {
+        GpuDevice::open_with(vendor, &Spec::of(vendor).path(), ordinal, threads)
     }
 
-    /// As [`CudaDevice::open`] with the driver library at `driver`.
+    /// As [`GpuDevice::open`] with the driver library at `driver`.
     ///
     /// # Errors
-    /// As [`CudaDevice::open`].
-    pub fn open_with(driver: &Path, ordinal: u32, threads: usize) -> Result<CudaDevice, DeviceError> {
-        let context = Context::open(driver, ordinal)?;
-        CudaDevice::sharing(Loaded { context, kernels: None, weights: None }, threads)
+    /// As [`GpuDevice::open`].
+    pub fn open_with(vendor: Vendor, driver: &Path, ordinal: u32, threads: usize) -> Result<GpuDevice, DeviceError> {
+        let context = Context::open(Spec::of(vendor), driver, ordinal)?;
+        GpuDevice::sharing(Loaded { context, kernels: None, weights: None }, threads)
     }
 
     /// Another device on the same GPU, with the same code and weights: buffers `0..` are the weights.
-    pub(crate) fn sharing(loaded: Loaded, threads: usize) -> Result<CudaDevice, DeviceError> {
+    pub(crate) fn sharing(loaded: Loaded, threads: usize) -> Result<GpuDevice, DeviceError> {
         let context = &loaded.context;
         let weights = loaded.weights.as_ref().map_or(0, |w| w.len());
-        Ok(CudaDevice {
+        Ok(GpuDevice {
             stream: Stream::new(context)?,
             threads: match threads {
                 0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -124,7 +129,7 @@ impl CudaDevice {
         })
     }
 
-    /// What [`CudaDevice::sharing`] shares.
+    /// What [`GpuDevice::sharing`] shares.
     pub(crate) fn loaded(&self) -> Loaded {
         self.loaded.clone()
     }
@@ -195,7 +200,7 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// The code, and a binding that [`CudaDevice::prepare`] has checked.
+    /// The code, and a binding that [`GpuDevice::prepare`] has checked.
     fn program(&self, bound: Bound) -> Result<(&Arc<Kernels>, &Program), DeviceError> {
         let kernels = self.loaded.kernels.as_ref().ok_or_else(|| DeviceError::Misuse("no code is loaded".into()))?;
         Ok((kernels, &self.bound[bound.0]))
@@ -237,7 +242,7 @@ impl CudaDevice {
         if kernel.entry.schedule.symbols_by_value {
             return Err(format!("{} takes symbols by value, as kernels of a library do", kernel.entry.name));
         }
-        bind::check_grid(&kernel.entry, &kernel.gpu, limits)?;
+        bind::check_grid(&kernel.entry, &kernel.gpu, self.loaded.context.driver.spec.most_blocks, limits)?;
         let mut addresses = Vec::with_capacity(params.len() + 1);
         for (param, &(buffer, at)) in params.iter().zip(&launch.args) {
             let none = || format!("parameter {}: no buffer {}", param.name, buffer.0);
@@ -260,7 +265,7 @@ impl CudaDevice {
     }
 }
 
-impl Device for CudaDevice {
+impl Device for GpuDevice {
     fn describe(&self) -> String {
         self.loaded.context.describe()
     }

@@ -1,21 +1,17 @@
 //! An artifact's kernels as functions of a GPU.
 
 use super::context::Context;
-use super::driver::{Handle, JIT_ERROR_LOG, UNSUPPORTED_PTX_VERSION, function};
-use crate::device::Code;
+use super::driver::{Handle, Refusal};
+use crate::device::{Code, Vendor};
 use crate::error::DeviceError;
 use dsc_ir::artifact::{GpuKernel, Header, KernelEntry};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::sync::Arc;
 
-/// Blocks of a cluster that every GPU with clusters runs; more must be asked for.
-const PORTABLE_CLUSTER: u32 = 8;
-/// Bytes kept of what the driver says about assembly it refuses.
-const LOG_BYTES: usize = 8192;
-
-/// A target's name: `sm_` with the compute capability, and `a` if code runs on that one alone.
+/// A target's name: `sm_` with the compute capability, and `a` if code runs on that one alone; or `gfx` with the architecture's version and
+/// stepping, which code runs on alone. (What stepping a GPU is, HIP tells by what it loads.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Arch {
     capability: (u32, u32),
@@ -23,11 +19,20 @@ struct Arch {
 }
 
 impl Arch {
-    fn parse(target: &str) -> Option<Arch> {
+    fn parse(target: &str) -> Option<(Vendor, Arch)> {
+        let vendor = Vendor::of(target)?;
+        if vendor == Vendor::Amd {
+            // The major number is decimal; minor and stepping are a hexadecimal digit each.
+            let digits = target.strip_prefix("gfx")?;
+            let (major, last) = digits.split_at_checked(digits.len().checked_sub(2)?)?;
+            let last = u32::from_str_radix(last, 16).ok()?;
+            let capability = (major.parse().ok().filter(|n| *n < 100)?, last >> 4);
+            return Some((vendor, Arch { capability, exact: true }));
+        }
         let digits = target.strip_prefix("sm_")?;
         let (digits, exact) = digits.strip_suffix('a').map_or((digits, false), |d| (d, true));
         let number: u32 = digits.parse().ok().filter(|n| (10..1000).contains(n))?;
-        Some(Arch { capability: (number / 10, number % 10), exact })
+        Some((vendor, Arch { capability: (number / 10, number % 10), exact }))
     }
 
     /// Whether a GPU runs its machine code: one of the same generation that is not older.
@@ -83,12 +88,10 @@ impl Kernels {
     /// [`DeviceError::DriverOld`], [`DeviceError::Driver`].
     pub(super) fn load(context: &Arc<Context>, header: &Header, code: Code<'_>) -> Result<Kernels, DeviceError> {
         context.enter()?;
-        let available = || {
-            let (major, minor) = context.capability;
-            format!("{}, of compute capability {major}.{minor}", context.label())
-        };
-        let Some(arch) = Arch::parse(&header.target) else {
-            return Err(DeviceError::Target { target: header.target.clone(), available: "sm_*".into() });
+        let spec = context.driver.spec;
+        let Some((_, arch)) = Arch::parse(&header.target).filter(|(vendor, _)| *vendor == spec.vendor) else {
+            let available = spec.vendor.targets().into();
+            return Err(DeviceError::Target { target: header.target.clone(), available });
         };
         let (native, portable) = (arch.runs_native(context.capability), arch.runs_portable(context.capability));
         let mut modules: Vec<Module> = Vec::new();
@@ -107,14 +110,14 @@ impl Kernels {
                 (true, _) => (machine, true),
                 (false, true) => (assembly, false),
                 (false, false) => {
-                    return Err(DeviceError::Architecture { target: header.target.clone(), gpu: available() });
+                    return Err(foreign(context, &header.target));
                 }
             };
             check_shared(context, gpu)?;
             let (module, shared) = match loaded.entry(image) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => {
-                    let module = load_module(context, &entry.name, image, is_machine)?;
+                    let module = load_module(context, (&header.target, &entry.name), image, is_machine)?;
                     let raw = module.raw;
                     modules.push(module);
                     new.insert((raw, 0))
@@ -151,40 +154,37 @@ fn entry_name(assembly: &[u8]) -> Option<&str> {
     Some(&after[..end]).filter(|name| !name.is_empty())
 }
 
-fn load_module(context: &Arc<Context>, kernel: &str, image: &[u8], is_machine: bool) -> Result<Module, DeviceError> {
+/// That the GPU does not run code for a target.
+fn foreign(context: &Context, target: &str) -> DeviceError {
+    let gpu = format!("{}, of {}", context.label(), (context.driver.spec.capability)(context.capability));
+    DeviceError::Architecture { target: target.to_owned(), gpu }
+}
+
+fn load_module(
+    context: &Arc<Context>,
+    (target, kernel): (&str, &str),
+    image: &[u8],
+    is_machine: bool,
+) -> Result<Module, DeviceError> {
     // The driver finds the end of text by a zero, and that of machine code by its headers, which it reads by whole words.
     let mut words = vec![0u64; image.len() / 8 + 1];
     // SAFETY: a u64 is eight bytes of any value; the slice is as long as the vector's words.
     let bytes = unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u8>(), words.len() * 8) };
     bytes[..image.len()].copy_from_slice(image);
-    let mut log = vec![0u8; LOG_BYTES];
-    let mut options = JIT_ERROR_LOG;
-    let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(LOG_BYTES)];
-    let mut raw = std::ptr::null_mut();
-    // SAFETY: the image ends in a zero; options and values are two each, of the types the options ask for (a buffer, and its
-    // size in place of a pointer); all live during the call.
-    let status = unsafe {
-        (context.driver.functions.module_load)(
-            &mut raw,
-            words.as_ptr().cast(),
-            2,
-            options.as_mut_ptr(),
-            values.as_mut_ptr(),
-        )
-    };
-    if status == UNSUPPORTED_PTX_VERSION {
-        let (major, minor) = context.driver.version;
-        let wants = format!("the assembly of kernel {kernel}");
-        return Err(DeviceError::DriverOld { found: format!("CUDA {major}.{minor}"), wants });
-    }
-    context.driver.check("cuModuleLoadDataEx", status).map_err(|e| {
-        let end = log.iter().position(|&b| b == 0).unwrap_or(log.len());
-        let mut said = String::from_utf8_lossy(&log[..end]).trim().to_owned();
-        if said.is_empty() {
-            said = e.to_string();
-        }
-        let kind = if is_machine { "machine code" } else { "assembly" };
-        DeviceError::Assembly { kernel: kernel.to_owned(), kind, log: said }
+    let driver = &context.driver;
+    let raw = driver.api.load(&words).map_err(|refusal| match refusal {
+        Refusal::Foreign => foreign(context, target),
+        Refusal::Old => DeviceError::DriverOld {
+            vendor: driver.spec.vendor,
+            found: driver.serves(),
+            wants: format!("the assembly of kernel {kernel}"),
+        },
+        Refusal::Broken(called, said) => DeviceError::Assembly {
+            vendor: driver.spec.vendor,
+            kernel: kernel.to_owned(),
+            kind: if is_machine { "machine code" } else { "assembly" },
+            log: if said.is_empty() { driver.error(called).to_string() } else { said },
+        },
     })?;
     Ok(Module { context: Arc::clone(context), raw })
 }
@@ -196,25 +196,16 @@ fn find_function(
     shared_bytes: u32,
     cluster: u32,
 ) -> Result<Handle, DeviceError> {
-    let (driver, f) = (&context.driver, &context.driver.functions);
+    let driver = &context.driver;
     let symbol = CString::new(name).map_err(|_| DeviceError::Misuse(format!("a kernel is called {name:?}")))?;
     let mut function = std::ptr::null_mut();
     // SAFETY: the pointer is to a handle, the name ends in a zero, the module is loaded.
-    let status = unsafe { (f.module_function)(&mut function, module, symbol.as_ptr()) };
+    let status = unsafe { (driver.functions.module_function)(&mut function, module, symbol.as_ptr()) };
     driver
-        .check("cuModuleGetFunction", status)
+        .check(|n| n.module_function, status)
         .map_err(|e| DeviceError::Misuse(format!("its code has no function {name}: {e}")))?;
-    let set = |attribute, value: u32| {
-        let value = i32::try_from(value).unwrap_or(i32::MAX);
-        // SAFETY: the function is of a loaded module.
-        driver.check("cuFuncSetAttribute", unsafe { (f.function_attribute)(function, attribute, value) })
-    };
-    // Also of 0 bytes: it loads the function now, which a driver that loads lazily would do at the first launch, and that may be
-    // one which is captured.
-    set(function::DYNAMIC_SHARED_BYTES, shared_bytes)?;
-    if cluster > PORTABLE_CLUSTER {
-        set(function::LARGE_CLUSTERS, 1)?;
-    }
+    // SAFETY: the function is of a loaded module.
+    unsafe { driver.api.prepare(function, shared_bytes, cluster) }.map_err(|called| driver.error(called))?;
     Ok(function)
 }
 
@@ -224,13 +215,19 @@ mod tests {
 
     #[test]
     fn which_gpus_run_which_code() {
-        let of = |target: &str, gpu| Arch::parse(target).map(|arch| (arch.runs_native(gpu), arch.runs_portable(gpu)));
+        let of =
+            |target: &str, gpu| Arch::parse(target).map(|(_, arch)| (arch.runs_native(gpu), arch.runs_portable(gpu)));
         assert_eq!(of("sm_90a", (9, 0)), Some((true, true)));
         assert_eq!(of("sm_90a", (10, 0)), Some((false, false)));
         assert_eq!(of("sm_80", (8, 6)), Some((true, true)));
         assert_eq!(of("sm_80", (9, 0)), Some((false, true)));
         assert_eq!(of("sm_89", (8, 6)), Some((false, false)));
         assert_eq!(of("sm_120a", (12, 0)), Some((true, true)));
+        assert_eq!(of("gfx942", (9, 4)), Some((true, true)));
+        assert_eq!(of("gfx942", (9, 5)), Some((false, false)));
+        assert_eq!(of("gfx950", (9, 5)), Some((true, true)));
+        assert_eq!(of("gfx1100", (11, 0)), Some((true, true)));
+        assert_eq!([of("gfx", (9, 4)), of("gfx94x", (9, 4)), of("gfxfffffffff", (9, 4))], [None; 3]);
         assert_eq!([of("cpu", (9, 0)), of("sm_", (9, 0)), of("sm_9x", (9, 0)), of("sm_90aa", (9, 0))], [None; 4]);
     }
 

@@ -1,5 +1,7 @@
-//! The device on a stand-in for the driver (`tests/fake_driver/cuda.rs`): what it asks of the driver, in which order, and what it says when
+//! The device on stand-ins for the drivers (`tests/fake_driver`): what it asks of the driver, in which order, and what it says when
 //! the driver refuses.
+
+mod hip;
 
 use super::*;
 use crate::testing::{header, part, write_artifact, write_checkpoint, write_tensors};
@@ -22,21 +24,23 @@ const FAULT: usize = 5;
 
 /// A driver of its own for one test.
 struct Fake {
+    vendor: Vendor,
     library: Library,
     path: PathBuf,
     _dir: tempfile::TempDir,
 }
 
-/// The driver as rustc made it: built once, and copied for each test, since a library at another path has its own state.
-fn built() -> &'static [u8] {
-    static BUILT: OnceLock<Vec<u8>> = OnceLock::new();
-    BUILT.get_or_init(|| {
+/// A vendor's driver as rustc made it: built once, and copied for each test, since a library at another path has its own state.
+fn built(vendor: Vendor) -> &'static [u8] {
+    static BUILT: [OnceLock<Vec<u8>>; 2] = [OnceLock::new(), OnceLock::new()];
+    let name = ["cuda", "hip"][vendor as usize];
+    BUILT[vendor as usize].get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
-        let (source, out) =
-            (concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake_driver/cuda.rs"), dir.path().join("cuda"));
+        let source = format!("{}/tests/fake_driver/{name}.rs", env!("CARGO_MANIFEST_DIR"));
+        let out = dir.path().join(name);
         let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
         let mut command = Command::new(rustc);
-        command.args(["--edition", "2024", "--crate-type", "cdylib", "--crate-name", "cuda", source, "-o"]).arg(&out);
+        command.args(["--edition", "2024", "--crate-type", "cdylib", "--crate-name", name, &source, "-o"]).arg(&out);
         let built = command.output().unwrap();
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         std::fs::read(out).unwrap()
@@ -45,12 +49,16 @@ fn built() -> &'static [u8] {
 
 impl Fake {
     fn new(settings: &[(usize, u64)]) -> Fake {
+        Fake::of(Vendor::Nvidia, settings)
+    }
+
+    fn of(vendor: Vendor, settings: &[(usize, u64)]) -> Fake {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("libcuda.so.1");
-        std::fs::write(&path, built()).unwrap();
+        let path = dir.path().join(Spec::of(vendor).library);
+        std::fs::write(&path, built(vendor)).unwrap();
         // SAFETY: the library does nothing when it is loaded.
         let library = unsafe { Library::new(&path) }.unwrap();
-        let fake = Fake { library, path, _dir: dir };
+        let fake = Fake { vendor, library, path, _dir: dir };
         settings.iter().for_each(|&(which, value)| fake.set(which, value));
         fake
     }
@@ -78,8 +86,8 @@ impl Fake {
         used()
     }
 
-    fn device(&self) -> Result<CudaDevice, DeviceError> {
-        CudaDevice::open_with(&self.path, 0, 2)
+    fn device(&self) -> Result<GpuDevice, DeviceError> {
+        GpuDevice::open_with(self.vendor, &self.path, 0, 2)
     }
 
     /// The error of opening the device and loading code for a target.
@@ -106,7 +114,7 @@ fn gpu_header() -> (Header, Vec<u8>, Vec<u8>) {
     (header, native, portable)
 }
 
-fn loaded(fake: &Fake, edit: impl FnOnce(&mut Header)) -> CudaDevice {
+fn loaded(fake: &Fake, edit: impl FnOnce(&mut Header)) -> GpuDevice {
     let (mut header, native, portable) = gpu_header();
     edit(&mut header);
     let mut device = fake.device().unwrap();
@@ -114,7 +122,7 @@ fn loaded(fake: &Fake, edit: impl FnOnce(&mut Header)) -> CudaDevice {
     device
 }
 
-fn counts(device: &mut CudaDevice, buffer: Buffer, cells: usize) -> Vec<u32> {
+fn counts(device: &mut GpuDevice, buffer: Buffer, cells: usize) -> Vec<u32> {
     let mut bytes = vec![0; 4 * cells];
     device.read(buffer, 0, &mut bytes).unwrap();
     bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
@@ -127,12 +135,13 @@ fn launches(buffer: Buffer, places: &[u64]) -> Vec<BoundLaunch> {
 
 #[test]
 fn a_machine_without_driver_or_gpu_is_told_what_to_do() {
-    let error = CudaDevice::open_with(Path::new("/nowhere/libcuda.so.1"), 0, 1).err().unwrap().to_string();
+    let error =
+        GpuDevice::open_with(Vendor::Nvidia, Path::new("/nowhere/libcuda.so.1"), 0, 1).err().unwrap().to_string();
     assert!(error.contains("no CUDA driver") && error.contains("/nowhere/libcuda.so.1"), "{error}");
-    assert!(error.contains("; use a machine with an NVIDIA driver"), "{error}");
+    assert!(error.contains("; use a machine with the NVIDIA driver"), "{error}");
     let refusal = |settings, ordinal| {
         let fake = Fake::new(settings);
-        CudaDevice::open_with(&fake.path, ordinal, 1).err().unwrap().to_string()
+        GpuDevice::open_with(fake.vendor, &fake.path, ordinal, 1).err().unwrap().to_string()
     };
     assert!(refusal(&[(DEVICES, 0)], 0).contains("the driver sees 0; use a machine with one"));
     assert!(refusal(&[(DEVICES, 2)], 2).contains("there is no GPU 2, the driver sees 2; give another number"));
@@ -189,7 +198,7 @@ fn kernels_of_a_library_take_symbols_by_value_and_make_nothing() {
     let gpu = header.kernels[0].gpu.as_mut().unwrap();
     (gpu.asm, gpu.shared_bytes) = ([0, portable.len() as u64], 0);
     let code = Code { native: &native, portable: &portable };
-    let refused = CudaFunctions::open_with(&fake.path, 0, &header, code).err().unwrap().to_string();
+    let refused = GpuFunctions::open_with((&cuda::SPEC, &fake.path), 0, &header, code).err().unwrap().to_string();
     assert!(refused.contains("kernel tally takes symbols from device memory"), "{refused}");
     header.kernels[0].schedule.symbols_by_value = true;
     let mut device = fake.device().unwrap();
@@ -198,7 +207,7 @@ fn kernels_of_a_library_take_symbols_by_value_and_make_nothing() {
     let error = device.bind(&launches(buffer, &[0]), &SymValues([3, 1, 1, 1, 1, 1])).unwrap_err().to_string();
     assert!(error.contains("tally takes symbols by value"), "{error}");
 
-    let functions = CudaFunctions::open_with(&fake.path, 0, &header, code).unwrap();
+    let functions = GpuFunctions::open_with((&cuda::SPEC, &fake.path), 0, &header, code).unwrap();
     let (place, used) = (device.place(buffer).unwrap().0, fake.used());
     fake.log();
     for tokens in [3, 1, 5] {
@@ -434,7 +443,7 @@ fn weights_arrive() {
         let error = device.bind(&launches(buffers[0], &[0]), &SymValues([1; 6])).unwrap_err().to_string();
         assert!(error.contains("writes a weight"), "{error}");
         // A second device has the same weights, and ends without them.
-        let mut other = CudaDevice::sharing(device.loaded(), 1).unwrap();
+        let mut other = GpuDevice::sharing(device.loaded(), 1).unwrap();
         drop(device);
         let mut word = [0; 4];
         other.read(buffers[0], 4, &mut word).unwrap();
@@ -447,7 +456,15 @@ fn weights_arrive() {
 /// Where [`a_model_of_this_driver`] finds its artifact and checkpoint.
 const MODEL_VARIABLE: &str = "DSC_TEST_MODEL";
 
-/// A whole model finds the driver by the environment, which only a process of its own may set.
+/// Runs `a_model_of_this_driver` on an artifact, with the driver that the environment names: only a process of its own may set that.
+fn run_model(vendor: Vendor, driver: &Path, folder: &Path) -> (bool, String) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "gpu::tests::a_model_of_this_driver", "--ignored", "--nocapture"]);
+    command.env(Spec::of(vendor).variable, driver).env(MODEL_VARIABLE, folder);
+    let output = command.output().unwrap();
+    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
 #[test]
 fn models_run_where_they_were_compiled_for() {
     let (mut header, native, _) = gpu_header();
@@ -456,20 +473,14 @@ fn models_run_where_they_were_compiled_for() {
     write_artifact(dir.path(), &mut header, &native);
     write_checkpoint(dir.path());
     let fake = Fake::new(&[]);
-    let run = |driver: &Path| {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "cuda::tests::a_model_of_this_driver", "--ignored", "--nocapture"]);
-        let output = command.env("DSC_CUDA_DRIVER", driver).env(MODEL_VARIABLE, dir.path()).output().unwrap();
-        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
-    };
-    let (passed, said) = run(&fake.path);
+    let (passed, said) = run_model(fake.vendor, &fake.path, dir.path());
     assert!(passed, "{said}");
-    let (passed, said) = run(Path::new("/nowhere/libcuda.so"));
+    let (passed, said) = run_model(fake.vendor, Path::new("/nowhere/libcuda.so"), dir.path());
     assert!(!passed && said.contains("no CUDA driver"), "{said}");
 }
 
 #[test]
-#[ignore = "run by `models_run_where_they_were_compiled_for`, with its driver"]
+#[ignore = "run by other tests, with their driver"]
 fn a_model_of_this_driver() {
     let dir = PathBuf::from(std::env::var_os(MODEL_VARIABLE).expect("run by another test"));
     let artifact = dir.join("toy.dsc");
@@ -477,7 +488,7 @@ fn a_model_of_this_driver() {
         let model = Model::open(&artifact, weights, &Options::default()).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(model.weights().made_bytes(), 0, "they are on the device only");
         let (mut one, mut other) = (model.session().unwrap(), model.session().unwrap());
-        assert!(one.device().starts_with("Fake H200, compute capability 9.0"), "{}", one.device());
+        assert!(one.device().starts_with("Fake "), "{}", one.device());
         let options = GenerateOptions { max_new_tokens: 5, ignore_eos: true, ..GenerateOptions::default() };
         for session in [&mut one, &mut other] {
             let generation = session.generate(&[1, 2, 3], &options, &mut |_| ControlFlow::Continue(())).unwrap();

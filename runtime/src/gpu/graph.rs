@@ -7,7 +7,7 @@
 use super::bind::{Program, Ready, grid};
 use super::code::{Kernel, Kernels};
 use super::context::Context;
-use super::driver::{CAPTURE_RELAXED, Handle, LAUNCH_CLUSTER, LaunchAttribute, LaunchConfig};
+use super::driver::{CAPTURE_RELAXED, Handle, Launch};
 use super::memory::Stream;
 use crate::error::DeviceError;
 use dsc_ir::SymValues;
@@ -40,24 +40,19 @@ pub(super) unsafe fn launch_raw(
     params: *mut *mut c_void,
     syms: &SymValues,
 ) -> Result<(), DeviceError> {
-    let cluster = kernel.gpu.cluster.max(1);
     let multiprocessors = context.multiprocessors;
     let Some(grid) = grid(&kernel.entry, &kernel.gpu, multiprocessors, syms) else { return Ok(()) };
-    let mut value = [0; 16];
-    value[..3].copy_from_slice(&[cluster, 1, 1]);
-    let mut attribute = LaunchAttribute { id: LAUNCH_CLUSTER, pad: 0, value };
-    let config = LaunchConfig {
+    let launch = Launch {
+        function: kernel.function,
         grid,
-        block: [kernel.gpu.threads, 1, 1],
+        threads: kernel.gpu.threads,
         shared_bytes: kernel.gpu.shared_bytes,
+        cluster: kernel.gpu.cluster.max(1),
         stream,
-        attributes: &mut attribute,
-        attribute_count: u32::from(cluster > 1),
+        params,
     };
-    let driver = &context.driver;
     // SAFETY: as the caller says.
-    let status = unsafe { (driver.functions.launch)(&config, kernel.function, params, std::ptr::null_mut()) };
-    driver.check("cuLaunchKernelEx", status)
+    context.driver.checked(unsafe { context.driver.api.launch(&launch) })
 }
 
 /// A captured and instantiated graph.
@@ -80,16 +75,16 @@ impl Graph {
     ) -> Result<Graph, DeviceError> {
         let (driver, f) = (&stream.context.driver, &stream.context.driver.functions);
         // SAFETY: the stream lives; every path below ends the capture.
-        driver.check("cuStreamBeginCapture", unsafe { (f.capture_begin)(stream.raw(), CAPTURE_RELAXED) })?;
+        driver.check(|n| n.capture_begin, unsafe { (f.capture_begin)(stream.raw(), CAPTURE_RELAXED) })?;
         let mut runs = (0..repeat).flat_map(|_| launches);
         let launched = runs.try_for_each(|ready| launch(stream, &kernels.kernels[ready.kernel], ready, syms));
         let mut graph = std::ptr::null_mut();
         // SAFETY: the pointer is to a handle, the stream is being captured.
-        let ended = driver.check("cuStreamEndCapture", unsafe { (f.capture_end)(stream.raw(), &mut graph) });
+        let ended = driver.check(|n| n.capture_end, unsafe { (f.capture_end)(stream.raw(), &mut graph) });
         let mut raw = std::ptr::null_mut();
         let made = launched.and(ended).and_then(|()| {
             // SAFETY: the pointer is to a handle, the graph was just captured.
-            driver.check("cuGraphInstantiate", unsafe { (f.graph_instantiate)(&mut raw, graph, 0) })
+            driver.check(|n| n.graph_instantiate, unsafe { (f.graph_instantiate)(&mut raw, graph, 0) })
         });
         if !graph.is_null() {
             // SAFETY: captured above, destroyed once; what was instantiated of it stands alone.
@@ -102,7 +97,7 @@ impl Graph {
     pub(super) fn launch(&self, stream: &Stream) -> Result<(), DeviceError> {
         let driver = &stream.context.driver;
         // SAFETY: graph and stream live and are of one context.
-        driver.check("cuGraphLaunch", unsafe { (driver.functions.graph_launch)(self.raw, stream.raw()) })
+        driver.check(|n| n.graph_launch, unsafe { (driver.functions.graph_launch)(self.raw, stream.raw()) })
     }
 }
 

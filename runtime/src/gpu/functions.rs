@@ -2,10 +2,10 @@
 
 use super::bind::{check_grid, encode_map};
 use super::code::Kernels;
-use super::context::{self, Context};
-use super::driver::{Address, Handle};
+use super::context::Context;
+use super::driver::{Address, Handle, Spec};
 use super::graph::launch_raw;
-use crate::device::Code;
+use crate::device::{Code, Vendor};
 use crate::error::DeviceError;
 use dsc_ir::SymValues;
 use dsc_ir::artifact::Header;
@@ -14,34 +14,41 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// The functions of a kernel library on a GPU.
-pub(crate) struct CudaFunctions {
+pub(crate) struct GpuFunctions {
     context: Arc<Context>,
     kernels: Kernels,
 }
 
-impl CudaFunctions {
-    /// Loads an artifact's kernels on GPU `ordinal`, in its primary context, which is that of CUDA's runtime and of PyTorch.
+impl GpuFunctions {
+    /// Loads an artifact's kernels on a vendor's GPU `ordinal`, in its primary context, which is that of the vendor's runtime and of
+    /// PyTorch.
     ///
     /// # Errors
-    /// As [`CudaDevice::open`](super::CudaDevice::open) and [`Kernels::load`]; [`DeviceError::Misuse`] for kernels that want their
+    /// As [`GpuDevice::open`](super::GpuDevice::open) and [`Kernels::load`]; [`DeviceError::Misuse`] for kernels that want their
     /// symbols in device memory.
-    pub(crate) fn open(ordinal: u32, header: &Header, code: Code<'_>) -> Result<CudaFunctions, DeviceError> {
-        CudaFunctions::open_with(&context::driver_path(), ordinal, header, code)
-    }
-
-    /// As [`CudaFunctions::open`] with the driver library at `driver`.
-    pub(super) fn open_with(
-        driver: &Path,
+    pub(crate) fn open(
+        vendor: Vendor,
         ordinal: u32,
         header: &Header,
         code: Code<'_>,
-    ) -> Result<CudaFunctions, DeviceError> {
-        let context = Context::open(driver, ordinal)?;
+    ) -> Result<GpuFunctions, DeviceError> {
+        let spec = Spec::of(vendor);
+        GpuFunctions::open_with((spec, &spec.path()), ordinal, header, code)
+    }
+
+    /// As [`GpuFunctions::open`] with the driver library at `driver`.
+    pub(super) fn open_with(
+        (spec, driver): (&'static Spec, &Path),
+        ordinal: u32,
+        header: &Header,
+        code: Code<'_>,
+    ) -> Result<GpuFunctions, DeviceError> {
+        let context = Context::open(spec, driver, ordinal)?;
         if let Some(kernel) = header.kernels.iter().find(|k| !k.schedule.symbols_by_value) {
             return Err(DeviceError::Misuse(format!("kernel {} takes symbols from device memory", kernel.name)));
         }
         let kernels = Kernels::load(&context, header, code)?;
-        Ok(CudaFunctions { context, kernels })
+        Ok(GpuFunctions { context, kernels })
     }
 
     /// Makes the GPU's context that of this thread.
@@ -67,7 +74,7 @@ impl CudaFunctions {
         let kernel = &self.kernels.kernels[kernel];
         let entry = &kernel.entry;
         let fault = |what| DeviceError::Binding { launch: 0, node: entry.name.clone(), what };
-        check_grid(entry, &kernel.gpu, syms).map_err(fault)?;
+        check_grid(entry, &kernel.gpu, self.context.driver.spec.most_blocks, syms).map_err(fault)?;
         let mut maps = Vec::with_capacity(kernel.gpu.maps.len());
         for map in &kernel.gpu.maps {
             let param = map.param as usize;

@@ -2,13 +2,11 @@
 
 use super::code::Kernel;
 use super::context::Context;
-use super::driver::{Address, TensorMapBytes};
+use super::driver::Address;
 use dsc_ir::artifact::{GpuKernel, KernelEntry, ParamEntry, TensorMap};
 use dsc_ir::{DType, Sym, SymValues};
 use std::ffi::c_void;
 
-/// Blocks along y and z that the hardware has numbers for.
-const MAX_BLOCKS_YZ: u64 = 65535;
 /// Size and distance that a tensor map holds.
 const MAX_MAP_STRIDE: u64 = 1 << 40;
 
@@ -111,15 +109,21 @@ pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, s
 }
 
 /// Checks that grids at the limits are ones that the hardware can launch, or that a persistent kernel can count.
-pub(super) fn check_grid(entry: &KernelEntry, gpu: &GpuKernel, limits: &SymValues) -> Result<(), String> {
-    let most = i32::MAX as u64 - u64::from(gpu.cluster);
+pub(super) fn check_grid(
+    entry: &KernelEntry,
+    gpu: &GpuKernel,
+    most_blocks: fn(u32) -> [u64; 3],
+    limits: &SymValues,
+) -> Result<(), String> {
+    let [most, most_y, most_z] = most_blocks(gpu.threads);
+    let most = most - u64::from(gpu.cluster);
     if gpu.persistent {
         return match entry.blocks(limits) {
             Some(tiles) if tiles <= most => Ok(()),
             _ => Err(format!("more than {most} tiles of {}", entry.name)),
         };
     }
-    for (axis, (dim, most)) in entry.grid.iter().zip([most, MAX_BLOCKS_YZ, MAX_BLOCKS_YZ]).enumerate() {
+    for (axis, (dim, most)) in entry.grid.iter().zip([most, most_y, most_z]).enumerate() {
         let blocks = dim.eval(limits);
         if blocks > most {
             return Err(format!("{blocks} blocks along axis {axis} of {}, the hardware has {most}", entry.name));
@@ -144,40 +148,27 @@ pub(super) fn encode_map(
         return Err(fault(format!("it starts at {address:#x}, which 16 bytes do not divide")));
     }
     let mut bytes = TensorMapBytes([0; 16]);
-    let ones = [1u32; 5];
-    // SAFETY: every array has `rank` elements, strides one less; the driver reads them and writes the 128 bytes of the map. The
-    // address is not followed: that the view stays in its buffer is checked by the caller.
-    let status = unsafe {
-        (context.driver.functions.encode_tiled)(
-            &mut bytes,
-            plan.element,
-            plan.dims.len() as u32,
-            std::ptr::without_provenance_mut(address as usize),
-            plan.dims.as_ptr(),
-            plan.strides.as_ptr(),
-            plan.tile.as_ptr(),
-            ones.as_ptr(),
-            0,
-            plan.swizzle,
-            3, // fetch 256 bytes into L2
-            0, // zeros outside
-        )
-    };
-    context.driver.check("cuTensorMapEncodeTiled", status).map_err(|e| fault(format!("{plan:?}: {e}")))?;
+    let called = context.driver.api.encode(&plan, address, &mut bytes);
+    context.driver.checked(called).map_err(|e| fault(format!("{plan:?}: {e}")))?;
     Ok(bytes)
 }
 
+/// `CUtensorMap`. CUDA 13 wants 128-byte alignment where 12 wants 64.
+#[repr(C, align(128))]
+#[derive(Clone, Copy)]
+pub(super) struct TensorMapBytes([u64; 16]);
+
 /// What a tensor map holds, innermost dim first.
 #[derive(Debug, PartialEq, Eq)]
-struct MapPlan {
+pub(super) struct MapPlan {
     /// `CUtensorMapDataType`.
-    element: u32,
-    dims: Vec<u64>,
+    pub(super) element: u32,
+    pub(super) dims: Vec<u64>,
     /// Bytes between neighbours along all dims but the innermost, whose elements are adjacent.
-    strides: Vec<u64>,
-    tile: Vec<u32>,
+    pub(super) strides: Vec<u64>,
+    pub(super) tile: Vec<u32>,
     /// `CUtensorMapSwizzle`.
-    swizzle: u32,
+    pub(super) swizzle: u32,
 }
 
 impl MapPlan {
@@ -235,6 +226,7 @@ impl MapPlan {
 
 #[cfg(test)]
 mod tests {
+    use super::super::cuda;
     use super::*;
     use dsc_ir::artifact::Resources;
     use dsc_ir::extent::GridDim;
@@ -301,9 +293,9 @@ mod tests {
         assert_eq!(grid(&entry, &plain(2), 4, &syms(5)), Some([6, 1, 1]));
         assert_eq!(grid(&entry, &plain(1), 4, &syms(0)), None);
         entry.grid.insert(0, GridDim { extent: 3.into(), tile: 1 });
-        let error = check_grid(&entry, &plain(1), &syms(65536)).unwrap_err();
+        let error = check_grid(&entry, &plain(1), cuda::SPEC.most_blocks, &syms(65536)).unwrap_err();
         assert!(error.contains("65536 blocks along axis 1"), "{error}");
-        assert!(check_grid(&entry, &plain(1), &syms(65535)).is_ok());
+        assert!(check_grid(&entry, &plain(1), cuda::SPEC.most_blocks, &syms(65535)).is_ok());
 
         let resources = Some(Resources { blocks_per_sm: 2, ..Resources::default() });
         let persistent = |cluster| GpuKernel { persistent: true, resources, ..plain(cluster) };
@@ -312,7 +304,11 @@ mod tests {
         assert_eq!(grid(&entry, &persistent(16), 4, &syms(100)), Some([16, 1, 1]));
         assert_eq!(grid(&entry, &persistent(3), 4, &syms(100)), Some([6, 1, 1]));
         assert_eq!(grid(&entry, &persistent(1), 4, &syms(0)), None);
-        assert!(check_grid(&entry, &persistent(1), &syms(65536)).is_ok());
-        assert!(check_grid(&entry, &persistent(1), &syms(1 << 30)).unwrap_err().contains("tiles of count"));
+        assert!(check_grid(&entry, &persistent(1), cuda::SPEC.most_blocks, &syms(65536)).is_ok());
+        assert!(
+            check_grid(&entry, &persistent(1), cuda::SPEC.most_blocks, &syms(1 << 30))
+                .unwrap_err()
+                .contains("tiles of count")
+        );
     }
 }
