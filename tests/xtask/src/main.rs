@@ -6,11 +6,13 @@
 //! * `bench`: decode and prefill of the tiny model, and Hugging Face transformers on the same machine if it is installed.
 //! * `wheel [OPTIONS]`: the Python module of the kernel library with all it needs, in target/wheel; options are those of
 //!   `dsc compile --kernels dsa`, such as `--target sm_90a --heads 16`.
+//! * `loops DIR [TEXT] [--check]`: what the loops of AMD kernels issue, from their assembly.
 //! * `fuzz [SECONDS]`: every fuzz target for that long (default 60).
 //!
 //! Nothing is installed behind your back: what is missing is named with the reason and the command, and installed only where
 //! that needs no question (as root on Debian).
 
+mod loops;
 mod setup;
 
 use setup::{need, need_llvm};
@@ -28,8 +30,9 @@ fn main() -> ExitCode {
         Some("ci") => ci(),
         Some("bench") => bench(&args[1..]),
         Some("wheel") => wheel(&args[1..]),
+        Some("loops") => loops::run(&args[1..]),
         Some("fuzz") => fuzz(args.get(1)),
-        _ => Err("usage: cargo xtask demo | test | ci | bench | wheel [OPTIONS] | fuzz [SECONDS]".into()),
+        _ => Err("usage: cargo xtask demo | test | ci | bench | wheel [OPTIONS] | loops DIR | fuzz [SECONDS]".into()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
