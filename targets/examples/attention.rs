@@ -11,6 +11,7 @@ use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Access, Builder, Program, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent, Sym};
 use dsc_targets::Kernel;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 const PREFILL: Attention = Attention {
@@ -25,38 +26,51 @@ const PREFILL: Attention = Attention {
     searched: false,
 };
 const DECODE: Attention = Attention { fp8: true, ..PREFILL };
+/// Heads of a token and of a block, and parts of the list, of decoding kernels.
+const DECODES: [(u32, u32, &[u32]); 4] =
+    [(16, 16, &[1, 2, 8, 16, 32]), (64, 64, &[1, 8, 32]), (128, 64, &[1, 2, 4, 16, 32]), (128, 16, &[16])];
+
+/// Names of a program's parameters.
+fn params(program: &Program) -> String {
+    format!("{:?}", program.params.iter().map(|p| &p.name).collect::<Vec<_>>())
+}
 
 /// Programs by name, and what a launch has to know of each, as JSON.
 fn described() -> Vec<(String, Program, String)> {
     let mut all = Vec::new();
     let mut kernel = |name: String, a: Attention| {
         let (parts, fp8) = (a.parts.unwrap_or(0), a.fp8);
+        let program = a.program(&name);
         let text = format!(
-            r#""kind":"attention","heads":{},"tile":{},"k":{},"fp8":{fp8},"parts":{parts},"row_bytes":{}"#,
+            r#""kind":"attention","heads":{},"tile":{},"k":{},"fp8":{fp8},"parts":{parts},"row_bytes":{},"params":{}"#,
             a.heads,
             a.tile,
             a.k,
-            a.row_bytes()
+            a.row_bytes(),
+            params(&program)
         );
-        let program = a.program(&name);
         all.push((name, program, text));
     };
     for heads in [64, 128] {
         kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL });
     }
-    for heads in [16, 64, 128] {
-        let tile = heads.min(64);
-        for parts in [None, Some(2), Some(4), Some(8), Some(16), Some(32)] {
-            let name = format!("decode_h{heads}_p{}", parts.unwrap_or(1));
-            kernel(name, Attention { heads, tile, parts, ..DECODE });
+    for (heads, tile, parts) in DECODES {
+        let name = if tile < heads.min(64) { format!("decode_h{heads}t{tile}") } else { format!("decode_h{heads}") };
+        for &parts in parts {
+            kernel(
+                format!("{name}_p{parts}"),
+                Attention { heads, tile, parts: (parts > 1).then_some(parts), ..DECODE },
+            );
         }
     }
     kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE });
     for heads in [16, 64, 128] {
-        for parts in [2, 4, 8, 16, 32] {
+        let splits = DECODES.iter().filter(|d| d.0 == heads).flat_map(|d| d.2);
+        let splits: BTreeSet<u32> = splits.copied().filter(|&parts| parts > 1).collect();
+        for parts in splits {
             let name = format!("combine_h{heads}_p{parts}");
             let program = combine(&name, heads, parts, 512);
-            let text = format!(r#""kind":"combine","heads":{heads},"parts":{parts}"#);
+            let text = format!(r#""kind":"combine","heads":{heads},"parts":{parts},"params":{}"#, params(&program));
             all.push((name, program, text));
         }
     }

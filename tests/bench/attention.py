@@ -35,7 +35,7 @@ class Launch:
         self.grid = (min(tiles, sms * kernel["blocks_per_sm"]), 1, 1) if kernel["persistent"] else (*grid, 1, 1)[:3]
         self.function, self.kernel = function, kernel
         names = kernel["params"]
-        self.maps = [TensorMap(views[names[m["param"]]], "bf16", m["tile"], m["swizzle"]) for m in kernel["maps"]]
+        self.maps = [TensorMap(views[names[m["param"]]], m["tile"], m["swizzle"]) for m in kernel["maps"]]
         self.keep = [tensors[n] for n in names] + [syms]
         self.pointers = [ctypes.c_uint64(t.data_ptr()) for t in self.keep]
         addresses = [ctypes.addressof(p) for p in self.pointers] + [m.address for m in self.maps]

@@ -58,9 +58,14 @@ pub fn fuse_sparse_attention(graph: &mut Graph, cx: &Cx) -> usize {
     fused
 }
 
-/// Heads that share a block of a split attention, and selected keys that are worth one.
+/// Heads that share a block of a split attention, and selected keys of a round of its loop.
 const HEADS: u32 = 64;
-const KEYS: u32 = 128;
+const ROUND: u32 = 64;
+/// Most parts.
+const MOST_PARTS: u32 = 32;
+/// What a block takes besides its rounds, and joining the parts, in rounds.
+const START: u32 = 2;
+const JOIN: u32 = 3;
 
 fn cut(graph: &mut Graph, cx: &Cx) -> usize {
     let few = cx.few_tokens();
@@ -87,12 +92,19 @@ fn cut(graph: &mut Graph, cx: &Cx) -> usize {
     fused
 }
 
-/// Parts of the selected keys such that all blocks together fill the target.
+/// Parts of the selected keys such that all blocks together are done soonest: in turns of as many as the target runs at once.
 fn parts(graph: &Graph, cx: &Cx, attention: NodeId) -> u32 {
     let inputs = graph.inputs(attention);
     let dim = |v: Value, d: usize| graph.tensor(v).shape[d].constant().unwrap_or(1);
-    let blocks = cx.class.max.get(Sym::T) * dim(inputs[0], 1).div_ceil(HEADS);
-    (cx.blocks / blocks.max(1)).min(dim(inputs[3], 1) / KEYS).min(16)
+    let blocks = cx.class.max.get(Sym::T).saturating_mul(dim(inputs[0], 1).div_ceil(HEADS));
+    let rounds = dim(inputs[3], 1).div_ceil(ROUND);
+    let cost = |parts: u32| {
+        let turns = u64::from(blocks) * u64::from(parts);
+        let turns = turns.div_ceil(cx.blocks.max(1).into());
+        turns * u64::from(rounds.div_ceil(parts) + START) + if parts > 1 { u64::from(JOIN) } else { 0 }
+    };
+    let most = MOST_PARTS.min(rounds);
+    (0..).map(|n| 1 << n).take_while(|&parts| parts <= most).min_by_key(|&parts| cost(parts)).unwrap_or(1)
 }
 
 fn split(graph: &mut Graph, attention: NodeId, parts: u32) {

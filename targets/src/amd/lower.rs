@@ -35,7 +35,10 @@ pub const NO_ACCUMULATORS: &str = "[\"amdgpu-agpr-alloc\", \"0\"], ";
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let scheduled = schedule::schedule(kernel, arch)?;
     let threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
-    let emitter = emit::Emitter::run(threads, &scheduled);
+    let mut emitter = emit::Emitter::run(threads, &scheduled);
+    if let Some(reason) = emitter.fault.take() {
+        return Err(TargetError::Codegen { kernel: kernel.program.name.clone(), reason });
+    }
     let mut text = String::from("module {\n");
     // Which version of code objects: 5 is what every ROCm from 5.5 on loads.
     text.push_str("  llvm.module_flags [#llvm.mlir.module_flag<error, \"amdhsa_code_object_version\", 500 : i32>]\n");

@@ -41,6 +41,8 @@ pub struct Emitter<'a> {
     params: HashMap<ValueId, Val>,
     syms: [Val; 6],
     blocks: [Val; 3],
+    /// What the schedule should have given and did not; such a kernel must not be used.
+    pub fault: Option<String>,
 }
 
 /// Where a chunk of global memory is.
@@ -69,6 +71,7 @@ impl<'a> Emitter<'a> {
             params: HashMap::new(),
             syms: [i32(0); 6],
             blocks: [i32(0); 3],
+            fault: None,
         };
         definitions(&s.common, &mut e.defs);
         e.ready = e.only_multiplied();
@@ -148,8 +151,24 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    fn scratch(&self, inst: &Inst) -> u32 {
-        inst.scratch.map_or(0, |b| self.buffer(b).offset)
+    fn scratch(&self, inst: &Inst) -> Option<u32> {
+        inst.scratch.map(|b| self.buffer(b).offset)
+    }
+
+    /// Scratch memory that an operation cannot do without.
+    pub fn needed(&mut self, scratch: Option<u32>, by: &str) -> u32 {
+        if scratch.is_none() {
+            self.fault = Some(format!("no scratch memory was scheduled for {by}"));
+        }
+        scratch.unwrap_or_default()
+    }
+
+    /// The same of the state of a top-k.
+    fn topk_scratch(&mut self, inst: &Inst, state: &topk::State) -> u32 {
+        match self.scratch(inst) {
+            None if state.scratch_bytes(self.t.threads) == 0 => 0,
+            scratch => self.needed(scratch, "a top-k"),
+        }
     }
 
     /// A size in this step.
@@ -277,14 +296,14 @@ impl<'a> Emitter<'a> {
             tile::Op::TopkPush { state, values, base } => {
                 let base = self.chunk(*base, &[], 1)[0];
                 let (from, n) = (self.root_buffer(*values).offset, self.shape(*values)[1]);
-                let (at, scratch) = (self.state_at(*state), self.scratch(inst));
-                let state = self.state(*state);
+                let (at, state) = (self.state_at(*state), self.state(*state));
+                let scratch = self.topk_scratch(inst, &state);
                 return topk::push(&mut self.t, &state, at, scratch, from, n, base);
             }
             tile::Op::TopkTake { state } => {
                 let to: Vec<u32> = inst.results.iter().map(|&r| self.root_buffer(r).offset).collect();
-                let (at, scratch) = (self.state_at(*state), self.scratch(inst));
-                let state = self.state(*state);
+                let (at, state) = (self.state_at(*state), self.state(*state));
+                let scratch = self.topk_scratch(inst, &state);
                 return topk::take(&mut self.t, &state, at, scratch, to[0], to[1]);
             }
             tile::Op::Scan { x, axis, kind } => {

@@ -10,10 +10,19 @@ use dsc_ir::tile::{ReduceKind, ValueId};
 
 /// Rounds of a reduction that are written out rather than looped over.
 const UNROLLED: u32 = 8;
+/// The same where each is a load of the thread's own: all are on their way at once.
+const LOADED: u32 = 32;
 
 impl<'a> Emitter<'a> {
     /// Reduces `x` along an axis to `r`; the value itself if that is a single element.
-    pub fn reduce(&mut self, r: ValueId, x: ValueId, axis: usize, kind: ReduceKind, scratch: u32) -> Option<Val> {
+    pub fn reduce(
+        &mut self,
+        r: ValueId,
+        x: ValueId,
+        axis: usize,
+        kind: ReduceKind,
+        scratch: Option<u32>,
+    ) -> Option<Val> {
         let to = match self.place(r) {
             Place::Shared(b) => Some(self.buffer(*b)),
             _ => None,
@@ -88,7 +97,7 @@ impl<'a> Emitter<'a> {
         s: &Spread,
         axis: usize,
         kind: ReduceKind,
-        scratch: u32,
+        scratch: Option<u32>,
         to: Option<&'a Buffer>,
     ) -> Option<Val> {
         let values = self.fragments[&x].clone();
@@ -138,6 +147,7 @@ impl<'a> Emitter<'a> {
             }
             return None;
         }
+        let scratch = self.needed(scratch, "a reduction across warps");
         for (at, ok, v) in partial {
             let ok = self.t.f.bin("and", first_lane, ok);
             let slot = self.t.f.mul(at, i32(warps.into()));
@@ -177,14 +187,14 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    /// `body` for `0..count`, carrying values.
+    /// `body` for `0..count`, carrying values; as straight code up to so many rounds.
     fn repeat(
         &mut self,
-        count: u32,
+        (count, straight): (u32, u32),
         mut carried: Vec<Val>,
         mut body: impl FnMut(&mut Self, Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
-        if count <= UNROLLED {
+        if count <= straight {
             for i in 0..count {
                 carried = body(self, i32(i.into()), &carried);
             }
@@ -220,7 +230,7 @@ impl<'a> Emitter<'a> {
         let none = identity(kind, ty);
         let chunks = len / n;
         let rank = self.shape(x).len();
-        let acc = self.repeat(chunks.div_ceil(step), vec![none; n as usize], |e, i, acc| {
+        let acc = self.repeat((chunks.div_ceil(step), UNROLLED), vec![none; n as usize], |e, i, acc| {
             let skip = e.t.f.mul(i, i32(step.into()));
             let c = e.t.f.add(first, skip);
             let partial = !chunks.is_multiple_of(step);
@@ -251,7 +261,7 @@ impl<'a> Emitter<'a> {
         axis: usize,
         kind: ReduceKind,
         outer: u32,
-        scratch: u32,
+        scratch: Option<u32>,
         to: Option<&'a Buffer>,
     ) -> Option<Val> {
         let shape = self.shape(x);
@@ -259,6 +269,7 @@ impl<'a> Emitter<'a> {
         let (threads, warps) = (self.t.threads, self.t.threads / 32);
         let ty = isa::stored(self.dtype(x));
         let first_lane = self.t.f.cmp("eq", self.t.lane, i32(0));
+        let scratch = self.needed(scratch, "a reduction by a block");
         for o in 0..outer {
             let lead = self.delinear(i32(o.into()), &shape[..axis]);
             let tid = self.t.tid;
@@ -297,7 +308,7 @@ impl<'a> Emitter<'a> {
         let first_lane = self.t.f.cmp("eq", lane, i32(0));
         let rounds = outer.div_ceil(per_round);
         let result_shape = self.shape(r);
-        self.repeat(rounds, Vec::new(), |e, round, _| {
+        self.repeat((rounds, UNROLLED), Vec::new(), |e, round, _| {
             let skip = e.t.f.mul(round, i32(per_round.into()));
             let o = e.t.f.add(group, skip);
             let partial = !outer.is_multiple_of(per_round);
@@ -321,16 +332,21 @@ impl<'a> Emitter<'a> {
         let shape = self.shape(x);
         let last = shape.len() - 1;
         let none = identity(kind, isa::stored(self.dtype(x)));
-        let n = self.width(x).min(4).min(power_of_two_in(shape[last]));
+        let mut n = self.width(x).min(4).min(power_of_two_in(shape[last]));
         let mut reduced = shape.to_vec();
         reduced[axis] = 1;
-        let total = reduced.iter().product::<u32>() / n;
+        let outputs = reduced.iter().product::<u32>();
+        // Few outputs: narrower loads, so that all threads have some.
+        while n > 1 && outputs / n < self.t.threads {
+            n /= 2;
+        }
+        let total = outputs / n;
         let dtype = self.dtype(r);
         self.each_chunk(
             total,
             |e, c| {
                 let at = e.first_of(c, n, &reduced);
-                e.repeat(shape[axis], vec![none; n as usize], |e, i, acc| {
+                e.repeat((shape[axis], LOADED), vec![none; n as usize], |e, i, acc| {
                     let mut at = at.clone();
                     at[axis] = i;
                     let values = e.chunk(x, &at, n);

@@ -33,15 +33,18 @@ pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
 /// [`TargetError::Unsupported`] if the tiles do not fit its shared memory.
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let symbols = if kernel.schedule.symbols_by_value { mlir::Ty::Generic } else { mlir::Ty::Global };
+    let failed = |reason| TargetError::Codegen { kernel: kernel.program.name.clone(), reason };
     if let Some(scheduled) = hopper::schedule(kernel, arch) {
-        let failed = |reason| TargetError::Codegen { kernel: kernel.program.name.clone(), reason };
         let (mlir, gpu) = hopper::lower(&scheduled, arch, symbols).map_err(failed)?;
         return Ok(Lowered { mlir, gpu, sched: scheduled.to_string() });
     }
     let scheduled = schedule::schedule(kernel, arch)?;
     let mut threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
     threads.symbols = symbols;
-    let emitter = emit::Emitter::run(threads, &scheduled);
+    let mut emitter = emit::Emitter::run(threads, &scheduled);
+    if let Some(fault) = emitter.fault.take() {
+        return Err(failed(fault));
+    }
     let shared_bytes = emitter.shared_bytes();
     let addresses = scheduled.params.len();
     let mut args: Vec<String> =

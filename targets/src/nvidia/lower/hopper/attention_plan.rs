@@ -29,7 +29,7 @@ const MOST_COLUMNS: u32 = 256;
 /// Most rounds of keys in flight.
 const MOST_STAGES: u32 = 4;
 /// Registers of a thread that brings keys, that scores, and that has values: where keys are copied, and where they are computed.
-const GATHERING: [u32; 3] = [56, 136, 160];
+const GATHERING: [u32; 3] = [48, 144, 160];
 const COMPUTING: [u32; 3] = [88, 104, 160];
 /// The same for few heads, where two warpgroups compute keys.
 const FEW_HEADS: [u32; 3] = [104, 88, 88];
@@ -696,11 +696,16 @@ impl<'a> Planner<'a> {
         let mut insts = Vec::new();
         let mut done: HashSet<ValueId> = HashSet::new();
         let parts = self.parts.clone();
-        for i in 0..parts.len() {
+        // Products of the first columns run while the last are on their way. Where keys are computed they come too late for that.
+        let late = if parts.iter().any(|p| p.computed) { parts.len() } else { 1 };
+        for i in 0..late {
             insts.push(plain(Op::Wait(self.key_channel(i))));
         }
         let mut sum = None;
         for (i, part) in parts.iter().enumerate() {
+            if i >= late {
+                insts.push(plain(Op::Wait(self.key_channel(i))));
+            }
             let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], &mut insts);
             let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
             let result = self.fresh(Type::Tile(ty), self.fragment());

@@ -36,6 +36,8 @@ pub enum Held {
     Scalar(Val),
     /// Registers of a fragment, of a tile that varies along rows, along columns.
     Registers(Vec<Val>, [bool; 2]),
+    /// A row whose columns are spread over the lanes of each warp: lane `l` has columns `l`, `l + 32`, and so on.
+    Lanes(Vec<Val>),
     /// A buffer's copy of that number.
     Stage(BufferId, Val),
 }
@@ -431,14 +433,7 @@ impl<'a> Emit<'a> {
             (Place::Fragment(_), tile::Op::Load { .. } | tile::Op::Reshape { .. } | tile::Op::Map { .. })
                 if self.spread(r).is_ok_and(|s| s == [false, true]) =>
             {
-                let geometry = self.the_geometry()?;
-                let mut values = Vec::new();
-                for register in geometry.varying(false, true) {
-                    let [_, column] = geometry.coordinates(&mut self.t, register);
-                    values.push(self.row_element(r, column)?);
-                }
-                self.held.insert(r, Held::Registers(values, [false, true]));
-                Ok(())
+                self.hold_row(r)
             }
             (Place::Fragment(_), tile::Op::Gather { view, rows, index, .. }) => {
                 self.gather_fragment(r, *view, *rows, index)
@@ -465,6 +460,30 @@ impl<'a> Emit<'a> {
             }
             (place, _) => Err(format!("%{} in {place:?}", r.0)),
         }
+    }
+
+    /// Computes a row: what a thread's columns are, or, where they are many, some each lane, which the others ask for where they use it.
+    fn hold_row(&mut self, r: ValueId) -> Result<(), String> {
+        let geometry = self.the_geometry()?;
+        let registers = geometry.varying(false, true);
+        let columns = geometry.shape[1];
+        let lanes = columns.is_multiple_of(Arch::WARP) && columns / Arch::WARP < registers.len() as u32;
+        let whole = !geometry.transposed && geometry.wide == columns && self.shape(r).last() == Some(&columns);
+        let mut values = Vec::new();
+        if lanes && whole {
+            for first in (0..columns).step_by(Arch::WARP as usize) {
+                let column = self.t.f.add(self.t.lane, i32(first.into()));
+                values.push(self.row_element(r, column)?);
+            }
+            self.held.insert(r, Held::Lanes(values));
+            return Ok(());
+        }
+        for register in registers {
+            let [_, column] = geometry.coordinates(&mut self.t, register);
+            values.push(self.row_element(r, column)?);
+        }
+        self.held.insert(r, Held::Registers(values, [false, true]));
+        Ok(())
     }
 
     /// An index operand.
@@ -562,6 +581,19 @@ impl<'a> Emit<'a> {
             Some(Held::Registers(values, [rows, columns])) => {
                 let position = self.the_geometry()?.position(at, *rows, *columns);
                 return values.get(position).copied().ok_or_else(|| format!("%{} has no register {position}", v.0));
+            }
+            Some(Held::Lanes(values)) => {
+                let (values, geometry) = (values.clone(), self.the_geometry()?);
+                let key = (v, geometry.position(at, false, true));
+                if let Some(&known) = seen.get(&key) {
+                    return Ok(known);
+                }
+                // Neighbours in a quad of lanes have neighbouring columns, from a multiple of 8 on.
+                let first = 8 * at.j;
+                let own = self.t.f.add(geometry.own[1], i32((first % Arch::WARP + at.e).into()));
+                let value = ptx::from_lane(&mut self.t.f, values[(first / Arch::WARP) as usize], own);
+                seen.insert(key, value);
+                return Ok(value);
             }
             _ => {}
         }

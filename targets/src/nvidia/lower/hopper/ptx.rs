@@ -60,6 +60,13 @@ pub fn uniform(f: &mut Fn, v: Val) -> Val {
     f.asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", &[v], &[Ty::I32], false, true)[0]
 }
 
+/// What a lane of the warp has.
+pub fn from_lane(f: &mut Fn, v: Val, lane: Val) -> Val {
+    let class = if v.ty() == Ty::F32 { "f" } else { "r" };
+    let text = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;";
+    f.asm(text, &format!("={class},{class},r"), &[v, lane], &[v.ty()], false, true)[0]
+}
+
 /// Gives registers back (`dec`) or takes them (`inc`); first instruction of a warpgroup's code.
 pub fn set_registers(f: &mut Fn, kind: &str, count: u32) {
     effect(f, &format!("setmaxnreg.{kind}.sync.aligned.u32 {count};"), "", &[]);

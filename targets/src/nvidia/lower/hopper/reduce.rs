@@ -14,6 +14,9 @@ use dsc_ir::sched::{BufferId, Place};
 use dsc_ir::tile::{ReduceKind, ValueId};
 use std::collections::HashMap;
 
+/// Elements of a long vector that a lane looks at together.
+const LOADED: u32 = 16;
+
 /// What combines with anything to that.
 fn start(kind: ReduceKind) -> Val {
     match kind {
@@ -75,15 +78,20 @@ impl Emit<'_> {
     /// Makes the scalar `r`, the largest of a vector of integers, every warp by itself.
     pub fn largest(&mut self, r: ValueId, x: ValueId) -> Result<(), String> {
         let count = self.shape(x).iter().product::<u32>();
+        let together = LOADED * Arch::WARP;
+        let looped = count / together * together;
         let mut most = i32(i32::MIN.into());
-        for first in (0..count).step_by(Arch::WARP as usize) {
-            let at = self.t.f.add(self.t.lane, i32(first.into()));
-            let mut element = self.vector_element(x, at, &mut HashMap::new())?;
-            if first + Arch::WARP > count {
-                let own = self.t.f.cmp("ult", at, i32(count.into()));
-                element = self.t.f.select(own, element, i32(i32::MIN.into()));
-            }
-            most = self.t.f.intrinsic("smax", &[most, element]);
+        // So many are on their way at once: all would take as many registers.
+        if looped > together {
+            let ends =
+                self.counted((i32(0), i32(looped.into()), i32(together.into())), &[most], |e, first, most| {
+                    Ok(vec![e.larger(x, most[0], first, together)?])
+                })?;
+            most = ends[0];
+        }
+        let first = if looped > together { looped } else { 0 };
+        if first < count {
+            most = self.larger(x, most, i32(first.into()), count - first)?;
         }
         for lane in [16, 8, 4, 2, 1] {
             let other = isa::shuffle_xor(&mut self.t.f, most, lane);
@@ -91,6 +99,21 @@ impl Emit<'_> {
         }
         self.held.insert(r, Held::Scalar(most));
         Ok(())
+    }
+
+    /// The largest of `most` and of a lane's elements among `count` from `first` on.
+    fn larger(&mut self, x: ValueId, mut most: Val, first: Val, count: u32) -> Result<Val, String> {
+        let own = self.t.f.add(first, self.t.lane);
+        for skip in (0..count).step_by(Arch::WARP as usize) {
+            let at = self.t.f.add(own, i32(skip.into()));
+            let mut element = self.vector_element(x, at, &mut HashMap::new())?;
+            if skip + Arch::WARP > count {
+                let within = self.t.f.cmp("ult", self.t.lane, i32((count - skip).into()));
+                element = self.t.f.select(within, element, i32(i32::MIN.into()));
+            }
+            most = self.t.f.intrinsic("smax", &[most, element]);
+        }
+        Ok(most)
     }
 
     /// The same over all warps that share rows.
