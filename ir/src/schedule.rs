@@ -53,6 +53,8 @@ pub struct KernelShape {
     pub k: u32,
     /// Heads or experts; 1 where there are none. Heads of the indexer where it is part of the kernel.
     pub heads: u32,
+    /// Products of the same rows that a block makes: 2 where SwiGLU is part of the kernel, else 1.
+    pub products: u32,
 }
 
 impl Schedule {
@@ -82,7 +84,8 @@ impl Schedule {
             "attention" => Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, 64), ..Schedule::default() },
             "mha_attention" => Schedule { tile_m: 64, tile_n: 64, ..Schedule::default() },
             "heads" => Schedule { tile_m: rows(64), ..Schedule::default() },
-            "route" => Schedule { tile_m: 64, ..Schedule::default() },
+            // Experts of a block, and rows that it looks at at a time: 32 lines of 65.
+            "route" => Schedule { tile_m: 2080, tile_n: 8, ..Schedule::default() },
             // All heads of a row, until a block has no room for them.
             "row" if shape.heads > 1 => Schedule { tile_m: 1, tile_h: shape.heads, ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },

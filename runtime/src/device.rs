@@ -152,6 +152,20 @@ pub trait Device: Send {
     /// [`DeviceError::Misuse`] outside the buffer; [`DeviceError::Driver`] if something before failed.
     fn read(&mut self, buffer: Buffer, at: u64, bytes: &mut [u8]) -> Result<(), DeviceError>;
 
+    /// Copies `bytes` bytes of a buffer from byte `from` to byte `to` of it; the two ranges do not overlap. In the order of
+    /// [`upload`](Device::upload).
+    ///
+    /// # Errors
+    /// As [`upload`](Device::upload); [`DeviceError::Misuse`] for ranges that overlap.
+    fn copy(&mut self, buffer: Buffer, from: u64, to: u64, bytes: u64) -> Result<(), DeviceError> {
+        if from.abs_diff(to) < bytes {
+            return Err(DeviceError::Misuse(format!("a copy of {bytes} bytes from {from} to {to}, which overlap")));
+        }
+        let mut held = vec![0; bytes as usize];
+        self.read(buffer, from, &mut held)?;
+        self.upload(buffer, to, &held)
+    }
+
     /// Prepares launches for every step whose symbols are at most `limits`.
     ///
     /// # Errors

@@ -611,9 +611,8 @@ impl Session {
         for (format, &state) in formats.iter().zip(&self.states) {
             let page = u64::from(format.page_bytes());
             for run in places.chunk_by(|a, b| b.0 == a.0.wrapping_add(1) && b.1 == a.1.wrapping_add(1)) {
-                let mut bytes = vec![0; run.len() * page as usize];
-                self.device.read(state, u64::from(run[0].0) * page, &mut bytes)?;
-                self.device.upload(state, u64::from(run[0].1) * page, &bytes)?;
+                let (from, to) = (u64::from(run[0].0) * page, u64::from(run[0].1) * page);
+                self.device.copy(state, from, to, run.len() as u64 * page)?;
             }
         }
         Ok(fork)

@@ -56,6 +56,8 @@ pub enum SelectionRule {
         later: f64,
         /// Under this share in one layer, nothing that its attention reaches is judged.
         trusted: f64,
+        /// The same of the row that keeps the least: with few keys a row, one that moved is much of what the row sees.
+        trusted_row: f64,
     },
 }
 
@@ -77,7 +79,7 @@ impl Tolerances {
                 logits_worst: 0.5,
                 hidden: 0.3,
                 hidden_worst: f64::INFINITY,
-                selections: SelectionRule::Share { first: 0.9, later: 0.8, trusted: 0.95 },
+                selections: SelectionRule::Share { first: 0.9, later: 0.8, trusted: 0.95, trusted_row: 0.8 },
                 greedy_tie: 0.25,
                 greedy: 0.9,
             },
@@ -423,7 +425,9 @@ impl Comparison {
         result.judged = !self.distrust;
         let mut excused = BTreeSet::new();
         match self.report.tolerances.selections {
-            SelectionRule::Share { trusted, .. } => self.distrust |= result.overlap < trusted,
+            SelectionRule::Share { trusted, trusted_row, .. } => {
+                self.distrust |= result.overlap < trusted || result.worst < trusted_row;
+            }
             SelectionRule::EqualButTies => {
                 let compared = |t: &usize| !self.taint.positions[*t];
                 let differ: Vec<usize> = (0..self.rows).filter(compared).filter(|&t| selection.differs(t)).collect();
@@ -741,6 +745,14 @@ mod tests {
         let mut toy = Toy::new(&[3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], Numerics::Deployed);
         toy.layer(&pairs(&[(4, [2, 3]), (5, [2, 3]), (6, [2, 3])]), &pairs(&[]));
         assert_eq!(toy.failures(), ["topk.0: 0.6000 of the positions agree, under 0.9"]);
+        // One position of one row among many: few of all, but half of what that row sees.
+        let mut toy = Toy::new(&[1.0; 24], Numerics::Deployed);
+        let rows = |other: &[i32]| [&[0, 1].repeat(23), other].concat();
+        toy.layer(&rows(&[0, 1]), &rows(&[0, 1]));
+        assert!(!toy.comparison.distrust);
+        toy.layer(&rows(&[0, 2]), &rows(&[0, 1]));
+        let moved = &toy.comparison.report.topk[1];
+        assert!(moved.overlap > 0.95 && toy.comparison.distrust, "{moved:?}");
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! `route` sorts the flat rows `t·k + j` by expert: a counting sort in one block. Rows come in chunks; a chunk's one-hot matrix
 //! `[rows, E]` gives its counts by a sum over rows and each row's rank in its expert by a running sum over rows.
 //! Pass one counts, a running sum over experts gives `offsets`; pass two scatters each row's number to `start + rank`. Exact
-//! and the same on every run, for any number of rows. Cost: `2 T k E` additions of integers.
+//! and the same on every run, for any number of rows. Cost: `2 T k E` additions of integers. With `tile_n` in the schedule a block does so
+//! for that many experts, on devices that run many blocks at once.
 //!
 //! `expert_linear`: a block takes one expert and `tile_n` outputs, and loops over the expert's rows (none, for most experts of a
 //! decode step) by `tile_m`: gathers rows of `x` through `order` (row `order / k` where all experts of a token share its row),
@@ -66,6 +67,11 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let b = &mut e.b;
     let (n0, expert) = (b.grid(n, tn), b.grid(experts, 1));
     let n0 = times(b, n0, tn);
+    // The last expert first: a shared one among them is the last, has every row, and should not be what all others wait for.
+    let expert = b.map(&[expert], |m, v| {
+        let last = m.i32(experts as i32 - 1);
+        m.sub(last, v[0])
+    });
     let row = times(b, expert, rows_of_w);
     let row = sum(b, row, n0);
     let first_scale = sw.map(|(_, _, rows)| times(b, expert, rows));
@@ -128,6 +134,9 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     e.finish(format!("expert_linear {} x {}: {matrices}, {per_token} a token", types[0], types[1]))
 }
 
+/// Lines that a block of a route ranks by.
+const LINES: u32 = 32;
+
 /// The kernel of an [`Op::Route`] node.
 pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
     let Op::Route { experts } = graph.dag[node].op else {
@@ -140,6 +149,10 @@ pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
     let ids = e.read_as("experts", ids, Part::Data, &[flat])?;
     let (order, offsets) = (e.write("order", 0, Part::Data, None)?, e.write("offsets", 1, Part::Data, None)?);
 
+    if schedule.tile_n > 0 {
+        route_by_experts(&mut e.b, (ids, flat, experts), (order, offsets), [schedule.tile_n, chunk]);
+        return e.finish(format!("route: {flat} rows to {experts} experts"));
+    }
     let b = &mut e.b;
     b.grid(1, 1);
     let rows = extent(b, flat);
@@ -174,6 +187,94 @@ pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
         vec![sum(b, next[0], more)]
     });
     e.finish(format!("route: {flat} rows to {experts} experts"))
+}
+
+/// The route where each block takes `own` experts and looks at all rows, `chunk` at a time: once to count its experts' rows and those of
+/// experts before them, which says where each of its groups starts, then once more for ranks. No block waits for another.
+///
+/// Ranks are sums along lines that each thread walks by itself; a line is of odd length, so that the threads of a warp meet no other's
+/// memory bank.
+fn route_by_experts(
+    b: &mut Builder,
+    (ids, flat, experts): (ValueId, Extent, u32),
+    (order, offsets): (ValueId, ValueId),
+    [own, chunk]: [u32; 2],
+) {
+    let lines = LINES.min(chunk);
+    let len = (chunk / lines).saturating_sub(1) | 1;
+    let chunk = lines * len;
+    // One expert more than there are: its group is empty, and starts where the last one ends.
+    let first = b.grid(experts + 1, own);
+    let first = times(b, first, own);
+    let rows = extent(b, flat);
+    let mine = b.iota(0, &[own, 1, 1]);
+    let mine = b.map(&[mine, first], |m, v| m.add(v[0], v[1]));
+    let load = |b: &mut Builder, at: ValueId| {
+        let numbers = range(b, at, chunk);
+        let x = b.load(ids, &[at.into()], &[chunk]);
+        let x = where_below(b, x, numbers, rows);
+        let x = b.map(&[x], |m, v| {
+            let (experts, none) = (m.i32(experts as i32), m.i32(-1));
+            let known = m.lt(v[0], experts);
+            m.select(known, v[0], none)
+        });
+        (b.reshape(x, &[1, lines, len]), numbers)
+    };
+    let hot = |b: &mut Builder, ids: ValueId| {
+        b.map(&[ids, mine], |m, v| {
+            let (one, zero) = (m.i32(1), m.i32(0));
+            let here = m.eq(v[0], v[1]);
+            m.select(here, one, zero)
+        })
+    };
+    let counted = |b: &mut Builder, hot: ValueId| {
+        let by_line = b.reduce(hot, 2, ReduceKind::Sum);
+        (by_line, b.reduce(by_line, 1, ReduceKind::Sum))
+    };
+    let init = [b.full_i32(0, &[own, 1, 1]), b.full_i32(0, &[1, 1, 1])];
+    let counts = b.for_(0, rows, chunk, &init, |b, at, carried| {
+        let (ids, _) = load(b, at);
+        let here = hot(b, ids);
+        let (_, here) = counted(b, here);
+        let before = b.map(&[ids, first], |m, v| {
+            let (one, zero) = (m.i32(1), m.i32(0));
+            let (some, lower) = (m.le(zero, v[0]), m.lt(v[0], v[1]));
+            let both = m.and(some, lower);
+            m.select(both, one, zero)
+        });
+        let (_, before) = counted(b, before);
+        vec![sum(b, carried[0], here), sum(b, carried[1], before)]
+    });
+    let ends = b.scan(counts[0], 0, ReduceKind::Sum);
+    let starts = b.map(&[ends, counts[0], counts[1]], |m, v| {
+        let start = m.sub(v[0], v[1]);
+        m.add(start, v[2])
+    });
+    let flat_starts = b.reshape(starts, &[own]);
+    b.store(offsets, &[first.into()], flat_starts);
+    b.for_(0, rows, chunk, &[starts], |b, at, next| {
+        let (ids, numbers) = load(b, at);
+        let here = hot(b, ids);
+        let ranks = b.scan(here, 2, ReduceKind::Sum);
+        let (by_line, all) = counted(b, here);
+        let ends = b.scan(by_line, 1, ReduceKind::Sum);
+        let before = b.map(&[ends, by_line, next[0]], |m, v| {
+            let before = m.sub(v[0], v[1]);
+            m.add(before, v[2])
+        });
+        // The place where the row's expert is, -1 elsewhere: the maximum finds it.
+        let places = b.map(&[here, ranks, before], |m, v| {
+            let (one, none) = (m.i32(1), m.i32(-1));
+            let place = m.add(v[1], v[2]);
+            let place = m.sub(place, one);
+            let hit = m.eq(v[0], one);
+            m.select(hit, place, none)
+        });
+        let places = b.reduce(places, 0, ReduceKind::Max);
+        let places = b.reshape(places, &[chunk]);
+        b.scatter(order, places, &[], numbers);
+        vec![sum(b, next[0], all)]
+    });
 }
 
 /// i32 `[rows, experts]`: 1 where the row's expert is the column; rows past the end have none.

@@ -21,6 +21,7 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
         n,
         k,
         heads,
+        products: 1,
     };
     let tokens = Extent::from(Sym::T);
     match &graph.dag[node].op {
@@ -42,7 +43,10 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
                         )
                     };
                     match body.order().into_iter().find(|&n| is_product(&body.dag[n].op)) {
-                        Some(n) => product(body, n, class),
+                        Some(n) => {
+                            let glu = body.dag.node_weights().any(|n| n.op == Op::SwiGlu);
+                            KernelShape { products: 1 + u32::from(glu), ..product(body, n, class) }
+                        }
                         None => shape("linear", tokens, 1, 1, 1),
                     }
                 }
@@ -74,7 +78,7 @@ fn product(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
         Op::LinearPartial { parts } => ("linear", rows(graph, out), dim(w, 0), dim(w, 1).div_ceil(*parts), *parts),
         _ => ("linear", rows(graph, out), dim(w, 0), dim(w, 1), 1),
     };
-    KernelShape { op, m, m_max: m.eval(&class.max), n, k, heads }
+    KernelShape { op, m, m_max: m.eval(&class.max), n, k, heads, products: 1 }
 }
 
 /// A schedule from the shape alone; targets may have better ones.

@@ -13,8 +13,9 @@
 //! Intermediate rows never reach memory: a body's traffic is its arguments and its results, once, which is its floor; it does
 //! a few operations a byte.
 //!
-//! A body by heads (`heads`) has heads as a second grid axis: values `[T, H, D]` are tiles `[R, 1, D]`. Where numbers of heads differ,
-//! blocks past the last head of a value read zeros and store nothing.
+//! A body by heads (`heads`) has heads as a second grid axis: values `[T, H, D]` are tiles `[R, 1, D]`; a body by rows whose heads are
+//! computed apart takes `tile_h` of them a block. Where numbers of heads differ, blocks past the last head of a value read zeros and
+//! store nothing.
 //!
 //! Choices. *Hadamard*: log2 D butterfly stages of reshape, add and subtract (`D log2 D` additions) rather than a product with a
 //! constructed ±1 matrix (`D²`, and the matrix). *Rope*: cosines and sines are gathered by position from the table, pairs are
@@ -105,7 +106,7 @@ pub(crate) fn emit_body(
     emitter.e.finish(format!("{prefix}: {}", ops.join(", ")))
 }
 
-/// Whether each head of a body's values `[T, heads, ..]` is computed by itself.
+/// Whether each head of a body's values `[T, h, ..]` is computed by itself, `h` at most `heads`: some values may have fewer.
 fn apart_by_head(body: &Graph, heads: u32) -> bool {
     body.dag.node_weights().all(|node| match node.op {
         // What views look at is judged where it is made.
@@ -122,7 +123,7 @@ fn apart_by_head(body: &Graph, heads: u32) -> bool {
         | Op::SwiGlu
         | Op::Sigmoid => {
             let shape = node.outputs[0].tensor().map_or(&[][..], |t| &t.shape);
-            shape.len() == 3 && shape[1].constant() == Some(heads)
+            shape.len() == 3 && shape[1].constant().is_some_and(|own| own <= heads)
         }
         _ => false,
     })

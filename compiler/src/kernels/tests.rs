@@ -536,14 +536,16 @@ fn moe(lab: &mut Lab, x: Value, quant: bool, [experts, groups, keep, k]: [u32; 4
 
 #[test]
 fn experts_gate_and_route() {
-    for (quant, sizes) in [
-        (false, [12, 3, 2, 4]),
-        (true, [12, 3, 1, 3]),
-        (false, [8, 1, 1, 2]),
-        (false, [8, 8, 3, 2]),
-        (false, [12, 4, 4, 3]),
+    // The tiles of the last two make routes of blocks: by lines of three rows, and of 21; of few experts, and of more than there are.
+    for (quant, sizes, [tile_m, tile_n]) in [
+        (false, [12, 3, 2, 4], [4, 0]),
+        (true, [12, 3, 1, 3], [4, 16]),
+        (false, [8, 1, 1, 2], [4, 16]),
+        (false, [8, 8, 3, 2], [96, 3]),
+        (false, [12, 4, 4, 3], [700, 16]),
     ] {
         let mut lab = Lab::new(4);
+        (lab.schedule.tile_m, lab.schedule.tile_n) = (tile_m, tile_n);
         let d = if quant { 160 } else { 40 };
         let x = lab.act(DType::F32, &[d]);
         moe(&mut lab, x, quant, sizes, d);
@@ -605,6 +607,28 @@ fn rope_in_both_layouts() {
         }
         let r = lab.op(Op::Rope { layout, start: 0 }, &[y, positions, table], plain(DType::Bf16, dims![T, 24]));
         lab.out(r);
+        lab.check(&[sequence(5, 0), sequence(1, 77)]);
+    }
+}
+
+#[test]
+fn heads_of_rows_in_groups() {
+    for tile_h in [0, 1, 2, 4] {
+        let mut lab = Lab::new(61);
+        lab.schedule.tile_h = tile_h;
+        let (positions, table) = (lab.input(StepInput::Positions), lab.rope_table(16));
+        // Two sets of heads, as queries and those of an indexer: not as many, not as wide.
+        let (q, iq) = (lab.act(DType::Bf16, &[6, 40]), lab.act(DType::Bf16, &[5, 32]));
+        let layout = RopeLayout::Interleaved;
+        let outs = lab.fused(FusedKind::Row, 0, &[q, iq, positions, table], |g, x| {
+            let ty = |heads: u32, width: u32| plain(DType::Bf16, dims![T, heads, width]);
+            let q = g.add1("q", Op::Rope { layout, start: 24 }, &[x[0], x[2], x[3]], ty(6, 40));
+            let turned = g.add1("turned", Op::Rope { layout, start: 0 }, &[x[1], x[2], x[3]], ty(5, 32));
+            let mixed = g.add1("mixed", Op::Hadamard, &[turned], ty(5, 32));
+            let by = Quant { block: [1, 32], pow2: true };
+            vec![q, g.add1("iq", Op::Quantize, &[mixed], TensorType::quant(by, dims![T, 5, 32]))]
+        });
+        outs.into_iter().for_each(|v| lab.out(v));
         lab.check(&[sequence(5, 0), sequence(1, 77)]);
     }
 }

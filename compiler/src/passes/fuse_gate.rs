@@ -39,8 +39,8 @@ pub fn fuse_gate(graph: &mut Graph, cx: &Cx) -> usize {
     gates.len()
 }
 
-/// Most tokens that one block gates and routes.
-const TOKENS: u32 = 64;
+/// Most tokens that one block gates and routes: it takes them one after another, while a launch more costs a few microseconds.
+const TOKENS: u32 = 1;
 
 /// The chain (scores first; ids, chosen, weights last) with the ops next to it that nothing else needs.
 fn with_neighbours(graph: &Graph, mut members: Vec<NodeId>, cx: &Cx) -> Vec<NodeId> {

@@ -223,6 +223,35 @@ mod tests {
         );
     }
 
+    /// A scale on the other side of a power of two is another way to write the same values, if it is one of few.
+    #[test]
+    fn values_count_not_their_scales() {
+        use dsc_ir::tile::{ViewType, interp::Binding};
+        let mut b = tile::Builder::new("k");
+        let y = b.param_view("y", ViewType::dense(DType::E4m3, &[4.into(), 256.into()]), Access::Write);
+        let scales = b.param_view("y_scales", ViewType::dense(DType::F32, &[4.into(), 2.into()]), Access::Write);
+        let codes = b.full(96.0, &[4, 256]);
+        let codes = b.cast(codes, DType::E4m3);
+        b.store(y, &[0.into(), 0.into()], codes);
+        let half = b.full(0.5, &[4, 2]);
+        b.store(scales, &[0.into(), 0.into()], half);
+        let program = b.finish().unwrap();
+        let bindings = vec![Binding { buffer: 0, offset: 0 }, Binding { buffer: 1, offset: 0 }];
+        let buffers = vec![vec![0; 1024], vec![0; 32]];
+        let launch = Launch { program: &program, syms: Default::default(), buffers, bindings };
+        let worst = |groups: &[usize], code: f32| {
+            let mut got = launch.interpret().unwrap();
+            for &g in groups {
+                got[0][128 * g..128 * (g + 1)].fill(dsc_ir::dtype::f32_to_e4m3(code));
+                got[1][4 * g..4 * (g + 1)].copy_from_slice(&1f32.to_le_bytes());
+            }
+            launch.compare(&got).unwrap().values().map(|w| w.error).fold(0.0, f64::max)
+        };
+        assert_eq!(worst(&[5], 48.0), 0.0);
+        assert!(worst(&[5], 96.0) > 0.4, "twice the value");
+        assert!(worst(&[4, 5], 48.0) >= 0.5, "too many");
+    }
+
     const WILD: Contents = Contents { seed: 1, wild: true, pow2_scales: false };
 
     /// Views that the header's check cannot refuse, as they are empty or small where they are bound.

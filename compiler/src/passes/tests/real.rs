@@ -6,6 +6,7 @@ use crate::front::config::ModelConfig;
 use crate::front::model::{BuildOptions, build};
 use crate::kernels::{self, default_schedule, shape_of};
 use crate::passes::*;
+use dsc_ir::Sym;
 use dsc_ir::graph::Graph;
 use std::collections::BTreeSet;
 
@@ -85,10 +86,11 @@ fn the_whole_model() {
     assert!(graph.weights.iter().any(|w| w.name == "layers.60.self_attn.kv_b_proj.weight@bf16"));
 }
 
-/// A decode step of a layer with experts where launches run all blocks at once.
+/// A decode step of one token, of a layer with experts, where launches run all blocks at once.
 #[test]
 fn a_wide_deployed_layer() {
-    let cx = wide(Numerics::Deployed, true, false);
+    let mut cx = wide(Numerics::Deployed, true, false);
+    cx.class.max = cx.class.max.with(Sym::T, 1);
     let all = listing(&layers(DEEPSEEK, &[10, 11], &cx));
     let layer: Vec<&str> = all.lines().filter(|l| l.starts_with("layers.11.")).map(|l| &l[10..]).collect();
     expect_test::expect![[r#"
