@@ -6,7 +6,6 @@ use crate::front::config::ModelConfig;
 use crate::front::model::{BuildOptions, build};
 use crate::kernels::{self, default_schedule, shape_of};
 use crate::passes::*;
-use dsc_ir::Sym;
 use dsc_ir::graph::Graph;
 use std::collections::BTreeSet;
 
@@ -35,6 +34,7 @@ fn launches_of_each_kind_of_layer() {
                 ("mqa", true, false),
                 ("mha", true, true),
                 ("mqa no fp8", false, false),
+                ("mqa wide token", true, false),
                 ("mqa wide", true, false),
                 ("mqa wide prefill", true, false),
             ] {
@@ -44,6 +44,9 @@ fn launches_of_each_kind_of_layer() {
                 }
                 if form.contains("prefill") {
                     cx.class.max = cx.class.max.with(Sym::T, 512);
+                }
+                if form.contains("token") {
+                    cx.class.max = cx.class.max.with(Sym::T, 1);
                 }
                 let (dense, moe) = (per_layer(config, 0, &cx), per_layer(config, 10, &cx));
                 table += &format!("{name} {numerics:?} {form}: {dense} {moe}\n");
@@ -55,22 +58,26 @@ fn launches_of_each_kind_of_layer() {
         deepseek Exact mqa: 13 17
         deepseek Exact mha: 15 19
         deepseek Exact mqa no fp8: 13 17
-        deepseek Exact mqa wide: 14 16
+        deepseek Exact mqa wide token: 14 16
+        deepseek Exact mqa wide: 14 17
         deepseek Exact mqa wide prefill: 13 16
         deepseek Deployed mqa: 15 20
         deepseek Deployed mha: 17 22
         deepseek Deployed mqa no fp8: 15 20
-        deepseek Deployed mqa wide: 14 16
+        deepseek Deployed mqa wide token: 14 16
+        deepseek Deployed mqa wide: 14 17
         deepseek Deployed mqa wide prefill: 14 17
         glm Exact mqa: 13 17
         glm Exact mha: 15 19
         glm Exact mqa no fp8: 13 17
-        glm Exact mqa wide: 14 16
+        glm Exact mqa wide token: 14 16
+        glm Exact mqa wide: 14 17
         glm Exact mqa wide prefill: 13 16
         glm Deployed mqa: 14 19
         glm Deployed mha: 16 21
         glm Deployed mqa no fp8: 14 19
-        glm Deployed mqa wide: 15 17
+        glm Deployed mqa wide token: 15 17
+        glm Deployed mqa wide: 15 18
         glm Deployed mqa wide prefill: 14 17
     "#]]
     .assert_eq(&table);

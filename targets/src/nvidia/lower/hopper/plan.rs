@@ -26,7 +26,7 @@ const BAND: u32 = 16;
 /// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
 const REGISTERS: [u32; 2] = [24, 240];
 /// The same where the producer's threads gather rows.
-const GATHERING_REGISTERS: [u32; 2] = [56, 224];
+const GATHERING_REGISTERS: [u32; 2] = [40, 232];
 /// The only channel.
 const RING: ChannelId = ChannelId(0);
 

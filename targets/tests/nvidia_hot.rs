@@ -1,0 +1,65 @@
+//! Kernels that take most of a step's time: none may spill, and ptxas must have nothing to say of lost speed (it serialises products
+//! that it cannot follow). Without ptxas nothing is tested.
+
+#![cfg(feature = "nvidia")]
+
+#[path = "support/experts.rs"]
+mod experts;
+#[path = "support/linear.rs"]
+mod linear;
+
+use dsc_ir::DType;
+use dsc_ir::schedule::Schedule;
+use dsc_targets::nvidia::NvidiaTarget;
+use dsc_targets::{Kernel, Target, TargetOptions};
+use experts::Experts;
+use linear::Linear;
+
+/// Products in the tiles that the target chooses for them, on 132 multiprocessors.
+fn kernels() -> Vec<Kernel> {
+    let fp8 =
+        |n, k, tile| Linear { dtype: DType::E4m3, n, k, tile, step: 128, out: DType::Bf16, glu: false, part: None };
+    let linear = [
+        // Many rows, in pairs of blocks, and fewer; few rows, and a handful, in parts.
+        (fp8(4096, 7168, [128, 128]), 2),
+        (fp8(24576, 1536, [128, 128]), 2),
+        (fp8(4096, 7168, [64, 64]), 0),
+        (fp8(4096, 7168, [32, 64]), 0),
+        (fp8(7168, 2048, [16, 64]), 0),
+        (Linear { part: Some(8192), out: DType::F32, ..fp8(7168, 16384, [16, 64]) }, 0),
+        // SwiGLU and quantisation behind it.
+        (Linear { glu: true, out: DType::E4m3, ..fp8(18432, 7168, [64, 128]) }, 0),
+        (Linear { glu: true, out: DType::E4m3, ..fp8(18432, 7168, [16, 128]) }, 0),
+        // The head, and the router.
+        (Linear { dtype: DType::Bf16, step: 64, out: DType::F32, ..fp8(129_280, 7168, [16, 64]) }, 0),
+        (Linear { dtype: DType::Bf16, step: 64, out: DType::F32, ..fp8(256, 7168, [64, 16]) }, 0),
+    ];
+    let experts = [[128, 128], [64, 128], [32, 64], [16, 64]].into_iter().flat_map(|tile| {
+        let of = move |per_token, n, k| Experts { experts: 257, per_token, n, k, tile };
+        [of(9, 4096, 7168), of(0, 7168, 2048)]
+    });
+    let linear = linear.into_iter().enumerate().map(|(i, (l, cluster))| {
+        let schedule = Schedule { cluster, ..Schedule::default() };
+        Kernel { program: l.program(&format!("linear{i}_{}x{}", l.tile[0], l.tile[1])), schedule }
+    });
+    let experts = experts.map(|e| {
+        let name = format!("experts{}_{}x{}", e.per_token, e.tile[0], e.tile[1]);
+        Kernel { program: e.program(&name), schedule: Schedule::default() }
+    });
+    linear.chain(experts).collect()
+}
+
+#[test]
+fn hot_kernels_do_not_spill() {
+    let target = NvidiaTarget::named("sm_90a", &TargetOptions::default()).unwrap();
+    let module = target.compile(&kernels()).unwrap();
+    if module.code.is_empty() {
+        eprintln!("not tested: there is no ptxas");
+        return;
+    }
+    assert_eq!(module.warnings, Vec::<String>::new());
+    for kernel in &module.kernels {
+        let resources = kernel.gpu.as_ref().and_then(|gpu| gpu.resources).unwrap();
+        assert_eq!((resources.spill_bytes, resources.stack_bytes), ([0, 0], 0), "{}", kernel.name);
+    }
+}
