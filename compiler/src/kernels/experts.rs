@@ -20,6 +20,9 @@ use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Builder, Ix, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent};
 
+/// Blocks that share an expert's rows where there are more rows than a tile for every expert.
+const ROW_PARTS: u32 = 4;
+
 /// The kernel of a grouped [`Op::ExpertLinear`] node, or of a fused one.
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
     let fused = super::body_of(graph, node)?;
@@ -65,8 +68,15 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let y = epilogue.write(&mut e, n, &|columns| vec![flat, columns.into()])?;
 
     let b = &mut e.b;
-    let (n0, expert) = (b.grid(n, tn), b.grid(experts, 1));
+    let parts = if flat.eval(&class.max) > u64::from(experts * tm) { ROW_PARTS } else { 1 };
+    let (n0, place) = (b.grid(n, tn), b.grid(experts * parts, 1));
     let n0 = times(b, n0, tn);
+    // Next to one another, so that they find the expert's weights in the cache.
+    let expert = divided(b, place, parts);
+    let part = b.map(&[place], |m, v| {
+        let parts = m.i32(parts as i32);
+        m.rem(v[0], parts)
+    });
     // The last expert first: a shared one among them is the last, has every row, and should not be what all others wait for.
     let expert = b.map(&[expert], |m, v| {
         let last = m.i32(experts as i32 - 1);
@@ -78,7 +88,10 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let lo = b.load_scalar(bounds, &[expert.into()]);
     let next = plus(b, expert, 1);
     let hi = b.load_scalar(bounds, &[next.into()]);
-    b.for_(lo, hi, tm, &[], |b, at, _| {
+    // Blocks that take turns at an expert's tiles of rows: with many rows one expert may have them all.
+    let first = times(b, part, tm);
+    let lo = sum(b, lo, first);
+    b.for_(lo, hi, tm * parts, &[], |b, at, _| {
         let place = range(b, at, tm);
         let order = b.load(orders, &[at.into()], &[tm]);
         let to = where_below(b, order, place, hi);

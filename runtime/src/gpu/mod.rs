@@ -334,7 +334,8 @@ impl Device for GpuDevice {
     }
 
     fn copy(&mut self, buffer: Buffer, from: u64, to: u64, bytes: u64) -> Result<(), DeviceError> {
-        let misuse = || DeviceError::Misuse(format!("a copy of {bytes} bytes from {from} to {to} of buffer {}", buffer.0));
+        let misuse =
+            || DeviceError::Misuse(format!("a copy of {bytes} bytes from {from} to {to} of buffer {}", buffer.0));
         let Some(Memory::Own(memory)) = self.buffers.get(buffer.0) else { return Err(misuse()) };
         let size = usize::try_from(bytes).ok().filter(|_| from.abs_diff(to) >= bytes).ok_or_else(misuse)?;
         let (from, to) = memory.range(from, size).zip(memory.range(to, size)).ok_or_else(misuse)?;
