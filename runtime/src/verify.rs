@@ -747,7 +747,7 @@ mod tests {
         assert_eq!(toy.failures(), ["topk.0: 0.6000 of the positions agree, under 0.9"]);
         // One position of one row among many: few of all, but half of what that row sees.
         let mut toy = Toy::new(&[1.0; 24], Numerics::Deployed);
-        let rows = |other: &[i32]| [&[0, 1].repeat(23), other].concat();
+        let rows = |other: &[i32]| [&[0, -1], [0, 1].repeat(22).as_slice(), other].concat();
         toy.layer(&rows(&[0, 1]), &rows(&[0, 1]));
         assert!(!toy.comparison.distrust);
         toy.layer(&rows(&[0, 2]), &rows(&[0, 1]));

@@ -21,8 +21,8 @@ fn kernels() -> Vec<Kernel> {
         |n, k, tile| Linear { dtype: DType::E4m3, n, k, tile, step: 128, out: DType::Bf16, glu: false, part: None };
     let linear = [
         // Many rows, in pairs of blocks, and fewer; few rows, and a handful, in parts.
-        (fp8(4096, 7168, [128, 128]), 2),
-        (fp8(24576, 1536, [128, 128]), 2),
+        (fp8(7168, 16384, [128, 128]), 2),
+        (fp8(32768, 1536, [128, 128]), 2),
         (fp8(4096, 7168, [64, 64]), 0),
         (fp8(4096, 7168, [32, 64]), 0),
         (fp8(7168, 2048, [16, 64]), 0),

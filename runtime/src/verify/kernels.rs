@@ -228,6 +228,7 @@ mod tests {
     fn values_count_not_their_scales() {
         use dsc_ir::tile::{ViewType, interp::Binding};
         let mut b = tile::Builder::new("k");
+        b.grid(1, 1);
         let y = b.param_view("y", ViewType::dense(DType::E4m3, &[4.into(), 256.into()]), Access::Write);
         let scales = b.param_view("y_scales", ViewType::dense(DType::F32, &[4.into(), 2.into()]), Access::Write);
         let codes = b.full(96.0, &[4, 256]);
