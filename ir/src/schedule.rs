@@ -81,7 +81,11 @@ impl Schedule {
                 let most = (256 / shape.heads.max(1)).clamp(1, tokens.max(1));
                 Schedule { tile_m: most, tile_n: 64, ..Schedule::default() }
             }
-            "attention" => Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, 64), ..Schedule::default() },
+            // One token: fewer heads a block, each of which reads the keys anew, take less long to start and to end.
+            "attention" => {
+                let most = if tokens == 1 { 16 } else { 64 };
+                Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, most), ..Schedule::default() }
+            }
             "mha_attention" => Schedule { tile_m: 64, tile_n: 64, ..Schedule::default() },
             "heads" => Schedule { tile_m: rows(64), ..Schedule::default() },
             // Experts of a block, and rows that it looks at at a time: 32 lines of 65.

@@ -58,8 +58,8 @@ pub fn fuse_sparse_attention(graph: &mut Graph, cx: &Cx) -> usize {
     fused
 }
 
-/// Heads that share a block of a split attention, and selected keys of a round of its loop.
-const HEADS: u32 = 64;
+/// Heads that share a block of a split attention, of a single token and of several; selected keys of a round of its loop.
+const HEADS: [u32; 2] = [16, 64];
 const ROUND: u32 = 64;
 /// Most parts.
 const MOST_PARTS: u32 = 32;
@@ -96,7 +96,8 @@ fn cut(graph: &mut Graph, cx: &Cx) -> usize {
 fn parts(graph: &Graph, cx: &Cx, attention: NodeId) -> u32 {
     let inputs = graph.inputs(attention);
     let dim = |v: Value, d: usize| graph.tensor(v).shape[d].constant().unwrap_or(1);
-    let blocks = cx.class.max.get(Sym::T).saturating_mul(dim(inputs[0], 1).div_ceil(HEADS));
+    let tokens = cx.class.max.get(Sym::T);
+    let blocks = tokens.saturating_mul(dim(inputs[0], 1).div_ceil(HEADS[usize::from(tokens > 1)]));
     let rounds = dim(inputs[3], 1).div_ceil(ROUND);
     let cost = |parts: u32| {
         let turns = u64::from(blocks) * u64::from(parts);

@@ -15,7 +15,7 @@ use dsc_ir::tile::{ReduceKind, ValueId};
 use std::collections::HashMap;
 
 /// Elements of a long vector that a lane looks at together.
-const LOADED: u32 = 16;
+const LOADED: u32 = 32;
 
 /// What combines with anything to that.
 fn start(kind: ReduceKind) -> Val {
