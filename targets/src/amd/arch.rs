@@ -15,6 +15,8 @@ pub struct Arch {
     pub fp8: Fp8,
     /// The wider products of CDNA 4: 16x16x32 of bf16 and f16, 16x16x128 of e4m3; f32 to bf16 in an instruction.
     pub cdna4: bool,
+    /// Bytes of a lane's registers for loads a round ahead of products.
+    pub ahead_bytes: u32,
     /// The device that schedules are chosen for.
     pub device: Device,
 }
@@ -86,6 +88,7 @@ pub const ARCHS: &[Arch] = &[
         lds_unit: 512,
         fp8: Fp8::Fnuz,
         cdna4: false,
+        ahead_bytes: 256,
         device: Device { name: "MI300X", units: 304, dies: 8, clock_mhz: 2100 },
     },
     Arch {
@@ -94,6 +97,7 @@ pub const ARCHS: &[Arch] = &[
         lds_unit: 1280,
         fp8: Fp8::Ocp,
         cdna4: true,
+        ahead_bytes: 256,
         device: Device { name: "MI355X", units: 256, dies: 8, clock_mhz: 2400 },
     },
 ];

@@ -99,6 +99,10 @@ impl Isa for Arch {
         true
     }
 
+    fn ahead_bytes(&self) -> u32 {
+        self.ahead_bytes
+    }
+
     fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
         mfma::product(self, e, s, p, acc)
     }

@@ -44,16 +44,28 @@ impl AmdTarget {
         self.levels.contains(&level)
     }
 
-    /// A kernel's code object, without accumulator registers if that spills nothing.
+    /// A kernel's code object. The first of these that spills nothing, or else the one that spills least: all there is, the same with
+    /// accumulator registers, and then without loads ahead.
     fn build(&self, lld: &Lld, kernel: &Kernel) -> Result<Built, TargetError> {
-        let mut lowered = lower(kernel, self.arch)?;
-        let built = self.assemble(lld, &kernel.program.name, lowered.clone())?;
-        if built.resources.spill_bytes == [0, 0] {
-            return Ok(built);
+        let plain = Arch { ahead_bytes: 0, ..*self.arch };
+        let attempt = |arch, accumulators| {
+            let mut lowered = lower(kernel, arch)?;
+            if accumulators {
+                lowered.mlir = lowered.mlir.replace(NO_ACCUMULATORS, "");
+            }
+            self.assemble(lld, &kernel.program.name, lowered)
+        };
+        let mut best = attempt(self.arch, false)?;
+        for (arch, accumulators) in [(self.arch, true), (&plain, false), (&plain, true)] {
+            if best.resources.spill_bytes == [0, 0] {
+                break;
+            }
+            let other = attempt(arch, accumulators)?;
+            if other.resources.spill_bytes < best.resources.spill_bytes {
+                best = other;
+            }
         }
-        lowered.mlir = lowered.mlir.replace(NO_ACCUMULATORS, "");
-        let other = self.assemble(lld, &kernel.program.name, lowered)?;
-        Ok(if other.resources.spill_bytes < built.resources.spill_bytes { other } else { built })
+        Ok(best)
     }
 
     fn assemble(&self, lld: &Lld, name: &str, lowered: Lowered) -> Result<Built, TargetError> {

@@ -20,7 +20,7 @@ use dsc_ir::{DType, Extent, Sym};
 use std::collections::{HashMap, HashSet};
 
 /// Rounds of an elementwise loop that are written out rather than looped over.
-const UNROLLED: u32 = 8;
+pub const UNROLLED: u32 = 8;
 /// Rounds in flight in a loop.
 const IN_FLIGHT: u32 = 4;
 
@@ -31,13 +31,20 @@ pub struct Emitter<'a> {
     /// The kernel.
     pub s: &'a Scheduled,
     defs: HashMap<ValueId, &'a tile::Op>,
-    uniform: HashMap<ValueId, Val>,
+    /// Single elements, which each thread has.
+    pub uniform: HashMap<ValueId, Val>,
     /// Registers of fragments.
     pub fragments: HashMap<ValueId, Vec<Val>>,
     /// Buffers whose elements are as [`super::isa::Isa::operand_word`] makes them.
     pub ready: HashSet<BufferId>,
+    /// Loads that were made a round ahead, by the tile they are of: see [`super::ahead`].
+    pub ahead: HashMap<ValueId, Vec<Val>>,
+    /// Inputs of arithmetic on fragments that were read before its turn, by result and input.
+    pub early: HashMap<(ValueId, ValueId), Vec<Val>>,
+    /// Whether global memory is read at all: where this does not hold, a load's address is its view's first element.
+    pub reading: Val,
     /// A number that divides a uniform integer.
-    divisors: HashMap<ValueId, i64>,
+    pub divisors: HashMap<ValueId, i64>,
     params: HashMap<ValueId, Val>,
     syms: [Val; 6],
     blocks: [Val; 3],
@@ -45,8 +52,39 @@ pub struct Emitter<'a> {
     pub fault: Option<String>,
 }
 
+/// A tile on its way to its buffer.
+pub struct Fill<'a> {
+    /// What makes it.
+    pub op: &'a tile::Op,
+    /// The tile.
+    pub r: ValueId,
+    /// Where it goes.
+    pub b: &'a Buffer,
+    /// Elements of a chunk.
+    n: u32,
+    /// Whether the buffer has elements as matrix instructions take them.
+    ready: bool,
+}
+
+impl Fill<'_> {
+    /// Chunks of the buffer, padding included.
+    pub fn chunks(&self) -> u32 {
+        self.b.shape[0] * (self.b.shape[1] / self.n)
+    }
+
+    /// Chunks of a thread.
+    pub fn rounds(&self, threads: u32) -> u32 {
+        self.chunks().div_ceil(threads)
+    }
+}
+
 /// Where a chunk of global memory is.
-struct Access {
+pub struct Access {
+    /// The view's first element.
+    first: Val,
+    /// Type of elements, and how many.
+    dtype: DType,
+    n: u32,
     /// Address of the first element.
     at: Val,
     /// Whether all elements may be moved at once.
@@ -67,6 +105,9 @@ impl<'a> Emitter<'a> {
             uniform: HashMap::new(),
             fragments: HashMap::new(),
             ready: HashSet::new(),
+            ahead: HashMap::new(),
+            early: HashMap::new(),
+            reading: Val::Int(1, Ty::I1),
             divisors: HashMap::new(),
             params: HashMap::new(),
             syms: [i32(0); 6],
@@ -120,6 +161,11 @@ impl<'a> Emitter<'a> {
             Type::Tile(t) => &t.shape,
             _ => &[],
         }
+    }
+
+    /// What makes a value; none for parameters, and for what loops and branches give.
+    pub fn definition(&self, v: ValueId) -> Option<&'a tile::Op> {
+        self.defs.get(&v).copied()
     }
 
     /// Where a value lies.
@@ -181,13 +227,18 @@ impl<'a> Emitter<'a> {
 
     fn block(&mut self, block: &'a Block) {
         for inst in &block.insts {
-            match &inst.op {
-                Op::Tile(op) => self.tile_op(inst, op),
-                Op::Barrier => self.t.barrier(),
-                Op::For { lo, hi, step, init, body } => self.for_loop(inst, (*lo, *hi, *step), init, body),
-                Op::If { cond, then, otherwise } => self.branch(inst, *cond, then, otherwise),
-                _ => unreachable!("the plain schedule has no channels"),
-            }
+            self.inst(inst);
+        }
+    }
+
+    /// Emits one instruction, with the blocks inside it.
+    pub fn inst(&mut self, inst: &'a Inst) {
+        match &inst.op {
+            Op::Tile(op) => self.tile_op(inst, op),
+            Op::Barrier => self.t.barrier(),
+            Op::For { lo, hi, step, init, body } => self.for_loop(inst, (*lo, *hi, *step), init, body),
+            Op::If { cond, then, otherwise } => self.branch(inst, *cond, then, otherwise),
+            _ => unreachable!("the plain schedule has no channels"),
         }
     }
 
@@ -244,18 +295,37 @@ impl<'a> Emitter<'a> {
         for (i, &v) in init.iter().enumerate() {
             carried.extend(self.registers(v, body.args[i + 1]));
         }
+        self.divisors.insert(body.args[0], d);
+        let ahead = super::ahead::find(self, body);
+        if ahead.behind_barrier {
+            self.t.barrier();
+        }
+        let first = self.load_ahead(&ahead, body, lo, hi);
+        carried.extend(first.iter().flatten());
         let l = self.t.f.open_loop(lo, hi, &carried);
         self.uniform.insert(body.args[0], l.args[0]);
-        self.divisors.insert(body.args[0], d);
         let mut at = 1;
         for &arg in &body.args[1..] {
             at += self.define(arg, &l.args[at..]);
         }
-        self.block(body);
+        for (load, values) in ahead.loads.iter().zip(&first) {
+            self.ahead.insert(load.result, l.args[at..at + values.len()].to_vec());
+            at += values.len();
+        }
+        let mut loaded = Vec::new();
+        for (i, inst) in body.insts.iter().enumerate() {
+            if ahead.before == Some(i) {
+                self.read_early(&body.insts[i..]);
+                let next = self.t.f.add(l.args[0], i32(step.into()));
+                loaded = self.load_ahead(&ahead, body, next, hi);
+            }
+            self.inst(inst);
+        }
         let mut next = Vec::new();
         for (i, &v) in body.yields.iter().enumerate() {
             next.extend(self.registers(v, body.args[i + 1]));
         }
+        next.extend(loaded.iter().flatten());
         self.t.f.close_loop(&l, i32(step.into()), &next);
         let mut at = 1;
         for &r in &inst.results {
@@ -527,13 +597,13 @@ impl<'a> Emitter<'a> {
             }
             tile::Op::Load { view, index, .. } => {
                 let index: Vec<Index> = index.clone();
-                self.load_global(*view, &index, at, None, n, false)
+                self.load_global(*view, &index, at, None, n)
             }
             tile::Op::Gather { view, rows, index, .. } => {
                 let row = self.chunk(*rows, &at[..1], 1)[0];
                 let mut index = index.clone();
                 index.insert(0, Index::Const(0));
-                self.load_global(*view, &index, at, Some(row), n, false)
+                self.load_global(*view, &index, at, Some(row), n)
             }
             tile::Op::Map { inputs, body } => {
                 let args: Vec<Vec<Val>> = inputs.iter().map(|&i| self.broadcast(i, at, n)).collect();
@@ -692,7 +762,8 @@ impl<'a> Emitter<'a> {
                 .collect()
         };
         let at = self.t.f.offset(self.params[&view], offset);
-        Access { at, whole, inside, step }
+        let first = self.t.f.offset(self.params[&view], i64(ty.offset as i64));
+        Access { first, dtype: ty.dtype, n, at, whole, inside, step }
     }
 
     /// `0 <= c < extent`.
@@ -703,46 +774,48 @@ impl<'a> Emitter<'a> {
         self.t.f.cmp("ult", c, extent)
     }
 
-    /// `n` neighbours; in words, if that is asked for and possible.
-    fn load_global(
-        &mut self,
-        view: ValueId,
-        index: &[Index],
-        at: &[Val],
-        row: Option<Val>,
-        n: u32,
-        words: bool,
-    ) -> Vec<Val> {
-        let dtype = self.dtype(view);
-        let mut ty = isa::stored(dtype);
-        let mut n = n;
+    /// `n` neighbours; zero where they are outside.
+    fn load_global(&mut self, view: ValueId, index: &[Index], at: &[Val], row: Option<Val>, n: u32) -> Vec<Val> {
         let a = self.access(view, index, at, row, n);
+        let values = self.load_from(&a, false);
+        self.masked(&a, values)
+    }
+
+    /// Loads a chunk, anything where it is outside; in words, if that is asked for and possible.
+    pub fn load_from(&mut self, a: &Access, words: bool) -> Vec<Val> {
+        let (mut ty, mut n) = (isa::stored(a.dtype), a.n);
         if words && a.whole && ty.bytes() < 4 && (n * ty.bytes()).is_multiple_of(4) {
             (ty, n) = (Ty::I32, n * ty.bytes() / 4);
         }
-        let Type::View(v) = &self.s.types[view.0 as usize] else { unreachable!("verified: a view") };
-        let first = self.t.f.offset(self.params[&view], i64(v.offset as i64));
-        let zero = if ty == Ty::F32 { f32(0.0) } else { Val::Int(0, ty) };
         let mut values = Vec::new();
         if a.whole {
-            let from = self.t.f.select(a.inside[0], a.at, first);
+            let inside = self.t.f.bin("and", self.reading, a.inside[0]);
+            let from = self.t.f.select(inside, a.at, a.first);
             let most = (16 / ty.bytes()).min(n);
             for i in (0..n).step_by(most as usize) {
                 let from = self.t.f.offset(from, i64((i * ty.bytes()).into()));
-                for v in self.t.f.load(from, ty, most) {
-                    values.push(self.t.f.select(a.inside[0], v, zero));
-                }
+                values.extend(self.t.f.load(from, ty, most));
             }
             return values;
         }
         let mut element = a.at;
         for &inside in &a.inside {
-            let from = self.t.f.select(inside, element, first);
-            let v = self.t.f.load(from, ty, 1)[0];
-            values.push(self.t.f.select(inside, v, zero));
+            let inside = self.t.f.bin("and", self.reading, inside);
+            let from = self.t.f.select(inside, element, a.first);
+            values.push(self.t.f.load(from, ty, 1)[0]);
             element = self.t.f.offset(element, a.step);
         }
         values
+    }
+
+    /// What [`Emitter::load_from`] gave, with zeros outside.
+    fn masked(&mut self, a: &Access, values: Vec<Val>) -> Vec<Val> {
+        let inside = |i: usize| if a.whole { a.inside[0] } else { a.inside[i] };
+        let one = |(i, v): (usize, Val)| {
+            let zero = if v.ty() == Ty::F32 { f32(0.0) } else { Val::Int(0, v.ty()) };
+            self.t.f.select(inside(i), v, zero)
+        };
+        values.into_iter().enumerate().map(one).collect()
     }
 
     /// Stores neighbours where they are inside the view and `c` holds.
@@ -806,10 +879,8 @@ impl<'a> Emitter<'a> {
         let mut group = |e: &mut Self, first: Val, rounds: u32, last: bool| {
             let mut pending = Vec::new();
             for i in 0..rounds {
-                let c = e.t.f.add(first, i32((i * threads).into()));
                 let partial = last && i + 1 == rounds && !total.is_multiple_of(threads);
-                let ok = if partial { e.t.f.cmp("slt", c, i32(total.into())) } else { Val::Int(1, Ty::I1) };
-                let clamped = if partial { e.t.f.select(ok, c, i32(0)) } else { c };
+                let (clamped, ok) = e.round(first, i, partial.then_some(total));
                 let value = evaluate(e, clamped);
                 pending.push((clamped, value, ok));
             }
@@ -829,58 +900,113 @@ impl<'a> Emitter<'a> {
         group(self, l.args[0], rounds - looped, true);
     }
 
-    /// Evaluates a tile into its buffer; padding is zero.
-    fn materialise(&mut self, op: &'a tile::Op, r: ValueId, b: &'a Buffer) {
+    /// The chunk of a round, and whether there is one: of `total`, if this thread may be beyond them.
+    pub fn round(&mut self, first: Val, i: u32, total: Option<u32>) -> (Val, Val) {
+        let c = self.t.f.add(first, i32((i * self.t.threads).into()));
+        let Some(total) = total else { return (c, Val::Int(1, Ty::I1)) };
+        let ok = self.t.f.cmp("slt", c, i32(total.into()));
+        (self.t.f.select(ok, c, i32(0)), ok)
+    }
+
+    /// How a tile is evaluated into its buffer.
+    pub fn fill(&self, op: &'a tile::Op, r: ValueId, b: &'a Buffer) -> Fill<'a> {
         let (shape, dtype) = (self.shape(r), self.dtype(r));
-        let [rows, cols] = matrix(shape);
-        let [all_rows, all_cols] = b.shape;
-        let n = self.width_of(op, r).min(power_of_two_in(all_cols)).min(power_of_two_in(cols)).min(16);
+        let cols = matrix(shape)[1];
+        let n = self.width_of(op, r).min(power_of_two_in(b.shape[1])).min(power_of_two_in(cols)).min(16);
         let n = n.min((32 / dtype.bytes() as u32).max(1));
         let ready = self.ready.iter().any(|&id| std::ptr::eq(self.buffer(id), b));
-        let per_row = all_cols / n;
-        let place = |e: &mut Self, c: Val| {
-            let row = e.t.f.div(c, per_row);
-            let col = e.t.f.rem(c, per_row);
-            (row, e.t.f.mul(col, i32(n.into())))
-        };
-        self.each_chunk(
-            all_rows * per_row,
-            |e, c| {
-                let (row, col) = place(e, c);
-                let mut ok = Val::Int(1, Ty::I1);
-                let (mut from_row, mut from_col) = (row, col);
-                if all_rows > rows {
-                    let inside = e.t.f.cmp("slt", row, i32(rows.into()));
-                    ok = e.t.f.bin("and", ok, inside);
-                    from_row = e.t.f.select(inside, row, i32(0));
-                }
-                if all_cols > cols {
-                    let inside = e.t.f.cmp("slt", col, i32(cols.into()));
-                    ok = e.t.f.bin("and", ok, inside);
-                    from_col = e.t.f.select(inside, col, i32(0));
-                }
-                let mut at = e.delinear(from_row, &shape[..shape.len().saturating_sub(1)]);
+        Fill { op, r, b, n, ready }
+    }
+
+    /// Row and column of a chunk of the buffer; where to read it from, which is its place or the tile's beginning; and whether that
+    /// is inside the tile.
+    fn place_of(&mut self, fill: &Fill, c: Val) -> ([Val; 2], [Val; 2], Val) {
+        let [rows, cols] = matrix(self.shape(fill.r));
+        let [all_rows, all_cols] = fill.b.shape;
+        let per_row = all_cols / fill.n;
+        let row = self.t.f.div(c, per_row);
+        let col = self.t.f.rem(c, per_row);
+        let col = self.t.f.mul(col, i32(fill.n.into()));
+        let mut ok = Val::Int(1, Ty::I1);
+        let (mut from_row, mut from_col) = (row, col);
+        if all_rows > rows {
+            let inside = self.t.f.cmp("slt", row, i32(rows.into()));
+            ok = self.t.f.bin("and", ok, inside);
+            from_row = self.t.f.select(inside, row, i32(0));
+        }
+        if all_cols > cols {
+            let inside = self.t.f.cmp("slt", col, i32(cols.into()));
+            ok = self.t.f.bin("and", ok, inside);
+            from_col = self.t.f.select(inside, col, i32(0));
+        }
+        ([row, col], [from_row, from_col], ok)
+    }
+
+    /// Where a chunk of a tile that is moved from global memory as it is comes from; none for others.
+    pub fn source(&mut self, fill: &Fill<'a>, c: Val) -> Option<Access> {
+        if !self.t.arch.moves_words() {
+            return None;
+        }
+        let (_, [row, col], _) = self.place_of(fill, c);
+        let shape = self.shape(fill.r);
+        let mut at = self.delinear(row, &shape[..shape.len().saturating_sub(1)]);
+        if !shape.is_empty() {
+            at.push(col);
+        }
+        match fill.op {
+            tile::Op::Load { view, index, .. } => Some(self.access(*view, index, &at, None, fill.n)),
+            tile::Op::Gather { view, rows, index, .. } => {
+                let row = self.chunk(*rows, &at[..1], 1)[0];
+                let mut index = index.clone();
+                index.insert(0, Index::Const(0));
+                Some(self.access(*view, &index, &at, Some(row), fill.n))
+            }
+            _ => None,
+        }
+    }
+
+    /// A chunk of a tile as its buffer holds it: `loaded` as [`Emitter::load_from`] gave it, or evaluated.
+    fn chunk_of(&mut self, fill: &Fill<'a>, c: Val, loaded: Option<Vec<Val>>) -> Vec<Val> {
+        let values = match self.source(fill, c) {
+            Some(access) => {
+                let loaded = loaded.unwrap_or_else(|| self.load_from(&access, true));
+                self.masked(&access, loaded)
+            }
+            None => {
+                let (_, [row, col], _) = self.place_of(fill, c);
+                let shape = self.shape(fill.r);
+                let mut at = self.delinear(row, &shape[..shape.len().saturating_sub(1)]);
                 if !shape.is_empty() {
-                    at.push(from_col);
+                    at.push(col);
                 }
-                let values = match op {
-                    tile::Op::Load { view, index, .. } if e.t.arch.moves_words() => {
-                        e.load_global(*view, index, &at, None, n, true)
-                    }
-                    tile::Op::Gather { view, rows, index, .. } if e.t.arch.moves_words() => {
-                        let row = e.chunk(*rows, &at[..1], 1)[0];
-                        let mut index = index.clone();
-                        index.insert(0, Index::Const(0));
-                        e.load_global(*view, &index, &at, Some(row), n, true)
-                    }
-                    _ => e.evaluate(op, r, &at, n),
-                };
-                let values = if ready { e.operand(dtype, &values) } else { values };
-                let zero = if values[0].ty() == Ty::F32 { f32(0.0) } else { Val::Int(0, values[0].ty()) };
-                values.into_iter().map(|v| e.t.f.select(ok, v, zero)).collect::<Vec<Val>>()
+                self.evaluate(fill.op, fill.r, &at, fill.n)
+            }
+        };
+        let values = if fill.ready { self.operand(self.dtype(fill.r), &values) } else { values };
+        let (.., ok) = self.place_of(fill, c);
+        let zero = if values[0].ty() == Ty::F32 { f32(0.0) } else { Val::Int(0, values[0].ty()) };
+        values.into_iter().map(|v| self.t.f.select(ok, v, zero)).collect()
+    }
+
+    /// Evaluates a tile into its buffer; padding is zero.
+    fn materialise(&mut self, op: &'a tile::Op, r: ValueId, b: &'a Buffer) {
+        let fill = self.fill(op, r, b);
+        let ahead = self.ahead.remove(&r);
+        let mut at = 0;
+        self.each_chunk(
+            fill.chunks(),
+            |e, c| {
+                // All rounds of what is loaded ahead are written out, with as many values each.
+                let loaded = ahead.as_ref().map(|values| {
+                    let count = values.len() / fill.rounds(e.t.threads) as usize;
+                    at += count;
+                    values[at - count..at].to_vec()
+                });
+                e.chunk_of(&fill, c, loaded)
             },
             |e, c, values, ok| {
-                let (row, col) = place(e, c);
+                let ([row, col], ..) = e.place_of(&fill, c);
+                let dtype = e.dtype(r);
                 e.guarded(ok, |e| e.store_buffer(b, dtype, row, col, &values));
             },
         );

@@ -164,7 +164,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// `v`, broadcast to a result of `shape`, at the coordinates of the spread.
-    fn fragment_input(&mut self, v: ValueId, shape: &[u32], s: &Spread) -> Vec<Val> {
+    pub fn fragment_input(&mut self, v: ValueId, shape: &[u32], s: &Spread) -> Vec<Val> {
         let own = self.shape(v);
         let leading = &shape[..shape.len().saturating_sub(1)];
         let uniform = own.is_empty() || self.place(v) == &Place::Uniform;
@@ -208,9 +208,11 @@ impl<'a> Emitter<'a> {
                 let shape = self.shape(r);
                 let mut args: Vec<Vec<Val>> = Vec::new();
                 for &i in inputs {
-                    let values =
-                        if self.is_fragment(i) { self.fragments[&i].clone() } else { self.fragment_input(i, shape, s) };
-                    args.push(values);
+                    args.push(match self.early.remove(&(r, i)) {
+                        Some(values) => values,
+                        None if self.is_fragment(i) => self.fragments[&i].clone(),
+                        None => self.fragment_input(i, shape, s),
+                    });
                 }
                 let dtypes: Vec<DType> = inputs.iter().map(|&i| self.dtype(i)).collect();
                 let count = s.rows.len() * s.groups.len() * s.width as usize;

@@ -80,6 +80,11 @@ pub trait Isa: Sync {
         false
     }
 
+    /// Bytes of registers that a thread has for loads a round ahead of a loop's products.
+    fn ahead_bytes(&self) -> u32 {
+        0
+    }
+
     /// `acc + a · b` by matrix instructions, over all of `k`; `acc` as the spread says.
     fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val>;
 

@@ -6,12 +6,14 @@
 //! | `isa` | what the lowering must know of a chip, and the instructions it asks for |
 //! | `schedule`, `barriers` | places, buffers and barriers, for any shape and chip |
 //! | `emit` | control flow, elementwise evaluation, memory |
+//! | `ahead` | loads a round before they are needed |
 //! | `fragment` | tiles in registers as a matrix product leaves them |
 //! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
 //! | `arith` | scalar arithmetic of maps |
 //! | `mlir`, `block` | text of the dialects, and the running threads |
 //! | `llvm` | MLIR text to code, through the LLVM linked into this binary (feature `llvm`) |
 
+pub mod ahead;
 pub mod arith;
 pub mod barriers;
 pub mod block;

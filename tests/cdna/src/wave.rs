@@ -331,6 +331,22 @@ impl Wave {
         Ok(())
     }
 
+    /// Writes what a load of global memory brings. Such loads return in their order, so it may follow others to the same register that
+    /// are under way and that nobody waits for.
+    pub fn set_loaded(&mut self, n: u16, value: &Lanes) -> Result<(), Cause> {
+        let held = self.v_pending.get_mut(n as usize).map_or(0, std::mem::take);
+        let to_it =
+            |o: &&Outstanding| matches!(o.target, Target::V(first, count) if (first..first + count).contains(&n));
+        if held != 0 && usize::from(held) != self.vm.iter().filter(to_it).count() {
+            return Err(Cause::Pending(vector_name(n)));
+        }
+        let done = self.set_v(n, value);
+        if let Some(pending) = self.v_pending.get_mut(n as usize) {
+            *pending = held;
+        }
+        done
+    }
+
     /// Writes one lane, whether active or not.
     pub fn set_lane(&mut self, n: u16, lane: usize, value: u32) -> Result<(), Cause> {
         self.check_v(n)?;

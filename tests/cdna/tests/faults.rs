@@ -52,6 +52,16 @@ fn loads_that_nothing_waited_for() {
     assert_eq!(cause(&format!("{load} s_waitcnt lgkmcnt(0)\n v_mov_b32 v4, v2")), Cause::Pending("v2".into()));
     // Overwriting is wrong too: the load would come later.
     assert_eq!(cause(&format!("{load} v_mov_b32 v2, 0")), Cause::Pending("v2".into()));
+    // But not by another load, which comes later still; that one must be waited for.
+    let again = |count: u32| {
+        let load = "global_load_dword v2, v1, s[4:5]\n";
+        format!("{load} {load} s_waitcnt vmcnt({count})\n v_add_u32 v4, v2, v2")
+    };
+    Snippet::new(CHIP, &again(0)).words();
+    assert_eq!(cause(&again(1)), Cause::Pending("v2".into()));
+    let other = "ds_read_b32 v2, v1\n global_load_dword v2, v1, s[4:5]";
+    let cause_of = |body: &str| Snippet::new(CHIP, &format!("ds_write_b32 v1, v0\n {body}")).lds(256).cause();
+    assert_eq!(cause_of(other), Cause::Pending("v2".into()));
     assert_eq!(cause("s_load_dword s8, s[4:5], 0x0\n s_add_u32 s8, s8, 1"), Cause::Pending("s8".into()));
     // Scalar loads return in any order: only waiting for all of them helps.
     let two = "s_load_dword s8, s[4:5], 0x0\n s_load_dword s9, s[4:5], 0x4\n";

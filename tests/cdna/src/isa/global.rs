@@ -222,7 +222,12 @@ fn load(c: &mut Cx<'_>, i: &Inst, words: usize) -> Done {
     }
     for k in 0..words {
         c.w.known = known[k];
-        c.w.set_v(to + k as u16, &out[k])?;
+        // Generic loads may come from LDS, and then not in their order.
+        if i.sub == FLAT {
+            c.w.set_v(to + k as u16, &out[k])?
+        } else {
+            c.w.set_loaded(to + k as u16, &out[k])?
+        };
     }
     issue(c, i, Target::V(to, words as u16));
     Ok(())

@@ -82,12 +82,22 @@ fn carries(name: &str) -> Option<Handler> {
     })
 }
 
+/// The low word does not depend on the addend's high one, which may be anything.
 fn mad64(c: &mut Cx<'_>, i: &Inst, f: impl Fn(u32, u32, u64) -> u128) -> Done {
-    let (a, b, d) = (c.raw(i, 2)?, c.raw(i, 3)?, c.b64(i, 4)?);
+    let (a, b) = (c.raw(i, 2)?, c.raw(i, 3)?);
+    let factors = c.w.known;
+    let d = c.b64(i, 4)?;
+    let all = c.w.known;
+    let low = match i.ops[4] {
+        Operand::V(n) => factors & c.w.v_known(n),
+        _ => all,
+    };
+    let Operand::V(to) = i.ops[0] else { return Err(Cause::Unknown(i.text.clone())) };
     let sums = map3(&a, &b, &d, f);
-    let known = c.w.known;
-    c.put64(i, 0, &map1(&sums, |s| s as u64))?;
-    c.w.known = known;
+    c.w.known = low;
+    c.w.set_v(to, &map1(&sums, |s| s as u32))?;
+    c.w.known = all;
+    c.w.set_v(to + 1, &map1(&sums, |s| (s >> 32) as u32))?;
     c.put_mask(i, 1, ballot(|l| sums[l] >> 64 & 1 != 0))
 }
 
