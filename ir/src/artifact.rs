@@ -139,7 +139,8 @@ pub struct KernelEntry {
 ///
 /// The kernel's parameters are, in order: the address of each argument (64 bits each); the address of the six symbols (i32, in the
 /// order of [`Sym::ALL`]), which lie in device memory so that a captured graph serves steps of any size, or these 24 bytes by value
-/// ([`Schedule::symbols_by_value`](crate::schedule::Schedule::symbols_by_value)); and each of
+/// ([`Schedule::symbols_by_value`](crate::schedule::Schedule::symbols_by_value)); the address of [`GpuKernel::scratch_bytes`] for each
+/// block, if it needs any; and each of
 /// [`GpuKernel::maps`] by value (128 bytes, 64-aligned). Axis 0, 1 and 2 of the grid are x, y and z; blocks beyond the grid at
 /// the symbols' values return at once, so a launch may have more.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,13 +150,19 @@ pub struct GpuKernel {
     pub threads: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared_bytes: u32,
-    /// Blocks of a cluster along x; 1 without clusters.
+    /// Blocks of a cluster along x; 1 without clusters. Of a persistent kernel each block takes a tile; else a cluster runs
+    /// one block of the grid together.
     pub cluster: u32,
     /// Blocks go on to further tiles: a launch with fewer blocks than the grid has does all of it. As many as the device holds at a
     /// time are best.
     pub persistent: bool,
+    /// Before it touches memory it waits, by itself, for the launches before it, and it lets the next one start: such launches may overlap.
+    pub dependent: bool,
     /// Tensor maps, for hardware that copies tiles by descriptor.
     pub maps: Vec<TensorMap>,
+    /// Bytes of memory that each block of a launch needs to itself while it runs; the address of all of it is then a parameter behind that of
+    /// the symbols. Launches that run at once must not share it.
+    pub scratch_bytes: u64,
     /// Bytes of the kernel's portable assembly in section `asm` (PTX), first and past-the-end.
     pub asm: [u64; 2],
     /// Bytes of machine code are in section `code` at [`KernelEntry::entry`]; what its assembler reported, or none if there is
@@ -1032,6 +1039,12 @@ impl<'a> Check<'a> {
                 fault((1..=1024).contains(&gpu.threads), &|| format!("{} threads a block", gpu.threads));
                 fault(gpu.shared_bytes <= MAX_SHARED_BYTES, &|| format!("{} bytes of shared memory", gpu.shared_bytes));
                 fault((1..=16).contains(&gpu.cluster), &|| format!("clusters of {} blocks", gpu.cluster));
+                fault(gpu.scratch_bytes <= MAX_SCRATCH_BYTES, &|| {
+                    format!("{} scratch bytes are beyond reason", gpu.scratch_bytes)
+                });
+                fault(gpu.scratch_bytes == 0 || gpu.persistent, &|| {
+                    "memory of its own for every block of a grid".into()
+                });
                 fault(gpu.asm[0] <= gpu.asm[1] && gpu.asm[1] <= asm, &|| "its assembly is outside its section".into());
                 for map in &gpu.maps {
                     let rank = k.params.get(map.param as usize).map_or(0, |p| p.view.shape.len());

@@ -22,7 +22,7 @@ pub struct Schedule {
     /// Whether a GPU kernel takes the symbols by value rather than the address of them: for callers that capture launches themselves.
     #[serde(skip_serializing_if = "is_false")]
     pub symbols_by_value: bool,
-    /// Blocks that share what they bring, on targets whose blocks can; 0 and 1: none do.
+    /// Blocks that share what they bring, or run one block of the grid together, on targets whose blocks can; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub cluster: u32,
     /// Blocks a worker takes at a time from the launch's queue; 0 lets the executor decide.

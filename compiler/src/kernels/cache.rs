@@ -50,7 +50,7 @@ fn by_page(dtype: DType, columns: u32, page_bytes: u32, pitch: u32, offset: u64)
 pub(crate) struct Cached {
     /// Elements or codes: `[64 N, columns]`, or `[N, 64, columns]` of the planar format.
     pub data: ValueId,
-    /// f32 scales, of the same leading dims.
+    /// f32 scales, of the same leading dims; of the planar format `[N, 64]` where they are only read.
     pub scales: Option<ValueId>,
     /// Elements of a row.
     pub columns: u32,
@@ -70,7 +70,7 @@ pub(crate) enum Array {
 }
 
 /// Views of one array of a cache: elements or codes, scales.
-fn views(format: StateFormat, array: Array) -> Option<(ViewType, Option<ViewType>)> {
+fn views(format: StateFormat, array: Array, access: Access) -> Option<(ViewType, Option<ViewType>)> {
     let row = format.row_bytes();
     Some(match (format, array) {
         (StateFormat::LatentFp8 { latent, .. }, Array::Latent) => {
@@ -87,7 +87,11 @@ fn views(format: StateFormat, array: Array) -> Option<(ViewType, Option<ViewType
         }
         (StateFormat::IndexFp8 { dim }, Array::Key) => {
             let (page, pitch) = (format.page_bytes(), dim.next_multiple_of(4));
-            let scales = by_page(DType::F32, 1, page, 4, u64::from(PAGE_TOKENS * pitch));
+            let mut scales = by_page(DType::F32, 1, page, 4, u64::from(PAGE_TOKENS * pitch));
+            if access == Access::Read {
+                // Elements side by side along the last dim, as copy engines want them.
+                (scales.shape.pop(), scales.strides.pop());
+            }
             (by_page(DType::E4m3, dim, page, pitch, 0), Some(scales))
         }
         (StateFormat::Index { dim, dtype }, Array::Key) => (by_slot(dtype, dim, row, 0), None),
@@ -99,7 +103,7 @@ fn views(format: StateFormat, array: Array) -> Option<(ViewType, Option<ViewType
 pub(crate) fn array(e: &mut Emit, state: Value, array: Array, access: Access) -> Result<Cached, KernelError> {
     let (arg, format) = e.state(state)?;
     let (data, scales) =
-        views(format, array).ok_or_else(|| e.unsupported(format!("this read or write of {format:?}")))?;
+        views(format, array, access).ok_or_else(|| e.unsupported(format!("this read or write of {format:?}")))?;
     let name = match array {
         Array::Latent => "latent",
         Array::Rope => "rope",
@@ -147,14 +151,18 @@ impl Cached {
             let slot = times(b, page, PAGE_TOKENS);
             vec![slot.into(), 0.into()]
         };
-        let mut load = |view: ValueId, columns: u32| {
-            let shape = if planar { vec![1, PAGE_TOKENS, columns] } else { vec![PAGE_TOKENS, columns] };
-            let tile = b.load(view, &index, &shape);
+        let mut load = |view: ValueId, index: &[Ix], columns: u32| {
+            let shape = match index {
+                [_, _] if planar => vec![1, PAGE_TOKENS],
+                [_, _] => vec![PAGE_TOKENS, columns],
+                _ => vec![1, PAGE_TOKENS, columns],
+            };
+            let tile = b.load(view, index, &shape);
             b.reshape(tile, &[PAGE_TOKENS, columns])
         };
-        let data = load(self.data, self.columns);
+        let data = load(self.data, &index, self.columns);
         let groups = if planar { 1 } else { self.columns.div_ceil(StateFormat::GROUP) };
-        (data, self.scales.map(|s| load(s, groups)))
+        (data, self.scales.map(|s| load(s, &index[..2], groups)))
     }
 }
 

@@ -29,7 +29,7 @@
 //! Heads come in tiles of at most 64, so that `acc` stays near; each repeats the gathers, a small part of the products. Attention
 //! with a given selection needs no scores, so heads get a grid axis: that is how one decoded token occupies a whole machine.
 //!
-//! Ops alone: `indexer_logits` writes its `[T, C]` matrix, a page a block; `top_k` reads one. If all are to be selected below some
+//! Ops alone: `indexer_logits` writes its `[T, C]` matrix, some pages a block; `top_k` reads one. If all are to be selected below some
 //! length, neither scores nor searches there: visible scores are 0, and what is not −inf is the selection. `mqa_partial` is
 //! attention with a third grid axis: each block takes an equal share of the tiles that hold something, and stores its accumulator as
 //! it is, with maximum and sum; `epilogue` joins them.
@@ -152,8 +152,9 @@ fn whole(
     let token = e.b.grid(Sym::T, rows);
     let token = times(&mut e.b, token, rows);
     let indexer = Indexer::new(&mut e, body, scored, (rows, token), class)?;
-    let below = select_all_below.min(k);
-    let selection = if class.max.get(Sym::C) <= below {
+    // Where selection is cheap, short contexts take no other way than long ones.
+    let below = if schedule.cluster > 0 { 0 } else { select_all_below.min(k) };
+    let selection = if class.max.get(Sym::C) <= select_all_below.min(k) {
         indexer.all_visible(&mut e.b, k)
     } else if below == 0 {
         indexer.select(&mut e.b, k)
@@ -198,7 +199,9 @@ fn tokens_of_block(schedule: &Schedule, class: &Class, operands: usize) -> u32 {
     } else {
         1
     };
-    tile(schedule.tile_m, 1, neighbours.into())
+    // A block's tokens are whole sequences' or parts of one.
+    let divisor = if several_sequences(class) { 1 << neighbours.trailing_zeros() } else { neighbours };
+    tile(schedule.tile_m, 1, divisor.into())
 }
 
 /// Tokens of a sequence, in classes where all have as many.
@@ -240,7 +243,8 @@ impl Keys {
         let columns = e.dim(state, 1)?;
         let scales = match e.quant(state) {
             Some(quant) if quant.block[0] == 1 && quant.block[1] >= columns => {
-                Some(e.read_scales("key_scales", state)?)
+                let rows = e.tensor(state).shape[0];
+                Some(e.read_as("key_scales", state, Part::Scales, &[rows])?)
             }
             Some(_) => return Err(e.unsupported("index keys with several scales")),
             None => None,
@@ -258,7 +262,7 @@ impl Keys {
             Keys::Matrix(data, scales, columns) => {
                 let row = times(b, j, PAGE_TOKENS);
                 let keys = b.load(*data, &[row.into(), 0.into()], &[PAGE_TOKENS, *columns]);
-                let scales = scales.map(|s| b.load(s, &[row.into(), 0.into()], &[PAGE_TOKENS, 1]));
+                let scales = scales.map(|s| b.load(s, &[row.into()], &[PAGE_TOKENS]));
                 (keys, scales)
             }
         }
@@ -388,17 +392,6 @@ impl Indexer {
                 visible = m.and(visible, begun);
             }
             m.select(visible, v[0], none)
-        })
-    }
-
-    /// Whether some row may look at the page that starts at column `first`.
-    fn sees(&self, b: &mut Builder, first: ValueId) -> ValueId {
-        let Some((_, start)) = self.starts else { return b.map(&[first, self.last], |m, v| m.le(v[0], v[1])) };
-        b.map(&[first, self.last, start], |m, v| {
-            let (begun, most) = (m.le(v[0], v[1]), m.i32(PAGE_TOKENS as i32));
-            let end = m.add(v[0], most);
-            let reached = m.lt(v[2], end);
-            m.and(begun, reached)
         })
     }
 
@@ -840,38 +833,58 @@ fn logits(
 ) -> Result<Emitted, KernelError> {
     let operands = body.inputs(node).len();
     let rows = tokens_of_block(schedule, class, operands);
-    let page = e.b.grid(Sym::C, PAGE_TOKENS);
+    let pages = tile(schedule.tile_n, PAGE_TOKENS, class.max.get(Sym::C).into()).div_ceil(PAGE_TOKENS);
+    let chunk = e.b.grid(Sym::C, PAGE_TOKENS * pages);
     let token = e.b.grid(Sym::T, rows);
     let token = times(&mut e.b, token, rows);
     let indexer = Indexer::new(&mut e, body, node, (rows, token), class)?;
     let output = output_of(body, node).ok_or_else(|| e.unsupported("logits that nothing reads"))?;
     let y = e.write("y", output, Part::Data, None)?;
     let b = &mut e.b;
-    let first = times(b, page, PAGE_TOKENS);
-    let visible = indexer.sees(b, first);
+    let lo = times(b, chunk, pages);
+    let context = b.sym(Sym::C);
+    // Pages that some token sees, if any are scored, then the others.
+    let end = b.map(&[lo, context], |m, v| {
+        let (pages, up, page) = (m.i32(pages as i32), m.i32(PAGE_TOKENS as i32 - 1), m.i32(PAGE_TOKENS as i32));
+        let (end, all) = (m.add(v[0], pages), m.add(v[1], up));
+        let all = m.div(all, page);
+        m.min(end, all)
+    });
+    let middle = b.map(&[lo, end, indexer.last, context], |m, v| {
+        let (up, page, below) = (m.i32(PAGE_TOKENS as i32), m.i32(PAGE_TOKENS as i32), m.i32(select_all_below as i32));
+        // The last column may be −1.
+        let seen = m.add(v[2], up);
+        let seen = m.div(seen, page);
+        let seen = m.min(seen, v[1]);
+        let long = m.lt(below, v[3]);
+        let scored = m.max(seen, v[0]);
+        m.select(long, scored, v[0])
+    });
+    let first = match indexer.starts {
+        Some((_, start)) => b.map(&[lo, start], |m, v| {
+            let page = m.i32(PAGE_TOKENS as i32);
+            let first = m.div(v[1], page);
+            m.max(first, v[0])
+        }),
+        None => lo,
+    };
+    b.for_(first, middle, 1, &[], |b, j, _| {
+        let scores = indexer.scores(b, j);
+        let first = times(b, j, PAGE_TOKENS);
+        b.store(y, &[token.into(), first.into()], scores);
+        vec![]
+    });
     if operands == 5 {
         // Nobody looks at other pages.
-        let store = |b: &mut Builder| {
-            let scores = indexer.scores(b, page);
-            b.store(y, &[token.into(), first.into()], scores);
-            vec![]
-        };
-        b.if_(visible, store, |_| vec![]);
-        return e.finish("indexer logits of a page a block, where they are visible");
+        return e.finish(format!("indexer logits, {pages} pages a block, where they are visible"));
     }
-    let wanted = if select_all_below == 0 {
-        visible
-    } else {
-        let context = b.sym(Sym::C);
-        b.map(&[visible, context], |m, v| {
-            let below = m.i32(select_all_below as i32);
-            let long = m.lt(below, v[1]);
-            m.and(v[0], long)
-        })
-    };
-    let scores = b.if_(wanted, |b| vec![indexer.scores(b, page)], |b| vec![indexer.unscored(b, page)])[0];
-    b.store(y, &[token.into(), first.into()], scores);
-    e.finish("indexer logits of a page a block")
+    b.for_(middle, end, 1, &[], |b, j, _| {
+        let scores = indexer.unscored(b, j);
+        let first = times(b, j, PAGE_TOKENS);
+        b.store(y, &[token.into(), first.into()], scores);
+        vec![]
+    });
+    e.finish(format!("indexer logits, {pages} pages a block"))
 }
 
 /// Top-k of the rows of a `[T, C]` matrix. Rows of at most `select_all_below` columns select all that are not −inf, which then
@@ -927,8 +940,8 @@ fn select_from_matrix(
             m.select(here, v[1], none)
         })
     };
-    // With a first column, what is selected does not start at 0.
-    let below = if first.is_some() { 0 } else { select_all_below.min(k) };
+    // With a first column, what is selected does not start at 0. Where a row is read at once, a search through a short one is no work.
+    let below = if first.is_some() || schedule.cluster > 0 { 0 } else { select_all_below.min(k) };
     let numbers = if below == 0 {
         search(b)
     } else {

@@ -54,6 +54,9 @@ pub struct Scheduled {
     /// Blocks that run together, if they share copies. Such a kernel is persistent; where the grid ends within a cluster, the blocks
     /// beyond do the same with tiles that are outside of every view.
     pub cluster: Option<Cluster>,
+    /// Blocks of the hardware that run one block of the grid together, each a share of it; 1 is usual. How they divide it is the lowering's
+    /// affair: there is one place for every value, and a barrier is one for all of them.
+    pub team: u32,
     /// Parameters, as of the tile program.
     pub params: Vec<Param>,
     /// Types of all values, by [`ValueId`].
@@ -191,6 +194,10 @@ pub enum Atom {
     Mfma16x16,
     /// 16x64 results of 64 threads: thread `t`, register `e` holds row `t mod 16`, column `16 (t / 16) + e`.
     Mfma16x64,
+    /// What sums over equal groups of rows of an [`Atom::WgmmaTransposed`] tile leave: 1, 2 or 4 rows a warpgroup, 64 columns. The lanes of
+    /// a quad, `q = t mod 4`, divide rows and column halves `c = 16 (t / 32) + (t mod 32) / 4 + 8h` between them: of 4 rows lane `q` has row
+    /// `q`, both `h`; of 2 row `q mod 2`, `h = q / 2`; of 1 `h = q mod 2`, twice.
+    WgmmaSums,
     /// No instruction: fused multiply-adds. Thread `t` of a warp holds a 4x4 patch at row `4 (t / 8)`, column `4 (t mod 8)` of each
     /// 16x32 tile.
     Fma,

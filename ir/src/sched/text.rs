@@ -87,12 +87,13 @@ impl fmt::Display for ChannelId {
     }
 }
 
-const ATOMS: [(Atom, &str); 6] = [
+const ATOMS: [(Atom, &str); 7] = [
     (Atom::Mma16x8, "mma16x8"),
     (Atom::Wgmma, "wgmma"),
     (Atom::WgmmaTransposed, "wgmma_t"),
     (Atom::Mfma16x16, "mfma16x16"),
     (Atom::Mfma16x64, "mfma16x64"),
+    (Atom::WgmmaSums, "wgmma_sums"),
     (Atom::Fma, "fma"),
 ];
 
@@ -132,6 +133,9 @@ impl fmt::Display for Scheduled {
         }
         if let Some(Cluster { axis, blocks }) = kernel.cluster {
             write!(f, "cluster {blocks} along {axis} ")?;
+        }
+        if kernel.team != 1 {
+            write!(f, "team {} ", kernel.team)?;
         }
         writeln!(f, "threads {}", kernel.threads)?;
         printer.tile.params(f, &kernel.params)?;
@@ -375,6 +379,7 @@ impl<'a> BlockParser<'a> {
         } else {
             None
         };
+        let team = if self.p.eat("team") { self.p.integer()? } else { 1 };
         self.p.expect("threads")?;
         let threads = self.p.integer()?;
         let (mut params, mut buffers, mut channels) = (Vec::new(), Vec::new(), Vec::new());
@@ -399,6 +404,7 @@ impl<'a> BlockParser<'a> {
             grid,
             persistent,
             cluster,
+            team,
             params,
             types,
             places,
@@ -676,7 +682,7 @@ role consumer warps 1..2 {
             (_, n @ 0..50) => Place::Shared(BufferId(n.into())),
             (_, n @ 50..100) => Place::Slot(ChannelId(n.into()), 1),
             (_, n @ 100..200) => {
-                Place::Fragment(Fragment { atom: ATOMS[n as usize % 4].0, warps: [n.into(), u32::from(n) % 3] })
+                Place::Fragment(Fragment { atom: ATOMS[n as usize % 7].0, warps: [n.into(), u32::from(n) % 3] })
             }
             (_, 200..228) => Place::Lazy,
             _ => Place::Uniform,
@@ -686,6 +692,7 @@ role consumer warps 1..2 {
             grid: program.grid.clone(),
             persistent: bytes.first().filter(|&&n| n > 100).map(|&n| n.into()),
             cluster: bytes.first().filter(|&&n| n > 140).map(|&n| Cluster { axis: u32::from(n) % 2, blocks: n.into() }),
+            team: bytes.first().map_or(1, |&n| u32::from(n) % 3 + 1),
             params: program.params.clone(),
             types: program.types.clone(),
             places: program.types.iter().map(&mut place).collect(),

@@ -23,14 +23,16 @@ pub(super) struct Ready {
 unsafe impl Send for Ready {}
 
 impl Ready {
-    /// The parameters are `addresses`, the address of the symbols, and tensor maps.
+    /// The parameters are `addresses`, the address of the symbols, that of memory for each block if the kernel wants such, and tensor maps.
     pub(super) fn new(
         kernel: usize,
         mut addresses: Vec<Address>,
         symbols: Address,
+        scratch: Option<Address>,
         maps: Vec<TensorMapBytes>,
     ) -> Ready {
         addresses.push(symbols);
+        addresses.extend(scratch);
         let (addresses, maps) = (addresses.into_boxed_slice(), maps.into_boxed_slice());
         let params = addresses.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast());
         let params = params.chain(maps.iter().map(|m| std::ptr::from_ref(m).cast_mut().cast())).collect();
@@ -103,7 +105,10 @@ pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, s
             *axis = u32::try_from(dim.eval(syms)).ok().filter(|&n| n > 0)?;
         }
     }
-    // The hardware takes whole clusters; blocks beyond the grid return at once.
+    if !gpu.persistent {
+        grid[0] = grid[0].checked_mul(cluster)?;
+    }
+    // The hardware takes whole clusters.
     grid[0] = grid[0].checked_next_multiple_of(cluster)?;
     Some(grid)
 }
@@ -285,12 +290,12 @@ mod tests {
     }
 
     #[test]
-    fn grids_are_whole_clusters_and_no_larger_than_of_use() {
+    fn a_cluster_takes_a_block_of_the_grid() {
         let mut entry = crate::testing::header().kernels.remove(0);
         let syms = |tokens| SymValues([tokens, 1, 1, 1, 1, 1]);
         let plain = |cluster| GpuKernel { cluster, ..GpuKernel::default() };
         assert_eq!(grid(&entry, &plain(1), 4, &syms(5)), Some([5, 1, 1]));
-        assert_eq!(grid(&entry, &plain(2), 4, &syms(5)), Some([6, 1, 1]));
+        assert_eq!(grid(&entry, &plain(2), 4, &syms(5)), Some([10, 1, 1]));
         assert_eq!(grid(&entry, &plain(1), 4, &syms(0)), None);
         entry.grid.insert(0, GridDim { extent: 3.into(), tile: 1 });
         let error = check_grid(&entry, &plain(1), cuda::SPEC.most_blocks, &syms(65536)).unwrap_err();

@@ -68,6 +68,14 @@ pub(super) struct Kernel {
     pub(super) function: Handle,
 }
 
+impl Kernel {
+    /// Bytes that all blocks of a launch together want to themselves: those that the GPU holds at a time.
+    pub(super) fn scratch_bytes(&self, multiprocessors: u32) -> u64 {
+        let blocks = self.gpu.resources.map_or(1, |r| r.blocks_per_sm.max(1));
+        self.gpu.scratch_bytes.saturating_mul(u64::from(blocks) * u64::from(multiprocessors))
+    }
+}
+
 /// The kernels of an artifact, in its order.
 pub(super) struct Kernels {
     pub(super) kernels: Vec<Kernel>,

@@ -95,6 +95,8 @@ const DYNAMIC_SHARED_BYTES: c_int = 8;
 const LARGE_CLUSTERS: c_int = 14;
 /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
 const LAUNCH_CLUSTER: c_uint = 4;
+/// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel itself waits for the launches before it.
+const LAUNCH_DEPENDENT: c_uint = 6;
 /// Blocks of a cluster that every GPU with clusters runs; more must be asked for.
 const PORTABLE_CLUSTER: u32 = 8;
 /// Bytes kept of what the driver says about assembly it refuses.
@@ -111,7 +113,7 @@ pub(super) struct LaunchConfig {
     attribute_count: c_uint,
 }
 
-/// `CUlaunchAttribute`; the value is a union of 64 bytes, of which a cluster dimension is the first three words.
+/// `CUlaunchAttribute`; the value is a union of 64 bytes, of which a cluster dimension is the first three words, and a truth value the first.
 #[repr(C, align(8))]
 pub(super) struct LaunchAttribute {
     id: c_uint,
@@ -182,16 +184,21 @@ impl Api for Cuda {
     }
 
     unsafe fn launch(&self, launch: &Launch) -> Called {
-        let mut value = [0; 16];
-        value[..3].copy_from_slice(&[launch.cluster, 1, 1]);
-        let mut attribute = LaunchAttribute { id: LAUNCH_CLUSTER, pad: 0, value };
+        let attribute = |id, first: [u32; 3]| {
+            let mut value = [0; 16];
+            value[..3].copy_from_slice(&first);
+            LaunchAttribute { id, pad: 0, value }
+        };
+        let cluster = (launch.cluster > 1).then(|| attribute(LAUNCH_CLUSTER, [launch.cluster, 1, 1]));
+        let dependent = launch.dependent.then(|| attribute(LAUNCH_DEPENDENT, [1, 0, 0]));
+        let mut attributes: Vec<LaunchAttribute> = cluster.into_iter().chain(dependent).collect();
         let config = LaunchConfig {
             grid: launch.grid,
             block: [launch.threads, 1, 1],
             shared_bytes: launch.shared_bytes,
             stream: launch.stream,
-            attributes: &mut attribute,
-            attribute_count: u32::from(launch.cluster > 1),
+            attributes: attributes.as_mut_ptr(),
+            attribute_count: attributes.len() as u32,
         };
         // SAFETY: as the caller says; the driver copies the parameters before it returns.
         (OWN.launch, unsafe { (self.launch)(&config, launch.function, launch.params, std::ptr::null_mut()) })

@@ -111,6 +111,8 @@ pub(super) struct Launch {
     pub(super) shared_bytes: u32,
     /// Blocks of a cluster along x; 1: none.
     pub(super) cluster: u32,
+    /// Whether it waits by itself for the launches before it.
+    pub(super) dependent: bool,
     pub(super) stream: Handle,
     /// A pointer to each of the function's parameters.
     pub(super) params: *mut *mut c_void,

@@ -5,6 +5,7 @@ use super::code::Kernels;
 use super::context::Context;
 use super::driver::{Address, Handle, Spec};
 use super::graph::launch_raw;
+use super::memory::DeviceMemory;
 use crate::device::{Code, Vendor};
 use crate::error::DeviceError;
 use dsc_ir::SymValues;
@@ -17,6 +18,8 @@ use std::sync::Arc;
 pub(crate) struct GpuFunctions {
     context: Arc<Context>,
     kernels: Kernels,
+    /// Memory for blocks of kernels that want such.
+    scratch: Option<DeviceMemory>,
 }
 
 impl GpuFunctions {
@@ -48,7 +51,10 @@ impl GpuFunctions {
             return Err(DeviceError::Misuse(format!("kernel {} takes symbols from device memory", kernel.name)));
         }
         let kernels = Kernels::load(&context, header, code)?;
-        Ok(GpuFunctions { context, kernels })
+        let wanted = kernels.kernels.iter().map(|k| k.scratch_bytes(context.multiprocessors)).max().unwrap_or(0);
+        let scratch =
+            (wanted > 0).then(|| DeviceMemory::new(&context, wanted, "scratch memory of kernels")).transpose()?;
+        Ok(GpuFunctions { context, kernels, scratch })
     }
 
     /// Makes the GPU's context that of this thread.
@@ -56,7 +62,8 @@ impl GpuFunctions {
         self.context.enter()
     }
 
-    /// Puts a launch in a stream; its parameters are at `addresses`.
+    /// Puts a launch in a stream; its parameters are at `addresses`. All launches of kernels that want memory for their blocks share it:
+    /// they must not run at once, in two streams say.
     ///
     /// # Errors
     /// [`DeviceError::Binding`] for a grid or a tensor map that hardware cannot have; [`DeviceError::Driver`].
@@ -84,9 +91,11 @@ impl GpuFunctions {
         }
         let symbols = syms.0;
         let addresses = addresses.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast::<c_void>());
+        let scratch = self.scratch.as_ref().filter(|_| kernel.gpu.scratch_bytes > 0).map(DeviceMemory::address);
+        let scratch = scratch.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast());
         let values = [std::ptr::from_ref(&symbols).cast_mut().cast()];
         let maps = maps.iter().map(|m| std::ptr::from_ref(m).cast_mut().cast());
-        let mut params: Vec<*mut c_void> = addresses.chain(values).chain(maps).collect();
+        let mut params: Vec<*mut c_void> = addresses.chain(values).chain(scratch).chain(maps).collect();
         // SAFETY: the parameters are those of a kernel with symbols by value (`open`): addresses, six words, tensor maps; the
         // driver copies them before it returns. The rest is the caller's word.
         unsafe { launch_raw(&self.context, stream, kernel, params.as_mut_ptr(), syms) }

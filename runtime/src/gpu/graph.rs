@@ -48,6 +48,7 @@ pub(super) unsafe fn launch_raw(
         threads: kernel.gpu.threads,
         shared_bytes: kernel.gpu.shared_bytes,
         cluster: kernel.gpu.cluster.max(1),
+        dependent: kernel.gpu.dependent,
         stream,
         params,
     };

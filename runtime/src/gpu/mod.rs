@@ -81,6 +81,9 @@ pub struct GpuDevice {
     /// The symbols in device memory, and what they are now.
     symbols: DeviceMemory,
     current: Option<SymValues>,
+    /// Memory for blocks of kernels that want such: launches follow one another, so all share it. What was made first stays, for its
+    /// bindings.
+    scratch: Vec<DeviceMemory>,
     /// What uploads go through, and how much of it copies under way may still read.
     inbox: Pinned,
     inbox_used: usize,
@@ -122,6 +125,7 @@ impl GpuDevice {
             bound: Vec::new(),
             symbols: DeviceMemory::new(context, 4 * Sym::ALL.len() as u64, "symbols")?,
             current: None,
+            scratch: Vec::new(),
             inbox: Pinned::new(context, INBOX_BYTES)?,
             inbox_used: 0,
             outbox: Pinned::new(context, OUTBOX_BYTES)?,
@@ -176,6 +180,18 @@ impl GpuDevice {
     fn finish(&mut self) -> Result<(), DeviceError> {
         self.stream.wait()?;
         self.inbox_used = 0;
+        Ok(())
+    }
+
+    /// Makes the memory that blocks of these launches want to themselves.
+    fn make_scratch(&mut self, launches: &[BoundLaunch]) -> Result<(), DeviceError> {
+        let context = &self.loaded.context;
+        let kernels = self.loaded.kernels.as_ref().map_or(&[][..], |k| &k.kernels);
+        let wanted = launches.iter().filter_map(|l| kernels.get(l.kernel as usize));
+        let wanted = wanted.map(|k| k.scratch_bytes(context.multiprocessors)).max().unwrap_or(0);
+        if self.scratch.iter().all(|m| m.bytes() < wanted) && wanted > 0 {
+            self.scratch.push(DeviceMemory::new(context, wanted, "scratch memory of kernels")?);
+        }
         Ok(())
     }
 
@@ -261,7 +277,14 @@ impl GpuDevice {
             bind::encode_map(&self.loaded.context, map, entry, *address, (limits, false))
         });
         let maps = maps.collect::<Result<_, String>>()?;
-        Ok(Ready::new(index, addresses, self.symbols.address(), maps))
+        let scratch = match kernel.scratch_bytes(self.stream.context.multiprocessors) {
+            0 => None,
+            bytes => {
+                let memory = self.scratch.iter().find(|m| m.bytes() >= bytes);
+                Some(memory.ok_or("its blocks have no memory of their own")?.address())
+            }
+        };
+        Ok(Ready::new(index, addresses, self.symbols.address(), scratch, maps))
     }
 }
 
@@ -346,6 +369,7 @@ impl Device for GpuDevice {
 
     fn bind(&mut self, launches: &[BoundLaunch], limits: &SymValues) -> Result<Bound, DeviceError> {
         self.loaded.context.enter()?;
+        self.make_scratch(launches)?;
         let mut ready = Vec::with_capacity(launches.len());
         for (i, launch) in launches.iter().enumerate() {
             let fault = |what| DeviceError::Binding { launch: i, node: launch.node.clone(), what };

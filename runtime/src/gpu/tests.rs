@@ -108,6 +108,8 @@ fn gpu_header() -> (Header, Vec<u8>, Vec<u8>) {
         cluster: 1,
         persistent: false,
         maps: Vec::new(),
+        dependent: false,
+        scratch_bytes: 0,
         asm: [0, portable.len() as u64],
         resources: Some(Resources::default()),
     });
@@ -317,6 +319,7 @@ fn clusters_and_tensor_maps_reach_the_driver() {
         kernel.params[0].view.strides = dsc_ir::tile::ViewType::dense(DType::I32, &kernel.params[0].view.shape).strides;
         let gpu = kernel.gpu.as_mut().unwrap();
         gpu.cluster = 16;
+        gpu.dependent = true;
         gpu.maps = vec![TensorMap { param: 0, tile: vec![8, 32], swizzle: 128 }];
     });
     let buffer = device.alloc(256 * 20 + 64, "test").unwrap();
@@ -326,7 +329,7 @@ fn clusters_and_tensor_maps_reach_the_driver() {
     let log = fake.log();
     assert!(log.contains(&"attribute 14 = 1".into()), "{log:?}");
     assert!(log.contains(&"map 3 [64, 20] [256] [32, 8] 0 3 3 0".into()), "{log:?}");
-    assert!(log.contains(&"launch count 32x1x1 of 128, 65536 bytes, cluster 16".into()), "{log:?}");
+    assert!(log.contains(&"launch count 272x1x1 of 128, 65536 bytes, cluster 16, dependent".into()), "{log:?}");
     let error = device.bind(&launches(buffer, &[8]), &syms).unwrap_err().to_string();
     assert!(error.contains("launch 0 (count)") && error.contains("16 bytes do not divide"), "{error}");
 }

@@ -415,16 +415,15 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     _: *mut *mut c_void,
 ) -> Status {
     let config = unsafe { &*config };
-    let cluster = match config.attribute_count {
-        0 => 1,
-        1 => {
-            let attribute = unsafe { &*config.attributes };
-            assert_eq!((attribute[0], attribute[3], attribute[4]), (4, 1, 1));
-            attribute[2]
+    let (mut cluster, mut dependent) = (1, "");
+    for i in 0..config.attribute_count as usize {
+        match unsafe { *config.attributes.add(i) } {
+            [4, _, blocks, 1, 1, ..] => cluster = blocks,
+            [6, _, 1, ..] => dependent = ", dependent",
+            other => panic!("attribute {other:?}"),
         }
-        n => panic!("{n} attributes"),
-    };
-    let how = format!("{} bytes, cluster {cluster}", config.shared_bytes);
+    }
+    let how = format!("{} bytes, cluster {cluster}{dependent}", config.shared_bytes);
     unsafe { enqueue(function, config.grid, config.block[0], &how, params) };
     0
 }

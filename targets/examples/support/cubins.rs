@@ -18,14 +18,19 @@ pub fn write(folder: &Path, described: &[(Kernel, String)]) -> Result<(), Box<dy
         let code = &module.code[kernel.entry as usize..(kernel.entry + kernel.code_bytes) as usize];
         std::fs::write(folder.join(format!("{}.cubin", kernel.name)), code)?;
         let maps: Vec<String> = gpu.maps.iter().map(map).collect();
-        let blocks = gpu.resources.map_or(0, |r| r.blocks_per_sm);
+        let r = gpu.resources.unwrap_or_default();
         lines.push(format!(
-            r#"{{"name":"{}",{text},"threads":{},"shared_bytes":{},"persistent":{},"cluster":{},"blocks_per_sm":{blocks},"maps":[{}]}}"#,
+            r#"{{"name":"{}",{text},"threads":{},"shared_bytes":{},"scratch":{},"persistent":{},"dependent":{},"cluster":{},"registers":{},"spills":{:?},"blocks_per_sm":{},"maps":[{}]}}"#,
             kernel.name,
             gpu.threads,
             gpu.shared_bytes,
+            gpu.scratch_bytes,
             gpu.persistent,
+            gpu.dependent,
             gpu.cluster,
+            r.registers,
+            r.spill_bytes,
+            r.blocks_per_sm,
             maps.join(",")
         ));
     }

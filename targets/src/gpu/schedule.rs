@@ -67,6 +67,7 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, lean: bool) -> Result<Scheduled, Tar
         grid: program.grid.clone(),
         persistent: None,
         cluster: None,
+        team: 1,
         params: program.params.clone(),
         types: s.types,
         places: s.places,

@@ -1,4 +1,4 @@
-//! Tiles of matrix products on Hopper, by the shape of the product: the one place where they are chosen.
+//! Tiles of matrix products, of scores and of selections on Hopper, by shape: the one place where they are chosen.
 //!
 //! What was measured on an H200 (`docs/nvidia.md`) says:
 //!
@@ -12,6 +12,8 @@
 //!   several turns of the largest tiles, and lose with fewer.
 //! * Two products of the same rows (SwiGLU) take 64 rows: with 128 their accumulators and a partial sum leave too few registers, and what is
 //!   spilled in the loop makes them take twice as long.
+//! * The more tokens there are, the more keys a block can score with the queries that it has fetched and still leave blocks enough.
+//! * A row is selected from by so many blocks together that those of few rows fill the device.
 
 use dsc_ir::schedule::{KernelShape, Schedule};
 
@@ -24,7 +26,14 @@ const COLUMNS: [u32; 4] = [128, 64, 32, 16];
 /// Turns of the largest tiles from which blocks work in pairs.
 const TURNS_OF_PAIRS: u64 = 4;
 
-/// The schedule of a product in steps of at most `tokens` tokens, on a device of `sms` multiprocessors; none for other kernels.
+/// Rows of scores of a block: tokens times heads of the indexer.
+const SCORED: u32 = 512;
+/// Most tokens of a block that scores.
+const TOKENS: u32 = 8;
+/// Most blocks that select from a row together.
+const TEAM: u32 = 8;
+
+/// The schedule of such a kernel in steps of at most `tokens` tokens, on a device of `sms` multiprocessors; none for other kernels.
 pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
     let products = |[tile_m, tile_n]: [u32; 2]| Schedule {
         tile_m,
@@ -53,8 +62,36 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
                 _ => [most_rows, 128],
             }))
         }
+        "sparse_attention" => {
+            Some(Schedule { tile_m: scored(shape, tokens), tile_n: 64, cluster: 1, ..Schedule::default() })
+        }
+        "indexer_logits" => {
+            let pages = match tokens {
+                0..=2 => 1,
+                3..=8 => 2,
+                9..=24 => 4,
+                25..=128 => 8,
+                _ => 64,
+            };
+            Some(Schedule { tile_m: scored(shape, tokens), tile_n: 64 * pages, ..Schedule::default() })
+        }
+        "top_k" => {
+            // The largest clusters leave some multiprocessors out.
+            let cluster = match tokens {
+                _ if tokens * 2 * TEAM <= sms => TEAM,
+                _ if tokens * 4 <= sms => 4,
+                _ if tokens * 2 <= sms => 2,
+                _ => 1,
+            };
+            Some(Schedule { tile_m: 1, cluster, ..Schedule::default() })
+        }
         _ => None,
     }
+}
+
+/// Tokens of a block that scores keys, a power of two.
+fn scored(shape: &KernelShape, tokens: u32) -> u32 {
+    1 << (SCORED / shape.heads.max(1)).clamp(1, tokens.clamp(1, TOKENS)).ilog2()
 }
 
 /// The tile whose turns take the least together; of equals the largest.
@@ -122,6 +159,13 @@ mod tests {
         assert_eq!(experts(512), [32, 64]);
         assert_eq!(experts(1024), [64, 128]);
         assert_eq!(experts(4096), [128, 128]);
+    }
+
+    #[test]
+    fn few_rows_are_selected_from_by_many_blocks() {
+        let shape = KernelShape { op: "top_k", m: Extent::from(Sym::T), m_max: 1, n: 1, k: 1, heads: 1, products: 1 };
+        let cluster = |tokens| choose(&shape, tokens, 132).expect("a selection").cluster;
+        assert_eq!([1, 4, 16, 64, 128, 16384].map(cluster), [8, 8, 4, 2, 1, 1]);
     }
 
     #[test]

@@ -191,6 +191,7 @@ impl Plain<'_> {
             grid: program.grid.clone(),
             persistent: None,
             cluster: None,
+            team: 1,
             params: program.params.clone(),
             types: program.types.clone(),
             places: vec![Place::View; program.types.len()],

@@ -141,8 +141,13 @@ fn fragment_elements(f: Fragment, shape: [u64; 2]) -> u64 {
         Atom::WgmmaTransposed => ([8, 64], 128),
         Atom::Mfma16x16 => ([16, 16], 64),
         Atom::Mfma16x64 => ([16, 64], 64),
+        Atom::WgmmaSums => return 1,
         Atom::Fma => ([16, 32], 32),
     };
     let side = |d: usize| shape[d].div_ceil(u64::from(f.warps[d]).max(1)).next_multiple_of(unit[d]);
+    // Of a column each thread has the elements of its rows, a quarter of them.
+    if f.atom == Atom::WgmmaTransposed && shape[1] == 1 {
+        return side(0) / 4;
+    }
     side(0) * side(1) / threads
 }

@@ -7,7 +7,7 @@
 //! | `@lazy` | results of elementwise operations, loads and changes of shape |
 //! | `@shared` | tiles of the buffer's type that fit its rows and columns; top-k states; not of a channel's buffer |
 //! | `@slot` | what `take` gives, and nothing else |
-//! | `@frag` | tiles of more than one element, by as many warps (`wgmma`: groups of four) as the unit has |
+//! | `@frag` | tiles of more than one element, by as many warps (`wgmma`: groups of four) as the unit has; with sums, top-k states |
 //!
 //! A loop's results lie where its carried values do, so that they need not move. A single thread (`elected`) has no fragments, meets no
 //! barrier and writes no shared memory but through copies. What `common` of a persistent kernel computes is the same for all tiles.
@@ -299,7 +299,7 @@ impl Places<'_, '_, '_> {
             None => [0, self.kernel.threads / 32],
         };
         let mut owners = end - first;
-        let grouped = matches!(f.atom, Atom::Wgmma | Atom::WgmmaTransposed);
+        let grouped = matches!(f.atom, Atom::Wgmma | Atom::WgmmaTransposed | Atom::WgmmaSums);
         if grouped {
             if !first.is_multiple_of(4) || !owners.is_multiple_of(4) {
                 return Some(format!("is by groups of four warps, but warps {first}..{end} are not such groups"));
@@ -313,6 +313,7 @@ impl Places<'_, '_, '_> {
         }
         match ty {
             Type::Tile(_) => None,
+            Type::Topk { .. } if f.atom == Atom::WgmmaSums => None,
             _ => Some("is no tile, so it is no fragment".into()),
         }
     }

@@ -179,6 +179,24 @@ pub fn shared_atomic_add(f: &mut Fn, at: Val, v: Val) -> Val {
     f.asm("atom.shared.add.u32 $0, [$1], $2;", "=r,r,r", &[at, v], &[Ty::I32], true, true)[0]
 }
 
+/// Lets the next launch start, whose blocks take what room there is, and waits until the launches before this one are done and what they
+/// wrote is visible. Nothing touches global memory in front of it.
+pub fn launch_wait(f: &mut Fn) {
+    f.asm("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;", "", &[], &[], true, true);
+}
+
+/// All threads of all blocks of the cluster wait for one another; shared memory written before is visible after.
+pub fn cluster_barrier(f: &mut Fn) {
+    let text = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;";
+    f.asm(text, "", &[], &[], true, true);
+}
+
+/// Two words at an address of shared memory (in i32), of the block of that rank in the cluster.
+pub fn load_cluster_pair(f: &mut Fn, at: Val, rank: Val) -> Vec<Val> {
+    let text = "{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, $2, $3;\nld.shared::cluster.v2.b32 {$0, $1}, [a];\n}";
+    f.asm(text, "=r,=r,r,r", &[at, rank], &[Ty::I32; 2], true, true)
+}
+
 /// `2^x`, relative error at most 2^-22.
 pub fn exp2(f: &mut Fn, x: Val) -> Val {
     f.asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", &[x], &[Ty::F32], false, false)[0]

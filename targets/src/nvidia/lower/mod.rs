@@ -24,7 +24,7 @@ pub use crate::gpu::{arith, block, mlir};
 
 /// Whether a block of the kernel has room on that architecture: shared memory, and registers for its accumulators.
 pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
-    hopper::schedule(kernel, arch).is_some() || gpu::fits(kernel, arch)
+    hopper::compile(kernel, arch, mlir::Ty::Global).is_some() || gpu::fits(kernel, arch)
 }
 
 /// Lowers a kernel for an architecture.
@@ -34,13 +34,16 @@ pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let symbols = if kernel.schedule.symbols_by_value { mlir::Ty::Generic } else { mlir::Ty::Global };
     let failed = |reason| TargetError::Codegen { kernel: kernel.program.name.clone(), reason };
-    if let Some(scheduled) = hopper::schedule(kernel, arch) {
-        let (mlir, gpu) = hopper::lower(&scheduled, arch, symbols).map_err(failed)?;
+    if let Some((scheduled, mlir, gpu)) = hopper::compile(kernel, arch, symbols) {
         return Ok(Lowered { mlir, gpu, sched: scheduled.to_string() });
     }
     let scheduled = schedule::schedule(kernel, arch)?;
     let mut threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
     threads.symbols = symbols;
+    let dependent = arch.has_tma;
+    if dependent {
+        isa::launch_wait(&mut threads.f);
+    }
     let mut emitter = emit::Emitter::run(threads, &scheduled);
     if let Some(fault) = emitter.fault.take() {
         return Err(failed(fault));
@@ -63,7 +66,7 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     );
     text.push_str(emitter.t.f.text());
     text.push_str("    llvm.return\n  }\n}\n");
-    let gpu = GpuKernel { threads: scheduled.threads, shared_bytes, cluster: 1, ..GpuKernel::default() };
+    let gpu = GpuKernel { threads: scheduled.threads, shared_bytes, cluster: 1, dependent, ..GpuKernel::default() };
     Ok(Lowered { mlir: text, gpu, sched: scheduled.to_string() })
 }
 

@@ -373,6 +373,10 @@ impl Reader {
                 Some(s) => s.split_once(' ').map(|(p, s)| (Some(p), s))?,
                 None => (None, statement),
             };
+            // Launches run one after another.
+            if statement.starts_with("griddepcontrol.") {
+                continue;
+            }
             let (name, list) = statement.split_once(' ')?;
             let mut slots = Vec::new();
             for word in list.split([',', ' ', '{', '}', '[', ']']).filter(|w| !w.is_empty()) {
@@ -401,6 +405,20 @@ impl Reader {
                 let bits: u64 = how.last()?.strip_prefix('b')?.parse().ok()?;
                 let (bytes, n) = (bits / 8, slots.len() as u64 - 1);
                 self.push(Code::Store { shared: false, bytes, align: bytes * n }, slots, vec![]);
+            }
+            ["st", "shared", how @ ..] => {
+                let bits: u64 = how.last()?.strip_prefix('b')?.parse().ok()?;
+                let (bytes, n) = (bits / 8, slots.len() as u64 - 1);
+                self.push(Code::Store { shared: true, bytes, align: bytes * n }, slots, vec![]);
+            }
+            // What no one writes meanwhile.
+            ["ld", "global", "nc", "b32"] => {
+                self.push(Code::Load { shared: false, bytes: 4, align: 4 }, slots[1..].to_vec(), slots[..1].to_vec());
+            }
+            // Bits that no two threads set, which is what kernels do with this.
+            ["red", "shared", "add", "u32"] | ["red", "shared", "or", "b32"] => {
+                let old = self.slot();
+                self.push(Code::AtomicAdd, slots, vec![old]);
             }
             ["atom", "shared", "add", "u32"] => self.push(Code::AtomicAdd, slots[1..].to_vec(), slots[..1].to_vec()),
             ["ldmatrix", "sync", "aligned", "m8n8", "x4", how @ ..] => {

@@ -178,6 +178,7 @@ impl<'a> Planner<'a> {
             grid: self.program.grid.clone(),
             persistent: Some(BAND),
             cluster: None,
+            team: 1,
             params: self.params.clone(),
             threads,
             buffers,

@@ -7,6 +7,9 @@
 use super::fragment::{Geometry, Register, varies};
 use super::ptx;
 use super::ring::{Delivery, Ring};
+use super::select;
+use super::stream::{self, Lists};
+use super::sums::Sums;
 use super::tensor_map::Maps;
 use super::wgmma::Flight;
 use crate::nvidia::arch::Arch;
@@ -16,7 +19,7 @@ use crate::nvidia::lower::symbols_parameter;
 use crate::nvidia::lower::{arith, isa};
 use dsc_ir::Sym;
 use dsc_ir::artifact::GpuKernel;
-use dsc_ir::sched::{Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::sched::{Atom, Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
 use dsc_ir::tile::{self, Index, MapArg, Type, ValueId};
 use std::collections::HashMap;
 
@@ -40,7 +43,12 @@ pub enum Held {
     Lanes(Vec<Val>),
     /// A buffer's copy of that number.
     Stage(BufferId, Val),
+    /// This thread's part of a tile of sums.
+    Sums(Vec<Val>),
 }
+
+/// Elements of a vector whose largest every thread finds for itself.
+const EACH_BY_ITSELF: u32 = 16;
 
 /// A kernel being written.
 pub struct Emit<'a> {
@@ -91,6 +99,10 @@ pub struct Emit<'a> {
     pub others: HashMap<ValueId, Vec<Vec<Val>>>,
     /// Numbers of those rows, by the first of the rows that threads bring together.
     pub numbers: HashMap<(ValueId, u32), Val>,
+    /// Which sums over groups of rows the running thread has.
+    pub sums: Option<Sums>,
+    /// The selections that the running thread's group keeps.
+    pub lists: Option<Lists>,
 }
 
 /// MLIR of a scheduled kernel, and how to launch it. `symbols` is where they are read from ([`Threads::symbols`]).
@@ -135,18 +147,37 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
         unfenced: false,
         split: HashMap::new(),
         others: HashMap::new(),
+        sums: None,
+        lists: None,
     };
-    s.roles.iter().for_each(|r| define(&r.body, &mut e.defs));
-    e.kernel()?;
+    s.roles.iter().map(|r| &r.body).chain([&s.common]).for_each(|b| define(b, &mut e.defs));
+    let selects = select::is_selection(s);
+    if selects {
+        e.start();
+        e.selection()
+    } else {
+        e.kernel()
+    }?;
     let gpu = GpuKernel {
         threads: s.threads,
-        shared_bytes: barriers,
-        cluster: e.cluster,
+        shared_bytes: if selects { select::shared_bytes() } else { barriers },
+        cluster: if selects { s.team } else { e.cluster },
         persistent: s.persistent.is_some(),
+        dependent: true,
         maps: e.maps.0.clone(),
+        scratch_bytes: scratch_bytes(s),
         ..GpuKernel::default()
     };
     Ok((module(s, &gpu, symbols, e.t.f.text()), gpu))
+}
+
+/// Bytes of memory that a block has to itself: the lists of selections.
+pub fn scratch_bytes(s: &Scheduled) -> u64 {
+    let begun = |i: &Inst| match i.op {
+        Op::Tile(tile::Op::TopkInit { rows, .. }) if !s.roles.is_empty() => Some(stream::scratch_bytes(rows)),
+        _ => None,
+    };
+    s.roles.iter().flat_map(|r| &r.body.insts).find_map(begun).unwrap_or(0)
 }
 
 fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
@@ -158,9 +189,10 @@ fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
 
 /// The module around a body.
 fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, body: &str) -> String {
-    let addresses = s.params.len() + 1;
+    let scratch = (gpu.scratch_bytes > 0).then(|| format!("%{}: !llvm.ptr<1>", s.params.len() + 1));
+    let addresses = s.params.len() + 1 + usize::from(scratch.is_some());
     let pointers = (0..s.params.len()).map(|i| format!("%{i}: !llvm.ptr<1>"));
-    let pointers = pointers.chain([symbols_parameter(s.params.len(), symbols)]);
+    let pointers = pointers.chain([symbols_parameter(s.params.len(), symbols)]).chain(scratch);
     // Without grid_constant the map would be copied to the stack, where the copy engine cannot read it.
     let map = "!llvm.ptr {llvm.byval = !llvm.array<128 x i8>, llvm.align = 64 : i64, nvvm.grid_constant}";
     let maps = (0..gpu.maps.len()).map(|i| format!("%{}: {map}", addresses + i));
@@ -180,17 +212,13 @@ impl<'a> Emit<'a> {
         if !self.s.common.insts.is_empty() {
             return Err("instructions before the roles".into());
         }
-        let syms = Val::Arg(self.s.params.len() as u32, self.t.symbols);
-        for sym in Sym::ALL {
-            let at = self.t.f.offset(syms, i64(4 * sym as i64));
-            self.syms[sym as usize] = self.t.f.load(at, Ty::I32, 1)[0];
-        }
         let warp = ptx::uniform(&mut self.t.f, self.t.warp);
         self.t.warp = warp;
         if self.cluster > 1 {
             self.rank = isa::sreg(&mut self.t.f, "cluster.ctarank");
         }
         self.init_barriers();
+        self.start();
         let end = self.t.f.label();
         let s = self.s;
         for (number, role) in s.roles.iter().enumerate() {
@@ -213,6 +241,16 @@ impl<'a> Emit<'a> {
             ptx::cluster_barrier(&mut self.t.f);
         }
         Ok(())
+    }
+
+    /// What every thread begins with: the launches before, and the values of the symbols.
+    fn start(&mut self) {
+        isa::launch_wait(&mut self.t.f);
+        let syms = Val::Arg(self.s.params.len() as u32, self.t.symbols);
+        for sym in Sym::ALL {
+            let at = self.t.f.offset(syms, i64(4 * sym as i64));
+            self.syms[sym as usize] = self.t.f.load(at, Ty::I32, 1)[0];
+        }
     }
 
     fn init_barriers(&mut self) {
@@ -282,6 +320,8 @@ impl<'a> Emit<'a> {
             self.t.when(late, |t| ptx::sleep(&mut t.f, APART_NS));
         }
         if !role.elected {
+            (self.sums, self.lists) = (None, None);
+            self.prepare_sums(&role.body);
             self.prepare(&role.body)?;
             self.tiles(&role.body)?;
             self.end_stores();
@@ -391,6 +431,11 @@ impl<'a> Emit<'a> {
         }
     }
 
+    /// Threads of the role.
+    pub fn role_barrier_threads(&self) -> u32 {
+        self.role_barrier.1
+    }
+
     /// All threads of the role wait for one another.
     pub fn role_waits(&mut self) {
         let (id, threads) = self.role_barrier;
@@ -408,6 +453,20 @@ impl<'a> Emit<'a> {
 
     fn tile_op(&mut self, inst: &'a Inst, op: &'a tile::Op) -> Result<(), String> {
         match op {
+            // Stored when the selection was taken.
+            tile::Op::Store { .. } if self.lists.is_some() => return Ok(()),
+            tile::Op::Store { view, index, value } if self.is_sums(*value) => {
+                return self.store_sums(*view, index, *value);
+            }
+            tile::Op::TopkInit { .. } => {
+                return self.begin_lists(inst.results[0], inst.scratch.ok_or("a selection without shared memory")?);
+            }
+            tile::Op::TopkPush { values, base, .. } => return self.push_sums(*values, *base),
+            tile::Op::TopkTake { .. } => return self.take_lists(inst.results[1]),
+            tile::Op::Reduce { x, kind: tile::ReduceKind::Max, .. } if matches!(self.shape(*x), &[count] if count <= EACH_BY_ITSELF) =>
+            {
+                return self.largest_of(inst.results[0], *x);
+            }
             tile::Op::Store { view, index, value } => return self.store((*view, None, index), *value, inst.scratch),
             tile::Op::Scatter { view, rows, index, value } => {
                 return self.store((*view, Some(*rows), index), *value, inst.scratch);
@@ -415,6 +474,7 @@ impl<'a> Emit<'a> {
             tile::Op::Reduce { x, kind: tile::ReduceKind::Max, .. } if self.dtype(*x) == dsc_ir::DType::I32 => {
                 return self.largest(inst.results[0], *x);
             }
+            tile::Op::Reduce { .. } if self.is_sums(inst.results[0]) => return self.sums_op(inst.results[0], op),
             tile::Op::Reduce { x, kind, .. } => return self.reduce_rows(inst.results[0], *x, *kind, inst.scratch),
             tile::Op::Dot { a, b, acc, trans_b } => return self.dot(inst.results[0], [*a, *b], *acc, *trans_b),
             _ => {}
@@ -427,6 +487,9 @@ impl<'a> Emit<'a> {
                 self.held.insert(r, Held::Scalar(v));
                 Ok(())
             }
+            (Place::Fragment(Fragment { atom: Atom::WgmmaSums, .. }), op) => self.sums_op(r, op),
+            (Place::Fragment(_), _) if self.sums.is_some() && self.shape(r).last() == Some(&1) => self.sums_of_rows(r),
+            (Place::Shared(buffer), _) if self.sums.is_some() => self.share_rows(r, *buffer),
             (Place::Fragment(_), tile::Op::Load { view, index, shape }) if shape.len() == 2 => {
                 self.load_fragment(r, *view, index)
             }
@@ -598,6 +661,15 @@ impl<'a> Emit<'a> {
             _ => {}
         }
         let geometry = self.the_geometry()?;
+        if let Place::Shared(buffer) = self.s.places[v.0 as usize] {
+            let key = (v, geometry.position(at, true, false));
+            if let Some(&known) = seen.get(&key) {
+                return Ok(known);
+            }
+            let value = self.shared_row(buffer, at)?;
+            seen.insert(key, value);
+            return Ok(value);
+        }
         let inst = *self.defs.get(&v).ok_or_else(|| format!("%{} is not defined", v.0))?;
         let [rows, columns] = varies(self.shape(v));
         let key = (v, geometry.position(at, rows, columns));

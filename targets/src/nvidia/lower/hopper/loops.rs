@@ -5,7 +5,7 @@ use super::ring::RING_STATE;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::sched::{Block, Inst, Place};
-use dsc_ir::tile::{Index, ValueId};
+use dsc_ir::tile::{Index, Type, ValueId};
 use std::collections::HashMap;
 
 impl<'a> Emit<'a> {
@@ -105,6 +105,9 @@ impl<'a> Emit<'a> {
 
     /// Registers of a value that a loop carries.
     fn registers(&mut self, v: ValueId) -> Result<Vec<Val>, String> {
+        if matches!(self.s.types[v.0 as usize], Type::Topk { .. }) {
+            return Ok(Vec::new());
+        }
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => return Ok(vec![*x]),
             Some(Held::Registers(values, _)) => return Ok(values.clone()),
@@ -117,6 +120,10 @@ impl<'a> Emit<'a> {
     }
 
     fn hold(&mut self, v: ValueId, values: &[Val], varies: [bool; 2]) {
+        // A selection lies in memory.
+        if values.is_empty() {
+            return;
+        }
         let held = match &self.s.places[v.0 as usize] {
             Place::Fragment(_) => Held::Registers(values.to_vec(), varies),
             _ => Held::Scalar(values[0]),

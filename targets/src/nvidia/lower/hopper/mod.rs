@@ -7,6 +7,9 @@
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan`, `attention_plan` | these to scheduled tile IR with roles |
 //! | `emit`, `loops`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `reduce`, `store` | that to MLIR |
+//! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
+//! | `select`, `filter` | selections from rows in memory |
+//! | `group` | searches among candidates, and numbers in order, by threads together |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
@@ -18,15 +21,21 @@ mod config;
 mod contraction;
 mod emit;
 mod fill;
+mod filter;
 mod fragment;
 mod gather;
+mod group;
 mod loops;
 mod memory;
 mod plan;
 pub mod ptx;
 mod reduce;
 mod ring;
+mod scores;
+mod select;
 mod store;
+mod stream;
+mod sums;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
@@ -37,17 +46,24 @@ pub use emit::lower;
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::Ty;
+use dsc_ir::artifact::GpuKernel;
 use dsc_ir::sched::Scheduled;
 
-/// The kernel with roles and rings, if it is a contraction or attention that this architecture's copy engine and warpgroups can run; the plain way
-/// takes the others.
+/// The kernel with roles and rings, if it has a form that this architecture's copy engine and warpgroups can run.
 pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     if !arch.has_wgmma || !arch.has_tma {
         return None;
     }
-    plan::plan(kernel, arch).or_else(|| {
-        // What stands around attention may be more than threads of roles can do.
-        let scheduled = attention_plan::plan(&kernel.program, arch)?;
-        lower(&scheduled, arch, Ty::Global).is_ok().then_some(scheduled)
-    })
+    plan::plan(kernel, arch)
+        .or_else(|| scores::plan(&kernel.program, arch))
+        .or_else(|| select::plan(kernel, arch))
+        .or_else(|| attention_plan::plan(&kernel.program, arch))
+}
+
+/// Schedule, MLIR and launch of a kernel; none if the plain way takes it: its form is none of these, or threads of roles cannot do what
+/// stands around it.
+pub fn compile(kernel: &Kernel, arch: &Arch, symbols: Ty) -> Option<(Scheduled, String, GpuKernel)> {
+    let scheduled = schedule(kernel, arch)?;
+    let (mlir, gpu) = lower(&scheduled, arch, symbols).ok()?;
+    Some((scheduled, mlir, gpu))
 }

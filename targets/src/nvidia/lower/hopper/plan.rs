@@ -123,7 +123,7 @@ struct Planner<'a> {
     cluster: Option<(Cluster, bool)>,
 }
 
-fn plain(op: Op) -> Inst {
+pub(super) fn plain(op: Op) -> Inst {
     Inst { results: Vec::new(), op, scratch: None }
 }
 
@@ -367,6 +367,7 @@ impl<'a> Planner<'a> {
             grid: self.program.grid.clone(),
             persistent: Some(BAND),
             cluster: self.cluster.map(|c| c.0),
+            team: 1,
             params: self.params.clone(),
             threads: produces[1].max(consumes[1]) * Arch::WARP,
             buffers: self.buffers(),

@@ -219,6 +219,52 @@ pub fn load_shared_f32(f: &mut Fn, at: Val) -> Val {
     f.asm("ld.shared.f32 $0, [$1];", "=f,r", &[at], &[Ty::F32], true, true)[0]
 }
 
+/// The same as [`barrier_of`]; whether a word is not zero in any of them.
+pub fn group_barrier_any(f: &mut Fn, id: Val, threads: u32, word: Val) -> Val {
+    let text = format!(
+        "{{\n.reg .pred p, q;\nsetp.ne.b32 p, $2, 0;\nbar.red.or.pred q, $1, {threads}, p;\nselp.b32 $0, 1, 0, q;\n}}"
+    );
+    let any = f.asm(&text, "=r,r,r", &[id, word], &[Ty::I32], true, true)[0];
+    f.cmp("ne", any, i32(0))
+}
+
+/// A word of shared memory.
+pub fn load_shared_word(f: &mut Fn, at: Val) -> Val {
+    f.asm("ld.shared.b32 $0, [$1];", "=r,r", &[at], &[Ty::I32], true, true)[0]
+}
+
+/// Writes a word to shared memory.
+pub fn store_shared_word(f: &mut Fn, at: Val, v: Val) {
+    effect(f, "st.shared.b32 [$0], $1;", "r,r", &[at, v]);
+}
+
+/// Writes two words to shared memory where `c` holds.
+pub fn store_shared_pair_if(f: &mut Fn, c: Val, at: Val, v: [Val; 2]) {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.shared.v2.b32 [$1], {$2, $3};\n}";
+    effect(f, text, "r,r,r,r", &[c, at, v[0], v[1]]);
+}
+
+/// Adds one to a word of shared memory where `c` holds.
+pub fn shared_count_if(f: &mut Fn, c: Val, at: Val) {
+    let c = f.cast("zext", c, Ty::I32);
+    effect(f, "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p red.shared.add.u32 [$1], 1;\n}", "r,r", &[c, at]);
+}
+
+/// Sets bits of a word of shared memory where `c` holds.
+pub fn shared_or_if(f: &mut Fn, c: Val, at: Val, bits: Val) {
+    let c = f.cast("zext", c, Ty::I32);
+    effect(f, "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p red.shared.or.b32 [$1], $2;\n}", "r,r,r", &[c, at, bits]);
+}
+
+/// Two words of memory that this block writes, or zeros where `c` does not hold.
+pub fn load_pair_if(f: &mut Fn, c: Val, at: Val) -> [Val; 2] {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\nmov.b32 $0, 0;\nmov.b32 $1, 0;\n@p ld.global.v2.b32 {$0, $1}, [$2];\n}";
+    let v = f.asm(text, "=&r,=&r,l,r", &[at, c], &[Ty::I32; 2], true, true);
+    [v[0], v[1]]
+}
+
 /// Writes an f32 to shared memory where `c` holds.
 pub fn store_shared_f32_if(f: &mut Fn, c: Val, at: Val, v: Val) {
     let c = f.cast("zext", c, Ty::I32);
@@ -235,7 +281,7 @@ pub fn pack_e4m3(f: &mut Fn, low: Val, high: Val) -> Val {
 /// An f32 of memory that no one writes meanwhile, or zero where `c` does not hold.
 pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let c = f.cast("zext", c, Ty::I32);
-    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.f32 $0, 0f00000000;\n@p ld.global.nc.f32 $0, [$1];\n}";
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}";
     f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], false, true)[0]
 }
 

@@ -169,6 +169,12 @@ impl<'a> Emit<'a> {
         bytes.iter().sum()
     }
 
+    /// The parameter that a tensor map is: they come behind addresses, symbols and the block's own memory.
+    pub fn map(&self, number: usize) -> Val {
+        let first = self.s.params.len() + 1 + usize::from(super::emit::scratch_bytes(self.s) > 0);
+        Val::Arg((first + number) as u32, Ty::Generic)
+    }
+
     /// Starts a copy into the acquired stage; of one that a cluster shares, this block's part, to the same place in every block.
     pub fn copy(
         &mut self,
@@ -202,7 +208,7 @@ impl<'a> Emit<'a> {
         *last /= panels;
         let columns = *last;
         let number = self.maps.number(s, view, &part, buffer.swizzle).ok_or("a copy from what is no parameter")?;
-        let map = Val::Arg((s.params.len() + 1 + number) as u32, Ty::Generic);
+        let map = self.map(number);
         coordinates.reverse();
         let drives = self.drives();
         let blocks = shared.then_some(self.cluster);
@@ -244,12 +250,12 @@ impl<'a> Emit<'a> {
         let buffer = self.s.channels[channel.0 as usize].slots[slot as usize];
         let stage = self.rings[channel.0 as usize].back(&mut self.t.f, 0);
         let data = &self.s.buffers[buffer.0 as usize];
-        if data.swizzle > 0 {
+        if data.swizzle > 0 || data.shape[1] != 1 {
             self.held.insert(result, Held::Stage(buffer, stage));
             return Ok(());
         }
-        // No operand of a product: every thread takes the values of its own rows.
-        if data.shape[1] != 1 || data.dtype != dsc_ir::DType::F32 {
+        // A column, and no operand of a product: every thread takes the values of its own rows.
+        if data.dtype != dsc_ir::DType::F32 {
             return Err(format!("{} is read by threads and is no column of f32", data.name));
         }
         let geometry = self.the_geometry()?;

@@ -9,7 +9,7 @@ use super::fragment::{Geometry, Register};
 use super::ptx;
 use super::tensor_map::{can_describe, view_type};
 use crate::nvidia::lower::isa;
-use crate::nvidia::lower::mlir::{Ty, Val, i32};
+use crate::nvidia::lower::mlir::{Val, i32};
 use dsc_ir::sched::BufferId;
 use dsc_ir::tile::{Index, ValueId, ViewType};
 use std::collections::HashMap;
@@ -228,7 +228,7 @@ impl Emit<'_> {
         let last = tile.len() - 1;
         (tile[target.row_axis], tile[last]) = (ROWS, BOX);
         let number = self.maps.number(self.s, target.view, &tile, PANEL).ok_or("a store to what is no parameter")?;
-        let map = Val::Arg((self.s.params.len() + 1 + number) as u32, Ty::Generic);
+        let map = self.map(number);
         let lane = self.t.lane;
         let top = self.t.f.mul(g.warp, i32(16));
         let write_row = self.t.f.rem(lane, 16);

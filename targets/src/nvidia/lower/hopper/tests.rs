@@ -6,6 +6,10 @@ mod attention;
 mod experts;
 #[path = "../../../../tests/support/linear.rs"]
 mod linear;
+#[path = "../../../../tests/support/scores.rs"]
+mod scores;
+#[path = "../../../../tests/support/select.rs"]
+mod select;
 
 use super::{lower, schedule};
 use crate::Kernel;
@@ -20,6 +24,8 @@ use dsc_ir::tile::{Program, Type};
 use dsc_ir::{DType, Sym, SymValues};
 use experts::Experts;
 use linear::Linear;
+use scores::Scores;
+use select::Select;
 
 const BF16: Linear =
     Linear { dtype: DType::Bf16, n: 256, k: 256, tile: [128, 256], step: 64, out: DType::Bf16, glu: false, part: None };
@@ -72,7 +78,7 @@ fn check_scheduled(program: &Program, scheduled: Scheduled, syms: SymValues, set
         sched::interp::run(&scheduled, &syms, &mut buffers, &bindings, options).expect("runs");
         assert!(buffers == expected, "seed {seed} of\n{scheduled}");
     }
-    lower(&scheduled, hopper(), Ty::Global).expect("lowers");
+    lower(&scheduled, hopper(), Ty::Global).unwrap_or_else(|e| panic!("{e}, in\n{scheduled}"));
 }
 
 impl Linear {
@@ -343,4 +349,110 @@ fn attention_of_few_heads() {
     few.check(2, &[192, 70]);
     Attention { fp8: true, ..few }.check(1, &[128]);
     Attention { heads: 8, tile: 8, parts: Some(2), ..few }.check(1, &[192]);
+}
+
+impl Scores {
+    /// With contexts as given, in one sequence or, a token each, in as many.
+    fn check(self, contexts: &[i32]) {
+        let longest = contexts.iter().copied().max().unwrap_or(1) as u32;
+        let (tokens, pages) = (contexts.len() as u32, longest.div_ceil(64));
+        let sequences = if self.rows == 1 { tokens } else { 1 };
+        let syms = SymValues([3; 6])
+            .with(Sym::T, tokens)
+            .with(Sym::S, sequences)
+            .with(Sym::P, pages)
+            .with(Sym::N, pages * sequences)
+            .with(Sym::C, longest);
+        let program = self.program("scores");
+        check(&program, syms, |buffers| {
+            let bytes = |v: Vec<i32>| v.into_iter().flat_map(i32::to_le_bytes).collect::<Vec<u8>>();
+            let number = |name: &str| program.params.iter().position(|p| p.name == name);
+            buffers[number("positions").unwrap()] = bytes(contexts.iter().map(|c| c - 1).collect());
+            if let (Some(seqs), Some(table)) = (number("seqs"), number("pages")) {
+                buffers[seqs] = bytes((0..tokens as i32).map(|t| if sequences == 1 { 0 } else { t }).collect());
+                let all = (pages * sequences) as i32;
+                // One page that does not exist: it reads zero.
+                buffers[table] = bytes((0..all).map(|i| if i == 2 { -1 } else { all - 1 - i }).collect());
+                let keys = number("keys").unwrap();
+                let page: Vec<u8> = (0..8192u32).map(|i| [0x38, 0xb8, 0x40, 0][(i * 7 % 11 % 4) as usize]).collect();
+                let scales: Vec<u8> = (0..64).flat_map(|i| [1.0f32, 0.5, 2.0][i % 3].to_le_bytes()).collect();
+                buffers[keys] = [page, scales].concat().repeat(all as usize);
+                buffers[number("scales").unwrap()] = buffers[keys].clone();
+            }
+        });
+    }
+}
+
+const SCORES: Scores = Scores { heads: 64, rows: 1, pages: 2, paged: true, scaled: true, fill: true, select: None };
+
+#[test]
+fn scores_of_a_token_each() {
+    SCORES.check(&[1, 64, 65, 300, 129]);
+    Scores { heads: 32, pages: 1, scaled: false, ..SCORES }.check(&[200, 70]);
+}
+
+#[test]
+fn scores_of_several_tokens() {
+    Scores { rows: 8, pages: 4, ..SCORES }.check(&(300..311).collect::<Vec<_>>());
+    Scores { rows: 4, paged: false, scaled: false, ..SCORES }.check(&[130, 131, 132, 133, 134]);
+    Scores { rows: 2, paged: false, ..SCORES }.check(&[63, 64, 65]);
+}
+
+#[test]
+fn selections_grow_with_scores() {
+    let select = |k| Scores { rows: 8, select: Some(k), ..SCORES };
+    select(64).check(&(300..311).collect::<Vec<_>>());
+    Scores { rows: 4, paged: false, ..select(512) }.check(&[130, 700, 132, 133, 134]);
+}
+
+impl Select {
+    /// Rows of so many columns, on the emulator: what is selected of them is what the tile interpreter selects.
+    fn check(self, lengths: &[u32], value: impl Fn(u32) -> f32) {
+        let longest = lengths.iter().copied().max().unwrap_or(1);
+        let (rows, pages) = (lengths.len() as u32, longest.div_ceil(64));
+        let syms = SymValues([rows; 6]).with(Sym::P, pages).with(Sym::N, rows * pages).with(Sym::C, longest);
+        let kernel =
+            Kernel { program: self.program("select"), schedule: Schedule { cluster: 1, ..Schedule::default() } };
+        let lowered = crate::nvidia::lower::lower(&kernel, hopper()).expect("lowers");
+        assert!(lowered.sched.contains("threads 1024"), "a row is selected from at once");
+        let ints = |v: &mut dyn Iterator<Item = i32>| v.flat_map(i32::to_le_bytes).collect::<Vec<u8>>();
+        let x = (0..rows * longest).flat_map(|i| value(i).to_le_bytes()).collect();
+        let mut buffers = vec![x, ints(&mut lengths.iter().map(|&n| n as i32 - 1))];
+        if self.slots {
+            buffers.push(ints(&mut (0..rows as i32)));
+            buffers.push(ints(&mut (0..(rows * pages) as i32).rev()));
+        }
+        buffers.push(vec![0; (rows * self.k * 4) as usize]);
+        let bindings: Vec<Binding> = (0..buffers.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
+        let (mut want, mut got) = (buffers.clone(), buffers);
+        interp::run(&kernel.program, &syms, &mut want, &bindings).expect("runs");
+        crate::nvidia::lower::emulate::run_blocks(&kernel.program, &lowered, &syms, &mut got, &bindings, 5)
+            .expect("runs");
+        assert!(got == want, "{self:?} of {lengths:?}");
+    }
+}
+
+/// Numbers of no order.
+fn scattered(i: u32) -> f32 {
+    (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 16384.0 - 512.0
+}
+
+const SELECT: Select = Select { k: 96, step: 128, slots: false };
+
+#[test]
+fn short_rows_are_all_candidates() {
+    SELECT.check(&[700, 50, 96, 1], scattered);
+    Select { slots: true, ..SELECT }.check(&[300, 20], |i| (i % 5) as f32);
+}
+
+#[test]
+fn samples_find_the_best_of_long_rows() {
+    SELECT.check(&[20000, 8193], scattered);
+    SELECT.check(&[10000], |i| (i % 3) as f32);
+    Select { k: 2048, step: 512, ..SELECT }.check(&[16500], |i| scattered(i) / scattered(i + 1));
+}
+
+#[test]
+fn rows_of_which_samples_say_little_are_counted() {
+    SELECT.check(&[17000], |i| if i % 7 == 0 { f32::NEG_INFINITY } else { 1.5 });
 }
