@@ -16,6 +16,8 @@ const MOST_REGISTERS: u32 = 192;
 const FEW_REGISTERS: u32 = 16;
 /// Rows of a tile from which its columns, not its rows, are the instruction's columns.
 const STRAIGHT_FROM: u32 = 64;
+/// Rounds whose loads lanes share out.
+const QUAD: u32 = 4;
 /// Deepest ring.
 const MOST_STAGES: u32 = 16;
 /// Bytes of an 8-row group of the 128-byte swizzle, to which operands are aligned.
@@ -117,7 +119,11 @@ impl Config {
             groups: if transposed { [groups[1], groups[0]] } else { groups },
             partials,
             // Where a product is short, memory takes longer; where operands change places there are many factors to keep.
-            loads_ahead: if accumulators <= FEW_REGISTERS && !transposed { 2 * partials } else { 2 },
+            loads_ahead: match () {
+                () if accumulators <= FEW_REGISTERS && !transposed => 2 * partials,
+                () if !transposed && c.dots.len() == 1 && c.rounds.is_some_and(|n| n >= QUAD) => QUAD,
+                () => 2,
+            },
             stages,
             slot_bytes,
             staging_bytes,

@@ -6,6 +6,7 @@
 
 use super::fragment::{Geometry, Register, varies};
 use super::ptx;
+use super::quads::Share;
 use super::ring::{Delivery, Ring};
 use super::select;
 use super::stream::{self, Lists};
@@ -45,6 +46,8 @@ pub enum Held {
     Stage(BufferId, Val),
     /// This thread's part of a tile of sums.
     Sums(Vec<Val>),
+    /// Registers in which that lane of each quad has the elements, of a tile that varies along rows, along columns.
+    Shared(Vec<Val>, [bool; 2], u32),
 }
 
 /// Elements of a vector whose largest every thread finds for itself.
@@ -97,6 +100,14 @@ pub struct Emit<'a> {
     pub split: HashMap<ValueId, usize>,
     /// All but the first of those, as they are now.
     pub others: HashMap<ValueId, Vec<Vec<Val>>>,
+    /// Registers of partial sums that have been added.
+    pub spare: Vec<Vec<Val>>,
+    /// Zero, which the assembler does not know.
+    pub never: Val,
+    /// Loads that lanes of a quad share out.
+    pub shares: HashMap<ValueId, Share>,
+    /// What was loaded for several, by the first of them.
+    pub shared_out: HashMap<ValueId, Vec<Val>>,
     /// Numbers of those rows, by the first of the rows that threads bring together.
     pub numbers: HashMap<(ValueId, u32), Val>,
     /// Which sums over groups of rows the running thread has.
@@ -149,6 +160,10 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
         others: HashMap::new(),
         sums: None,
         lists: None,
+        spare: Vec::new(),
+        never: i32(0),
+        shares: HashMap::new(),
+        shared_out: HashMap::new(),
     };
     s.roles.iter().map(|r| &r.body).chain([&s.common]).for_each(|b| define(b, &mut e.defs));
     let selects = select::is_selection(s);
@@ -219,6 +234,8 @@ impl<'a> Emit<'a> {
         }
         self.init_barriers();
         self.start();
+        let sign = self.t.f.bin("lshr", self.syms[0], i32(31));
+        self.never = ptx::uniform(&mut self.t.f, sign);
         let end = self.t.f.label();
         let s = self.s;
         for (number, role) in s.roles.iter().enumerate() {
@@ -294,6 +311,9 @@ impl<'a> Emit<'a> {
         self.own.clear();
         self.split.clear();
         self.others.clear();
+        self.shares.clear();
+        self.spare.clear();
+        self.shared_out.clear();
         self.unfenced = false;
         for (number, channel) in self.s.channels.iter().enumerate() {
             let number = ChannelId(number as u32);
@@ -344,6 +364,7 @@ impl<'a> Emit<'a> {
     /// What a role needs in every tile, computed once: where its elements lie, and descriptors of operands.
     fn prepare(&mut self, block: &'a Block) -> Result<(), String> {
         self.split_chains(block)?;
+        self.share_loads(block);
         for inst in &block.insts {
             if let Op::Tile(tile::Op::Dot { a, b, trans_b, .. }) = &inst.op {
                 let geometry = self.geometry(inst.results[0])?;
@@ -480,6 +501,9 @@ impl<'a> Emit<'a> {
             _ => {}
         }
         let r = inst.results[0];
+        if let Some(&share) = self.shares.get(&r) {
+            return self.load_shared_out(r, share, op);
+        }
         match (&self.s.places[r.0 as usize], op) {
             (Place::Lazy, _) => Ok(()),
             (Place::Uniform, _) => {
@@ -519,6 +543,7 @@ impl<'a> Emit<'a> {
                 let values =
                     registers.iter().map(|&at| self.map_element(op, at, &mut seen)).collect::<Result<_, _>>()?;
                 self.held.insert(r, Held::Registers(values, own));
+                self.note_spare(op);
                 Ok(())
             }
             (place, _) => Err(format!("%{} in {place:?}", r.0)),
@@ -549,6 +574,17 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
+    /// Notes the registers of partial sums that this has added.
+    fn note_spare(&mut self, op: &tile::Op) {
+        // A single ring feeds a contraction.
+        for v in tile::operands(op).into_iter().filter(|_| self.s.channels.len() == 1) {
+            let product = matches!(self.defs.get(&v).map(|i| &i.op), Some(Op::Tile(tile::Op::Dot { .. })));
+            if let (true, Some(Held::Registers(values, [true, true]))) = (product, self.held.get(&v)) {
+                self.spare.push(values.clone());
+            }
+        }
+    }
+
     /// An index operand.
     pub fn index(&mut self, i: Index) -> Result<Val, String> {
         match i {
@@ -557,7 +593,8 @@ impl<'a> Emit<'a> {
         }
     }
 
-    fn uniform(&self, v: ValueId) -> Result<Val, String> {
+    fn uniform(&mut self, v: ValueId) -> Result<Val, String> {
+        self.hand_out(v);
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => Ok(*x),
             _ => Err(format!("%{} is not uniform", v.0)),
@@ -639,6 +676,7 @@ impl<'a> Emit<'a> {
         seen: &mut HashMap<(ValueId, usize), Val>,
     ) -> Result<Val, String> {
         self.settle(v);
+        self.hand_out(v);
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => return Ok(*x),
             Some(Held::Registers(values, [rows, columns])) => {

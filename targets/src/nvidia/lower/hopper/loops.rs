@@ -8,6 +8,17 @@ use dsc_ir::sched::{Block, Inst, Place};
 use dsc_ir::tile::{Index, Type, ValueId};
 use std::collections::HashMap;
 
+/// How a loop carries a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Carry {
+    /// As the thread's elements.
+    Elements,
+    /// As what lanes have loaded for each other; in the loop that is loaded for this value.
+    Shared(ValueId),
+    /// The same registers as that other value.
+    With(usize),
+}
+
 impl<'a> Emit<'a> {
     /// Runs a role's body for every tile of this block: tile numbers from the block's on, in steps of the number of blocks, so that any
     /// launch grid does all the work.
@@ -110,13 +121,41 @@ impl<'a> Emit<'a> {
         }
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => return Ok(vec![*x]),
-            Some(Held::Registers(values, _)) => return Ok(values.clone()),
+            Some(Held::Registers(values, _) | Held::Shared(values, ..)) => return Ok(values.clone()),
             _ => {}
         }
         let mut seen = HashMap::new();
         let [rows, columns] = self.spread(v)?;
         let registers = self.the_geometry()?.varying(rows, columns);
         registers.into_iter().map(|at| self.element(v, at, &mut seen)).collect()
+    }
+
+    /// How a loop carries a value from `init` that becomes the last of `yields`, after others.
+    fn carry(&self, others: &[ValueId], init: ValueId, yields: &[ValueId]) -> Carry {
+        let share = |v: &ValueId| self.shares.get(v).copied();
+        let (Some(Held::Shared(..)), Some(from), Some(to)) =
+            (self.held.get(&init), share(&init), yields.last().and_then(share))
+        else {
+            return Carry::Elements;
+        };
+        let same = |(a, b): (&ValueId, &ValueId)| {
+            let (Some(a), Some(b)) = (share(a), share(b)) else { return false };
+            a.leader == from.leader && b.leader == to.leader && a.lane == b.lane
+        };
+        match others.iter().zip(yields).position(same) {
+            _ if from.lane != to.lane => Carry::Elements,
+            Some(first) => Carry::With(first),
+            None => Carry::Shared(to.leader),
+        }
+    }
+
+    /// Hands out whatever lanes have for each other but these: what is handed out in a loop is not known behind it.
+    fn hand_out_but(&mut self, kept: &[ValueId]) {
+        let shared =
+            |(v, held): (&ValueId, &Held)| (matches!(held, Held::Shared(..)) && !kept.contains(v)).then_some(*v);
+        let mut rest: Vec<ValueId> = self.held.iter().filter_map(shared).collect();
+        rest.sort_unstable();
+        rest.into_iter().for_each(|v| self.hand_out(v));
     }
 
     fn hold(&mut self, v: ValueId, values: &[Val], varies: [bool; 2]) {
@@ -149,48 +188,82 @@ impl<'a> Emit<'a> {
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
         let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
         let counters = carried.len();
-        let (mut widths, mut varies) = (Vec::new(), Vec::new());
-        for &v in init {
+        let (mut carries, mut widths, mut varies) = (Vec::new(), Vec::new(), Vec::new());
+        for (number, &v) in init.iter().enumerate() {
+            let carry = self.carry(&init[..number], v, &body.yields[..=number]);
+            if carry == Carry::Elements {
+                self.hand_out(v);
+            }
             varies.push(match self.held.get(&v) {
-                Some(Held::Registers(_, varies)) => *varies,
+                Some(Held::Registers(_, varies) | Held::Shared(_, varies, _)) => *varies,
                 _ => self.spread(v).unwrap_or([true, true]),
             });
-            let values = self.registers(v)?;
+            let values = match carry {
+                Carry::With(_) => Vec::new(),
+                _ => self.registers(v)?,
+            };
+            carries.push(carry);
             widths.push(values.len());
             carried.extend(values);
         }
+        self.hand_out_but(init);
         let split = |values: &[Val]| -> Vec<Vec<Val>> {
             let mut rest = &values[counters..];
-            let take = |&n: &usize| {
+            let mut all: Vec<Vec<Val>> = Vec::new();
+            for (carry, &n) in carries.iter().zip(&widths) {
                 let (here, after) = rest.split_at(n);
                 rest = after;
-                here.to_vec()
-            };
-            widths.iter().map(take).collect()
+                all.push(match carry {
+                    Carry::With(other) => all[*other].clone(),
+                    _ => here.to_vec(),
+                });
+            }
+            all
+        };
+        let lanes: Vec<Option<u32>> = init
+            .iter()
+            .zip(&carries)
+            .map(|(v, carry)| match self.held.get(v) {
+                Some(Held::Shared(_, _, lane)) if *carry != Carry::Elements => Some(*lane),
+                _ => None,
+            })
+            .collect();
+        let hold = |e: &mut Self, to: &[ValueId], values: &[Val]| {
+            for (((&v, values), &varies), lane) in to.iter().zip(split(values)).zip(&varies).zip(&lanes) {
+                match lane {
+                    Some(lane) => _ = e.held.insert(v, Held::Shared(values, varies, *lane)),
+                    None => e.hold(v, &values, varies),
+                }
+            }
         };
         let at_entry = self.flight.renamed(init, &body.args[1..]);
         let unfenced = self.unfenced;
         let args = self.counted((lo, hi, i32(step.into())), &carried, |e, counter, values| {
             e.resume(values);
             e.held.insert(body.args[0], Held::Scalar(counter));
-            for ((&arg, values), &varies) in body.args[1..].iter().zip(split(values)).zip(&varies) {
-                e.hold(arg, &values, varies);
-            }
+            hold(e, &body.args[1..], values);
             e.flight = at_entry.clone();
+            e.spare.clear();
             e.block(body)?;
+            e.spare.clear();
             if e.flight.renamed(&body.yields, &body.args[1..]) != at_entry {
                 e.settle_all();
             }
             let mut next: Vec<Val> = e.rings.iter().flat_map(|r| r.state()).collect();
-            for &v in &body.yields {
-                next.extend(e.registers(v)?);
+            for (&v, carry) in body.yields.iter().zip(&carries) {
+                match carry {
+                    Carry::With(_) => {}
+                    Carry::Shared(leader) => next.extend(e.shared_out.get(leader).cloned().unwrap_or_default()),
+                    Carry::Elements => {
+                        e.hand_out(v);
+                        next.extend(e.registers(v)?);
+                    }
+                }
             }
             Ok(next)
         })?;
         self.resume(&args);
-        for ((&result, values), &varies) in inst.results.iter().zip(split(&args)).zip(&varies) {
-            self.hold(result, &values, varies);
-        }
+        hold(self, &inst.results, &args);
         self.flight = at_entry.renamed(&body.args[1..], &inst.results);
         // There may have been no round.
         self.unfenced |= unfenced;

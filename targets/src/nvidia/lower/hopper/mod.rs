@@ -6,10 +6,10 @@
 //! | `config` | tile, warpgroups, depth of the ring |
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan`, `attention_plan` | these to scheduled tile IR with roles |
-//! | `emit`, `loops`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `reduce`, `store` | that to MLIR |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
 //! | `select`, `filter` | selections from rows in memory |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
+//! | `emit`, `loops`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
@@ -29,6 +29,7 @@ mod loops;
 mod memory;
 mod plan;
 pub mod ptx;
+mod quads;
 mod reduce;
 mod ring;
 mod scores;

@@ -148,9 +148,21 @@ pub fn wgmma_wait(f: &mut Fn, n: usize) {
     effect(f, &format!("wgmma.wait_group.sync.aligned {n};"), "", &[]);
 }
 
-/// One matrix product of a warpgroup, in flight: `d = a · bᵀ`, plus `acc` if there is one. 64 x `n` results of 32 bytes of `k`.
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub enum Onto<'a> {
+    /// These values.
+    Sum(&'a [Val]),
+    /// Nothing.
+    Zero,
+    /// Nothing, but it is made in the registers of these values, which are used no more. The assembler takes a product that is added to nothing out
+    /// of their order, and then runs out of registers; that the number is zero, so that nothing is added, it must not know.
+    Over(&'a [Val], Val),
+}
+
+/// One matrix product of a warpgroup, in flight: `d = a · bᵀ`, plus what it is added to. 64 x `n` results of 32 bytes of `k`.
 /// `across`: rows of `a`, of `b` run across `k` (16-bit types only).
-pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, acc: Option<&[Val]>, [a, b]: [Val; 2], across: [bool; 2]) -> Vec<Val> {
+pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, onto: Onto<'_>, [a, b]: [Val; 2], across: [bool; 2]) -> Vec<Val> {
     let count = n as usize / 2;
     let turned = format!(", {}, {}", u32::from(across[0]), u32::from(across[1]));
     let (k, ty, tail) = match dtype {
@@ -159,16 +171,21 @@ pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, acc: Option<&[Val]>, [a, b]: [Val
         _ => (16, "bf16", turned),
     };
     let d: Vec<String> = (0..count).map(|i| format!("${i}")).collect();
-    let (keep, first) = (u32::from(acc.is_some()), 2 * count);
+    let first = 2 * count;
+    let (keep, values, never) = match onto {
+        Onto::Sum(values) => ("1".to_owned(), values.to_vec(), None),
+        Onto::Zero => ("0".to_owned(), vec![f32(0.0); count], None),
+        Onto::Over(values, never) => (format!("${}", first + 2), values.to_vec(), Some(never)),
+    };
     let text = format!(
         "{{\n.reg .pred p;\nsetp.ne.b32 p, {keep}, 0;\nwgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{ty}.{ty} {{{}}}, ${first}, ${}, p, 1, 1{tail};\n}}",
         d.join(", "),
         first + 1
     );
     let tied: Vec<String> = (0..count).map(|i| i.to_string()).collect();
-    let constraints = format!("{},{},l,l", vec!["=f"; count].join(","), tied.join(","));
-    let mut args = acc.map_or(vec![f32(0.0); count], <[Val]>::to_vec);
-    args.extend([a, b]);
+    let more = if never.is_some() { ",r" } else { "" };
+    let constraints = format!("{},{},l,l{more}", vec!["=f"; count].join(","), tied.join(","));
+    let args: Vec<Val> = values.into_iter().chain([a, b]).chain(never).collect();
     f.asm(&text, &constraints, &args, &vec![Ty::F32; count], true, true)
 }
 
@@ -283,6 +300,11 @@ pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let c = f.cast("zext", c, Ty::I32);
     let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}";
     f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], false, true)[0]
+}
+
+/// The value of that lane of the running lane's quad.
+pub fn from_quad(f: &mut Fn, v: Val, lane: Val) -> Val {
+    f.asm("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;", "=f,f,r", &[v, lane], &[Ty::F32], false, true)[0]
 }
 
 /// Two words of memory that no one writes meanwhile, or zeros where `c` does not hold. Stays where it is written: in front of waits.

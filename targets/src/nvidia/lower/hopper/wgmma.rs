@@ -200,6 +200,9 @@ impl<'a> Emit<'a> {
             ptx::fence_async(&mut self.t.f);
         }
         ptx::wgmma_fence(&mut self.t.f);
+        let registers = g.subs as usize * per_sub;
+        let spare = self.spare.iter().position(|s| s.len() == registers);
+        let spare = spare.filter(|_| acc.is_none() && count == 1).map(|i| self.spare.remove(i));
         let pieces = g.wide.div_ceil(self.most_columns());
         let wide = g.wide / pieces;
         for k in 0..k_bytes / K_BYTES {
@@ -214,8 +217,12 @@ impl<'a> Emit<'a> {
                     let behind = step(right_data, k, across[1]) + piece * columns;
                     let right = self.described(right, behind, right_data, across[1]);
                     let own = (piece * wide / 2) as usize..((piece + 1) * wide / 2) as usize;
-                    let acc = sum.as_ref().map(|s| &s[own]);
-                    all.extend(ptx::wgmma(&mut self.t.f, dtype, wide, acc, [left, right], across));
+                    let onto = match (sum.as_ref(), &spare) {
+                        (Some(sum), _) => ptx::Onto::Sum(&sum[own]),
+                        (None, Some(spare)) => ptx::Onto::Over(&spare[sub * per_sub..][own], self.never),
+                        (None, None) => ptx::Onto::Zero,
+                    };
+                    all.extend(ptx::wgmma(&mut self.t.f, dtype, wide, onto, [left, right], across));
                 }
                 *sum = Some(all);
             }

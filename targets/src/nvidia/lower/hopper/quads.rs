@@ -1,0 +1,155 @@
+//! Loads that the lanes of a quad share out.
+//!
+//! What the sums of a round are scaled by is an element a row, and lanes of a quad have the same rows: four lanes ask for one word, and the eight
+//! quads for words of eight lines, which takes as long as eight reads of shared memory do, and those are what products wait for. Loads of four
+//! neighbours along an axis become one instead: lane `q` of each quad loads the `q`-th of them and gives it to the others when it is wanted.
+
+use super::emit::{Emit, Held};
+use super::ptx;
+use crate::nvidia::lower::mlir::{Val, i32};
+use dsc_ir::DType;
+use dsc_ir::sched::{Atom, Block, Inst, Op, Place};
+use dsc_ir::tile::{self, Index, MapArg, Scalar, ScalarOp, ValueId};
+
+/// Lanes with the same rows.
+const QUAD: u32 = 4;
+
+/// A load's part in a load of four.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// The load that is made for all, the first of them.
+    pub leader: ValueId,
+    /// The axis along which they are neighbours.
+    axis: usize,
+    /// The lane of each quad that has this load's elements.
+    pub lane: u32,
+}
+
+impl<'a> Emit<'a> {
+    /// Finds the loads of a block that can be shared out.
+    pub fn share_loads(&mut self, block: &'a Block) {
+        // A single ring feeds a contraction.
+        if self.elected || self.s.channels.len() > 1 {
+            return;
+        }
+        struct Group<'a> {
+            axis: usize,
+            base: (ValueId, u32),
+            first: &'a Inst,
+            loads: Vec<(u32, ValueId)>,
+        }
+        let mut groups: Vec<Group<'a>> = Vec::new();
+        for inst in &block.insts {
+            let Op::Tile(tile::Op::Load { index, .. }) = &inst.op else { continue };
+            if !self.same_in_quads(inst) {
+                continue;
+            }
+            for (axis, &at) in index.iter().enumerate() {
+                let Some((base, by)) = self.sum(at) else { continue };
+                let (base, load) = ((base, by / QUAD), (by % QUAD, inst.results[0]));
+                let known =
+                    groups.iter_mut().find(|g| g.axis == axis && g.base == base && self.beside(g.first, inst, axis));
+                match known {
+                    Some(group) => group.loads.push(load),
+                    None => groups.push(Group { axis, base, first: inst, loads: vec![load] }),
+                }
+            }
+        }
+        for Group { axis, first, loads, .. } in groups {
+            // In this order, the leader is loaded before the others are wanted.
+            if loads.iter().map(|l| l.0).eq(0..QUAD) {
+                let leader = first.results[0];
+                self.shares.extend(loads.into_iter().map(|(lane, v)| (v, Share { leader, axis, lane })));
+            }
+        }
+    }
+
+    /// Whether two loads are of one view, and their indices alike but along that axis.
+    fn beside(&self, a: &Inst, b: &Inst, axis: usize) -> bool {
+        let (Op::Tile(tile::Op::Load { view, index, shape }), Op::Tile(tile::Op::Load { view: v, index: i, shape: s })) =
+            (&a.op, &b.op)
+        else {
+            return false;
+        };
+        let alike = |d: usize| d == axis || self.alike(index[d], i[d]);
+        view == v && shape == s && (0..index.len()).all(alike)
+    }
+
+    /// Whether two indices are computed in the same way.
+    fn alike(&self, a: Index, b: Index) -> bool {
+        let map = |v: ValueId| match self.defs.get(&v).map(|i| &i.op) {
+            Some(Op::Tile(tile::Op::Map { inputs, body })) => Some((inputs, body)),
+            _ => None,
+        };
+        match (a, b) {
+            _ if a == b => true,
+            (Index::Value(a), Index::Value(b)) => match (map(a), map(b)) {
+                (Some((a, x)), Some((b, y))) => {
+                    let inputs = |(&a, &b): (&ValueId, &ValueId)| self.alike(Index::Value(a), Index::Value(b));
+                    x == y && a.len() == b.len() && a.iter().zip(b).all(inputs)
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
+    /// Whether a load gives the lanes of a quad the same elements: one for all, or one a row.
+    fn same_in_quads(&self, load: &Inst) -> bool {
+        let r = load.results[0];
+        let shape = self.shape(r);
+        self.dtype(r) == DType::F32
+            && match &self.s.places[r.0 as usize] {
+                Place::Uniform => true,
+                Place::Fragment(f) => f.atom == Atom::Wgmma && matches!(shape, &[rows, 1] if rows > 1),
+                _ => false,
+            }
+    }
+
+    /// A value and the constant that an index adds to it.
+    fn sum(&self, index: Index) -> Option<(ValueId, u32)> {
+        let Index::Value(v) = index else { return None };
+        let Some(Op::Tile(tile::Op::Map { inputs, body })) = self.defs.get(&v).map(|i| &i.op) else { return None };
+        let (&[base], [constant, sum]) = (inputs.as_slice(), body.insts.as_slice()) else { return None };
+        let ScalarOp::Const(Scalar::I32(by)) = constant.op else { return None };
+        let adds = sum.op == ScalarOp::Add && sum.args == [MapArg::Input(0), MapArg::Inst(0)];
+        (adds && body.result == MapArg::Inst(1)).then_some(())?;
+        Some((base, u32::try_from(by).ok()?))
+    }
+
+    /// Makes the load of four if this is the first of them.
+    pub fn load_shared_out(&mut self, r: ValueId, share: Share, load: &tile::Op) -> Result<(), String> {
+        let tile::Op::Load { view, index, .. } = load else { return Err("no load".into()) };
+        let by_row = self.s.places[r.0 as usize] != Place::Uniform;
+        if r == share.leader {
+            let mut start = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+            let quad = self.t.f.rem(self.t.lane, QUAD);
+            start[share.axis] = self.t.f.add(start[share.axis], quad);
+            let mut values = Vec::new();
+            let geometry = if by_row { Some(self.the_geometry()?) } else { None };
+            for register in
+                geometry.map_or_else(|| vec![None], |g| g.varying(true, false).into_iter().map(Some).collect())
+            {
+                let mut at = start.clone();
+                if let (Some(g), Some(register)) = (geometry, register) {
+                    let [row, _] = g.coordinates(&mut self.t, register);
+                    at[0] = self.t.f.add(at[0], row);
+                }
+                let (at, inside) = self.element_at(*view, &at);
+                values.push(ptx::load_f32_if(&mut self.t.f, inside, at));
+            }
+            self.shared_out.insert(r, values);
+        }
+        let values = self.shared_out.get(&share.leader).cloned().ok_or("a load before the one it is part of")?;
+        self.held.insert(r, Held::Shared(values, [by_row, false], share.lane));
+        Ok(())
+    }
+
+    /// Gives every lane what the quad's lanes have loaded for it.
+    pub fn hand_out(&mut self, v: ValueId) {
+        let Some(Held::Shared(values, varies, lane)) = self.held.get(&v).cloned() else { return };
+        let values: Vec<Val> = values.into_iter().map(|x| ptx::from_quad(&mut self.t.f, x, i32(lane.into()))).collect();
+        let held = if varies == [false; 2] { Held::Scalar(values[0]) } else { Held::Registers(values, varies) };
+        self.held.insert(v, held);
+    }
+}
