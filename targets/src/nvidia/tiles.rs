@@ -8,10 +8,7 @@
 //!   narrow ones, so that there is one for every multiprocessor, with many rows the largest.
 //! * Experts share the rows, and each has its own weights: a tile holds the rows that an expert has on average, and room for the scatter
 //!   of small numbers, so that most experts' weights are read once.
-//! * Blocks that share copies ([`Schedule::cluster`]) save the cache requests and lose by waiting for one another: pairs gain 4 to 12 % where there are
-//!   several turns of the largest tiles, and lose with fewer.
-//! * Two products of the same rows (SwiGLU) take 64 rows: with 128 their accumulators and a partial sum leave too few registers, and what is
-//!   spilled in the loop makes them take twice as long.
+//! * Blocks that share copies ([`Schedule::cluster`]) save the cache requests and lose by waiting for one another: 1 to 8 % slower in all.
 //! * The more tokens there are, the more keys a block can score with the queries that it has fetched and still leave blocks enough.
 //! * A row is selected from by so many blocks together that those of few rows fill the device.
 
@@ -23,8 +20,6 @@ const FEW: u32 = 32;
 const ROWS: [u32; 2] = [128, 64];
 /// Columns of tiles.
 const COLUMNS: [u32; 4] = [128, 64, 32, 16];
-/// Turns of the largest tiles from which blocks work in pairs.
-const TURNS_OF_PAIRS: u64 = 4;
 
 /// Rows of scores of a block: tokens times heads of the indexer.
 const SCORED: u32 = 512;
@@ -41,17 +36,10 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
         tile_k: 128.min(shape.k.max(1)),
         ..Schedule::default()
     };
-    let most_rows = ROWS[0] / shape.products.max(1);
     let few = |rows: u32| [rows.next_multiple_of(16).max(16), 64];
     match shape.op {
         "linear" if tokens <= FEW => Some(products(few(tokens))),
-        "linear" => {
-            let [rows, columns] = balanced(shape, sms);
-            let largest = shape.products == 1 && [rows, columns] == [ROWS[0], COLUMNS[0]];
-            let turns = tiles(shape, [rows, columns]) / u64::from(sms.max(1));
-            let cluster = if largest && turns >= TURNS_OF_PAIRS { 2 } else { 0 };
-            Some(Schedule { cluster, ..products([rows.min(most_rows), columns]) })
-        }
+        "linear" => Some(products(balanced(shape, sms))),
         "expert_linear" => {
             // Each row is an expert's with the same chance: few have more than twice the average and a handful.
             let average = (shape.m_max / u64::from(shape.heads.max(1))) as u32;
@@ -59,7 +47,7 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
                 most if most <= 16 => few(16),
                 most if most <= 40 => few(32),
                 most if most <= 2 * 64 => [64, 128],
-                _ => [most_rows, 128],
+                _ => [ROWS[0], COLUMNS[0]],
             }))
         }
         "sparse_attention" => {
@@ -124,16 +112,14 @@ mod tests {
     }
 
     #[test]
-    fn pairs_of_blocks_and_pairs_of_products() {
+    fn two_products_have_the_tiles_of_one() {
         let linear = |tokens, n, products| {
             let chosen = chosen("linear", tokens, (n, 7168, 1), products);
-            (chosen.tile_m, chosen.tile_n, chosen.cluster)
+            (chosen.tile_m, chosen.tile_n)
         };
-        assert_eq!(linear(4096, 2112, 1), (128, 128, 2));
-        assert_eq!(linear(1000, 4096, 1), (128, 128, 0), "two turns");
-        assert_eq!(linear(4096, 36864, 2), (64, 128, 0));
+        assert_eq!(linear(4096, 36864, 2), (128, 128));
         let experts = chosen("expert_linear", 4096, (4096, 7168, 257), 2);
-        assert_eq!((experts.tile_m, experts.tile_n), (64, 128));
+        assert_eq!((experts.tile_m, experts.tile_n), (128, 128));
     }
 
     #[test]

@@ -16,6 +16,8 @@ const MOST_REGISTERS: u32 = 192;
 const FEW_REGISTERS: u32 = 16;
 /// Rows of a tile from which its columns, not its rows, are the instruction's columns.
 const STRAIGHT_FROM: u32 = 64;
+/// Registers of accumulators from which they are scarce, and products long enough to hide four rounds' loads.
+pub const MANY_REGISTERS: u32 = 64;
 /// Rounds whose loads lanes share out.
 const QUAD: u32 = 4;
 /// Deepest ring.
@@ -121,7 +123,13 @@ impl Config {
             // Where a product is short, memory takes longer; where operands change places there are many factors to keep.
             loads_ahead: match () {
                 () if accumulators <= FEW_REGISTERS && !transposed => 2 * partials,
-                () if !transposed && c.dots.len() == 1 && c.rounds.is_some_and(|n| n >= QUAD) => QUAD,
+                () if !transposed
+                    && accumulators >= MANY_REGISTERS
+                    && c.dots.len() == 1
+                    && c.rounds.is_some_and(|n| n >= QUAD) =>
+                {
+                    QUAD
+                }
                 () => 2,
             },
             stages,

@@ -24,7 +24,7 @@ use dsc_ir::sched::{Atom, Block, BufferId, ChannelId, Fragment, Inst, Op, Place,
 use dsc_ir::tile::{self, Index, MapArg, Type, ValueId};
 use std::collections::HashMap;
 
-use super::config::WARPGROUP;
+use super::config::{MANY_REGISTERS, WARPGROUP};
 
 /// Warps of a warpgroup.
 const GROUP_WARPS: u32 = WARPGROUP / Arch::WARP;
@@ -579,7 +579,9 @@ impl<'a> Emit<'a> {
         // A single ring feeds a contraction.
         for v in tile::operands(op).into_iter().filter(|_| self.s.channels.len() == 1) {
             let product = matches!(self.defs.get(&v).map(|i| &i.op), Some(Op::Tile(tile::Op::Dot { .. })));
-            if let (true, Some(Held::Registers(values, [true, true]))) = (product, self.held.get(&v)) {
+            if let (true, Some(Held::Registers(values, [true, true]))) = (product, self.held.get(&v))
+                && values.len() >= MANY_REGISTERS as usize
+            {
                 self.spare.push(values.clone());
             }
         }
