@@ -9,9 +9,10 @@ use dsc::compile::{Options, compile_for};
 use dsc::front::config::ModelConfig;
 use dsc_ir::artifact::Numerics;
 use dsc_ir::schedule::{KernelShape, Schedule};
+use dsc_targets::gpu::Lowered;
 use dsc_targets::nvidia::arch::Arch;
 use dsc_targets::nvidia::lower::emulate::run_blocks;
-use dsc_targets::nvidia::lower::{Lowered, fits, lower};
+use dsc_targets::nvidia::lower::{fits, lower};
 use dsc_targets::{Kernel, KernelCode, Module, Target, TargetError};
 use launches::{Errors, Launch, check_plan};
 use std::cell::RefCell;
@@ -51,7 +52,7 @@ impl Target for Emulated {
     }
 
     fn block_bytes(&self) -> u32 {
-        dsc_targets::gpu::block_bytes(self.arch)
+        dsc_targets::gpu::block_bytes(&self.arch)
     }
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
