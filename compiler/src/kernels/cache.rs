@@ -90,7 +90,8 @@ fn views(format: StateFormat, array: Array, access: Access) -> Option<(ViewType,
             let mut scales = by_page(DType::F32, 1, page, 4, u64::from(PAGE_TOKENS * pitch));
             if access == Access::Read {
                 // Elements side by side along the last dim, as copy engines want them.
-                (scales.shape.pop(), scales.strides.pop());
+                scales.shape.pop();
+                scales.strides.pop();
             }
             (by_page(DType::E4m3, dim, page, pitch, 0), Some(scales))
         }

@@ -204,7 +204,7 @@ impl Emit<'_> {
         let whole = f.cmp("sle", over, slack);
         let whole = f.cast("zext", whole, Ty::I32);
         self.t.f.close_loop(&pass, i32(1), &[bound, rest, whole, shift]);
-        self.t.f.close_loop(&passes, i32(1), &pass.args[1..].to_vec());
+        self.t.f.close_loop(&passes, i32(1), &pass.args[1..]);
         let [bound, ties, done, drop] = [passes.args[1], passes.args[2], passes.args[3], passes.args[4]];
         Found { bound, drop, ties, done }
     }
