@@ -1,0 +1,279 @@
+//! Entry points of a kernel library.
+
+use super::check::MAX_ROW;
+use super::{Arg, Launch, MAX_BUFFER_BYTES};
+use crate::DType;
+use crate::extent::{Extent, Sym, SymValues};
+use crate::graph::StateFormat;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+
+/// What a kernel library was compiled for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LibraryFacts {
+    /// `dsa`: sparse attention of the DeepSeek-V3.2 family.
+    pub kind: String,
+    /// Heads of attention on this rank.
+    pub heads: u32,
+    /// Heads of the indexer.
+    pub index_heads: u32,
+    /// Elements of an index key.
+    pub index_dim: u32,
+    /// Elements of the latent.
+    pub latent: u32,
+    /// Elements of the rope key.
+    pub rope: u32,
+    /// Keys selected.
+    pub topk: u32,
+    /// Multiplies the scores of attention.
+    pub scale: f32,
+    /// Query tokens of a sequence that decoding takes.
+    pub queries: Vec<u32>,
+    /// Longest context in tokens.
+    pub max_context: u32,
+    /// Whether the latent cache is fp8 with scales ([`StateFormat::LatentFp8`]) rather than bf16.
+    pub fp8_cache: bool,
+}
+
+/// What an argument of an entry point holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ArgElem {
+    /// Elements of that type.
+    Plain(DType),
+    /// Bytes: pages of a cache in this format, `[N, page bytes]`.
+    Pages(StateFormat),
+}
+
+impl ArgElem {
+    /// Bytes of an element.
+    pub fn bytes(self) -> u64 {
+        match self {
+            ArgElem::Plain(dtype) => dtype.bytes() as u64,
+            ArgElem::Pages(_) => 1,
+        }
+    }
+}
+
+/// An argument of an entry point: memory of the caller, row-major.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntryArg {
+    /// Its name, unique in the entry point.
+    pub name: String,
+    /// What it holds.
+    pub elem: ArgElem,
+    /// Its shape.
+    pub shape: Vec<Extent>,
+    /// Whether it is a result.
+    pub write: bool,
+}
+
+impl EntryArg {
+    /// Whether rows may be further apart than they are long: matrices whose rows have no constant length. The symbol of their
+    /// last dim is then that distance.
+    pub fn pitched(&self) -> bool {
+        matches!(self.shape.as_slice(), [_, last] if last.sym.is_some() && last.factor == 1)
+    }
+
+    /// Its bytes at these sizes.
+    pub fn bytes(&self, syms: &SymValues) -> Option<u64> {
+        self.shape.iter().try_fold(self.elem.bytes(), |n, e| n.checked_mul(e.eval(syms)))
+    }
+}
+
+/// A part of an entry point's workspace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkspacePart {
+    /// Bytes of an element.
+    pub element_bytes: u32,
+    /// Its shape.
+    pub shape: Vec<Extent>,
+}
+
+/// One operation of a kernel library for one shape class.
+///
+/// A caller gives an array for each argument; their shapes bind the symbols. Intermediate results lie in a workspace of the
+/// caller, one part after the other, each at a multiple of [`WORKSPACE_ALIGN`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The operation, such as `topk`.
+    pub op: String,
+    /// The shape class.
+    pub class: String,
+    /// It takes calls whose symbols are all at most these.
+    pub max: SymValues,
+    /// Sizes that are equal in every call: each first one has a factor of 1. It binds a symbol that no shape has.
+    pub relations: Vec<(Extent, Extent)>,
+    /// Arguments, in order.
+    pub args: Vec<EntryArg>,
+    /// Parts of the workspace.
+    pub workspace: Vec<WorkspacePart>,
+    /// Launches in order.
+    pub launches: Vec<Launch>,
+}
+
+/// Why a call is not one of a class; of several classes the latest says most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// Shapes disagree with each other, or with what was compiled.
+    Shape(String),
+    /// Sizes are not related as in this class.
+    Relation(String),
+    /// A size is beyond this class.
+    Limit(String),
+}
+
+impl Misfit {
+    /// How much of the call was in order.
+    pub fn rank(&self) -> u8 {
+        match self {
+            Misfit::Shape(_) => 0,
+            Misfit::Relation(_) => 1,
+            Misfit::Limit(_) => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for Misfit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Misfit::Shape(what) | Misfit::Relation(what) | Misfit::Limit(what)) = self;
+        f.write_str(what)
+    }
+}
+
+/// Parts of a workspace start at multiples of this, and so must the workspace.
+pub const WORKSPACE_ALIGN: u64 = 256;
+
+impl Entry {
+    /// The symbols of a call whose arguments have these shapes (of [`EntryArg::pitched`] ones the last dim is the distance of rows,
+    /// in elements). Symbols that nothing binds are 1.
+    ///
+    /// # Errors
+    /// Which argument does not fit, and how; or that the call is beyond the class.
+    pub fn symbols(&self, shapes: &[&[u64]]) -> Result<SymValues, Misfit> {
+        if shapes.len() != self.args.len() {
+            return Err(Misfit::Shape(format!("{} arguments, {} takes {}", shapes.len(), self.op, self.args.len())));
+        }
+        let mut found: [Option<u32>; 6] = [None; 6];
+        for (arg, shape) in self.args.iter().zip(shapes) {
+            let name = &arg.name;
+            if shape.len() != arg.shape.len() {
+                return Err(Misfit::Shape(format!("{name} has {} dims, wants {:?}", shape.len(), arg.shape)));
+            }
+            for (extent, &n) in arg.shape.iter().zip(*shape) {
+                let wrong = || Misfit::Shape(format!("{name} is {shape:?}, wants {:?}{}", arg.shape, bound(&found)));
+                let Some(sym) = extent.sym else {
+                    if n != u64::from(extent.factor) {
+                        return Err(wrong());
+                    }
+                    continue;
+                };
+                let factor = u64::from(extent.factor.max(1));
+                let value = u32::try_from(n / factor).ok().filter(|_| n % factor == 0).ok_or_else(wrong)?;
+                match found[sym as usize] {
+                    Some(known) if known != value => return Err(wrong()),
+                    _ => found[sym as usize] = Some(value),
+                }
+            }
+        }
+        for (one, other) in &self.relations {
+            let (Some(a), Some(b)) = (one.sym, other.sym) else { continue };
+            let value = found[b as usize].unwrap_or(1).checked_mul(other.factor);
+            let known = found[a as usize].unwrap_or(0);
+            let wrong = || Misfit::Relation(format!("{one} is {known}, wants {other}{}", bound(&found)));
+            let value = value.ok_or_else(wrong)?;
+            if found[a as usize].is_some_and(|known| known != value) {
+                return Err(wrong());
+            }
+            found[a as usize] = Some(value);
+        }
+        let syms = SymValues(found.map(|n| n.unwrap_or(1)));
+        for sym in Sym::ALL {
+            if syms.get(sym) > self.max.get(sym) {
+                let (n, most) = (syms.get(sym), self.max.get(sym));
+                return Err(Misfit::Limit(format!("{n} {} are more than {most}", sym.name())));
+            }
+        }
+        Ok(syms)
+    }
+
+    /// Where each part of the workspace starts, and the bytes of all.
+    pub fn workspace(&self, syms: &SymValues) -> Option<(Vec<u64>, u64)> {
+        let mut at = 0u64;
+        let mut starts = Vec::with_capacity(self.workspace.len());
+        for part in &self.workspace {
+            starts.push(at);
+            let bytes =
+                part.shape.iter().try_fold(u64::from(part.element_bytes), |n, e| n.checked_mul(e.eval(syms)))?;
+            at = at.checked_add(bytes.checked_next_multiple_of(WORKSPACE_ALIGN)?)?;
+        }
+        Some((starts, at))
+    }
+
+    /// Bytes of the memory behind an argument of a launch, and the argument's place in it.
+    pub fn buffer(&self, arg: Arg, syms: &SymValues) -> Option<(u64, u64)> {
+        match arg {
+            Arg::Caller(i) => Some((self.args.get(i as usize)?.bytes(syms)?, 0)),
+            Arg::Workspace(i) => {
+                let (starts, bytes) = self.workspace(syms)?;
+                let start = *starts.get(i as usize)?;
+                let end = starts.get(i as usize + 1).copied().unwrap_or(bytes);
+                Some((end - start, 0))
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn writable(&self, arg: Arg) -> bool {
+        match arg {
+            Arg::Caller(i) => self.args.get(i as usize).is_some_and(|a| a.write),
+            other => matches!(other, Arg::Workspace(_)),
+        }
+    }
+
+    /// What is wrong with it, but for its launches.
+    pub(super) fn check(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut expect = |ok: bool, what: &str| {
+            if !ok {
+                problems.push(what.to_owned());
+            }
+        };
+        let named = |name: &str| (1..=4096).contains(&name.len());
+        expect(named(&self.op) && named(&self.class), "its name is empty or endless");
+        expect(self.max.0.iter().all(|&n| (1..=i32::MAX as u32).contains(&n)), "its largest sizes are out of range");
+        let mut names = BTreeSet::new();
+        expect(self.args.iter().all(|a| named(&a.name) && names.insert(&a.name)), "names of arguments are not unique");
+        expect(self.args.len() <= 64 && self.workspace.len() <= 64 && self.launches.len() <= 64, "it is too large");
+        let ranks = self.args.iter().map(|a| a.shape.len()).chain(self.workspace.iter().map(|w| w.shape.len()));
+        expect(ranks.into_iter().all(|n| (1..=8).contains(&n)), "an argument has no dims, or too many");
+        let pages = |a: &EntryArg| match a.elem {
+            ArgElem::Plain(dtype) => dtype != DType::Bool,
+            ArgElem::Pages(format) => {
+                checked_page_bytes(format).is_some_and(|n| a.shape == [Sym::N.into(), Extent::from(n)])
+            }
+        };
+        expect(self.args.iter().all(pages), "an argument's type or pages cannot be");
+        expect(self.relations.iter().all(|(a, _)| a.factor == 1), "a relation binds a multiple");
+        let fits = |n: Option<u64>| n.is_some_and(|n| n <= MAX_BUFFER_BYTES);
+        expect(self.args.iter().all(|a| fits(a.bytes(&self.max))), "an argument is beyond reason");
+        expect(fits(self.workspace(&self.max).map(|w| w.1)), "its workspace is beyond reason");
+        problems
+    }
+}
+
+/// Bytes of a page of a format of sane size.
+fn checked_page_bytes(format: StateFormat) -> Option<u32> {
+    let sizes = match format {
+        StateFormat::LatentFp8 { latent, rope } | StateFormat::Latent { latent, rope, .. } => [latent, rope],
+        StateFormat::IndexFp8 { dim } | StateFormat::Index { dim, .. } => [dim, 1],
+    };
+    sizes.iter().all(|n| (1..=MAX_ROW).contains(n)).then(|| format.page_bytes())
+}
+
+/// Symbols that are bound, for messages.
+fn bound(found: &[Option<u32>; 6]) -> String {
+    let known: Vec<String> =
+        Sym::ALL.iter().filter_map(|&s| found[s as usize].map(|n| format!("{} = {n}", s.name()))).collect();
+    if known.is_empty() { String::new() } else { format!(" where {}", known.join(", ")) }
+}
