@@ -112,7 +112,8 @@ enum DscStatus dsc_workspace_bytes(const struct DscLibrary *library,
 //
 // # Safety
 // As dsc_workspace_bytes. The arrays and the workspace are memory of the library's device until the work is done, and results
-// overlap nothing else; the stream is one of the device.
+// overlap nothing else; the stream is one of the device. Calls of one opened library must not run at the same time, in two streams
+// say: some kernels share memory of the library. Open it once for each stream that overlaps others.
 enum DscStatus dsc_launch(const struct DscLibrary *library,
                           const char *operation,
                           const struct DscTensor *tensors,

@@ -224,7 +224,8 @@ pub unsafe extern "C" fn dsc_workspace_bytes(
 ///
 /// # Safety
 /// As dsc_workspace_bytes. The arrays and the workspace are memory of the library's device until the work is done, and results
-/// overlap nothing else; the stream is one of the device.
+/// overlap nothing else; the stream is one of the device. Calls of one opened library must not run at the same time, in two streams
+/// say: some kernels share memory of the library. Open it once for each stream that overlaps others.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dsc_launch(
     library: *const DscLibrary,
