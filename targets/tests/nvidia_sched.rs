@@ -2,6 +2,9 @@
 //! kernels they leave what the tile program leaves, to the bit.
 #![cfg(feature = "nvidia")]
 
+#[path = "support/programs.rs"]
+mod programs;
+
 use dsc_ir::sched::{self, Budget};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{self, Program, interp};
@@ -9,30 +12,11 @@ use dsc_ir::{DType, SymValues};
 use dsc_targets::Kernel;
 use dsc_targets::nvidia::arch::Arch;
 use dsc_targets::nvidia::lower::lower;
-use std::path::Path;
+use programs::programs;
 
 /// Bytes of every parameter: more than any kernel of the file tests reaches with these symbols.
 const BYTES: u32 = 1 << 16;
 const SYMS: SymValues = SymValues([3; 6]);
-
-/// Valid kernels of the file tests.
-fn programs() -> Vec<Program> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/filetests/tile");
-    let mut paths: Vec<_> =
-        std::fs::read_dir(folder).expect("file tests").map(|e| e.expect("an entry").path()).collect();
-    paths.sort();
-    let mut programs = Vec::new();
-    for path in paths {
-        let text = std::fs::read_to_string(&path).expect("text");
-        // Lines of the harness stand between kernels.
-        let lines: Vec<&str> = text.lines().collect();
-        let texts = lines.split(|line| line.starts_with(';')).map(|lines| lines.join("\n"));
-        programs
-            .extend(texts.filter_map(|text| tile::parse(&text).ok()).flatten().filter(|p| tile::verify(p).is_empty()));
-    }
-    assert!(programs.len() > 20, "{} kernels", programs.len());
-    programs
-}
 
 fn budget(arch: &Arch) -> Budget {
     Budget {

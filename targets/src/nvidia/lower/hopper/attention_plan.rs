@@ -16,8 +16,9 @@
 use super::attention::Attention;
 use super::config::{ROWS, WARPGROUP};
 use super::contraction::{STEP_BYTES, definitions};
-use super::plan::{Names, for_each, rename_index, renamed, value_of};
+use super::plan::for_each;
 use super::tensor_map::{can_describe, view_type};
+use super::values::{Names, Values, plain, rename_index, renamed, slice, value_of};
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
@@ -80,8 +81,7 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
             parts.push(Part { score, columns: [n * wide, wide], of: [n, count], group, computed });
         }
     }
-    Planner { program, a, defs, parts, transposed, groups, types: Vec::new(), places: Vec::new(), params: Vec::new() }
-        .scheduled(arch)
+    Planner { program, a, defs, parts, transposed, groups, values: Values::new(program) }.scheduled(arch)
 }
 
 /// The gather behind keys that are rows as they lie in memory.
@@ -104,9 +104,7 @@ struct Planner<'a> {
     parts: Vec<Part>,
     transposed: bool,
     groups: u32,
-    types: Vec<Type>,
-    places: Vec<Place>,
-    params: Vec<tile::Param>,
+    values: Values<'a>,
 }
 
 /// Which values each role computes.
@@ -118,10 +116,6 @@ struct Split {
     /// What the loop has for the weights and factors, then what it has besides.
     weighing: HashSet<ValueId>,
     carrying: HashSet<ValueId>,
-}
-
-fn plain(op: Op) -> Inst {
-    Inst { results: Vec::new(), op, scratch: None }
 }
 
 const QUERIES: ChannelId = ChannelId(0);
@@ -140,12 +134,6 @@ impl<'a> Planner<'a> {
     }
 
     fn scheduled(mut self, arch: &Arch) -> Option<Scheduled> {
-        let mut names = Names::new();
-        for param in &self.program.params {
-            let value = self.fresh(self.program.ty(param.value).clone(), Place::View);
-            names.insert(param.value, value);
-            self.params.push(tile::Param { value, ..param.clone() });
-        }
         let split = self.split()?;
         let (buffers, channels) = self.memory(&split, arch)?;
         let scratch = (self.transposed).then(|| buffers.len() as u32 - 2);
@@ -164,13 +152,13 @@ impl<'a> Planner<'a> {
             // Parts of the values take turns; the others go with the last.
             let of = |p: &Part| p.group.unwrap_or(bringing - 1) % bringing;
             let parts: Vec<usize> = (0..self.parts.len()).filter(|&i| of(&self.parts[i]) == n).collect();
-            let insts = self.keys(&parts, &mut names.clone())?;
+            let insts = self.keys(&parts, &mut self.values.names.clone())?;
             role(format!("keys{n}"), registers[0], insts);
         }
-        let insts = self.scores(&split, scratch, &mut names.clone())?;
+        let insts = self.scores(&split, scratch, &mut self.values.names.clone())?;
         role("scores".into(), registers[1], insts);
         for group in 0..self.groups {
-            let insts = self.values(&split, group, &mut names.clone())?;
+            let insts = self.values(&split, group, &mut self.values.names.clone())?;
             role(format!("values{group}"), registers[2], insts);
         }
         Some(Scheduled {
@@ -179,12 +167,12 @@ impl<'a> Planner<'a> {
             persistent: Some(BAND),
             cluster: None,
             team: 1,
-            params: self.params.clone(),
+            params: self.values.params,
             threads,
             buffers,
             channels,
-            types: self.types,
-            places: self.places,
+            types: self.values.types,
+            places: self.values.places,
             common: Block::default(),
             roles,
         })
@@ -246,16 +234,7 @@ impl<'a> Planner<'a> {
 
     /// These values and what they are computed from in the program; products, and what the loop carries, are not followed.
     fn slice(&self, roots: Vec<ValueId>) -> HashSet<ValueId> {
-        let (mut seen, mut pending) = (HashSet::new(), roots);
-        while let Some(v) = pending.pop() {
-            if !seen.insert(v) || self.a.is_product(v) || self.a.key_loop.results.contains(&v) {
-                continue;
-            }
-            if let Some(inst) = self.defs.get(&v) {
-                pending.extend(tile::operands(&inst.op));
-            }
-        }
-        seen
+        slice(&self.defs, roots, |v| self.a.is_product(v) || self.a.key_loop.results.contains(&v))
     }
 
     /// Whether a value is computed from the accumulator.
@@ -344,12 +323,6 @@ impl<'a> Planner<'a> {
         Some((buffers, channels))
     }
 
-    fn fresh(&mut self, ty: Type, place: Place) -> ValueId {
-        self.types.push(ty);
-        self.places.push(place);
-        ValueId(self.types.len() as u32 - 1)
-    }
-
     fn tile(&self, v: ValueId) -> Option<&'a TileType> {
         self.program.tile(v)
     }
@@ -365,13 +338,7 @@ impl<'a> Planner<'a> {
             tile::Op::Reduce { x, axis, kind } => tile::Op::Reduce { x: *names.get(x)?, axis: *axis, kind: *kind },
             op => renamed(op, names)?,
         };
-        let mut results = Vec::new();
-        for &r in &inst.results {
-            let new = self.fresh(self.program.ty(r).clone(), place.clone());
-            names.insert(r, new);
-            results.push(new);
-        }
-        Some(Inst { results, op: Op::Tile(op), scratch: None })
+        Some(self.values.computed(inst, op, place, names))
     }
 
     /// What stands in front of the loop and these values need, for a role in which threads have no matrices.
@@ -403,20 +370,20 @@ impl<'a> Planner<'a> {
         let init = carried.iter().map(|&i| names.get(&init[i]).copied()).collect::<Option<Vec<_>>>()?;
         let (lo, hi, step) = self.a.range;
         let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
-        let counter = self.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
+        let counter = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
         names.insert(self.a.body.args[0], counter);
         let mut args = vec![counter];
         for (&i, &first) in carried.iter().zip(&init) {
-            let ty = self.types[first.0 as usize].clone();
-            let arg = self.fresh(ty, self.fragment());
+            let ty = self.values.types[first.0 as usize].clone();
+            let arg = self.values.fresh(ty, self.fragment());
             names.insert(self.a.body.args[1 + i], arg);
             args.push(arg);
         }
         let (insts, yields) = body(self, names)?;
         let mut results = Vec::new();
         for (&i, &first) in carried.iter().zip(&init) {
-            let ty = self.types[first.0 as usize].clone();
-            let result = self.fresh(ty, self.fragment());
+            let ty = self.values.types[first.0 as usize].clone();
+            let result = self.values.fresh(ty, self.fragment());
             names.insert(self.a.key_loop.results[i], result);
             results.push(result);
         }
@@ -555,7 +522,7 @@ impl<'a> Planner<'a> {
             }
             _ => return None,
         };
-        let result = self.fresh(Type::Tile(ty), Place::Lazy);
+        let result = self.values.fresh(Type::Tile(ty), Place::Lazy);
         names.insert(v, result);
         out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
         Some(result)
@@ -678,7 +645,7 @@ impl<'a> Planner<'a> {
 
     fn take(&mut self, channel: ChannelId, slot: u32, dtype: DType, shape: &[u32], out: &mut Vec<Inst>) -> ValueId {
         let ty = Type::Tile(TileType { dtype, shape: shape.to_vec() });
-        let v = self.fresh(ty, Place::Slot(channel, slot));
+        let v = self.values.fresh(ty, Place::Slot(channel, slot));
         out.push(Inst { results: vec![v], op: Op::Take { channel, slot }, scratch: None });
         v
     }
@@ -709,7 +676,7 @@ impl<'a> Planner<'a> {
             }
             let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], &mut insts);
             let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
-            let result = self.fresh(Type::Tile(ty), self.fragment());
+            let result = self.values.fresh(Type::Tile(ty), self.fragment());
             let op = tile::Op::Dot { a: queries[i], b, acc: sum, trans_b: true };
             insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
             sum = Some(result);
@@ -766,7 +733,7 @@ impl<'a> Planner<'a> {
         let mut out = self.before(roots, names)?;
         let Type::Tile(t) = self.narrowed(zero)? else { return None };
         let full = tile::Op::Full { value: tile::Scalar::F32(0.0), shape: t.shape.clone() };
-        let first = self.fresh(Type::Tile(t), Place::Lazy);
+        let first = self.values.fresh(Type::Tile(t), Place::Lazy);
         names.insert(zero, first);
         out.push(Inst { results: vec![first], op: Op::Tile(full), scratch: None });
         let acc = self.a.acc;
@@ -801,7 +768,7 @@ impl<'a> Planner<'a> {
     fn narrow(&mut self, inst: &tile::Inst, group: u32, new: &mut Inst) -> Option<()> {
         for (&old, &v) in inst.results.iter().zip(&new.results) {
             if self.of_acc(old) {
-                self.types[v.0 as usize] = self.narrowed(old)?;
+                self.values.types[v.0 as usize] = self.narrowed(old)?;
             }
         }
         let columns = self.a.shape[2] / self.groups;
@@ -837,8 +804,8 @@ impl<'a> Planner<'a> {
         let channel = self.key_channel(number);
         insts.push(plain(Op::Wait(channel)));
         let v = self.take(channel, 0, self.a.dtype, &[keys, columns / self.groups], &mut insts);
-        let ty = self.types[acc.0 as usize].clone();
-        let result = self.fresh(ty, self.fragment());
+        let ty = self.values.types[acc.0 as usize].clone();
+        let result = self.values.fresh(ty, self.fragment());
         let op = tile::Op::Dot { a: p, b: v, acc: Some(acc), trans_b: false };
         insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
         insts.push(plain(Op::Release { channel: weights, lag: 0 }));

@@ -132,6 +132,21 @@ impl Emit<'_> {
         (before, all)
     }
 
+    /// The thread one of whose two bins has the `wanted`-th largest notes which (from `low` on), how many are wanted of it, and how many it has. Of a
+    /// bin: its number, how many are in those above, how many up to it, how many in it.
+    pub fn note_digit(&mut self, (wanted, low): (Val, Val), bins: [(i64, Val, Val, Val); 2], found: Val) {
+        for (digit, above, upto, n) in bins {
+            let over = self.t.f.cmp("slt", above, wanted);
+            let within = self.t.f.cmp("sle", wanted, upto);
+            let it = self.t.f.bin("and", over, within);
+            self.t.when(it, |t| {
+                let digit = t.f.add(low, i32(digit));
+                let rest = t.f.sub(wanted, above);
+                t.store_shared(found, &[digit, rest, n, i32(0)]);
+            });
+        }
+    }
+
     /// The `wanted` largest of `count` words that are not zero, or so few more that `slack` is not exceeded; all, if there are no more. `word`
     /// gives those of this thread, `each` of them.
     pub fn search(
@@ -184,16 +199,7 @@ impl Emit<'_> {
         let middle = self.t.f.add(above, upper);
         let upto = self.t.f.add(above, both);
         let found = self.t.f.add(g.base, i32(FOUND.into()));
-        for (digit, above, upto, n) in [(1, above, middle, upper), (0, middle, upto, lower)] {
-            let over = self.t.f.cmp("slt", above, wanted);
-            let within = self.t.f.cmp("sle", wanted, upto);
-            let it = self.t.f.bin("and", over, within);
-            self.t.when(it, |t| {
-                let digit = t.f.add(low, i32(digit));
-                let rest = t.f.sub(wanted, above);
-                t.store_shared(found, &[digit, rest, n, i32(0)]);
-            });
-        }
+        self.note_digit((wanted, low), [(1, above, middle, upper), (0, middle, upto, lower)], found);
         self.group_wait(g);
         let v = self.t.load_shared(found, Ty::I32, 4);
         let (digit, rest, n) = (v[0], v[1], v[2]);

@@ -5,7 +5,7 @@
 //! | `contraction`, `attention` | find the contraction, the attention of a tile program |
 //! | `config` | tile, warpgroups, depth of the ring |
 //! | `tensor_map` | what the copy engine can bring |
-//! | `plan`, `attention_plan` | these to scheduled tile IR with roles |
+//! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
 //! | `select`, `filter` | selections from rows in memory |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
@@ -40,6 +40,7 @@ mod sums;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
+mod values;
 mod wgmma;
 
 pub use emit::lower;

@@ -12,6 +12,7 @@ use super::contraction::{Contraction, STEP_BYTES, definitions};
 use super::fragment::varies;
 use super::store::in_pieces;
 use super::tensor_map::{can_copy, view_type};
+use super::values::{Names, Values, plain, rename_index, slice, value_of};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
@@ -98,8 +99,6 @@ fn divisor(i: Index, defs: &HashMap<ValueId, &tile::Inst>) -> u32 {
     constant.unwrap_or(1)
 }
 
-pub type Names = HashMap<ValueId, ValueId>;
-
 struct Planner<'a> {
     program: &'a Program,
     c: Contraction<'a>,
@@ -115,16 +114,9 @@ struct Planner<'a> {
     scale_rows: HashSet<ValueId>,
     /// Results that maxima are taken of and that are used again: computed once, and kept in registers.
     kept: HashSet<ValueId>,
-    types: Vec<Type>,
-    places: Vec<Place>,
-    params: Vec<tile::Param>,
-    names: Names,
+    values: Values<'a>,
     /// Blocks that share copies, and whether those are of the right operands, else of the left one.
     cluster: Option<(Cluster, bool)>,
-}
-
-pub(super) fn plain(op: Op) -> Inst {
-    Inst { results: Vec::new(), op, scratch: None }
 }
 
 impl<'a> Planner<'a> {
@@ -141,17 +133,9 @@ impl<'a> Planner<'a> {
             after: HashSet::new(),
             scale_rows: HashSet::new(),
             kept: HashSet::new(),
-            types: Vec::new(),
-            places: Vec::new(),
-            params: Vec::new(),
-            names: Names::new(),
+            values: Values::new(program),
             cluster: None,
         };
-        for param in &program.params {
-            let value = p.fresh(program.ty(param.value).clone(), Place::View);
-            p.names.insert(param.value, value);
-            p.params.push(tile::Param { value, ..param.clone() });
-        }
         let mut copied = p.bounds();
         for operand in p.c.operands() {
             copied.extend(operand.index.iter().filter_map(|i| value_of(*i)).chain(operand.gathered));
@@ -245,7 +229,7 @@ impl<'a> Planner<'a> {
         role: fn(&mut Self, &'a Region, &mut Names) -> Option<Vec<Inst>>,
     ) -> Option<Inst> {
         let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
-        let counter = self.fresh(self.program.ty(body.args[0]).clone(), Place::Uniform);
+        let counter = self.values.fresh(self.program.ty(body.args[0]).clone(), Place::Uniform);
         names.insert(body.args[0], counter);
         let body = Block { args: vec![counter], insts: role(self, body, names)?, yields: Vec::new() };
         Some(plain(Op::For { lo, hi, step, init: Vec::new(), body }))
@@ -253,24 +237,7 @@ impl<'a> Planner<'a> {
 
     /// These values and what they are computed from; a product's operands are not followed.
     fn slice(&self, roots: Vec<ValueId>) -> HashSet<ValueId> {
-        let (mut seen, mut pending) = (HashSet::new(), roots);
-        while let Some(v) = pending.pop() {
-            if !seen.insert(v) {
-                continue;
-            }
-            match self.defs.get(&v) {
-                Some(_) if self.c.is_product(v) => {}
-                Some(inst) => pending.extend(tile::operands(&inst.op)),
-                None => {}
-            }
-        }
-        seen
-    }
-
-    fn fresh(&mut self, ty: Type, place: Place) -> ValueId {
-        self.types.push(ty);
-        self.places.push(place);
-        ValueId(self.types.len() as u32 - 1)
+        slice(&self.defs, roots, |v| self.c.is_product(v))
     }
 
     fn tile(&self, v: ValueId) -> Option<&'a TileType> {
@@ -308,26 +275,15 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The same instruction under new names.
-    fn copied(&mut self, inst: &tile::Inst, place: Place, names: &mut Names) -> Option<Inst> {
-        let op = renamed(&inst.op, names)?;
-        let results = inst.results.iter().map(|&r| {
-            let new = self.fresh(self.program.ty(r).clone(), place.clone());
-            names.insert(r, new);
-            new
-        });
-        Some(Inst { results: results.collect(), op: Op::Tile(op), scratch: None })
-    }
-
     fn scalar(&mut self, value: i32) -> (Inst, ValueId) {
-        let result = self.fresh(Type::Tile(TileType::scalar(DType::I32)), Place::Uniform);
+        let result = self.values.fresh(Type::Tile(TileType::scalar(DType::I32)), Place::Uniform);
         let op = tile::Op::Full { value: Scalar::I32(value), shape: Vec::new() };
         (Inst { results: vec![result], op: Op::Tile(op), scratch: None }, result)
     }
 
     /// `v + by`, a scalar.
     fn plus(&mut self, v: ValueId, by: u32) -> (Inst, ValueId) {
-        let result = self.fresh(Type::Tile(TileType::scalar(DType::I32)), Place::Uniform);
+        let result = self.values.fresh(Type::Tile(TileType::scalar(DType::I32)), Place::Uniform);
         let insts = vec![
             MapInst { op: ScalarOp::Const(Scalar::I32(by as i32)), args: Vec::new() },
             MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Inst(0)] },
@@ -337,9 +293,9 @@ impl<'a> Planner<'a> {
     }
 
     fn scheduled(mut self) -> Option<Scheduled> {
-        let mut names = self.names.clone();
+        let mut names = self.values.names.clone();
         let producer = self.producer(&self.program.body, &mut names)?;
-        let mut names = self.names.clone();
+        let mut names = self.values.names.clone();
         let consumer = self.consumer(&self.program.body, &mut names)?;
         let warps = self.config.warpgroups() * WARPGROUP / Arch::WARP;
         let gathers = self.c.left.gathered.is_some();
@@ -362,22 +318,23 @@ impl<'a> Planner<'a> {
             role("producer", produces, registers[0], !gathers, producer),
             role("consumer", consumes, registers[1], false, consumer),
         ];
+        let buffers = self.buffers();
         Some(Scheduled {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),
             persistent: Some(BAND),
             cluster: self.cluster.map(|c| c.0),
             team: 1,
-            params: self.params.clone(),
+            params: self.values.params,
             threads: produces[1].max(consumes[1]) * Arch::WARP,
-            buffers: self.buffers(),
+            buffers,
             channels: vec![Channel {
                 name: "operands".into(),
                 stages: self.config.stages,
                 slots: (0..=self.c.rights.len() as u32).map(BufferId).collect(),
             }],
-            types: self.types,
-            places: self.places,
+            types: self.values.types,
+            places: self.values.places,
             common: Block::default(),
             roles,
         })
@@ -436,7 +393,7 @@ impl<'a> Planner<'a> {
                 // Which rows a thread brings is its own affair: no place of a fragment.
                 let place = self.place(inst)?;
                 let place = if matches!(place, Place::Fragment(_)) { Place::Lazy } else { place };
-                out.push(self.copied(inst, place, names)?);
+                out.push(self.values.copied(inst, place, names)?);
             }
         }
         Some(out)
@@ -462,7 +419,7 @@ impl<'a> Planner<'a> {
         let c = self.c.clone();
         let step = c.range.2;
         let (lo, hi) = self.bounds_in(names, out)?;
-        let counter = self.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
+        let counter = self.values.fresh(self.program.ty(c.body.args[0]).clone(), Place::Uniform);
         names.insert(c.body.args[0], counter);
         let mut insts = Vec::new();
         for inst in &c.body.insts {
@@ -470,7 +427,7 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let place = self.place(inst)?;
-            insts.push(self.copied(inst, place, names)?);
+            insts.push(self.values.copied(inst, place, names)?);
         }
         for part in 0..c.step / c.stage_k() {
             let mut copies = Vec::new();
@@ -516,14 +473,14 @@ impl<'a> Planner<'a> {
                 out.extend(self.row_maxima(inst, names)?);
             } else if let tile::Op::Store { value, .. } | tile::Op::Scatter { value, .. } = &inst.op {
                 self.storable(self.tile(*value)?).then_some(())?;
-                let mut store = self.copied(inst, Place::Lazy, names)?;
+                let mut store = self.values.copied(inst, Place::Lazy, names)?;
                 if self.config.staging_bytes > 0 {
                     store.scratch = Some(BufferId(1 + self.c.rights.len() as u32));
                 }
                 out.push(store);
             } else if inst.results.first().is_some_and(|r| self.consumed.contains(r)) {
                 let place = self.place(inst)?;
-                out.push(self.copied(inst, place, names)?);
+                out.push(self.values.copied(inst, place, names)?);
             } else if !inst.results.first().is_some_and(|r| self.produced.contains(r)) {
                 return None;
             }
@@ -549,7 +506,7 @@ impl<'a> Planner<'a> {
         rows.then_some(())?;
         let one = self.tile(inst.results[0])?.elements() == 1;
         let place = if one { Place::Uniform } else { self.fragment() };
-        let result = self.fresh(self.program.ty(inst.results[0]).clone(), place);
+        let result = self.values.fresh(self.program.ty(inst.results[0]).clone(), place);
         names.insert(inst.results[0], result);
         let op = tile::Op::Reduce { x: *names.get(&x)?, axis, kind: tile::ReduceKind::Max };
         let mut out = Vec::new();
@@ -567,7 +524,7 @@ impl<'a> Planner<'a> {
     fn results(&mut self) -> Vec<ValueId> {
         let types: Vec<Type> = self.c.dots.iter().map(|d| self.program.ty(d.results[0]).clone()).collect();
         let place = self.fragment();
-        types.into_iter().map(|ty| self.fresh(ty, place.clone())).collect()
+        types.into_iter().map(|ty| self.values.fresh(ty, place.clone())).collect()
     }
 
     /// Waits for the stages of one round and multiplies them; the sums with `accs`. Of each stage but the first the one `lag` before is
@@ -602,14 +559,14 @@ impl<'a> Planner<'a> {
     fn zeros(&mut self, out: &mut Vec<Inst>) -> Vec<ValueId> {
         let shape = self.c.shape().to_vec();
         let ty = TileType { dtype: DType::F32, shape: shape.clone() };
-        let zero = self.fresh(Type::Tile(ty), Place::Lazy);
+        let zero = self.values.fresh(Type::Tile(ty), Place::Lazy);
         let op = Op::Tile(tile::Op::Full { value: Scalar::F32(0.0), shape });
         out.push(Inst { results: vec![zero], op, scratch: None });
         vec![zero; self.c.dots.len()]
     }
 
     fn counter(&mut self) -> ValueId {
-        self.fresh(self.program.ty(self.c.body.args[0]).clone(), Place::Uniform)
+        self.values.fresh(self.program.ty(self.c.body.args[0]).clone(), Place::Uniform)
     }
 
     /// A loop that carries sums; `body` gets its counter and the sums.
@@ -698,7 +655,7 @@ impl<'a> Planner<'a> {
         let carried = |p: &mut Self| -> Vec<ValueId> {
             let mut all = p.results();
             for &v in &init[products..] {
-                all.push(p.fresh(p.types[v.0 as usize].clone(), p.places[v.0 as usize].clone()));
+                all.push(p.values.fresh(p.values.types[v.0 as usize].clone(), p.values.places[v.0 as usize].clone()));
             }
             all
         };
@@ -776,7 +733,7 @@ impl<'a> Planner<'a> {
         let mut taken = Vec::new();
         for (slot, operand) in c.operands().into_iter().enumerate() {
             let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
-            taken.push(self.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
+            taken.push(self.values.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
             let op = Op::Take { channel: RING, slot: slot as u32 };
             out.push(Inst { results: vec![taken[slot]], op, scratch: None });
         }
@@ -788,7 +745,7 @@ impl<'a> Planner<'a> {
         let mut acc = None;
         let ty = self.program.ty(self.c.dots[product].results[0]).clone();
         for taken in stages {
-            let result = self.fresh(ty.clone(), self.fragment());
+            let result = self.values.fresh(ty.clone(), self.fragment());
             let op = tile::Op::Dot { a: taken[0], b: taken[product + 1], acc, trans_b: true };
             out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
             acc = Some(result);
@@ -835,12 +792,12 @@ impl<'a> Planner<'a> {
         names.insert(self.c.body.args[0], at);
         for inst in self.computed_for(operands, &[]) {
             let place = self.place(inst)?;
-            out.push(self.copied(inst, place, &mut names)?);
+            out.push(self.values.copied(inst, place, &mut names)?);
         }
         for load in &loads {
             let inst = *self.defs.get(load)?;
             let place = self.place(inst)?;
-            out.push(self.copied(inst, place, &mut names)?);
+            out.push(self.values.copied(inst, place, &mut names)?);
         }
         loads.iter().map(|v| names.get(v).copied()).collect()
     }
@@ -872,7 +829,7 @@ impl<'a> Planner<'a> {
         let maps: Vec<&'a tile::Inst> = c.body.insts.iter().filter(after).collect();
         for inst in self.computed_for(maps.iter().flat_map(|i| tile::operands(&i.op)).collect(), &loads) {
             let place = self.place(inst)?;
-            out.push(self.copied(inst, place, &mut names)?);
+            out.push(self.values.copied(inst, place, &mut names)?);
         }
         for inst in maps {
             out.push(self.combination(inst, &mut names)?);
@@ -889,7 +846,7 @@ impl<'a> Planner<'a> {
             .iter()
             .chain(&tile::operands(&inst.op))
             .all(|&v| self.tile(v).is_some_and(|t| t.dtype == DType::F32));
-        let mut new = self.copied(inst, place, names)?;
+        let mut new = self.values.copied(inst, place, names)?;
         if let Op::Tile(tile::Op::Map { body, .. }) = &mut new.op
             && floats
         {
@@ -897,48 +854,6 @@ impl<'a> Planner<'a> {
         }
         Some(new)
     }
-}
-
-/// The value that an index is.
-pub fn value_of(i: Index) -> Option<ValueId> {
-    match i {
-        Index::Value(v) => Some(v),
-        Index::Const(_) => None,
-    }
-}
-
-/// An index under new names.
-pub fn rename_index(i: Index, names: &Names) -> Option<Index> {
-    Some(match i {
-        Index::Value(v) => Index::Value(*names.get(&v)?),
-        Index::Const(_) => i,
-    })
-}
-
-/// An operation that roles may run, with its operands renamed.
-pub fn renamed(op: &tile::Op, names: &Names) -> Option<tile::Op> {
-    let v = |v: &ValueId| names.get(v).copied();
-    let indices = |index: &[Index]| index.iter().map(|&i| rename_index(i, names)).collect::<Option<Vec<_>>>();
-    Some(match op {
-        tile::Op::BlockId { .. } | tile::Op::Sym(_) | tile::Op::Full { .. } | tile::Op::Iota { .. } => op.clone(),
-        tile::Op::Map { inputs, body } => {
-            tile::Op::Map { inputs: inputs.iter().map(v).collect::<Option<_>>()?, body: body.clone() }
-        }
-        tile::Op::Reshape { x, shape } => tile::Op::Reshape { x: v(x)?, shape: shape.clone() },
-        tile::Op::Load { view, index, shape } => {
-            tile::Op::Load { view: v(view)?, index: indices(index)?, shape: shape.clone() }
-        }
-        tile::Op::Store { view, index, value } => {
-            tile::Op::Store { view: v(view)?, index: indices(index)?, value: v(value)? }
-        }
-        tile::Op::Gather { view, rows, index, shape } => {
-            tile::Op::Gather { view: v(view)?, rows: v(rows)?, index: indices(index)?, shape: shape.clone() }
-        }
-        tile::Op::Scatter { view, rows, index, value } => {
-            tile::Op::Scatter { view: v(view)?, rows: v(rows)?, index: indices(index)?, value: v(value)? }
-        }
-        _ => return None,
-    })
 }
 
 /// Makes one fused operation of each product that is used by one sum only: it is rounded once instead of twice.

@@ -22,13 +22,12 @@
 use super::config::{ROWS, WARPGROUP};
 use super::contraction::{STEP_BYTES, definitions};
 use super::tensor_map::{can_describe, view_type};
+use super::values::{Names, Values, plain, rename_index, slice};
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
 use dsc_ir::tile::{self, Index, Program, ReduceKind, Region, TileType, Type, ValueId};
 use std::collections::{HashMap, HashSet};
-
-use super::plan::{plain, rename_index, renamed};
 
 /// The ring of the resident operand, and that of the streamed one.
 const RESIDENT: ChannelId = ChannelId(0);
@@ -47,8 +46,6 @@ const SHARING: u32 = 4;
 const BAND: u32 = 4096;
 /// Alignment of operands.
 const ALIGN: u32 = 1024;
-
-type Names = HashMap<ValueId, ValueId>;
 
 /// What was found in a program.
 struct Pattern<'a> {
@@ -271,10 +268,7 @@ struct Planner<'a> {
     consumed: HashSet<ValueId>,
     /// What weights are computed from.
     of_rows: HashSet<ValueId>,
-    types: Vec<Type>,
-    places: Vec<Place>,
-    params: Vec<tile::Param>,
-    names: Names,
+    values: Values<'a>,
 }
 
 impl<'a> Planner<'a> {
@@ -292,16 +286,8 @@ impl<'a> Planner<'a> {
             produced: HashSet::new(),
             consumed: HashSet::new(),
             of_rows: HashSet::new(),
-            types: Vec::new(),
-            places: Vec::new(),
-            params: Vec::new(),
-            names: Names::new(),
+            values: Values::new(program),
         };
-        for param in &program.params {
-            let value = me.fresh(program.ty(param.value).clone(), Place::View);
-            me.names.insert(param.value, value);
-            me.params.push(tile::Param { value, ..param.clone() });
-        }
         let mut copied = me.bounds(&|inst| me.brought(inst));
         for i in me.p.streamed.iter().chain([&me.p.resident]) {
             copied.extend(tile::operands(&i.op));
@@ -341,22 +327,7 @@ impl<'a> Planner<'a> {
 
     /// These values and what they are computed from; what comes through a ring is not followed.
     fn slice(&self, roots: Vec<ValueId>) -> HashSet<ValueId> {
-        let (mut seen, mut pending) = (HashSet::new(), roots);
-        while let Some(v) = pending.pop() {
-            if !seen.insert(v) {
-                continue;
-            }
-            if let Some(inst) = self.defs.get(&v).filter(|inst| !self.brought(inst)) {
-                pending.extend(tile::operands(&inst.op));
-            }
-        }
-        seen
-    }
-
-    fn fresh(&mut self, ty: Type, place: Place) -> ValueId {
-        self.types.push(ty);
-        self.places.push(place);
-        ValueId(self.types.len() as u32 - 1)
+        slice(&self.defs, roots, |v| self.defs.get(&v).is_some_and(|inst| self.brought(inst)))
     }
 
     fn products(&self) -> Place {
@@ -400,16 +371,6 @@ impl<'a> Planner<'a> {
         })
     }
 
-    fn copied(&mut self, inst: &tile::Inst, place: Place, names: &mut Names) -> Option<Inst> {
-        let op = renamed(&inst.op, names)?;
-        let results = inst.results.iter().map(|&r| {
-            let new = self.fresh(self.program.ty(r).clone(), place.clone());
-            names.insert(r, new);
-            new
-        });
-        Some(Inst { results: results.collect(), op: Op::Tile(op), scratch: None })
-    }
-
     /// Copies a tile into a slot of the acquired stage.
     fn copy(&self, inst: &tile::Inst, (channel, slot): (ChannelId, u32), names: &Names) -> Option<Inst> {
         let tile::Op::Load { view, index, shape } = &inst.op else { return None };
@@ -427,18 +388,18 @@ impl<'a> Planner<'a> {
 
     /// A tile taken from a slot.
     fn take(&mut self, ty: Type, (channel, slot): (ChannelId, u32), out: &mut Vec<Inst>) -> ValueId {
-        let v = self.fresh(ty, Place::Slot(channel, slot));
+        let v = self.values.fresh(ty, Place::Slot(channel, slot));
         out.push(Inst { results: vec![v], op: Op::Take { channel, slot }, scratch: None });
         v
     }
 
     /// The same tile in each thread's part of the sums.
     fn spread(&mut self, v: ValueId, out: &mut Vec<Inst>) -> Option<ValueId> {
-        let ty = self.types[v.0 as usize].clone();
+        let ty = self.values.types[v.0 as usize].clone();
         let Type::Tile(TileType { shape, .. }) = &ty else { return None };
         let op = Op::Tile(tile::Op::Reshape { x: v, shape: shape.clone() });
         let place = self.sums();
-        let new = self.fresh(ty, place);
+        let new = self.values.fresh(ty, place);
         out.push(Inst { results: vec![new], op, scratch: None });
         Some(new)
     }
@@ -518,15 +479,15 @@ impl<'a> Planner<'a> {
                     let states = init.iter().all(|v| matches!(self.program.ty(*v), Type::Topk { .. }));
                     states.then_some(())?;
                     let (lo, hi) = (rename_index(*lo, names)?, rename_index(*hi, names)?);
-                    let counter = self.fresh(self.program.ty(body.args[0]).clone(), Place::Uniform);
+                    let counter = self.values.fresh(self.program.ty(body.args[0]).clone(), Place::Uniform);
                     names.insert(body.args[0], counter);
                     let mut args = vec![counter];
                     let mut results = Vec::new();
                     for i in 0..carried.len() {
                         let place = self.sums();
-                        args.push(self.fresh(self.program.ty(body.args[1 + i]).clone(), place.clone()));
+                        args.push(self.values.fresh(self.program.ty(body.args[1 + i]).clone(), place.clone()));
                         names.insert(body.args[1 + i], args[1 + i]);
-                        results.push(self.fresh(self.program.ty(body.args[1 + i]).clone(), place));
+                        results.push(self.values.fresh(self.program.ty(body.args[1 + i]).clone(), place));
                     }
                     let insts = self.role(body, producing, names)?;
                     let yields = if carried.is_empty() { &[][..] } else { &body.yields };
@@ -537,7 +498,7 @@ impl<'a> Planner<'a> {
                 }
                 tile::Op::TopkInit { .. } if !producing => {
                     let place = self.place(inst, producing)?;
-                    let state = self.fresh(self.program.ty(inst.results[0]).clone(), place);
+                    let state = self.values.fresh(self.program.ty(inst.results[0]).clone(), place);
                     names.insert(inst.results[0], state);
                     let scratch = Some(self.lists());
                     out.push(Inst { results: vec![state], op: Op::Tile(inst.op.clone()), scratch });
@@ -547,7 +508,7 @@ impl<'a> Planner<'a> {
                     let values = self.spread(values, &mut out)?;
                     let op = tile::Op::TopkPush { state: *names.get(state)?, values, base: *names.get(base)? };
                     let place = self.place(inst, producing)?;
-                    let new = self.fresh(self.program.ty(inst.results[0]).clone(), place);
+                    let new = self.values.fresh(self.program.ty(inst.results[0]).clone(), place);
                     names.insert(inst.results[0], new);
                     out.push(Inst { results: vec![new], op: Op::Tile(op), scratch: None });
                 }
@@ -557,7 +518,7 @@ impl<'a> Planner<'a> {
                     let place = self.sums();
                     let mut results = Vec::new();
                     for &r in &inst.results {
-                        results.push(self.fresh(self.program.ty(r).clone(), place.clone()));
+                        results.push(self.values.fresh(self.program.ty(r).clone(), place.clone()));
                         names.insert(r, results[results.len() - 1]);
                     }
                     late.push(Inst { results, op: Op::Tile(op), scratch: None });
@@ -577,7 +538,7 @@ impl<'a> Planner<'a> {
                 tile::Op::Dot { .. } if !producing => {
                     let op = tile::Op::Dot { a: *names.get(&a)?, b: *names.get(&b)?, acc: None, trans_b: true };
                     let place = self.products();
-                    let v = self.fresh(self.program.ty(inst.results[0]).clone(), place);
+                    let v = self.values.fresh(self.program.ty(inst.results[0]).clone(), place);
                     names.insert(inst.results[0], v);
                     out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
                     out.push(plain(Op::Release { channel: STREAM, lag: 0 }));
@@ -585,7 +546,7 @@ impl<'a> Planner<'a> {
                 tile::Op::Reduce { x, axis, kind } if wanted => {
                     let place = self.place(inst, producing)?;
                     let op = tile::Op::Reduce { x: *names.get(x)?, axis: *axis, kind: *kind };
-                    let v = self.fresh(self.program.ty(inst.results[0]).clone(), place);
+                    let v = self.values.fresh(self.program.ty(inst.results[0]).clone(), place);
                     names.insert(inst.results[0], v);
                     out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
                 }
@@ -596,7 +557,7 @@ impl<'a> Planner<'a> {
                         // Some thread may still read those of the tile before.
                         out.push(plain(Op::Barrier));
                     }
-                    out.push(self.copied(inst, place, names)?);
+                    out.push(self.values.copied(inst, place, names)?);
                     if shared {
                         out.push(plain(Op::Barrier));
                     }
@@ -611,9 +572,9 @@ impl<'a> Planner<'a> {
     }
 
     fn scheduled(mut self) -> Option<Scheduled> {
-        let mut names = self.names.clone();
+        let mut names = self.values.names.clone();
         let producer = self.role(&self.program.body, true, &mut names)?;
-        let mut names = self.names.clone();
+        let mut names = self.values.names.clone();
         let consumer = self.role(&self.program.body, false, &mut names)?;
         let warps = self.config.warpgroups * WARPGROUP / Arch::WARP;
         let redistributed = self.config.warpgroups == 2;
@@ -638,15 +599,15 @@ impl<'a> Planner<'a> {
             persistent: Some(BAND),
             cluster: None,
             team: 1,
-            params: self.params,
+            params: self.values.params,
             threads: produces[1].max(consumes[1]) * Arch::WARP,
             buffers,
             channels: vec![
                 Channel { name: "resident".into(), stages: ahead, slots: vec![BufferId(0)] },
                 Channel { name: "stream".into(), stages: depth, slots },
             ],
-            types: self.types,
-            places: self.places,
+            types: self.values.types,
+            places: self.values.places,
             common: Block::default(),
             roles,
         })

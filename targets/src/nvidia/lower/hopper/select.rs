@@ -261,14 +261,20 @@ impl<'a> Emit<'a> {
         }
     }
 
-    /// The key of a column of the loop's range: 0 if it can not be selected.
-    pub fn key_of(&mut self, stream: &Stream, column: Val) -> Result<Val, String> {
+    /// Sets the loop's counter to the round of a column of its range; where in the round that column is.
+    fn enter_round(&mut self, stream: &Stream, column: Val) -> Result<Val, String> {
         let (lo, _, step) = stream.range;
         let lo = self.index(lo)?;
         let within = self.t.f.rem(column, step);
         let counter = self.t.f.sub(column, within);
         let counter = self.t.f.add(lo, counter);
         self.held.insert(stream.counter, Held::Scalar(counter));
+        Ok(within)
+    }
+
+    /// The key of a column of the loop's range: 0 if it can not be selected.
+    pub fn key_of(&mut self, stream: &Stream, column: Val) -> Result<Val, String> {
+        let within = self.enter_round(stream, column)?;
         let value = self.flat_element(stream.values, within)?;
         let some = self.t.f.fcmp("ogt", value, crate::nvidia::lower::mlir::f32(f32::NEG_INFINITY));
         let key = self.ordered(value);
@@ -277,12 +283,7 @@ impl<'a> Emit<'a> {
 
     /// The candidate number of a column of the loop's range.
     pub fn number_of(&mut self, stream: &Stream, column: Val) -> Result<Val, String> {
-        let (lo, _, step) = stream.range;
-        let lo = self.index(lo)?;
-        let within = self.t.f.rem(column, step);
-        let counter = self.t.f.sub(column, within);
-        let counter = self.t.f.add(lo, counter);
-        self.held.insert(stream.counter, Held::Scalar(counter));
+        let within = self.enter_round(stream, column)?;
         let base = self.flat_element(stream.base, i32(0))?;
         Ok(self.t.f.add(base, within))
     }
@@ -473,16 +474,8 @@ impl<'a> Emit<'a> {
         let upto = self.t.f.add(before, upto);
         let above = self.t.f.sub(upto, own);
         let middle = self.t.f.add(above, upper);
-        for (digit, above, upto, n) in [(1, above, middle, upper), (0, middle, upto, lower)] {
-            let over = self.t.f.cmp("slt", above, wanted);
-            let within = self.t.f.cmp("sle", wanted, upto);
-            let it = self.t.f.bin("and", over, within);
-            self.t.when(it, |t| {
-                let digit = t.f.add(low, i32(digit));
-                let rest = t.f.sub(wanted, above);
-                t.store_shared(i32((FOUND + 16 * pass).into()), &[digit, rest, n, i32(0)]);
-            });
-        }
+        let bins = [(1, above, middle, upper), (0, middle, upto, lower)];
+        self.note_digit((wanted, low), bins, i32((FOUND + 16 * pass).into()));
         self.t.barrier();
         let found = self.t.load_shared(i32((FOUND + 16 * pass).into()), Ty::I32, 4);
         [found[0], found[1], found[2]]
