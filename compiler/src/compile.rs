@@ -14,6 +14,7 @@ use crate::passes::{self, Class, Cx, PassError};
 use crate::plan::{self, Plan, PlanError};
 use dsc_ir::artifact::{self, Header, KernelEntry, LibraryFacts, ModelFacts, Numerics, ParamEntry};
 use dsc_ir::graph::Graph;
+use dsc_ir::schedule::{KernelShape, Rule, Schedule};
 use dsc_ir::tile::Access;
 use dsc_ir::{Sym, SymValues};
 use dsc_runtime::checkpoint::Checkpoint;
@@ -38,6 +39,8 @@ pub struct Options {
     pub layers: Option<Vec<usize>>,
     /// What the target is told: text to keep, tools to use.
     pub codegen: TargetOptions,
+    /// Changes of the target's schedules.
+    pub schedules: Vec<Rule>,
 }
 
 impl Default for Options {
@@ -50,6 +53,7 @@ impl Default for Options {
             shard: Shard::default(),
             layers: None,
             codegen: TargetOptions::default(),
+            schedules: Vec::new(),
         }
     }
 }
@@ -191,7 +195,7 @@ pub fn compile_for(
         graphs.push((class, graph));
     }
     let facts = facts(config, config_hash, options, max_context);
-    lower(graphs, facts, options.numerics, target, checkpoint, observe)
+    lower(graphs, facts, options.numerics, (target, &options.schedules), checkpoint, observe)
 }
 
 /// What passes know when they compile for a target.
@@ -207,19 +211,25 @@ pub fn context(target: &dyn Target, class: Class, numerics: Numerics, bf16_weigh
     }
 }
 
-/// The way from fused graphs, one a shape class, to an artifact. Weights that are at hand are compared with what the graphs want
+/// The target's schedule of such a kernel, as the rules change it.
+pub(crate) fn schedule(target: &dyn Target, rules: &[Rule], shape: &KernelShape, class: &Class) -> Schedule {
+    let tokens = class.max.get(Sym::T);
+    Rule::applied(rules, target.schedule(shape, tokens), shape, tokens, &class.name)
+}
+
+/// The way from fused graphs, one a shape class, to an artifact; `rules` change the target's schedules. Weights that are at hand are compared with what the graphs want
 /// before code is made.
 pub fn lower(
     graphs: Vec<(Class, Graph)>,
     model: ModelFacts,
     numerics: Numerics,
-    target: &dyn Target,
+    (target, rules): (&dyn Target, &[Rule]),
     checkpoint: Option<(&Path, &Checkpoint)>,
     observe: &mut dyn FnMut(Event),
 ) -> Result<Compiled, CompileError> {
     let stage = Instant::now();
     let scheduler = plan::Scheduler {
-        choose: &|shape, class| target.schedule(shape, class.max.get(Sym::T)),
+        choose: &|shape, class| schedule(target, rules, shape, class),
         fits: &|kernel| target.fits(kernel),
     };
     let plan = plan::plan(&graphs, &scheduler)?;

@@ -12,7 +12,6 @@ pub mod front;
 pub mod kernels;
 #[cfg(feature = "compile")]
 pub mod library;
-#[cfg(feature = "compile")]
 pub mod microbench;
 #[cfg(feature = "compile")]
 pub mod passes;
@@ -20,3 +19,4 @@ pub mod passes;
 pub mod plan;
 #[cfg(feature = "compile")]
 pub mod remember;
+pub mod tune;

@@ -28,10 +28,9 @@ use crate::plan::entry::{Function, plan_entries};
 use crate::plan::{self};
 use dsc_ir::artifact::{LibraryFacts, ModelFacts, Numerics};
 use dsc_ir::graph::{Argument, Graph, Op, PAGE_TOKENS, Quant, StateFormat, TensorType, Value, ValueType};
-use dsc_ir::schedule::Schedule;
+use dsc_ir::schedule::{Rule, Schedule};
 use dsc_ir::{DType, Extent, Sym, SymValues};
 use dsc_targets::{Target, TargetOptions};
-use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -54,7 +53,7 @@ pub struct Options {
     /// Dims and formats.
     pub facts: LibraryFacts,
     /// Schedules to use instead of the target's.
-    pub schedules: Vec<ScheduleChange>,
+    pub schedules: Vec<Rule>,
 }
 
 /// The dims of DeepSeek-V3.2 on one rank.
@@ -71,52 +70,6 @@ pub fn v32() -> LibraryFacts {
         queries: vec![1, 2],
         max_context: 163_840,
         fp8_cache: true,
-    }
-}
-
-/// A change of some schedules: data that a file holds, and that a search writes.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ScheduleChange {
-    /// The kernel's op, as [`KernelShape::op`](dsc_ir::schedule::KernelShape::op) calls it; any if none.
-    #[serde(default)]
-    pub op: Option<String>,
-    /// The shape class; any if none.
-    #[serde(default)]
-    pub class: Option<String>,
-    /// The operation of the library; any if none.
-    #[serde(default)]
-    pub operation: Option<String>,
-    /// Fields of the schedule to set.
-    pub schedule: serde_json::Map<String, serde_json::Value>,
-}
-
-impl ScheduleChange {
-    /// Reads a file of changes: a JSON list.
-    ///
-    /// # Errors
-    /// What is wrong with the text.
-    pub fn parse(text: &str) -> Result<Vec<ScheduleChange>, String> {
-        let changes: Vec<ScheduleChange> = serde_json::from_str(text).map_err(|e| e.to_string())?;
-        for change in &changes {
-            change.apply(&Schedule::default())?;
-        }
-        Ok(changes)
-    }
-
-    /// A schedule with the change made.
-    fn apply(&self, schedule: &Schedule) -> Result<Schedule, String> {
-        let mut fields = serde_json::to_value(schedule).map_err(|e| e.to_string())?;
-        if let Some(map) = fields.as_object_mut() {
-            map.extend(self.schedule.clone());
-        }
-        serde_json::from_value(fields).map_err(|e| format!("schedule {:?}: {e}", self.schedule))
-    }
-
-    fn meets(&self, op: &str, class: &str) -> bool {
-        let (operation, class) = class.split_once('/').unwrap_or(("", class));
-        let meets = |wanted: &Option<String>, name: &str| wanted.as_ref().is_none_or(|w| w == name);
-        meets(&self.op, op) && meets(&self.class, class) && meets(&self.operation, operation)
     }
 }
 
@@ -149,11 +102,9 @@ pub fn compile_for(
         })?;
     }
     let stage = Instant::now();
-    let choose = |shape: &crate::kernels::KernelShape, class: &Class| {
-        let chosen = target.schedule(shape, class.max.get(Sym::T));
-        let changes = options.schedules.iter().filter(|c| c.meets(shape.op, &class.name));
-        let changed = changes.fold(chosen, |s, c| c.apply(&s).unwrap_or(s));
-        Schedule { symbols_by_value: true, ..changed }
+    let choose = |shape: &crate::kernels::KernelShape, class: &Class| Schedule {
+        symbols_by_value: true,
+        ..compile::schedule(target, &options.schedules, shape, class)
     };
     let scheduler = plan::Scheduler { choose: &choose, fits: &|kernel| target.fits(kernel) };
     let mut plan = plan_entries(&functions, &scheduler)?;

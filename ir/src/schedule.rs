@@ -1,5 +1,9 @@
 //! Schedules: how a target runs a tile program. Plain data; a schedule cannot change results.
 
+mod rules;
+
+pub use rules::Rule;
+
 use crate::extent::Extent;
 use serde::{Deserialize, Serialize};
 

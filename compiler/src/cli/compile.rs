@@ -6,6 +6,7 @@ use crate::front::model::Shard;
 use crate::passes;
 use crate::remember::Remember;
 use dsc_ir::artifact::{Header, Numerics};
+use dsc_ir::schedule::Rule;
 use dsc_targets::{Level, TargetOptions};
 use std::collections::BTreeMap;
 use std::fs;
@@ -53,6 +54,10 @@ pub struct Args {
     /// Where --emit writes
     #[arg(long, default_value = ".", value_name = "DIR")]
     emit_dir: PathBuf,
+    /// A JSON list of rules that change schedules, such as `dsc tune` writes:
+    /// [{"op": "attention", "class": "decode16", "schedule": {"tile_n": 32}}]
+    #[arg(long, value_name = "FILE")]
+    schedules: Option<PathBuf>,
     /// The assembler that makes NVIDIA machine code, or `none` [default: DSC_PTXAS, or one that is installed]
     #[arg(long, value_name = "PATH")]
     ptxas: Option<PathBuf>,
@@ -68,6 +73,16 @@ pub struct Args {
     /// Print a JSON summary on stdout
     #[arg(long)]
     json: bool,
+}
+
+impl Args {
+    /// What `--schedules` holds.
+    fn rules(&self) -> Result<Vec<Rule>, Failure> {
+        let Some(path) = &self.schedules else { return Ok(Vec::new()) };
+        let failure = |e: String| Failure::new(format!("--schedules {}: {e}", path.display()));
+        let text = fs::read_to_string(path).map_err(|e| failure(e.to_string()))?;
+        Rule::parse(&text).map_err(failure)
+    }
 }
 
 /// Which ranks to compile.
@@ -168,7 +183,7 @@ fn compile_rank(
     };
     let compiled = match &args.model_dir {
         Some(dir) => {
-            let options = Options { shard: Shard { ranks: args.tp, rank }, ..model_options(args, codegen.clone()) };
+            let options = Options { shard: Shard { ranks: args.tp, rank }, ..model_options(args, codegen.clone())? };
             compile::compile_dir_for(target, dir, &options, &mut observe)?
         }
         None => crate::library::compile(&args.library.options(args, codegen.clone())?, &mut observe)?,
@@ -184,8 +199,8 @@ fn compile_rank(
     summary(args, output, &compiled, started.elapsed())
 }
 
-fn model_options(args: &Args, codegen: TargetOptions) -> Options {
-    Options {
+fn model_options(args: &Args, codegen: TargetOptions) -> Result<Options, Failure> {
+    Ok(Options {
         target: args.target.clone(),
         numerics: match args.numerics {
             NumericsArg::Exact => Numerics::Exact,
@@ -196,7 +211,8 @@ fn model_options(args: &Args, codegen: TargetOptions) -> Options {
         shard: Shard::default(),
         layers: args.layers.clone(),
         codegen,
-    }
+        schedules: args.rules()?,
+    })
 }
 
 /// Refuses what can be refused before any work.

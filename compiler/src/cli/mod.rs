@@ -13,6 +13,7 @@ mod inspect;
 mod output;
 mod progress;
 mod run;
+mod tune;
 mod verify;
 
 use failure::Failure;
@@ -49,6 +50,8 @@ enum Command {
     Eval(eval::Args),
     /// Time steps and kernels
     Bench(bench::Args),
+    /// Search the fastest schedule of a kernel on this machine's device
+    Tune(tune::Args),
     /// Show kernels, launches, memory plan and weight map of an artifact
     Inspect(inspect::Args),
     /// List targets: what each supports, and what was run on hardware
@@ -114,6 +117,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Tune(args) => tune::run(args),
         Command::Inspect(args) => inspect::run(args),
         #[cfg(feature = "compile")]
         Command::Targets { json } => compile::targets(json),

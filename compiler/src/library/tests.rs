@@ -405,15 +405,6 @@ fn workspace_grows_with_the_call() {
 }
 
 #[test]
-fn schedules_are_data() {
-    let text = r#"[{"op": "attention", "class": "decode16", "schedule": {"tile_n": 16}}]"#;
-    let changes = ScheduleChange::parse(text).expect("a change");
-    assert!(changes[0].meets("attention", "mla_decode/decode16") && !changes[0].meets("attention", "decode1"));
-    assert_eq!(changes[0].apply(&Schedule::default()).map(|s| s.tile_n), Ok(16));
-    assert!(ScheduleChange::parse(r#"[{"schedule": {"tile_q": 16}}]"#).is_err());
-}
-
-#[test]
 fn what_cannot_be_compiled_is_refused_and_a_bf16_cache_is_not() {
     let refused = |edit: &dyn Fn(&mut LibraryFacts), wanted: &str| {
         let mut facts = small();

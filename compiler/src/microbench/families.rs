@@ -1,6 +1,6 @@
 //! The kernel families, their sizes, and a small graph of each.
 
-use super::BenchError;
+use super::prepare::BenchError;
 use dsc_ir::artifact::{TensorPart, WeightSource};
 use dsc_ir::graph::{
     Elem, Graph, Op, PAGE_TOKENS, Quant, State, StateFormat, StepInput, TensorType, Value, ValueType, Weight,
@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 pub struct Family {
     /// What `--kernel` takes.
     pub name: &'static str,
+    /// The op of its kernels, as [`KernelShape::op`](dsc_ir::schedule::KernelShape::op) calls it.
+    pub op: &'static str,
     /// What it computes.
     pub what: &'static str,
     /// Sizes and their defaults, which are DeepSeek-V3.2's at one token where that is not too large to play with.
@@ -25,6 +27,7 @@ pub struct Family {
 pub const FAMILIES: &[Family] = &[
     Family {
         name: "linear",
+        op: "linear",
         what: "x [m, k] times the transposed matrix [n, k]",
         sizes: &[("m", 1), ("n", 4096), ("k", 7168)],
         dtypes: &["bf16", "fp8", "f32"],
@@ -32,6 +35,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "head_linear",
+        op: "head_linear",
         what: "for each head x [m, k] times the matrix [k, n]",
         sizes: &[("m", 1), ("heads", 128), ("n", 512), ("k", 128)],
         dtypes: &["bf16", "f32"],
@@ -39,6 +43,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "expert_linear",
+        op: "expert_linear",
         what: "rows of m tokens times the matrices [n, k] of topk experts each, with the routing",
         sizes: &[("m", 1), ("experts", 16), ("topk", 8), ("n", 4096), ("k", 7168)],
         dtypes: &["bf16", "fp8", "f32"],
@@ -46,6 +51,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "attention",
+        op: "attention",
         what: "attention over topk selected latents, m tokens in each of batch sequences",
         sizes: &[
             ("batch", 1),
@@ -61,6 +67,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "sparse_attention",
+        op: "sparse_attention",
         what: "indexer logits, top-k and attention over the selection",
         sizes: &[
             ("batch", 1),
@@ -78,6 +85,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "indexer_logits",
+        op: "indexer_logits",
         what: "scores of all cached index keys, to memory",
         sizes: &[("batch", 1), ("m", 1), ("context", 4096), ("heads", 64), ("dim", 128)],
         dtypes: &["fp8", "bf16", "f32"],
@@ -85,6 +93,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "top_k",
+        op: "top_k",
         what: "the k largest of context scores a token",
         sizes: &[("m", 1), ("context", 4096), ("k", 2048)],
         dtypes: &[],
@@ -92,6 +101,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "mha",
+        op: "mha_attention",
         what: "attention with expanded keys and values, m tokens of one sequence",
         sizes: &[("m", 512), ("context", 512), ("heads", 16), ("nope", 128), ("rope", 64), ("value", 128)],
         dtypes: &["bf16", "f32"],
@@ -99,6 +109,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "gate",
+        op: "gate",
         what: "router logits to experts and weights",
         sizes: &[("m", 1), ("experts", 256), ("groups", 8), ("keep", 4), ("topk", 8)],
         dtypes: &[],
@@ -106,6 +117,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "rows",
+        op: "row",
         what: "residual sum, RMS norm and quantisation of rows [m, n]",
         sizes: &[("m", 1), ("n", 7168)],
         dtypes: &[],
@@ -113,6 +125,7 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         name: "embed",
+        op: "embed",
         what: "rows of the table [vocab, n]",
         sizes: &[("m", 1), ("n", 7168), ("vocab", 32768)],
         dtypes: &["bf16", "f32"],
@@ -121,6 +134,7 @@ pub const FAMILIES: &[Family] = &[
 ];
 
 /// A family with its sizes.
+#[derive(Clone)]
 pub struct Choice {
     /// The family.
     pub family: &'static Family,

@@ -4,13 +4,13 @@
 //! everything, together larger than any cache, and each run takes the next.
 
 use super::data::{self, Fill};
-use super::{Bench, BenchError};
 use dsc_ir::artifact::{Arg, Header, Launch};
 use dsc_ir::graph::StepInput;
 use dsc_ir::work::Cost;
 use dsc_ir::{Sym, SymValues};
 use dsc_runtime::device::{BoundLaunch, Buffer, Code, LaunchTime, LaunchTimes};
 use dsc_runtime::{Device, DeviceError};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// Copies at most, and bytes of all of them.
@@ -52,45 +52,52 @@ pub struct TimedLaunch {
     pub us: f64,
 }
 
-/// Runs the kernel on a fresh device for about `patience`, on so many copies of its operands that it moves `rotate` bytes before it
-/// comes back to the first (fewer if they took too much memory).
+/// Runs the first step's kernels, but those of nodes called `setup..`, on a fresh device for about `patience`, on so many copies of their
+/// operands that they move `rotate` bytes before they come back to the first (fewer if they took too much memory). The symbols are the
+/// most that the step takes.
 ///
 /// # Errors
-/// [`BenchError::Device`].
-pub fn time(bench: &Bench, device: &mut dyn Device, patience: Duration, rotate: u64) -> Result<Timing, BenchError> {
-    let header = &bench.compiled.header;
-    let module = &bench.compiled.module;
-    device
-        .load_code(header, Code { native: &module.code, portable: module.portable.as_deref().unwrap_or_default() })?;
-    let step = &header.steps[0];
+/// What the device refuses.
+pub fn time(
+    header: &Header,
+    code: Code,
+    device: &mut dyn Device,
+    patience: Duration,
+    rotate: u64,
+) -> Result<Timing, DeviceError> {
+    device.load_code(header, code)?;
+    let Some(step) = header.steps.first() else {
+        return Err(DeviceError::Misuse("the artifact has no step to time".into()));
+    };
+    let syms = &step.max;
     let timed: Vec<&Launch> = step.launches.iter().filter(|l| is_timed(l)).collect();
     let mut cost = Cost::default();
-    timed.iter().for_each(|l| cost += &header.kernels[l.kernel as usize].work.eval(&bench.syms));
-    let copy_bytes = bytes_of_copy(header, &bench.syms);
+    timed.iter().for_each(|l| cost += &header.kernels[l.kernel as usize].work.eval(syms));
+    let copy_bytes = bytes_of_copy(header, syms);
     let wanted = (rotate as f64 / cost.bytes.max(1.0)).ceil() as u64;
     let copies = wanted.min(MOST_BYTES / copy_bytes.max(1)).clamp(1, MOST_COPIES) as usize;
 
     let mut all = Vec::new();
     for _ in 0..copies {
-        let memory = Memory::new(header, &bench.syms, device)?;
+        let memory = Memory::new(header, syms, device)?;
         let bind = |l: &Launch| memory.bind(l);
-        let once = device.bind(&step.launches.iter().map(bind).collect::<Vec<_>>(), &bench.syms)?;
-        device.run(once, 0..step.launches.len(), &bench.syms, None)?;
+        let once = device.bind(&step.launches.iter().map(bind).collect::<Vec<_>>(), syms)?;
+        device.run(once, 0..step.launches.len(), syms, None)?;
         all.extend(timed.iter().map(|l| memory.bind(l)));
     }
-    let bound = device.bind(&all, &bench.syms)?;
+    let bound = device.bind(&all, syms)?;
     let mut times = LaunchTimes::default();
     for _ in 0..SINGLE_ROUNDS {
-        device.run(bound, 0..all.len(), &bench.syms, Some(&mut times))?;
+        device.run(bound, 0..all.len(), syms, Some(&mut times))?;
     }
     let (start, mut us) = (Instant::now(), Vec::new());
     while us.len() < TIMES.0 || (start.elapsed() < patience && us.len() < TIMES.1) {
-        let round = device.time(bound, 0..all.len(), &bench.syms, ROUNDS)?;
+        let round = device.time(bound, 0..all.len(), syms, ROUNDS)?;
         us.push(round.as_secs_f64() * 1e6 / copies as f64);
     }
     let launches = timed.iter().enumerate().map(|(i, launch)| {
         let of_copies = times.launches.iter().skip(i).step_by(timed.len());
-        timed_launch(header, launch, &bench.syms, of_copies)
+        timed_launch(header, launch, syms, of_copies)
     });
     let launches = launches.collect();
     Ok(Timing { us, copies, copy_bytes, cost, launches })
@@ -111,6 +118,12 @@ fn timed_launch<'a>(
         runs,
         us: total.as_secs_f64() * 1e6 / runs.max(1) as f64,
     }
+}
+
+/// Names of the kernels that are timed, each once.
+pub fn timed_kernels(header: &Header) -> BTreeSet<String> {
+    let launches = header.steps.iter().take(1).flat_map(|step| &step.launches).filter(|l| is_timed(l));
+    launches.map(|l| header.kernels[l.kernel as usize].name.clone()).collect()
 }
 
 /// Whether a launch is of the kernel, not of what feeds it.

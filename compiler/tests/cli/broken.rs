@@ -594,6 +594,28 @@ fn requests() -> Vec<Case> {
         c("size of 0", "bench --kernel linear --shape m=0", 1, &["m=0", "help: give a whole number"]),
         c("sizes that contradict", "bench --kernel gate --shape groups=7", 1, &["do not fit together", "kernel.topk"]),
         c("kernel for no target", "bench --kernel linear --target vax", 1, &["target vax", "dsc targets"]),
+        c("no kernel to tune", "tune gemm", 1, &["no kernel `gemm`", "help: give one of linear"]),
+        c("nothing to tune", "tune", 2, &["KERNEL"]),
+        c("no time to tune", "tune linear --limit 0", 2, &["--limit"]),
+        c("tuned elsewhere than in a folder", "tune --from none", 1, &["none/candidates.json", "help: give a folder"]),
+        case(
+            "candidates that are no list",
+            file("candidates.json", *b"[]"),
+            "tune --from .",
+            1,
+            &["candidates.json", "help: give a folder"],
+        ),
+        case(
+            "a candidate outside of its folder",
+            file(
+                "candidates.json",
+                *br#"{"kernel": "linear", "shape": "", "target": "cpu", "dropped": 0,
+                      "candidates": [{"file": "../x.dsc", "rule": {"schedule": {}}}]}"#,
+            ),
+            "tune --from .",
+            1,
+            &["`../x.dsc` is no file name"],
+        ),
         c("unknown kernel", "inspect $BUNDLE --kernel none", 1, &["no kernel `none`", "help:"]),
         c("unknown shell", "completions cobol", 2, &["'cobol'"]),
     ]

@@ -192,6 +192,26 @@ fn steps_are_timed() {
 }
 
 #[test]
+fn schedules_are_searched() {
+    let dir = tempdir().unwrap();
+    let kernel = ["tune", "linear", "--shape", "m=2,n=64,k=128,dtype=f32", "--limit", "2"];
+    let found = succeed_json(dir.path(), &[&kernel[..], &["--threads", "1", "-o", "rules.json", "--json"]].concat());
+    let trials = found["found"]["trials"].as_array().unwrap();
+    let own = trials.iter().find(|t| t["rule"]["schedule"] == serde_json::json!({})).expect("the target's own");
+    assert!(trials.len() > 3 && own["us"].as_f64().unwrap() > 0.0, "{found}");
+    assert!(trials.iter().all(|t| t["us"].is_f64() || !t["why"].as_str().unwrap().starts_with("wrong")), "{found}");
+    let rules: serde_json::Value = serde_json::from_slice(&fs::read(dir.path().join("rules.json")).unwrap()).unwrap();
+    let winner = &found["found"]["winner"];
+    assert_eq!(rules, if winner.is_null() { serde_json::json!([]) } else { serde_json::json!([winner["rule"]]) });
+    succeed(dir.path(), &["compile", text(&TINY), "--max-context", "128", "--schedules", "rules.json", "-o", "t.dsc"]);
+
+    // Compiled in one place, timed in another.
+    assert_eq!(succeed(dir.path(), &[&kernel[..], &["--save", "there"]].concat()), "");
+    let shown = succeed(dir.path(), &["tune", "--from", "there", "--limit", "1"]);
+    assert!(shown.starts_with("linear m=2,n=64,k=128,dtype=f32, for cpu") && shown.contains("own"), "{shown}");
+}
+
+#[test]
 fn single_kernels_are_timed() {
     let list = succeed(here(), &["bench", "--kernel", "list"]);
     let families = succeed_json(here(), &["bench", "--kernel", "list", "--json"]);

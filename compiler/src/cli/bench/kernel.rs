@@ -20,9 +20,9 @@ pub fn run(args: &Args) -> Outcome {
     }
     let choice = Choice::parse(name, &args.shape)?;
     let target = dsc_targets::target(&args.target, false)?;
-    let bench = microbench::prepare(choice, &*target)?;
+    let bench = microbench::prepare(choice, &*target, &[])?;
     let mut device = device::open(&bench.compiled.header.target, args.threads.unwrap_or(0).into(), args.device)?;
-    let timing = microbench::time(&bench, &mut *device, PATIENCE, ROTATE)?;
+    let timing = microbench::time(&bench.compiled.header, bench.code(), &mut *device, PATIENCE, ROTATE)?;
     let limits = device.limits((timing.cost.bytes * timing.copies as f64) as u64);
     show(&bench, &timing, limits.as_ref(), &device.describe(), args.json)
 }

@@ -1,11 +1,9 @@
 //! The options of `dsc compile --kernels`.
 
 use crate::cli::Failure;
-use crate::library::{self, Options, ScheduleChange};
+use crate::library::{self, Options};
 use dsc_ir::graph::PAGE_TOKENS;
 use dsc_targets::TargetOptions;
-use std::fs;
-use std::path::PathBuf;
 
 /// Dims have the defaults of DeepSeek-V3.2 on one rank.
 #[derive(clap::Args)]
@@ -44,9 +42,6 @@ pub struct LibraryArgs {
     /// Tokens of a cache page
     #[arg(long, default_value_t = PAGE_TOKENS, value_name = "N", requires = "kernels")]
     page_size: u32,
-    /// A JSON list of schedules to use instead of the target's: [{"op": "attention", "class": "decode16", "schedule": {"tile_n": 32}}]
-    #[arg(long, value_name = "FILE", requires = "kernels")]
-    schedules: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -91,14 +86,6 @@ impl LibraryArgs {
         facts.scale = self.scale.unwrap_or(facts.scale);
         facts.fp8_cache = self.kv == Cache::Fp8;
         facts.queries = self.queries.clone().unwrap_or(facts.queries);
-        let schedules = match &self.schedules {
-            None => Vec::new(),
-            Some(path) => {
-                let failure = |e: String| Failure::new(format!("--schedules {}: {e}", path.display()));
-                let text = fs::read_to_string(path).map_err(|e| failure(e.to_string()))?;
-                ScheduleChange::parse(&text).map_err(failure)?
-            }
-        };
-        Ok(Options { target: args.target.clone(), codegen, facts, schedules })
+        Ok(Options { target: args.target.clone(), codegen, facts, schedules: args.rules()? })
     }
 }
