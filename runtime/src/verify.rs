@@ -12,7 +12,7 @@ mod kernels;
 pub mod launches;
 mod ties;
 
-pub use kernels::{KernelReport, verify_kernels};
+pub use kernels::{KernelReport, tolerance, verify_kernels};
 
 use crate::checkpoint::{Checkpoint, StorageDtype};
 use crate::error::Error;

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// Compiles a kernel at the target's schedule and at others near it, checks each against the interpreter, times them, and writes the
-/// fastest as a rule for `dsc compile --schedules`.
+/// Compiles a kernel at the target's schedule and at others near it, compares what they write, times them, and writes the fastest
+/// as a rule for `dsc compile --schedules`.
 #[derive(clap::Args)]
 pub struct Args {
     /// The kernel; `dsc bench --kernel list` shows them

@@ -19,4 +19,4 @@ mod run;
 pub use families::{Choice, FAMILIES, Family};
 #[cfg(feature = "compile")]
 pub use prepare::{Bench, BenchError, prepare};
-pub use run::{TimedLaunch, Timing, time, timed_kernels};
+pub use run::{TimedLaunch, Timing, results, time};

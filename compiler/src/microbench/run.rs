@@ -6,11 +6,11 @@
 use super::data::{self, Fill};
 use dsc_ir::artifact::{Arg, Header, Launch};
 use dsc_ir::graph::StepInput;
+use dsc_ir::tile::ViewType;
 use dsc_ir::work::Cost;
 use dsc_ir::{Sym, SymValues};
 use dsc_runtime::device::{BoundLaunch, Buffer, Code, LaunchTime, LaunchTimes};
 use dsc_runtime::{Device, DeviceError};
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// Copies at most, and bytes of all of them.
@@ -66,9 +66,7 @@ pub fn time(
     rotate: u64,
 ) -> Result<Timing, DeviceError> {
     device.load_code(header, code)?;
-    let Some(step) = header.steps.first() else {
-        return Err(DeviceError::Misuse("the artifact has no step to time".into()));
-    };
+    let Some(step) = header.steps.first() else { return Err(no_step()) };
     let syms = &step.max;
     let timed: Vec<&Launch> = step.launches.iter().filter(|l| is_timed(l)).collect();
     let mut cost = Cost::default();
@@ -120,10 +118,39 @@ fn timed_launch<'a>(
     }
 }
 
-/// Names of the kernels that are timed, each once.
-pub fn timed_kernels(header: &Header) -> BTreeSet<String> {
-    let launches = header.steps.iter().take(1).flat_map(|step| &step.launches).filter(|l| is_timed(l));
-    launches.map(|l| header.kernels[l.kernel as usize].name.clone()).collect()
+/// What the timed launches of the first step write, once run on a fresh device: each parameter's view and the bytes from where it is
+/// bound.
+///
+/// # Errors
+/// What the device refuses.
+pub fn results(header: &Header, code: Code, device: &mut dyn Device) -> Result<Vec<(ViewType, Vec<u8>)>, DeviceError> {
+    device.load_code(header, code)?;
+    let Some(step) = header.steps.first() else { return Err(no_step()) };
+    let memory = Memory::new(header, &step.max, device)?;
+    // What kernels leave out is the same in all.
+    let zeros = vec![0; UPLOAD];
+    for at in (0..step.arena_bytes).step_by(UPLOAD) {
+        let n = (step.arena_bytes - at).min(UPLOAD as u64) as usize;
+        device.upload(memory.arena, at, &zeros[..n])?;
+    }
+    let launches: Vec<BoundLaunch> = step.launches.iter().map(|l| memory.bind(l)).collect();
+    let bound = device.bind(&launches, &step.max)?;
+    device.run(bound, 0..launches.len(), &step.max, None)?;
+    let mut all = Vec::new();
+    for (launch, planned) in launches.iter().zip(&step.launches).filter(|(_, planned)| is_timed(planned)) {
+        let params = &header.kernels[planned.kernel as usize].params;
+        for (param, &(buffer, at)) in params.iter().zip(&launch.args).filter(|(param, _)| param.write) {
+            let end = param.span(&step.max).ok().flatten().map_or(0, |(_, end)| end);
+            let mut written = vec![0; usize::try_from(end).unwrap_or(0)];
+            device.read(buffer, at, &mut written)?;
+            all.push((param.view.clone(), written));
+        }
+    }
+    Ok(all)
+}
+
+fn no_step() -> DeviceError {
+    DeviceError::Misuse("the artifact has no step to time".into())
 }
 
 /// Whether a launch is of the kernel, not of what feeds it.

@@ -51,7 +51,8 @@ pub fn compile(
             continue;
         };
         // Tiles that do not fit were made smaller, and some fields mean nothing to some kernels.
-        if !seen.insert(bench.compiled.module.code.clone()) {
+        let module = &bench.compiled.module;
+        if !seen.insert((module.code.clone(), module.portable.clone())) {
             all.dropped += 1;
             continue;
         }

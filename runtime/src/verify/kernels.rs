@@ -148,8 +148,9 @@ fn check_kernel(
     Ok(())
 }
 
-/// Largest error that another order of sums explains. Elements of small types may round the other way: one unit.
-fn tolerance(dtype: DType, fp8: bool) -> f64 {
+/// Largest error that another order of sums explains, in results of a kernel with e4m3 operands or without. Elements of small types may
+/// round the other way: one unit.
+pub fn tolerance(dtype: DType, fp8: bool) -> f64 {
     match dtype {
         // Matrix units keep fewer bits of sums of e4m3 products than f32 has.
         DType::F32 if fp8 => 2e-3,

@@ -90,17 +90,21 @@ fn decode(dtype: DType, bytes: &[u8]) -> f64 {
 
 /// The byte of every element of a view, from the bound address.
 fn places(view: &ViewType, syms: &SymValues) -> Vec<usize> {
-    fn go(view: &ViewType, syms: &SymValues, d: usize, at: usize, places: &mut Vec<usize>) {
-        let Some(extent) = view.shape.get(d) else { return places.push(at) };
+    let mut all = Vec::new();
+    for_each_place(view, syms, &mut |at| all.push(at));
+    all
+}
+
+fn for_each_place(view: &ViewType, syms: &SymValues, found: &mut dyn FnMut(usize)) {
+    fn go(view: &ViewType, syms: &SymValues, d: usize, at: usize, found: &mut dyn FnMut(usize)) {
+        let Some(extent) = view.shape.get(d) else { return found(at) };
         let stride = view.strides[d];
         let step = stride.bytes as usize * stride.sym.map_or(1, |s| syms.get(s) as usize);
         for i in 0..extent.eval(syms) as usize {
-            go(view, syms, d + 1, at + i * step, places);
+            go(view, syms, d + 1, at + i * step, found);
         }
     }
-    let mut all = Vec::new();
-    go(view, syms, 0, view.offset as usize, &mut all);
-    all
+    go(view, syms, 0, view.offset as usize, found);
 }
 
 /// Sizes of a step.
@@ -359,29 +363,10 @@ impl<'a> Launch<'a> {
         let mut all = Errors::new();
         for (param, binding) in self.program.params.iter().zip(&self.bindings) {
             let Some(view) = self.program.view(param.value).filter(|_| param.access != Access::Read) else { continue };
-            let (dtype, bytes) = (view.dtype, view.dtype.bytes());
             let (got, wanted) = (&got[binding.buffer], &wanted[binding.buffer]);
-            let places = places(view, &self.syms);
-            let value = |b: &[u8], at: usize| decode(dtype, &b[at..at + bytes]);
-            let squares = places.iter().map(|&at| value(wanted, at).powi(2)).filter(|x| x.is_finite());
-            let size = (squares.sum::<f64>() / places.len().max(1) as f64).sqrt();
-            for (i, at) in places.into_iter().enumerate() {
-                let (g, w) = (value(got, at), value(wanted, at));
-                let say = || format!("%{}[element {i}, byte {at}] is {g:?}, the interpreter has {w:?}", param.name);
-                if g.is_nan() != w.is_nan()
-                    || (dtype == DType::I32 && g != w)
-                    || (g.is_infinite() || w.is_infinite()) && g != w
-                {
-                    return Err(say());
-                }
-                if g == w || g.is_nan() {
-                    continue;
-                }
-                let error = (g - w).abs() / w.abs().max(size);
-                let worst = all.entry(dtype).or_default();
-                if error > worst.error {
-                    *worst = Worst { error, what: say() };
-                }
+            let found = compare_views(view, &self.syms, got, wanted).map_err(|e| format!("%{}{e}", param.name))?;
+            if found.error > all.get(&view.dtype).map_or(0.0, |w: &Worst| w.error) {
+                all.insert(view.dtype, Worst { what: format!("%{}{}", param.name, found.what), ..found });
             }
         }
         for (i, (a, b)) in got.iter().zip(&self.buffers).enumerate() {
@@ -392,6 +377,40 @@ impl<'a> Launch<'a> {
         }
         Ok(all)
     }
+}
+
+/// The worst element of a view on two buffers.
+///
+/// # Errors
+/// The first element that is not a number in one of them alone, infinite in one, or an integer that differs.
+pub fn compare_views(view: &ViewType, syms: &SymValues, got: &[u8], wanted: &[u8]) -> Result<Worst, String> {
+    let bytes = view.dtype.bytes();
+    let value = |b: &[u8], at: usize| b.get(at..at + bytes).map_or(f64::NAN, |b| decode(view.dtype, b));
+    let (mut squares, mut count) = (0.0, 0usize);
+    for_each_place(view, syms, &mut |at| {
+        let square = value(wanted, at).powi(2);
+        squares += if square.is_finite() { square } else { 0.0 };
+        count += 1;
+    });
+    let size = (squares / count.max(1) as f64).sqrt();
+    let (mut i, mut worst, mut wrong) = (0usize, Worst::default(), None);
+    for_each_place(view, syms, &mut |at| {
+        let (g, w) = (value(got, at), value(wanted, at));
+        let say = || format!("[element {i}, byte {at}] is {g:?}, not {w:?}");
+        if g.is_nan() != w.is_nan()
+            || (view.dtype == DType::I32 && g != w)
+            || (g.is_infinite() || w.is_infinite()) && g != w
+        {
+            wrong.get_or_insert_with(say);
+        } else if g != w && !g.is_nan() {
+            let error = (g - w).abs() / w.abs().max(size);
+            if error > worst.error {
+                worst = Worst { error, what: say() };
+            }
+        }
+        i += 1;
+    });
+    wrong.map_or(Ok(worst), Err)
 }
 
 /// The worst element of all written parameters: relative to the larger of itself and the root mean square of its tensor.
