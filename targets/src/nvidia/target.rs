@@ -8,7 +8,7 @@ use crate::gpu::{self, Lowered, llvm};
 use crate::nvidia::{lower, tiles};
 use crate::parallel::in_parallel;
 use crate::{Kernel, KernelCode, Level, Module, Target, TargetError, TargetOptions};
-use dsc_ir::schedule::{KernelShape, Schedule};
+use dsc_ir::schedule::{KernelShape, Rule, Schedule};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -123,8 +123,11 @@ impl Target for NvidiaTarget {
     }
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
-        let chosen = self.arch.has_wgmma.then(|| tiles::choose(shape, tokens, self.arch.device.sms)).flatten();
-        chosen.unwrap_or_else(|| Schedule::wide(shape, tokens))
+        if !self.arch.has_wgmma {
+            return Schedule::wide(shape, tokens);
+        }
+        let chosen = tiles::choose(shape, tokens, self.arch.device.sms);
+        Rule::applied(tiles::measured(), chosen.unwrap_or_else(|| Schedule::wide(shape, tokens)), shape, tokens, "")
     }
 
     fn fits(&self, kernel: &Kernel) -> bool {
