@@ -17,7 +17,7 @@ use super::rows::emit_body;
 use super::view::product;
 use super::{Class, Emitted, KernelError, body_of};
 use dsc_ir::DType;
-use dsc_ir::graph::{Graph, NodeId};
+use dsc_ir::graph::{Graph, LEAST_SUM, NodeId};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Builder, ReduceKind, ValueId};
 
@@ -90,12 +90,16 @@ pub(crate) fn take_along(b: &mut Builder, x: ValueId, columns: ValueId) -> Value
     b.reshape(picked, &[rows, k])
 }
 
-/// `x / Σ x · factor`, or without the sum.
+/// `x / (Σ x + 1e-20) · factor`, or without the sum.
 pub(crate) fn normalize(b: &mut Builder, x: ValueId, factor: f32, by_sum: bool) -> ValueId {
     let divided = if by_sum {
         let last = b.shape(x).len() as u32 - 1;
         let total = b.reduce(x, last, ReduceKind::Sum);
-        b.map(&[x, total], |m, v| m.div(v[0], v[1]))
+        b.map(&[x, total], |m, v| {
+            let least = m.f32(LEAST_SUM);
+            let total = m.add(v[1], least);
+            m.div(v[0], total)
+        })
     } else {
         x
     };

@@ -554,6 +554,24 @@ fn experts_gate_and_route() {
 }
 
 #[test]
+fn scores_that_vanish_weigh_nothing() {
+    let mut lab = Lab::new(4);
+    let x = lab.act(DType::F32, &[12]);
+    let bias = lab.weight_of(f32s(dims![12]), TensorData::real(vec![12], vec![-300.0; 12]));
+    let weights = lab.fused(FusedKind::Gate, 0, &[x, bias], |g, a| {
+        let b = g.add1("b", Op::Add, &[a[0], a[1]], f32s(dims![T, 12]));
+        let s = g.add1("s", Op::Sigmoid, &[b], f32s(dims![T, 12]));
+        vec![g.add1("w", Op::Normalize { factor: 2.5, by_sum: true }, &[s], f32s(dims![T, 12]))]
+    });
+    lab.out(weights[0]);
+    lab.check(&[sequence(3, 0)]);
+    let mut interp = Interp::<f32>::new(&lab.g, &|w| Ok::<_, String>(lab.weights[&w.name].clone())).unwrap();
+    let all = interp.step(&sequence(3, 0)).unwrap();
+    let StepValue::Tensor(made) = &all[&lab.g.outputs[0].0] else { panic!("a tensor") };
+    assert_eq!(made.values(), [0.0; 36]);
+}
+
+#[test]
 fn rows_of_norms_and_sums() {
     for (dtype, tile_m) in [(DType::F32, 1), (DType::Bf16, 1), (DType::Bf16, 4)] {
         let mut lab = Lab::new(5);

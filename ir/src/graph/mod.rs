@@ -225,6 +225,9 @@ pub enum RopeLayout {
     Half,
 }
 
+/// What [`Op::Normalize`] adds to a sum.
+pub const LEAST_SUM: f32 = 1e-20;
+
 /// A graph operation. "Rounds" means: to the declared element type of the output. Inputs in order of the doc line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -393,7 +396,7 @@ pub enum Op {
         /// The number.
         value: f32,
     },
-    /// `(x [T, k])`: `x / Σ_j x · factor`.
+    /// `(x [T, k])`: `x / (Σ_j x + 1e-20) · factor`, so that zeros stay zeros; as transformers has it.
     Normalize {
         /// The sum of the result.
         factor: f32,

@@ -1,5 +1,6 @@
 //! The gate, and products with the experts it chose.
 
+use super::super::LEAST_SUM;
 use super::super::weights::{Data, Real, TensorData};
 use super::StepValue;
 use super::eval::{Eval, Made};
@@ -43,7 +44,7 @@ impl<F: Real> Eval<F> {
         let x = self.t(0)?;
         let mut out = Vec::with_capacity(x.elements());
         for row in x.values().chunks(x.columns().max(1)) {
-            let total = if by_sum { sum(row.iter().copied()) } else { F::from_f32(1.0) };
+            let total = if by_sum { sum(row.iter().copied()) + F::from_f32(LEAST_SUM) } else { F::from_f32(1.0) };
             out.extend(row.iter().map(|&v| v / total * factor));
         }
         self.rounded(out)
