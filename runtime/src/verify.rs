@@ -52,6 +52,8 @@ pub enum SelectionRule {
     Share {
         /// Least share in the first layer that selects.
         first: f64,
+        /// The same of its row that keeps the least: a kernel that fails a row fails it here, where nothing else has moved yet.
+        first_row: f64,
         /// Least share in later layers.
         later: f64,
         /// Under this share in one layer, nothing that its attention reaches is judged.
@@ -79,7 +81,13 @@ impl Tolerances {
                 logits_worst: 0.5,
                 hidden: 0.3,
                 hidden_worst: f64::INFINITY,
-                selections: SelectionRule::Share { first: 0.9, later: 0.8, trusted: 0.95, trusted_row: 0.8 },
+                selections: SelectionRule::Share {
+                    first: 0.9,
+                    first_row: 0.5,
+                    later: 0.8,
+                    trusted: 0.95,
+                    trusted_row: 0.8,
+                },
                 greedy_tie: 0.25,
                 greedy: 0.9,
             },
@@ -300,8 +308,15 @@ impl Report {
                         format!("topk.{}: {} of {} rows would differ by ties, too many", s.layer, s.ties, s.choices),
                     );
                 }
-                SelectionRule::Share { first, later, .. } => {
+                SelectionRule::Share { first, first_row, later, .. } => {
                     let share = if i == 0 { first } else { later };
+                    least(
+                        i > 0 || s.worst >= first_row,
+                        format!(
+                            "topk.{}: {:.4} of the positions of row {} agree, under {first_row}",
+                            s.layer, s.worst, s.worst_row
+                        ),
+                    );
                     least(
                         s.overlap >= share,
                         format!("topk.{}: {:.4} of the positions agree, under {share}", s.layer, s.overlap),
@@ -744,7 +759,8 @@ mod tests {
         assert_eq!(toy.failures(), [""; 0]);
         let mut toy = Toy::new(&[3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], Numerics::Deployed);
         toy.layer(&pairs(&[(4, [2, 3]), (5, [2, 3]), (6, [2, 3])]), &pairs(&[]));
-        assert_eq!(toy.failures(), ["topk.0: 0.6000 of the positions agree, under 0.9"]);
+        let row = "topk.0: 0.0000 of the positions of row 4 agree, under 0.5";
+        assert_eq!(toy.failures(), [row, "topk.0: 0.6000 of the positions agree, under 0.9"]);
         // One position of one row among many: few of all, but half of what that row sees.
         let mut toy = Toy::new(&[1.0; 24], Numerics::Deployed);
         let rows = |other: &[i32]| [&[0, -1], [0, 1].repeat(22).as_slice(), other].concat();
@@ -753,6 +769,10 @@ mod tests {
         toy.layer(&rows(&[0, 2]), &rows(&[0, 1]));
         let moved = &toy.comparison.report.topk[1];
         assert!(moved.overlap > 0.95 && toy.comparison.distrust, "{moved:?}");
+        // A row that is wrong altogether is no rounding.
+        let mut toy = Toy::new(&[1.0; 24], Numerics::Deployed);
+        toy.layer(&rows(&[2, 3]), &rows(&[0, 1]));
+        assert_eq!(toy.failures(), ["topk.0: 0.0000 of the positions of row 23 agree, under 0.5"]);
     }
 
     #[test]
