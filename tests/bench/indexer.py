@@ -289,6 +289,14 @@ def time_select(kernel, rows, n, sms, width=0):
     return dict(name=kernel.name, rows=rows, columns=n, width=width, us=round(us, 2), gbs=round(rows * n * 4 / us / 1e3))
 
 
+def time_select_prefill(kernel, rows, n, sms):
+    """Rows of a chunk at the end of n columns: row i has n - rows + i + 1."""
+    x = torch.randn(rows, n, device=DEV)
+    lengths = list(range(n - rows + 1, n + 1))
+    us = timed([select_sets(kernel, x, lengths, sms)[0]], rounds=5, least_us=5000.0)
+    return dict(name=kernel.name, rows=rows, columns=n, causal=True, us=round(us, 1), gbs=round(sum(lengths) * 4 / us / 1e3))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=pathlib.Path)
@@ -322,6 +330,7 @@ def main():
             note(prefill(k, 77, 20480, sms, True))
         else:
             note(check_select(k, 3, 8192, [8192, 5000, 100], sms))
+            note(check_select(k, 4, 20003, [20003, 8193, 2049, 9001], sms))
             note(check_select(k, 2, 131072, [131072, 100001], sms))
             note(check_select(k, 1, 400000, [400000], sms))
     for k in kernels:
@@ -342,6 +351,10 @@ def main():
                 for n in (8192, 32768, 131072):
                     if k.cluster * rows <= 512:
                         note(time_select(k, rows, n, sms))
+            if k.cluster == 1 and k.k == 2048 and not k.slots:
+                for n in (32768, 131072):
+                    note(time_select_prefill(k, 4096, n, sms))
+                    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -415,6 +415,9 @@ impl Reader {
             ["ld", "global", "nc", "b32"] => {
                 self.push(Code::Load { shared: false, bytes: 4, align: 4 }, slots[1..].to_vec(), slots[..1].to_vec());
             }
+            ["ld", "global", "nc", "v4", "b32"] => {
+                self.push(Code::Load { shared: false, bytes: 4, align: 16 }, slots[4..].to_vec(), slots[..4].to_vec());
+            }
             // Bits that no two threads set, which is what kernels do with this.
             ["red", "shared", "add", "u32"] | ["red", "shared", "or", "b32"] => {
                 let old = self.slot();

@@ -2,49 +2,64 @@
 //!
 //! 1. Each block of the cluster reads the same [`SAMPLES`] columns, spread over the row, and finds in them a value that a few more columns
 //!    than wanted exceed. The same sample gives the same value: nothing is exchanged.
-//! 2. Each block reads its share of the columns once, and lists those that are no smaller in its shared memory.
-//! 3. The first block reads the lists of all, finds the best exactly and puts them in order ([`super::group`]).
+//! 2. Each block reads its share of the columns once, vectors of four, and lists those that are no smaller in the first block's shared memory.
+//!    Warps take turns along the row, so that what is large in one stretch of it is spread over all.
+//! 3. The first block finds the best of the lists exactly and puts them in order ([`super::group`]).
 //!
-//! A row of at most [`LIST`] columns needs no sample: all of it are candidates. If the lists have too few candidates, or more than there is
+//! A row of at most [`SHORT`] columns needs no sample ([`super::short`]). If the lists have too few candidates, or more than there is
 //! room for (no sample can say much of rows of equal values), all blocks know and the row is counted instead ([`super::select`]). A
 //! sample therefore decides how long a selection takes, never what it is.
 //!
-//! **Cost.** One read of the row, two barriers of the cluster. Floor: the row's bytes.
+//! **Cost.** One read of the row, one barrier of the cluster. Floors: the row's bytes; by count of the code some 10 instructions a
+//! column of a thread's share, and 500 more.
 
 use super::emit::Emit;
 use super::group::{self, Group};
 use super::ptx;
-use super::select::{COUNT, Stream, THREADS};
+use super::select::{COUNT, COUNTS, OUT, Stream, THREADS, WARPS};
+use super::window::{VECTOR, Window};
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::tile::{Index, ValueId};
 
-/// Candidates in each thread's registers at the end.
-const EACH: u32 = 8;
+/// Columns of a row that one block takes in its registers.
+pub const SHORT: u32 = 8192;
 /// Most candidates of a row.
-const LIST: u32 = EACH * THREADS;
-/// Columns of the sample of a thread, and of all: so many that a count of `k` in a row, which few of a sample are, is known well enough.
-const SAMPLE: u32 = 4;
-const SAMPLES: u32 = SAMPLE * THREADS;
+const LIST: u32 = 8192;
+/// Vectors of the sample of a thread, and columns of all: so many that a count of `k` in a row, which few of a sample are, is known well enough.
+const SAMPLE: u32 = 2;
+const SAMPLES: u32 = SAMPLE * THREADS * VECTOR;
 /// Most columns selected: there must be room for candidates that are not.
 pub const MOST_K: u32 = LIST / 2;
-/// Columns of a thread that are read at a time.
-const BATCH: u32 = 16;
-/// Bytes of a candidate: key and column.
+/// Vectors of a thread that are read at a time.
+const BATCH: u32 = 4;
+/// The key of the lowest number that can be selected.
+const LOWEST: i64 = 0x0080_0000;
+/// Bytes of a candidate: value, then key, and column.
 const CANDIDATE: u32 = 8;
 /// Where lists and then the group's memory lie; what counting a row uses lies there too.
 const WORK: u32 = LIST * CANDIDATE;
 /// Bytes of both.
 pub const BYTES: u32 = WORK + group::bytes(THREADS);
 
-type Stores<'s, 'a> = &'s [(ValueId, &'a [Index], ValueId)];
+pub type Stores<'s, 'a> = &'s [(ValueId, &'a [Index], ValueId)];
+
+/// A block's part of the row.
+#[derive(Clone, Copy)]
+struct Share {
+    /// The warp's first vector, and its lane's.
+    first: Val,
+    /// From one vector of a lane to its next.
+    step: u32,
+    rank: Val,
+}
 
 impl<'a> Emit<'a> {
-    /// Selects by a sample; whether that was possible, which all blocks of a cluster agree on.
+    /// Selects from a stretch of a row; whether that was possible, which all blocks of a cluster agree on.
     pub fn filtered(
         &mut self,
         stream: &Stream,
-        all: Val,
+        w: &Window,
         numbers: ValueId,
         stores: Stores<'_, 'a>,
     ) -> Result<Val, String> {
@@ -54,169 +69,198 @@ impl<'a> Emit<'a> {
         let leads = self.t.f.cmp("eq", rank, i32(0));
         let [short, long, join] = [0; 3].map(|_| self.t.f.label());
         self.group_clear(&g);
-        let few = self.t.f.cmp("sle", all, i32(LIST.into()));
+        let few = self.t.f.cmp("sle", w.vectors, i32((SHORT / VECTOR).into()));
         self.t.f.cond_br(few, (short, &[]), (long, &[]));
 
         self.t.f.start(short, &[]);
-        let mut keys = Vec::new();
-        let mut columns = Vec::new();
-        for i in 0..EACH {
-            let column = self.t.f.add(tid, i32((i * THREADS).into()));
-            let key = self.key_in(stream, column, all)?;
-            keys.push(key);
-            columns.push(column);
-        }
-        keys.append(&mut columns);
-        keys.push(i32(1));
-        self.t.f.br(join, &keys);
+        let after = self.t.f.open_if(leads);
+        self.short_row(stream, &g, w, numbers, stores)?;
+        self.t.f.close_if(after);
+        self.t.f.br(join, &[i32(1)]);
 
         self.t.f.start(long, &[]);
-        let cut = self.least_of_sample(stream, &g, all)?;
-        self.list(stream, (rank, all), cut)?;
-        self.together();
-        let found = self.listed(stream.k, cut, leads);
-        self.t.f.br(join, &found);
-
-        let types = vec![Ty::I32; 2 * EACH as usize + 1];
-        let mut found = self.t.f.start(join, &types);
-        let ok = found.pop().ok_or("no lists")?;
-        let ok = self.t.f.cmp("ne", ok, i32(0));
-        let finishes = self.t.f.bin("and", ok, leads);
-        let after = self.t.f.open_if(finishes);
-        let (keys, columns) = found.split_at(EACH as usize);
-        let candidates: Vec<[Val; 2]> = keys.iter().zip(columns).map(|(&key, &column)| [key, column]).collect();
-        self.finish_row(stream, &g, &candidates, all, numbers, stores)?;
-        self.t.f.close_if(after);
-        Ok(ok)
+        let done = self.long_row(stream, &g, w, (rank, leads), numbers, stores)?;
+        self.t.f.br(join, &[done]);
+        let done = self.t.f.start(join, &[Ty::I32])[0];
+        Ok(self.t.f.cmp("ne", done, i32(0)))
     }
 
-    /// The key of a column, 0 beyond the end.
-    fn key_in(&mut self, stream: &Stream, column: Val, end: Val) -> Result<Val, String> {
-        let here = self.t.f.cmp("slt", column, end);
-        // Beyond the end a thread reads the first column, whose value it does not use.
-        let column = self.t.f.select(here, column, i32(0));
-        let key = self.key_of(stream, column)?;
-        Ok(self.t.f.select(here, key, i32(0)))
-    }
-
-    /// A key, at least 1, that more columns than are wanted reach in all likelihood: half as many more of the sample and sixteen, which are
-    /// more than four standard deviations of its count.
-    fn least_of_sample(&mut self, stream: &Stream, g: &Group, all: Val) -> Result<Val, String> {
+    /// Selects from more columns; whether the sample told enough (i32).
+    fn long_row(
+        &mut self,
+        stream: &Stream,
+        g: &Group,
+        w: &Window,
+        (rank, leads): (Val, Val),
+        numbers: ValueId,
+        stores: Stores<'_, 'a>,
+    ) -> Result<Val, String> {
+        let team = self.s.team;
+        if team > 1 {
+            // The first block's memory is there when the others write to it.
+            ptx::cluster_arrive(&mut self.t.f);
+        }
         let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
         self.t.when(zero, |t| t.store_shared(i32(COUNT.into()), &[i32(0)]));
-        self.group_wait(g);
-        let (whole, rest) = (self.t.f.div(all, SAMPLES), self.t.f.rem(all, SAMPLES));
+        let first = self.t.f.mul(self.t.warp, i32(team.into()));
+        let first = self.t.f.add(first, rank);
+        let first = self.t.f.mul(first, i32(32));
+        let share = Share { first, step: THREADS * team, rank };
+        // On their way while the sample is looked at. A block that has a row to itself shares the multiprocessor with others instead.
+        let batch = if team > 1 { self.batch(w, &share, first) } else { Vec::new() };
+        let cut = self.least_of_sample(stream, g, w);
+        if team > 1 {
+            ptx::cluster_wait(&mut self.t.f);
+        }
+        self.list(w, &share, batch, cut);
+        let (counts, ok) = self.listed(g, stream.k, rank, cut);
+        let finishes = self.t.f.bin("and", ok, leads);
+        let after = self.t.f.open_if(finishes);
+        self.finish_row(stream, g, w, (counts, cut), numbers, stores)?;
+        self.t.f.close_if(after);
+        Ok(self.t.f.cast("zext", ok, Ty::I32))
+    }
+
+    /// A key, at least [`LOWEST`], that more columns than are wanted reach in all likelihood: half as many more of the sample and sixteen, which are
+    /// more than four standard deviations of its count.
+    fn least_of_sample(&mut self, stream: &Stream, g: &Group, w: &Window) -> Val {
         let mut sample = Vec::new();
         for i in 0..SAMPLE {
             let number = self.t.f.add(self.t.tid, i32((i * THREADS).into()));
-            let column = self.t.f.mul(number, whole);
-            let more = self.t.f.mul(number, rest);
-            let more = self.t.f.div(more, SAMPLES);
-            let column = self.t.f.add(column, more);
-            let key = self.key_of(stream, column)?;
-            sample.push(self.t.f.intrinsic("umax", &[key, i32(1)]));
+            let vector = self.t.f.mul(number, w.whole[1]);
+            let vector = self.t.f.div(vector, SAMPLE * THREADS);
+            let vector = self.t.f.add(vector, w.whole[0]);
+            let column = self.column_of(w, vector);
+            let at = self.column_address(w, column);
+            for v in ptx::load_four_if(&mut self.t.f, Val::Int(1, Ty::I1), at) {
+                let key = self.key(v);
+                sample.push(self.t.f.intrinsic("umax", &[key, i32(1)]));
+            }
         }
+        self.group_wait(g);
         let f = &mut self.t.f;
-        let expected = f.bin("udiv", i32(i64::from(SAMPLES) * i64::from(stream.k)), all);
+        let columns = f.sub(w.to, w.from);
+        let expected = f.bin("udiv", i32(i64::from(SAMPLES) * i64::from(stream.k)), columns);
         let half = f.div(expected, 2);
         let wanted = f.add(expected, half);
         let wanted = f.add(wanted, i32(16));
         let slack = f.div(wanted, 8);
-        let found = self.search(g, (sample.len(), i32(SAMPLES.into())), (wanted, slack), &|_, i| sample[i]);
-        let least = self.t.f.bin("shl", found.bound, found.drop);
-        Ok(self.t.f.intrinsic("umax", &[least, i32(1)]))
+        let all = (i32(1), i32(-2), i32(32));
+        let found =
+            self.search(g, all, (wanted, slack), &mut |e, count| sample.iter().for_each(|&key| count(e, key)));
+        self.t.f.intrinsic("umax", &[found.low, i32(LOWEST)])
     }
 
-    /// Lists the columns of this block's share whose keys are at least `cut`, in any order.
-    fn list(&mut self, stream: &Stream, (rank, all): (Val, Val), cut: Val) -> Result<(), String> {
+    /// The next vectors of the running lane, of the share from that vector of its warp on.
+    fn batch(&mut self, w: &Window, share: &Share, first: Val) -> Vec<Val> {
+        let own = self.t.f.add(first, self.t.lane);
+        let numbers: Vec<Val> = (0..BATCH).map(|i| self.t.f.add(own, i32((i * share.step).into()))).collect();
+        self.vectors(w, &numbers)
+    }
+
+    /// Lists the columns of this block's share whose keys are at least `cut`, in any order. `ahead`: the first batch, if each is read while the one
+    /// before is looked at.
+    fn list(&mut self, w: &Window, share: &Share, ahead: Vec<Val>, cut: Val) {
         let team = self.s.team;
-        let share = self.t.f.add(all, i32(i64::from(team) - 1));
-        let share = self.t.f.div(share, team);
-        let first = self.t.f.mul(rank, share);
-        let end = self.t.f.add(first, share);
-        let end = self.t.f.intrinsic("smin", &[end, all]);
-        let l = self.t.f.open_loop(first, end, &[]);
-        let mut batch = Vec::new();
-        for i in 0..BATCH {
-            let column = self.t.f.add(l.args[0], self.t.tid);
-            let column = self.t.f.add(column, i32((i * THREADS).into()));
-            let key = self.key_in(stream, column, end)?;
-            batch.push((key, column));
+        let room = LIST / team;
+        // The first block's list of this block.
+        let byte = self.t.f.mul(share.rank, i32((room * CANDIDATE).into()));
+        let list = self.t.f.add(self.t.shared32, byte);
+        let list = if team > 1 { ptx::address_in(&mut self.t.f, list, i32(0)) } else { list };
+        let least = self.value(cut);
+        let l = self.t.f.open_loop(share.first, w.vectors, &ahead);
+        let (values, following) = if ahead.is_empty() {
+            (self.batch(w, share, l.args[0]), Vec::new())
+        } else {
+            let next = self.t.f.add(l.args[0], i32((BATCH * share.step).into()));
+            (l.args[1..].to_vec(), self.batch(w, share, next))
+        };
+        let kept: Vec<Val> = values.iter().map(|&v| self.t.f.fcmp("oge", v, least)).collect();
+        let mut own = i32(0);
+        for &keep in &kept {
+            let one = self.t.f.cast("zext", keep, Ty::I32);
+            own = self.t.f.add(own, one);
         }
-        let mut kept = Vec::new();
-        let mut total = i32(0);
-        for (key, column) in batch {
-            let keep = self.t.f.cmp("uge", key, cut);
-            let ballot = isa::ballot(&mut self.t.f, keep);
-            kept.push((keep, ballot, [key, column], total));
-            let n = isa::popcount(&mut self.t.f, ballot);
-            total = self.t.f.add(total, n);
+        let mut upto = own;
+        for by in [1, 2, 4, 8, 16] {
+            let below = isa::shuffle_up(&mut self.t.f, upto, by);
+            let has = self.t.f.cmp("sge", self.t.lane, i32(by.into()));
+            let below = self.t.f.select(has, below, i32(0));
+            upto = self.t.f.add(upto, below);
         }
-        let some = self.t.f.cmp("ne", total, i32(0));
-        let after = self.t.f.open_if(some);
-        let one = self.t.f.cmp("eq", self.t.lane, i32(0));
-        let at = self.t.f.add(self.t.shared32, i32(COUNT.into()));
-        let start = self.t.when_value(one, i32(0), |t| isa::shared_atomic_add(&mut t.f, at, total));
-        let start = isa::shuffle_from(&mut self.t.f, start, i32(0));
-        for (keep, ballot, pair, before) in kept {
-            let below = super::select::lanes_below(&mut self.t, ballot);
-            let place = self.t.f.add(start, before);
-            let place = self.t.f.add(place, below);
-            let room = self.t.f.cmp("slt", place, i32(LIST.into()));
-            let keep = self.t.f.bin("and", keep, room);
-            let byte = self.t.f.mul(place, i32(CANDIDATE.into()));
-            let at = self.t.f.add(self.t.shared32, byte);
-            ptx::store_shared_pair_if(&mut self.t.f, keep, at, pair);
+        let last = self.t.f.cmp("eq", self.t.lane, i32(31));
+        let counter = self.t.f.add(self.t.shared32, i32(COUNT.into()));
+        let start = self.t.when_value(last, i32(0), |t| isa::shared_atomic_add(&mut t.f, counter, upto));
+        let start = isa::shuffle_from(&mut self.t.f, start, i32(31));
+        let end = self.t.f.add(start, upto);
+        let fits = self.t.f.cmp("sle", end, i32(room.into()));
+        let after = self.t.f.open_if(fits);
+        let place = self.t.f.sub(end, own);
+        let byte = self.t.f.mul(place, i32(CANDIDATE.into()));
+        let mut at = self.t.f.add(list, byte);
+        let vector = self.t.f.add(l.args[0], self.t.lane);
+        let column = self.column_of(w, vector);
+        for (i, (&value, &keep)) in values.iter().zip(&kept).enumerate() {
+            let (vector, within) = (i as u32 / VECTOR, i as u32 % VECTOR);
+            let column = self.t.f.add(column, i32((vector * share.step * VECTOR + within).into()));
+            let bits = self.t.f.cast("bitcast", value, Ty::I32);
+            ptx::store_pair_if(&mut self.t.f, keep, at, [bits, column], team > 1);
+            let bytes = self.t.f.select(keep, i32(CANDIDATE.into()), i32(0));
+            at = self.t.f.add(at, bytes);
         }
         self.t.f.close_if(after);
-        self.t.f.close_loop(&l, i32((BATCH * THREADS).into()), &[]);
-        Ok(())
+        self.t.f.close_loop(&l, i32((BATCH * share.step).into()), &following);
     }
 
-    /// Keys and columns of all lists, this thread's part of them, and whether they are all that is needed; only one block reads them.
-    fn listed(&mut self, k: u32, cut: Val, leads: Val) -> Vec<Val> {
+    /// How many candidates each block has listed, and whether they are all that is needed.
+    fn listed(&mut self, g: &Group, k: u32, rank: Val, cut: Val) -> (Vec<Val>, Val) {
         let team = self.s.team;
-        let mut starts = Vec::new();
+        self.group_wait(g);
+        let counts = if team > 1 {
+            // Each block tells all.
+            let to = self.t.f.cmp("slt", self.t.tid, i32(team.into()));
+            let slot = self.t.f.mul(rank, i32(4));
+            let slot = self.t.f.add(slot, i32(COUNTS.into()));
+            let tid = self.t.tid;
+            self.t.when(to, |t| {
+                let count = t.load_shared(i32(COUNT.into()), Ty::I32, 1)[0];
+                let at = t.f.add(t.shared32, slot);
+                let at = ptx::address_in(&mut t.f, at, tid);
+                ptx::store_cluster_word(&mut t.f, at, count);
+            });
+            self.together();
+            (0..team).flat_map(|i| self.t.load_shared(i32((COUNTS + 4 * i).into()), Ty::I32, 1)).collect()
+        } else {
+            self.t.load_shared(i32(COUNT.into()), Ty::I32, 1)
+        };
+        let mut ok = Val::Int(1, Ty::I1);
         let mut total = i32(0);
-        for rank in 0..team {
-            starts.push(total);
-            let count = self.remote(i32(COUNT.into()), rank)[0];
+        for &count in &counts {
+            let room = self.t.f.cmp("sle", count, i32((LIST / team).into()));
+            ok = self.t.f.bin("and", ok, room);
             total = self.t.f.add(total, count);
         }
-        let room = self.t.f.cmp("sle", total, i32(LIST.into()));
         let enough = self.t.f.cmp("sge", total, i32(k.into()));
-        let everything = self.t.f.cmp("eq", cut, i32(1));
+        let everything = self.t.f.cmp("eq", cut, i32(LOWEST));
         let enough = self.t.f.bin("or", enough, everything);
-        let ok = self.t.f.bin("and", room, enough);
-        let reads = self.t.f.bin("and", ok, leads);
-        let (mut keys, mut columns) = (Vec::new(), Vec::new());
-        for i in 0..EACH {
-            let place = self.t.f.add(self.t.tid, i32((i * THREADS).into()));
-            let real = self.t.f.cmp("slt", place, total);
-            let real = self.t.f.bin("and", real, reads);
-            let (mut rank, mut start) = (i32(0), i32(0));
-            for (other, &first) in starts.iter().enumerate().skip(1) {
-                let beyond = self.t.f.cmp("sge", place, first);
-                rank = self.t.f.select(beyond, i32(other as i64), rank);
-                start = self.t.f.select(beyond, first, start);
-            }
-            let within = self.t.f.sub(place, start);
-            let within = self.t.f.select(real, within, i32(0));
-            let rank = self.t.f.select(real, rank, i32(0));
-            let byte = self.t.f.mul(within, i32(CANDIDATE.into()));
-            let pair = match team {
-                1 => self.t.load_shared(byte, Ty::I32, 2),
-                _ => {
-                    let at = self.t.f.add(self.t.shared32, byte);
-                    isa::load_cluster_pair(&mut self.t.f, at, rank)
-                }
-            };
-            keys.push(self.t.f.select(real, pair[0], i32(0)));
-            columns.push(pair[1]);
-        }
-        keys.append(&mut columns);
-        keys.push(self.t.f.cast("zext", ok, Ty::I32));
-        keys
+        (counts, self.t.f.bin("and", ok, enough))
+    }
+
+    /// Runs `body` on the byte of each candidate of the running thread: lists are shared out among as many groups of threads.
+    fn each_candidate(
+        &mut self,
+        (list, count): (Val, Val),
+        carried: &[Val],
+        body: &mut dyn FnMut(&mut Self, Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let threads = THREADS / self.s.team;
+        let own = self.t.f.rem(self.t.tid, threads);
+        let l = self.t.f.open_loop(own, count, carried);
+        let byte = self.t.f.mul(l.args[0], i32(CANDIDATE.into()));
+        let at = self.t.f.add(list, byte);
+        let next = body(self, at, &l.args[1..]);
+        self.t.f.close_loop(&l, i32(threads.into()), &next);
+        l.args[1..].to_vec()
     }
 
     /// Writes the best of the candidates, in order.
@@ -224,34 +268,54 @@ impl<'a> Emit<'a> {
         &mut self,
         stream: &Stream,
         g: &Group,
-        candidates: &[[Val; 2]],
-        all: Val,
+        w: &Window,
+        (counts, cut): (Vec<Val>, Val),
         numbers: ValueId,
         stores: Stores<'_, 'a>,
     ) -> Result<(), String> {
-        let mut own = i32(0);
-        for c in candidates {
-            let real = self.t.f.cmp("ne", c[0], i32(0));
-            let real = self.t.f.cast("zext", real, Ty::I32);
-            own = self.t.f.add(own, real);
+        let team = self.s.team;
+        let number = self.t.f.div(self.t.tid, THREADS / team);
+        let list = self.t.f.mul(number, i32((LIST / team * CANDIDATE).into()));
+        let (mut count, mut total) = (counts[0], counts[0]);
+        for (i, &n) in counts.iter().enumerate().skip(1) {
+            let here = self.t.f.cmp("eq", number, i32(i as i64));
+            count = self.t.f.select(here, n, count);
+            total = self.t.f.add(total, n);
         }
-        let (_, total) = self.group_scan(g, own);
-        let choice = self.choose(g, candidates, total, stream.k);
-        let members: Vec<(Val, Val)> = candidates.iter().map(|&c| (self.is_chosen(&choice, c), c[1])).collect();
-        self.in_order(g, &members, all, &mut |e, column, place| {
-            let number = e.number_of(stream, column)?;
-            e.put(numbers, number, place, stores)
-        })?;
-        self.fill_up(stream.k, total, numbers, stores)
-    }
-
-    /// Writes −1 to the places behind so many.
-    pub fn fill_up(&mut self, k: u32, count: Val, numbers: ValueId, stores: Stores<'_, 'a>) -> Result<(), String> {
-        let from = self.t.f.intrinsic("smin", &[count, i32(k.into())]);
-        let from = self.t.f.add(from, self.t.tid);
-        let l = self.t.f.open_loop(from, i32(k.into()), &[]);
-        self.put(numbers, i32(-1), l.args[0], stores)?;
-        self.t.f.close_loop(&l, i32(THREADS.into()), &[]);
-        Ok(())
+        let own = (list, count);
+        // Values become keys.
+        let most = self.each_candidate(own, &[cut], &mut |e, at, most| {
+            let bits = e.t.load_shared(at, Ty::I32, 1)[0];
+            let value = e.t.f.cast("bitcast", bits, Ty::F32);
+            let key = e.ordered(value);
+            e.t.store_shared(at, &[key]);
+            vec![e.t.f.intrinsic("umax", &[most[0], key])]
+        })[0];
+        let most = self.group_most(g, most);
+        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
+            e.each_candidate(own, &[], &mut |e, at, _| {
+                let pair = e.t.load_shared(at, Ty::I32, 2);
+                take(e, pair[0], pair[1]);
+                Vec::new()
+            });
+        };
+        let choice = self.choose_between(g, [cut, most], (stream.k, 0), &mut candidates);
+        let end = self.t.f.sub(w.to, w.from);
+        let mut members = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
+            candidates(e, &mut |e, key, column| {
+                let chosen = e.is_chosen(&choice, [key, column]);
+                let number = e.t.f.sub(column, w.from);
+                take(e, chosen, number);
+            });
+        };
+        self.in_order(g, end, &mut members, &mut |e, number, place| {
+            let column = e.t.f.add(number, w.from);
+            let byte = e.t.f.mul(place, i32(4));
+            let at = e.t.f.add(byte, i32(OUT.into()));
+            e.t.store_shared(at, &[column]);
+        });
+        self.deliver(stream.k, total, numbers, stores)
     }
 }
+
+const _: () = assert!(THREADS == 32 * WARPS);

@@ -1,11 +1,12 @@
 //! What a group of threads does with candidates of a selection: finds the best, and puts their numbers in order.
 //!
-//! A candidate is a key, an integer that orders like the value and is 0 for none, and its number; each thread has some in registers.
+//! A candidate is a key, an integer that orders like the value and is 0 for none, and its number. Who has candidates, in registers or in
+//! memory, hands each of them to what is done here.
 //!
-//! **Search.** The `k`-th largest key is found by radix, as many bits a pass as there are bins for, two a thread; it ends early when all
-//! that have the digits found so far are wanted. The digits are those of the distance from the least key, leading zeros left out: the best
-//! of a row are often alike in their first bits, and would all be counted in a few bins, one after another. Where more are equal to the
-//! last than have room, a second search takes those of the lowest numbers.
+//! **Search.** The `k`-th largest word is found by radix, as many bits a pass as there are bins for; it ends early when all that have
+//! the digits found so far are wanted. The digits are those of the distance from the least word that there may be, leading zeros
+//! left out: the best of a row are often alike in their first bits, and would all be counted in a few bins, one after another. Where more
+//! are equal to the last than have room, a second search takes those of the lowest numbers.
 //!
 //! **Order.** Numbers become bits of a window in shared memory; counts of the bits before a number are its place. So the result is in
 //! ascending order, and neither it nor what is selected depends on which thread has what.
@@ -29,33 +30,50 @@ pub struct Group {
     pub barrier: Option<Val>,
 }
 
+/// Sums that are made at a time.
+const SUMS: u32 = 2;
 /// Bytes of the group's memory where things start: what a pass finds, totals of warps, largest and least of warps, a histogram, which is zero
-/// but in a pass, then bits, and counts before each word of them.
+/// but in a pass, then bits, and counts before each two words of them.
 const FOUND: u32 = 0;
 const SCAN: u32 = 16;
-const MOST: u32 = SCAN + 128;
+const MOST: u32 = SCAN + 128 * SUMS;
 const LEAST: u32 = MOST + 128;
 const HISTOGRAM: u32 = LEAST + 128;
 
+/// Bins of a histogram.
+const fn bins(threads: u32) -> u32 {
+    if threads < 256 { 1024 } else { 2048 }
+}
+
 /// Words of bits: numbers that are put in order at a time are 32 times as many.
 const fn words(threads: u32) -> u32 {
-    if threads < 512 { 2048 } else { 4 * threads }
+    if threads < 256 { 1024 } else { 4096 }
 }
 
 const fn bits(threads: u32) -> u32 {
-    HISTOGRAM + 8 * threads
+    HISTOGRAM + 4 * bins(threads)
 }
 
-/// Bytes of shared memory of a group of so many threads, a power of two from 64 to 1024.
+/// Bytes of shared memory of a group of so many threads, a power of two from 128 to 1024.
 pub const fn bytes(threads: u32) -> u32 {
-    bits(threads) + 8 * words(threads)
+    bits(threads) + 4 * words(threads) + 2 * words(threads)
 }
 
-/// A search's result: words with `word >> drop` above `bound` are in, and `ties` of those equal to it: all of them if `done`.
+/// What a pass of a search counts: words from `low` on, up to `last` larger, by their distance from it without the last `shift` bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    low: Val,
+    last: Val,
+    shift: Val,
+    /// Address of the histogram.
+    histogram: Val,
+}
+
+/// A search's result: words above `low + last` are in, and `ties` of those from `low` on: all of them if `done`.
 #[derive(Clone, Copy, Debug)]
 pub struct Found {
-    pub bound: Val,
-    pub drop: Val,
+    pub low: Val,
+    pub last: Val,
     pub ties: Val,
     pub done: Val,
 }
@@ -63,16 +81,18 @@ pub struct Found {
 /// The best of candidates.
 #[derive(Clone, Copy, Debug)]
 pub struct Choice {
-    best: Found,
-    /// The least key, and the leading zeros of distances from it.
-    first: Val,
-    shift: Val,
-    /// Of those equal to the bound, those whose inverted number, without its last `drop` bits, is at least this.
+    pub best: Found,
+    /// Of those that tie, those whose inverted number is at least this.
     least: Val,
-    drop: Val,
 }
 
-impl Emit<'_> {
+/// Hands each word of the running thread to what counts it.
+pub type Words<'w, 'a> = &'w mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut Emit<'a>, Val));
+
+/// Hands each candidate of the running thread, whether it is in and its number, to what takes it.
+pub type Members<'m, 'a> = &'m mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut Emit<'a>, Val, Val));
+
+impl<'a> Emit<'a> {
     pub fn group_wait(&mut self, g: &Group) {
         match g.barrier {
             Some(barrier) => ptx::barrier_of(&mut self.t.f, barrier, g.threads),
@@ -97,122 +117,162 @@ impl Emit<'_> {
         f.bin("xor", bits, flip)
     }
 
+    /// The float of [`Self::ordered`].
+    pub fn value(&mut self, key: Val) -> Val {
+        let f = &mut self.t.f;
+        let sign = f.bin("ashr", key, i32(31));
+        let flip = f.bin("xor", sign, i32(-1));
+        let flip = f.bin("or", flip, i32(i32::MIN.into()));
+        let bits = f.bin("xor", key, flip);
+        f.cast("bitcast", bits, Ty::F32)
+    }
+
     /// Empties the histogram: before the first search, and a barrier.
     pub fn group_clear(&mut self, g: &Group) {
-        let pair = self.t.f.mul(g.tid, i32(2));
-        let own = self.group_word(g, HISTOGRAM, pair);
-        self.t.store_shared(own, &[i32(0); 2]);
+        let each = bins(g.threads) / g.threads;
+        let first = self.t.f.mul(g.tid, i32(each.into()));
+        let own = self.group_word(g, HISTOGRAM, first);
+        self.store_zeros(own, each);
+    }
+
+    /// Writes so many zeros, a multiple of two, at a byte of shared memory.
+    fn store_zeros(&mut self, byte: Val, count: u32) {
+        let n = count.min(4);
+        for i in (0..count).step_by(n as usize) {
+            let at = self.t.f.add(byte, i32((4 * i).into()));
+            self.t.store_shared(at, &vec![i32(0); n as usize]);
+        }
     }
 
     /// The sum over the group's threads before this one, and over all. A barrier is within; another comes before the next sum.
     pub fn group_scan(&mut self, g: &Group, v: Val) -> (Val, Val) {
-        let mut sum = v;
+        self.group_scans(g, &[v])[0]
+    }
+
+    /// The same of as many as [`SUMS`].
+    pub fn group_scans(&mut self, g: &Group, values: &[Val]) -> Vec<(Val, Val)> {
+        let mut sums = values.to_vec();
         for by in [1, 2, 4, 8, 16] {
-            let below = isa::shuffle_up(&mut self.t.f, sum, by);
-            let both = self.t.f.add(sum, below);
             let has = self.t.f.cmp("sge", self.t.lane, i32(by.into()));
-            sum = self.t.f.select(has, both, sum);
+            for sum in &mut sums {
+                let below = isa::shuffle_up(&mut self.t.f, *sum, by);
+                let below = self.t.f.select(has, below, i32(0));
+                *sum = self.t.f.add(*sum, below);
+            }
         }
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let slot = self.group_word(g, SCAN, g.warp);
-        self.t.when(last, |t| t.store_shared(slot, &[sum]));
+        self.t.when(last, |t| {
+            for (i, &sum) in sums.iter().enumerate() {
+                let slot = t.f.add(slot, i32(128 * i as i64));
+                t.store_shared(slot, &[sum]);
+            }
+        });
         self.group_wait(g);
         let warps = g.threads / Arch::WARP;
         let own = self.t.f.intrinsic("smin", &[self.t.lane, i32(i64::from(warps) - 1)]);
         let slot = self.group_word(g, SCAN, own);
-        let of_warp = self.t.load_shared(slot, Ty::I32, 1)[0];
         let real = self.t.f.cmp("slt", self.t.lane, i32(warps.into()));
         let earlier = self.t.f.cmp("slt", self.t.lane, g.warp);
-        let [all, before] = [real, earlier].map(|c| {
-            let v = self.t.f.select(c, of_warp, i32(0));
-            isa::reduce_warp(&mut self.t.f, "add", v)
-        });
-        let within = self.t.f.sub(sum, v);
-        let before = self.t.f.add(before, within);
-        (before, all)
+        let mut out = Vec::new();
+        for (i, (&sum, &v)) in sums.iter().zip(values).enumerate() {
+            let slot = self.t.f.add(slot, i32(128 * i as i64));
+            let of_warp = self.t.load_shared(slot, Ty::I32, 1)[0];
+            let [all, before] = [real, earlier].map(|c| {
+                let v = self.t.f.select(c, of_warp, i32(0));
+                isa::reduce_warp(&mut self.t.f, "add", v)
+            });
+            let within = self.t.f.sub(sum, v);
+            out.push((self.t.f.add(before, within), all));
+        }
+        out
     }
 
-    /// The thread one of whose two bins has the `wanted`-th largest notes which (from `low` on), how many are wanted of it, and how many it has. Of a
-    /// bin: its number, how many are in those above, how many up to it, how many in it.
-    pub fn note_digit(&mut self, (wanted, low): (Val, Val), bins: [(i64, Val, Val, Val); 2], found: Val) {
-        for (digit, above, upto, n) in bins {
+    /// The thread one of whose bins has the `wanted`-th largest notes which, how many are wanted of it, and how many it has. Bins are
+    /// counts, the highest last, of numbers from `low` on; `above` are in higher ones.
+    pub fn note_digit(&mut self, wanted: Val, (low, above): (Val, Val), bins: &[Val], found: Val) {
+        let mut above = above;
+        for (i, &n) in bins.iter().enumerate().rev() {
+            let upto = self.t.f.add(above, n);
             let over = self.t.f.cmp("slt", above, wanted);
             let within = self.t.f.cmp("sle", wanted, upto);
             let it = self.t.f.bin("and", over, within);
             self.t.when(it, |t| {
-                let digit = t.f.add(low, i32(digit));
+                let digit = t.f.add(low, i32(i as i64));
                 let rest = t.f.sub(wanted, above);
                 t.store_shared(found, &[digit, rest, n, i32(0)]);
             });
+            above = upto;
         }
     }
 
-    /// The `wanted` largest of `count` words that are not zero, or so few more that `slack` is not exceeded; all, if there are no more. `word`
-    /// gives those of this thread, `each` of them.
+    /// The `wanted` largest of the words from `low` on, none more than `last` larger, a number of `bits` bits; or so few more that `slack` is
+    /// not exceeded; all, if there are no more.
     pub fn search(
         &mut self,
         g: &Group,
-        (each, count): (usize, Val),
+        (low, last, bits): (Val, Val, Val),
         (wanted, slack): (Val, Val),
-        word: &dyn Fn(&mut Self, usize) -> Val,
+        words: Words<'_, 'a>,
     ) -> Found {
-        let digit = (2 * g.threads).ilog2();
-        let more = self.t.f.cmp("sgt", count, wanted);
-        let enough = self.t.f.cast("zext", more, Ty::I32);
-        let enough = self.t.f.bin("xor", enough, i32(1));
-        // Without a pass every word that is not zero is above the bound.
-        let drop = self.t.f.select(more, i32(32), i32(0));
-        let ties = self.t.f.select(more, wanted, i32(0));
-        let passes = self.t.f.open_loop(i32(0), i32(32u32.div_ceil(digit).into()), &[i32(0), ties, enough, drop]);
-        let [bound, wanted, done, drop] = [passes.args[1], passes.args[2], passes.args[3], passes.args[4]];
-        let rounds = self.t.f.bin("xor", done, i32(1));
-        let pass = self.t.f.open_loop(i32(0), rounds, &[bound, wanted, done, drop]);
-        let shift = self.t.f.sub(drop, i32(digit.into()));
+        let (bins, each) = (bins(g.threads), bins(g.threads) / g.threads);
+        let digit = bins.ilog2();
+        let histogram = self.group_word(g, HISTOGRAM, i32(0));
+        let histogram = self.t.f.add(self.t.shared32, histogram);
+        let per = self.t.f.mul(g.tid, i32(each.into()));
+        let first = self.t.f.sub(i32(i64::from(bins - each)), per);
+        let own = self.group_word(g, HISTOGRAM, first);
+        let [head, pass, end] = [0; 3].map(|_| self.t.f.label());
+        self.t.f.br(head, &[low, last, bits, wanted, i32(0)]);
+        let state = self.t.f.start(head, &[Ty::I32; 5]);
+        let &[low, last, bits, wanted, done] = state.as_slice() else { unreachable!("five were asked for") };
+        let open = self.t.f.cmp("eq", done, i32(0));
+        let more = self.t.f.cmp("sgt", bits, i32(0));
+        let more = self.t.f.bin("and", open, more);
+        self.t.f.cond_br(more, (pass, &[]), (end, &[]));
+        self.t.f.start(pass, &[]);
+        let shift = self.t.f.sub(bits, i32(digit.into()));
         let shift = self.t.f.intrinsic("smax", &[shift, i32(0)]);
-        let width = self.t.f.sub(drop, shift);
-        let bins = self.t.f.bin("shl", i32(1), width);
-        let mask = self.t.f.sub(bins, i32(1));
-        for i in 0..each {
-            let w = word(self, i);
-            let f = &mut self.t.f;
-            let high = f.bin("lshr", w, shift);
-            let bin = f.bin("and", high, mask);
-            let high = f.bin("lshr", high, width);
-            let same = f.cmp("eq", high, bound);
-            let real = f.cmp("ne", w, i32(0));
-            let counts = f.bin("and", same, real);
-            let at = self.group_word(g, HISTOGRAM, bin);
-            let at = self.t.f.add(self.t.shared32, at);
-            ptx::shared_count_if(&mut self.t.f, counts, at);
-        }
+        let counted = Pass { low, last, shift, histogram };
+        words(self, &mut |e, word| e.tally(&counted, word));
         self.group_wait(g);
-        // Two bins a thread, the highest first.
-        let pair = self.t.f.mul(g.tid, i32(2));
-        let low = self.t.f.sub(i32(i64::from(2 * g.threads) - 2), pair);
-        let at = self.group_word(g, HISTOGRAM, low);
-        let bins = self.t.load_shared(at, Ty::I32, 2);
-        let (lower, upper) = (bins[0], bins[1]);
-        let both = self.t.f.add(lower, upper);
-        let (above, _) = self.group_scan(g, both);
-        // All have read their bins.
-        self.group_clear(g);
-        let middle = self.t.f.add(above, upper);
-        let upto = self.t.f.add(above, both);
+        // A thread's bins, the first thread's the highest.
+        let n = each.min(4);
+        let mut own_bins = Vec::new();
+        for i in (0..each).step_by(n as usize) {
+            let at = self.t.f.add(own, i32((4 * i).into()));
+            own_bins.extend(self.t.load_shared(at, Ty::I32, n));
+        }
+        self.store_zeros(own, each);
+        let sum = own_bins.iter().skip(1).fold(own_bins[0], |sum, &n| self.t.f.add(sum, n));
+        let (above, all) = self.group_scan(g, sum);
         let found = self.t.f.add(g.base, i32(FOUND.into()));
-        self.note_digit((wanted, low), [(1, above, middle, upper), (0, middle, upto, lower)], found);
+        self.note_digit(wanted, (first, above), &own_bins, found);
         self.group_wait(g);
         let v = self.t.load_shared(found, Ty::I32, 4);
-        let (digit, rest, n) = (v[0], v[1], v[2]);
+        let some = self.t.f.cmp("sge", all, wanted);
+        let [digit, rest, n] = [0, 1, 2].map(|i| self.t.f.select(some, v[i], i32(0)));
         let f = &mut self.t.f;
-        let longer = f.bin("shl", bound, width);
-        let bound = f.bin("or", longer, digit);
+        let far = f.bin("shl", digit, shift);
+        let low = f.add(low, far);
+        let span = f.bin("shl", i32(1), shift);
+        let last = f.sub(span, i32(1));
         let over = f.sub(n, rest);
-        let whole = f.cmp("sle", over, slack);
-        let whole = f.cast("zext", whole, Ty::I32);
-        self.t.f.close_loop(&pass, i32(1), &[bound, rest, whole, shift]);
-        self.t.f.close_loop(&passes, i32(1), &pass.args[1..]);
-        let [bound, ties, done, drop] = [passes.args[1], passes.args[2], passes.args[3], passes.args[4]];
-        Found { bound, drop, ties, done }
+        let done = f.cmp("sle", over, slack);
+        let done = f.cast("zext", done, Ty::I32);
+        f.br(head, &[low, last, shift, rest, done]);
+        f.start(end, &[]);
+        Found { low: state[0], last: state[1], ties: state[3], done: state[4] }
+    }
+
+    /// Counts a word if the pass is about it.
+    fn tally(&mut self, pass: &Pass, word: Val) {
+        let far = self.t.f.sub(word, pass.low);
+        let counts = self.t.f.cmp("ule", far, pass.last);
+        let bin = self.t.f.bin("lshr", far, pass.shift);
+        let byte = self.t.f.mul(bin, i32(4));
+        let at = self.t.f.add(pass.histogram, byte);
+        ptx::shared_count_if(&mut self.t.f, counts, at);
     }
 
     /// Notes what a warp has, its least (`umin`) or largest (`umax`) word. A barrier comes before others look.
@@ -232,18 +292,16 @@ impl Emit<'_> {
         isa::reduce_warp(&mut self.t.f, how, v)
     }
 
-    /// The distance of a key from the least, as words are searched: the more leading zeros they lack, the finer are the first bins.
-    fn distance(&mut self, key: Val, first: Val, shift: Val) -> Val {
-        let f = &mut self.t.f;
-        let real = f.cmp("ne", key, i32(0));
-        let far = f.sub(key, first);
-        let far = f.add(far, i32(1));
-        let far = f.bin("shl", far, shift);
-        f.select(real, far, i32(0))
+    /// The largest of the words that all threads have. Two barriers come before the next such question.
+    pub fn group_most(&mut self, g: &Group, word: Val) -> Val {
+        self.warps_have(g, "umax", MOST, word);
+        self.group_wait(g);
+        self.group_has(g, "umax", MOST)
     }
 
-    /// The `k` best of `count` candidates: the largest keys, of equals the lowest numbers. All threads of the group.
-    pub fn choose(&mut self, g: &Group, candidates: &[[Val; 2]], count: Val, k: u32) -> Choice {
+    /// The `k` best of candidates, a key and a number each: the largest keys, or so few more that `slack` is not exceeded, of equals the lowest
+    /// numbers. All threads of the group.
+    pub fn choose(&mut self, g: &Group, candidates: &[[Val; 2]], (k, slack): (u32, u32)) -> Choice {
         let (mut most, mut least) = (i32(0), i32(-1));
         for c in candidates {
             most = self.t.f.intrinsic("umax", &[most, c[0]]);
@@ -255,132 +313,144 @@ impl Emit<'_> {
         self.warps_have(g, "umin", LEAST, least);
         self.group_wait(g);
         let (most, least) = (self.group_has(g, "umax", MOST), self.group_has(g, "umin", LEAST));
-        let first = self.t.f.add(least, i32(1));
-        let range = self.t.f.sub(most, least);
-        let shift = isa::leading_zeros(&mut self.t.f, range);
-        let shift = self.t.f.intrinsic("umin", &[shift, i32(31)]);
-        let each = candidates.len();
-        let best =
-            self.search(g, (each, count), (i32(k.into()), i32(0)), &|e, i| e.distance(candidates[i][0], first, shift));
-        let second = self.t.f.bin("xor", best.done, i32(1));
-        let second = self.t.f.open_loop(i32(0), second, &[i32(0), i32(0)]);
-        // As many as there may be: more are equal than have room.
-        let lowest = self.search(g, (each, count), (best.ties, i32(0)), &|e, i| {
-            let word = e.distance(candidates[i][0], first, shift);
-            let equal = e.t.f.cmp("eq", word, best.bound);
-            let inverse = e.t.f.bin("xor", candidates[i][1], i32(-1));
-            e.t.f.select(equal, inverse, i32(0))
-        });
-        self.t.f.close_loop(&second, i32(1), &[lowest.bound, lowest.drop]);
-        Choice { best, first, shift, least: second.args[1], drop: second.args[2] }
+        let low = self.t.f.add(least, i32(1));
+        self.choose_between(g, [low, most], (k, slack), &mut |e, take| {
+            for c in candidates {
+                take(e, c[0], c[1]);
+            }
+        })
     }
 
-    /// The least that the keys of a choice can be, where there were more candidates than chosen.
-    pub fn least_chosen(&mut self, c: &Choice) -> Val {
-        let f = &mut self.t.f;
-        let word = f.bin("shl", c.best.bound, c.best.drop);
-        let far = f.bin("lshr", word, c.shift);
-        let before = f.sub(c.first, i32(1));
-        f.add(before, far)
+    /// The same, of candidates with keys from `low`, at least 1, to `most`.
+    pub fn choose_between(
+        &mut self,
+        g: &Group,
+        [low, most]: [Val; 2],
+        (k, slack): (u32, u32),
+        candidates: Members<'_, 'a>,
+    ) -> Choice {
+        let last = self.t.f.sub(most, low);
+        let zeros = isa::leading_zeros(&mut self.t.f, last);
+        let bits = self.t.f.sub(i32(32), zeros);
+        let wanted = (i32(k.into()), i32(slack.into()));
+        let best = self.search(g, (low, last, bits), wanted, &mut |e, count| {
+            candidates(e, &mut |e, key, _| count(e, key));
+        });
+        let second = self.t.f.bin("xor", best.done, i32(1));
+        let second = self.t.f.open_loop(i32(0), second, &[i32(0)]);
+        // Inverted numbers have the highest bit, those that do not tie are 0.
+        let inverted = (i32(i32::MIN.into()), i32(i32::MAX.into()), i32(31));
+        let lowest = self.search(g, inverted, (best.ties, i32(0)), &mut |e, count| {
+            candidates(e, &mut |e, key, number| {
+                let far = e.t.f.sub(key, best.low);
+                let ties = e.t.f.cmp("ule", far, best.last);
+                let inverse = e.t.f.bin("xor", number, i32(-1));
+                let word = e.t.f.select(ties, inverse, i32(0));
+                count(e, word);
+            });
+        });
+        self.t.f.close_loop(&second, i32(1), &[lowest.low]);
+        Choice { best, least: second.args[1] }
     }
 
     /// Whether a candidate is of the choice.
     pub fn is_chosen(&mut self, c: &Choice, [key, number]: [Val; 2]) -> Val {
-        let word = self.distance(key, c.first, c.shift);
         let f = &mut self.t.f;
-        let high = f.bin("lshr", word, c.best.drop);
-        let above = f.cmp("ugt", high, c.best.bound);
-        let equal = f.cmp("eq", high, c.best.bound);
+        let far = f.sub(key, c.best.low);
+        let highest = f.add(c.best.low, c.best.last);
+        let above = f.cmp("ugt", key, highest);
+        let equal = f.cmp("ule", far, c.best.last);
         let inverse = f.bin("xor", number, i32(-1));
-        let inverse = f.bin("lshr", inverse, c.drop);
-        let low = f.cmp("uge", inverse, c.least);
-        let tied = f.bin("and", equal, low);
-        let keep = f.bin("or", above, tied);
-        let real = f.cmp("ne", key, i32(0));
-        f.bin("and", keep, real)
+        let early = f.cmp("uge", inverse, c.least);
+        let tied = f.bin("and", equal, early);
+        f.bin("or", above, tied)
     }
 
-    /// One more than the largest of the numbers that all threads have.
-    pub fn group_end(&mut self, g: &Group, numbers: &[Val]) -> Val {
-        let highest = numbers.iter().fold(i32(0), |most, &n| self.t.f.intrinsic("umax", &[most, n]));
-        self.warps_have(g, "umax", MOST, highest);
-        self.group_wait(g);
-        let highest = self.group_has(g, "umax", MOST);
-        self.t.f.add(highest, i32(1))
-    }
-
-    /// Hands each number below `end` that is in, with its place among all of them, to `put`. A member is whether it is in, and its number.
+    /// Hands each number below `end` that is in, with its place among all of them, to `put`.
     pub fn in_order(
         &mut self,
         g: &Group,
-        members: &[(Val, Val)],
         end: Val,
-        put: &mut dyn FnMut(&mut Self, Val, Val) -> Result<(), String>,
-    ) -> Result<(), String> {
+        members: Members<'_, 'a>,
+        put: &mut dyn FnMut(&mut Self, Val, Val),
+    ) {
         let window = 32 * words(g.threads);
         let windows = self.t.f.open_loop(i32(0), end, &[i32(0)]);
         let (start, given) = (windows.args[0], windows.args[1]);
-        // Bits and counts of this thread: words side by side.
+        // Bits of this thread, words side by side, and counts before each two.
         let own = words(g.threads) / g.threads;
         let first = self.t.f.mul(g.tid, i32(own.into()));
         let bits_at = bits(g.threads);
         let counts_at = bits_at + 4 * words(g.threads);
-        let (bits, before) = (self.group_word(g, bits_at, first), self.group_word(g, counts_at, first));
-        for i in (0..own).step_by(4) {
-            let at = self.t.f.add(bits, i32((4 * i).into()));
-            self.t.store_shared(at, &[i32(0); 4]);
-        }
+        let own_bits = self.group_word(g, bits_at, first);
+        let pairs = self.t.f.div(first, 2);
+        let own_counts = self.group_word(g, counts_at, pairs);
+        self.store_zeros(own_bits, own);
         self.group_wait(g);
-        let mut inside = Vec::new();
-        for &(real, number) in members {
-            let f = &mut self.t.f;
+        let all_bits = self.group_word(g, bits_at, i32(0));
+        let all_bits = self.t.f.add(self.t.shared32, all_bits);
+        members(self, &mut |e, real, number| {
+            let f = &mut e.t.f;
             let own = f.sub(number, start);
             let here = f.cmp("ult", own, i32(window.into()));
             let here = f.bin("and", here, real);
             let word = f.bin("lshr", own, i32(5));
-            let word = f.select(here, word, i32(0));
+            let byte = f.mul(word, i32(4));
             let lane = f.bin("and", own, i32(31));
             let bit = f.bin("shl", i32(1), lane);
-            let at = self.group_word(g, bits_at, word);
-            let address = self.t.f.add(self.t.shared32, at);
-            ptx::shared_or_if(&mut self.t.f, here, address, bit);
-            inside.push((here, word, bit, number));
-        }
+            let at = f.add(all_bits, byte);
+            ptx::shared_or_if(f, here, at, bit);
+        });
         self.group_wait(g);
         let mut counts = Vec::new();
         let mut sum = i32(0);
         for i in (0..own).step_by(4) {
-            let at = self.t.f.add(bits, i32((4 * i).into()));
-            for word in self.t.load_shared(at, Ty::I32, 4) {
-                counts.push(sum);
+            let at = self.t.f.add(own_bits, i32((4 * i).into()));
+            for (j, word) in self.t.load_shared(at, Ty::I32, 4).into_iter().enumerate() {
+                if j % 2 == 0 {
+                    counts.push(sum);
+                }
                 let n = isa::popcount(&mut self.t.f, word);
                 sum = self.t.f.add(sum, n);
             }
         }
         let (earlier, all) = self.group_scan(g, sum);
-        for (i, four) in counts.chunks(4).enumerate() {
-            let at = self.t.f.add(before, i32(16 * i as i64));
-            let four = [0, 1, 2, 3].map(|j| self.t.f.add(four[j], earlier));
-            self.t.store_shared(at, &four);
+        let counts: Vec<Val> = counts.into_iter().map(|n| self.t.f.add(n, earlier)).collect();
+        for (i, some) in counts.chunks(4).enumerate() {
+            let at = self.t.f.add(own_counts, i32(16 * i as i64));
+            self.t.store_shared(at, some);
         }
         self.group_wait(g);
-        for (here, word, bit, number) in inside {
-            let after = self.t.f.open_if(here);
-            let at = self.group_word(g, bits_at, word);
-            let bits = self.t.load_shared(at, Ty::I32, 1)[0];
-            let below = self.t.f.sub(bit, i32(1));
-            let below = self.t.f.bin("and", bits, below);
-            let below = isa::popcount(&mut self.t.f, below);
-            let at = self.group_word(g, counts_at, word);
-            let rank = self.t.load_shared(at, Ty::I32, 1)[0];
-            let rank = self.t.f.add(rank, below);
-            let rank = self.t.f.add(rank, given);
-            put(self, number, rank)?;
-            self.t.f.close_if(after);
-        }
+        members(self, &mut |e, real, number| {
+            let own = e.t.f.sub(number, start);
+            let here = e.t.f.cmp("ult", own, i32(window.into()));
+            let here = e.t.f.bin("and", here, real);
+            let after = e.t.f.open_if(here);
+            let pair = e.t.f.bin("lshr", own, i32(6));
+            let word = e.t.f.mul(pair, i32(2));
+            let at = e.group_word(g, bits_at, word);
+            let both = e.t.load_shared(at, Ty::I32, 2);
+            let at = e.group_word(g, counts_at, pair);
+            let rank = e.t.load_shared(at, Ty::I32, 1)[0];
+            let f = &mut e.t.f;
+            let second = f.bin("and", own, i32(32));
+            let second = f.cmp("ne", second, i32(0));
+            let lane = f.bin("and", own, i32(31));
+            let bit = f.bin("shl", i32(1), lane);
+            let below = f.sub(bit, i32(1));
+            let word = f.select(second, both[1], both[0]);
+            let before = f.select(second, both[0], i32(0));
+            let below = f.bin("and", word, below);
+            let below = isa::popcount(f, below);
+            let before = isa::popcount(f, before);
+            let rank = f.add(rank, given);
+            let rank = f.add(rank, below);
+            let rank = f.add(rank, before);
+            put(e, number, rank);
+            e.t.f.close_if(after);
+        });
         self.group_wait(g);
         let given = self.t.f.add(given, all);
         self.t.f.close_loop(&windows, i32(window.into()), &[given]);
-        Ok(())
     }
 }

@@ -7,7 +7,7 @@
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
-//! | `select`, `filter` | selections from rows in memory |
+//! | `select`, `window`, `short`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
 //! | `emit`, `loops`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
@@ -34,6 +34,7 @@ mod reduce;
 mod ring;
 mod scores;
 mod select;
+mod short;
 mod store;
 mod stream;
 mod sums;
@@ -42,6 +43,7 @@ mod tensor_map;
 mod tests;
 mod values;
 mod wgmma;
+mod window;
 
 pub use emit::lower;
 
@@ -57,7 +59,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
         return None;
     }
     plan::plan(kernel, arch)
-        .or_else(|| scores::plan(&kernel.program, arch))
+        .or_else(|| scores::plan(kernel, arch))
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(&kernel.program, arch))
 }

@@ -255,11 +255,39 @@ pub fn store_shared_word(f: &mut Fn, at: Val, v: Val) {
     effect(f, "st.shared.b32 [$0], $1;", "r,r", &[at, v]);
 }
 
-/// Writes two words to shared memory where `c` holds.
-pub fn store_shared_pair_if(f: &mut Fn, c: Val, at: Val, v: [Val; 2]) {
+/// Two words to shared memory, of any block of the cluster if `cluster`, where `c` holds.
+pub fn store_pair_if(f: &mut Fn, c: Val, at: Val, v: [Val; 2], cluster: bool) {
     let c = f.cast("zext", c, Ty::I32);
-    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.shared.v2.b32 [$1], {$2, $3};\n}";
-    effect(f, text, "r,r,r,r", &[c, at, v[0], v[1]]);
+    let place = if cluster { "shared::cluster" } else { "shared" };
+    let text = format!("{{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.{place}.v2.b32 [$1], {{$2, $3}};\n}}");
+    effect(f, &text, "r,r,r,r", &[c, at, v[0], v[1]]);
+}
+
+/// Writes a word to shared memory where `c` holds.
+pub fn store_shared_word_if(f: &mut Fn, c: Val, at: Val, v: Val) {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.shared.b32 [$1], $2;\n}";
+    effect(f, text, "r,r,r", &[c, at, v]);
+}
+
+/// The address that an address of shared memory has in block `rank` of the cluster, as that memory is seen from all its blocks.
+pub fn address_in(f: &mut Fn, at: Val, rank: Val) -> Val {
+    f.asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", &[at, rank], &[Ty::I32], false, false)[0]
+}
+
+/// Writes a word at such an address.
+pub fn store_cluster_word(f: &mut Fn, at: Val, v: Val) {
+    effect(f, "st.shared::cluster.b32 [$0], $1;", "r,r", &[at, v]);
+}
+
+/// First half of [`cluster_barrier`], for whole warps.
+pub fn cluster_arrive(f: &mut Fn) {
+    effect(f, "barrier.cluster.arrive.release.aligned;", "", &[]);
+}
+
+/// Second half.
+pub fn cluster_wait(f: &mut Fn) {
+    effect(f, "barrier.cluster.wait.acquire.aligned;", "", &[]);
 }
 
 /// Adds one to a word of shared memory where `c` holds.
@@ -300,6 +328,16 @@ pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let c = f.cast("zext", c, Ty::I32);
     let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}";
     f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], false, true)[0]
+}
+
+/// Four neighbouring f32 of memory that no one writes meanwhile, at a multiple of 16 bytes, or −inf where `c` does not hold.
+pub fn load_four_if(f: &mut Fn, c: Val, at: Val) -> Vec<Val> {
+    let c = f.cast("zext", c, Ty::I32);
+    let none: String = (0..4).map(|i| format!("mov.b32 ${i}, 0xff800000;\n")).collect();
+    let text = format!(
+        "{{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n{none}@p ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}"
+    );
+    f.asm(&text, "=&f,=&f,=&f,=&f,l,r", &[at, c], &[Ty::F32; 4], false, true)
 }
 
 /// The value of that lane of the running lane's quad.

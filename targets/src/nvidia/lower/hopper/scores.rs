@@ -23,6 +23,7 @@ use super::config::{ROWS, WARPGROUP};
 use super::contraction::{STEP_BYTES, definitions};
 use super::tensor_map::{can_describe, view_type};
 use super::values::{Names, Values, plain, rename_index, slice};
+use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
@@ -36,8 +37,8 @@ const STREAM: ChannelId = ChannelId(1);
 const MOST_ROWS: u32 = 256;
 /// Rows of sums in a warpgroup: what a quad's lanes divide.
 const MOST_SUMS: u32 = 4;
-/// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
-const REGISTERS: [u32; 2] = [40, 232];
+/// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups, and where there are four.
+const REGISTERS: [[u32; 2]; 2] = [[40, 232], [32, 112]];
 /// Deepest ring, and least.
 const STAGES: [u32; 2] = [2, 8];
 /// Blocks that share a multiprocessor where one has a single consumer warpgroup with few rows.
@@ -208,11 +209,12 @@ fn collect<'a>(
 }
 
 /// The schedule of a program of this form; none if it is not.
-pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
+pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
+    let program = &kernel.program;
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
     let pattern = Pattern::of(program, &defs)?;
-    let config = Config::of(&pattern, arch)?;
+    let config = Config::of(&pattern, kernel.schedule.threads / WARPGROUP, arch)?;
     Planner::new(program, pattern, config, defs).scheduled()
 }
 
@@ -232,10 +234,12 @@ struct Config {
 }
 
 impl Config {
-    fn of(p: &Pattern<'_>, arch: &Arch) -> Option<Config> {
+    /// With so many warpgroups of consumers, if they can share the rows; 0: as many as are best.
+    fn of(p: &Pattern<'_>, wanted: u32, arch: &Arch) -> Option<Config> {
         let [sums, each] = p.groups;
         let rows = sums * each;
-        let warpgroups = if rows > MOST_ROWS || sums > MOST_SUMS { 2 } else { 1 };
+        let least = if rows > MOST_ROWS || sums > MOST_SUMS { 2 } else { 1 };
+        let warpgroups = if wanted > least && matches!(wanted, 2 | 4) && sums.is_multiple_of(wanted) { wanted } else { least };
         let own = sums / warpgroups;
         let fits = sums.is_multiple_of(warpgroups) && matches!(own, 1 | 2 | 4) && rows / warpgroups <= MOST_ROWS;
         fits.then_some(())?;
@@ -577,7 +581,8 @@ impl<'a> Planner<'a> {
         let mut names = self.values.names.clone();
         let consumer = self.role(&self.program.body, false, &mut names)?;
         let warps = self.config.warpgroups * WARPGROUP / Arch::WARP;
-        let redistributed = self.config.warpgroups == 2;
+        let redistributed = self.config.warpgroups > 1;
+        let registers = REGISTERS[usize::from(self.config.warpgroups == 4)];
         let (produces, consumes) =
             if redistributed { ([0, 4], [4, 4 + warps]) } else { ([warps, warps + 1], [0, warps]) };
         let role = |name: &str, warps, registers, elected, insts| Role {
@@ -588,8 +593,8 @@ impl<'a> Planner<'a> {
             body: Block { insts, ..Block::default() },
         };
         let roles = vec![
-            role("producer", produces, REGISTERS[0], true, producer),
-            role("consumer", consumes, REGISTERS[1], false, consumer),
+            role("producer", produces, registers[0], true, producer),
+            role("consumer", consumes, registers[1], false, consumer),
         ];
         let (buffers, slots) = self.buffers();
         let [ahead, depth] = self.config.stages;

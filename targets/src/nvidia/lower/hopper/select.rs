@@ -19,7 +19,7 @@
 //! **Cost.** One read of the row; a barrier of the cluster a pass, one for the places and one at the end. Floor: the row's bytes.
 
 use super::emit::{Emit, Held};
-use super::filter;
+use super::filter::{self, Stores};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::block::Threads;
@@ -29,10 +29,10 @@ use dsc_ir::sched::{self, Op, Scheduled};
 use dsc_ir::tile::{self, Index, Program, Type, ValueId};
 
 /// Threads of a block.
-pub const THREADS: u32 = 1024;
-const WARPS: u32 = THREADS / Arch::WARP;
+pub const THREADS: u32 = 512;
+pub const WARPS: u32 = THREADS / Arch::WARP;
 /// Keys of a block that stay in shared memory.
-const KEYS: u32 = 32 * 1024;
+const KEYS: u32 = 16 * 1024;
 /// Bits of a key that a pass looks at, from the top; the last pass has the rest.
 const DIGIT: u32 = 11;
 const BINS: u32 = 1 << DIGIT;
@@ -52,11 +52,20 @@ const FOUND: u32 = SCAN + WARPS * 4;
 const TOTALS: u32 = FOUND + 3 * 16;
 /// The block's sums of those.
 const BLOCK: u32 = TOTALS + WARPS * 8;
-/// Candidates that a sample has given, which nothing else overwrites.
-pub const COUNT: u32 = BLOCK + 8;
+/// Bytes of what counting uses.
+const COUNTING: u32 = BLOCK + 8;
+/// Candidates that this block has listed, and each of the cluster.
+pub const COUNT: u32 = if filter::BYTES > COUNTING { filter::BYTES } else { COUNTING };
+pub const COUNTS: u32 = COUNT + 16;
+/// Columns selected, in order.
+pub const OUT: u32 = COUNTS + 4 * MOST_BLOCKS;
 /// End.
-const BYTES: u32 = COUNT + 8;
-const _: () = assert!(filter::BYTES <= HISTOGRAMS, "lists lie where keys do");
+const BYTES: u32 = OUT + 4 * filter::MOST_K;
+
+/// Places of a thread that are written together.
+const DELIVERED: u32 = 4;
+/// Bins of a thread.
+const OWN: u32 = BINS / THREADS;
 
 /// Blocks of a cluster that every GPU with clusters runs.
 const MOST_BLOCKS: u32 = 8;
@@ -64,10 +73,10 @@ const MOST_BLOCKS: u32 = 8;
 /// The selection of a scheduled kernel.
 pub struct Stream {
     /// The columns offered: bounds, and so many at a time.
-    range: (Index, Index, u32),
-    counter: ValueId,
-    values: ValueId,
-    base: ValueId,
+    pub range: (Index, Index, u32),
+    pub counter: ValueId,
+    pub values: ValueId,
+    pub base: ValueId,
     pub k: u32,
 }
 
@@ -143,6 +152,11 @@ pub fn is_selection(s: &Scheduled) -> bool {
     s.roles.is_empty() && stream(s).is_some()
 }
 
+/// Blocks that share a multiprocessor: where a row has a block to itself, there are more rows than multiprocessors.
+pub fn least_blocks(s: &Scheduled) -> u32 {
+    if s.team == 1 { 2 } else { 1 }
+}
+
 /// Bytes of shared memory of a block.
 pub fn shared_bytes() -> u32 {
     BYTES
@@ -195,7 +209,6 @@ impl<'a> Emit<'a> {
                 _ => return Err("this in a selection".into()),
             }
         }
-        self.together();
         self.t.f.close_if(after);
         Ok(())
     }
@@ -205,18 +218,31 @@ impl<'a> Emit<'a> {
         &mut self,
         stream: &Stream,
         numbers: ValueId,
-        stores: &[(ValueId, &'a [Index], ValueId)],
+        stores: Stores<'_, 'a>,
     ) -> Result<(), String> {
         let all = self.columns(stream)?;
-        let counts = if stream.k <= filter::MOST_K {
-            let done = self.filtered(stream, all, numbers, stores)?;
-            self.t.f.bin("xor", done, Val::Int(1, Ty::I1))
-        } else {
-            Val::Int(1, Ty::I1)
+        let window = if stream.k <= filter::MOST_K { self.window(stream, all)? } else { None };
+        let counts = match window {
+            None => Val::Int(1, Ty::I1),
+            Some((window, inside)) => {
+                let (tries, join) = (self.t.f.label(), self.t.f.label());
+                self.t.f.cond_br(inside, (tries, &[]), (join, &[i32(1)]));
+                self.t.f.start(tries, &[]);
+                let done = self.filtered(stream, &window, numbers, stores)?;
+                let rest = self.t.f.bin("xor", done, Val::Int(1, Ty::I1));
+                let rest = self.t.f.cast("zext", rest, Ty::I32);
+                self.t.f.br(join, &[rest]);
+                let counts = self.t.f.start(join, &[Ty::I32])[0];
+                self.t.f.cmp("ne", counts, i32(0))
+            }
         };
         let after = self.t.f.open_if(counts);
+        // What was listed is read no more.
+        self.t.barrier();
         let (rule, share) = self.find(stream, all)?;
         self.give(stream, rule, share, numbers, stores)?;
+        // Others have read what this block has counted.
+        self.together();
         self.t.f.close_if(after);
         Ok(())
     }
@@ -446,18 +472,21 @@ impl<'a> Emit<'a> {
     fn digit(&mut self, pass: u32, wanted: Val) -> [Val; 3] {
         let cluster = self.s.team;
         let tid = self.t.tid;
-        // Two bins a thread, the highest first.
-        let low = self.t.f.mul(tid, i32(2));
-        let low = self.t.f.sub(i32(i64::from(BINS) - 2), low);
+        // The first thread's bins are the highest.
+        let low = self.t.f.mul(tid, i32(OWN.into()));
+        let low = self.t.f.sub(i32(i64::from(BINS - OWN)), low);
         let byte = self.t.f.mul(low, i32(4));
         let at = self.t.f.add(byte, i32((HISTOGRAMS + pass * BINS * 4).into()));
-        let (mut lower, mut upper) = (i32(0), i32(0));
+        let mut bins = vec![i32(0); OWN as usize];
         for rank in 0..cluster {
-            let pair = self.remote(at, rank);
-            lower = self.t.f.add(lower, pair[0]);
-            upper = self.t.f.add(upper, pair[1]);
+            for i in (0..OWN as usize).step_by(2) {
+                let at = self.t.f.add(at, i32(4 * i as i64));
+                let pair = self.remote(at, rank);
+                bins[i] = self.t.f.add(bins[i], pair[0]);
+                bins[i + 1] = self.t.f.add(bins[i + 1], pair[1]);
+            }
         }
-        let own = self.t.f.add(lower, upper);
+        let own = bins.iter().skip(1).fold(bins[0], |sum, &n| self.t.f.add(sum, n));
         let upto = sum_upto(&mut self.t, own);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let warp = self.t.warp;
@@ -465,7 +494,8 @@ impl<'a> Emit<'a> {
         let slot = self.t.f.add(slot, i32(SCAN.into()));
         self.t.when(last, |t| t.store_shared(slot, &[upto]));
         self.t.barrier();
-        let byte = self.t.f.mul(self.t.lane, i32(4));
+        let other = self.t.f.intrinsic("smin", &[self.t.lane, i32(i64::from(WARPS) - 1)]);
+        let byte = self.t.f.mul(other, i32(4));
         let byte = self.t.f.add(byte, i32(SCAN.into()));
         let of_warp = self.t.load_shared(byte, Ty::I32, 1)[0];
         let before = self.t.f.cmp("slt", self.t.lane, warp);
@@ -473,9 +503,7 @@ impl<'a> Emit<'a> {
         let before = isa::reduce_warp(&mut self.t.f, "add", of_warp);
         let upto = self.t.f.add(before, upto);
         let above = self.t.f.sub(upto, own);
-        let middle = self.t.f.add(above, upper);
-        let bins = [(1, above, middle, upper), (0, middle, upto, lower)];
-        self.note_digit((wanted, low), bins, i32((FOUND + 16 * pass).into()));
+        self.note_digit(wanted, (low, above), &bins, i32((FOUND + 16 * pass).into()));
         self.t.barrier();
         let found = self.t.load_shared(i32((FOUND + 16 * pass).into()), Ty::I32, 4);
         [found[0], found[1], found[2]]
@@ -506,7 +534,7 @@ impl<'a> Emit<'a> {
         rule: Rule,
         share: Share,
         numbers: ValueId,
-        stores: &[(ValueId, &'a [Index], ValueId)],
+        stores: Stores<'_, 'a>,
     ) -> Result<(), String> {
         let counts = self.sweep(stream, share, &[i32(0), i32(0)], |e, keys, _, counts| {
             let mut counts = counts.to_vec();
@@ -525,9 +553,12 @@ impl<'a> Emit<'a> {
         let slot = self.t.f.add(slot, i32(TOTALS.into()));
         self.t.when(first, |t| t.store_shared(slot, &counts));
         self.t.barrier();
-        let byte = self.t.f.mul(lane, i32(8));
+        let other = self.t.f.intrinsic("smin", &[lane, i32(i64::from(WARPS) - 1)]);
+        let byte = self.t.f.mul(other, i32(8));
         let byte = self.t.f.add(byte, i32(TOTALS.into()));
         let of_warp = self.t.load_shared(byte, Ty::I32, 2);
+        let real = self.t.f.cmp("slt", lane, i32(WARPS.into()));
+        let of_warp = [0, 1].map(|i| self.t.f.select(real, of_warp[i], i32(0)));
         let before = self.t.f.cmp("slt", lane, warp);
         let mut start = [0, 1].map(|i| {
             let v = self.t.f.select(before, of_warp[i], i32(0));
@@ -601,26 +632,69 @@ impl<'a> Emit<'a> {
     }
 
     /// Stores what the program makes of a number at a place of the selection.
-    pub fn put(
+    pub fn put(&mut self, numbers: ValueId, number: Val, place: Val, stores: Stores<'_, 'a>) -> Result<(), String> {
+        self.put_all(numbers, &[(number, place, Val::Int(1, Ty::I1))], stores)
+    }
+
+    /// Stores what the program makes of these numbers at their places, each where that is wanted.
+    fn put_all(
         &mut self,
         numbers: ValueId,
-        number: Val,
-        place: Val,
-        stores: &[(ValueId, &'a [Index], ValueId)],
+        given: &[(Val, Val, Val)],
+        stores: Stores<'_, 'a>,
     ) -> Result<(), String> {
-        self.held.insert(numbers, Held::Scalar(number));
         for (view, index, value) in stores {
-            let word = self.flat_element(*value, place)?;
-            let own = self.unravelled(self.shape(*value), place);
-            let mut at = Vec::new();
-            for (&i, own) in index.iter().zip(own) {
-                let start = self.lazy_index(i)?;
-                at.push(self.t.f.add(start, own));
+            // All are computed before one is stored: loads that they need are then under way together.
+            let mut words = Vec::new();
+            for &(number, place, _) in given {
+                self.held.insert(numbers, Held::Scalar(number));
+                words.push(self.flat_element(*value, place)?);
             }
-            let (address, inside) = self.element_at(*view, &at);
-            isa::store_global_if(&mut self.t.f, inside, address, &[word]);
+            self.held.remove(&numbers);
+            for (&word, &(_, place, wanted)) in words.iter().zip(given) {
+                let own = self.unravelled(self.shape(*value), place);
+                let mut at = Vec::new();
+                for (&i, own) in index.iter().zip(own) {
+                    let start = self.lazy_index(i)?;
+                    at.push(self.t.f.add(start, own));
+                }
+                let (address, inside) = self.element_at(*view, &at);
+                let inside = self.t.f.bin("and", inside, wanted);
+                isa::store_global_if(&mut self.t.f, inside, address, &[word]);
+            }
         }
-        self.held.remove(&numbers);
+        Ok(())
+    }
+
+    /// Stores what the program makes of the columns at [`OUT`], so many, and of −1 behind them. All threads of the block.
+    pub fn deliver(&mut self, k: u32, count: Val, numbers: ValueId, stores: Stores<'_, 'a>) -> Result<(), String> {
+        let each = k.div_ceil(THREADS).min(DELIVERED);
+        let l = self.t.f.open_loop(i32(0), i32(k.into()), &[]);
+        let mut given = Vec::new();
+        for i in 0..each {
+            let place = self.t.f.add(l.args[0], self.t.tid);
+            let place = self.t.f.add(place, i32((i * THREADS).into()));
+            let wanted = self.t.f.cmp("slt", place, i32(k.into()));
+            let some = self.t.f.cmp("slt", place, count);
+            let some = self.t.f.bin("and", some, wanted);
+            let place = self.t.f.select(wanted, place, i32(0));
+            let byte = self.t.f.mul(place, i32(4));
+            let at = self.t.f.add(byte, i32(OUT.into()));
+            let column = self.t.load_shared(at, Ty::I32, 1)[0];
+            given.push((self.t.f.select(some, column, i32(-1)), place, wanted));
+        }
+        self.put_all(numbers, &given, stores)?;
+        self.t.f.close_loop(&l, i32((each * THREADS).into()), &[]);
+        Ok(())
+    }
+
+    /// Writes −1 to the places behind so many.
+    fn fill_up(&mut self, k: u32, count: Val, numbers: ValueId, stores: Stores<'_, 'a>) -> Result<(), String> {
+        let from = self.t.f.intrinsic("smin", &[count, i32(k.into())]);
+        let from = self.t.f.add(from, self.t.tid);
+        let l = self.t.f.open_loop(from, i32(k.into()), &[]);
+        self.put(numbers, i32(-1), l.args[0], stores)?;
+        self.t.f.close_loop(&l, i32(THREADS.into()), &[]);
         Ok(())
     }
 }

@@ -224,7 +224,7 @@ impl<'a> Emit<'a> {
             let at = self.candidate(l, row, place);
             candidates.push(ptx::load_pair_if(&mut self.t.f, real, at));
         }
-        let choice = self.choose(&l.group, &candidates, count, l.k);
+        let choice = self.choose(&l.group, &candidates, (l.k, 0));
         // Judged twice, so that no registers hold it.
         let mut own = i32(0);
         for &c in &candidates {
@@ -242,19 +242,14 @@ impl<'a> Emit<'a> {
         }
         let first = self.t.f.cmp("eq", l.group.tid, i32(0));
         let counter = self.word(l.shared, 0, row);
-        let least = self.least_chosen(&choice);
-        let f = &mut self.t.f;
         // No lower than −inf, whose key orders above those of NaNs.
-        let least = f.intrinsic("umax", &[least, i32(0x007f_ffff)]);
-        let sign = f.bin("ashr", least, i32(31));
-        let flip = f.bin("xor", sign, i32(-1));
-        let flip = f.bin("or", flip, i32(i32::MIN.into()));
-        let bits = f.bin("xor", least, flip);
+        let least = self.t.f.intrinsic("umax", &[choice.best.low, i32(0x007f_ffff)]);
+        let least = self.value(least);
         let k = i32(l.k.into());
         self.t.when(first, |t| {
             ptx::store_shared_word(&mut t.f, counter, k);
             let threshold = t.f.add(counter, i32(THRESHOLDS.into()));
-            ptx::store_shared_word(&mut t.f, threshold, bits);
+            ptx::store_shared_word(&mut t.f, threshold, least);
         });
         self.list_waits(l);
     }
@@ -286,14 +281,22 @@ impl<'a> Emit<'a> {
             let pair = ptx::load_pair_if(&mut self.t.f, real, at);
             members.push((real, pair[1]));
         }
-        let numbers_of: Vec<Val> = members.iter().map(|m| m.1).collect();
-        let end = self.group_end(&l.group, &numbers_of);
+        let highest = members.iter().fold(i32(0), |most, m| self.t.f.intrinsic("umax", &[most, m.1]));
+        let highest = self.group_most(&l.group, highest);
+        let end = self.t.f.add(highest, i32(1));
         let line = self.t.f.add(l.first_row, row);
         let line = self.t.f.mul(line, i32(l.k.into()));
-        self.in_order(&l.group, &members, end, &mut |e, number, rank| {
+        let mut fault = Ok(());
+        let mut hand = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
+            members.iter().for_each(|&(real, number)| take(e, real, number));
+        };
+        self.in_order(&l.group, end, &mut hand, &mut |e, number, rank| {
             let place = e.t.f.add(line, rank);
-            e.put(numbers, number, place, &stores)
-        })?;
+            if let Err(e) = e.put(numbers, number, place, &stores) {
+                fault = Err(e);
+            }
+        });
+        fault?;
         // What is left of the places holds −1.
         let given = self.t.f.intrinsic("smin", &[count, i32(l.k.into())]);
         let from = self.t.f.add(given, l.group.tid);

@@ -390,8 +390,9 @@ impl<'a> Emit<'a> {
     pub fn unravelled(&mut self, shape: &[u32], at: Val) -> Vec<Val> {
         let (mut rest, mut own) = (at, Vec::new());
         for (d, &n) in shape.iter().enumerate().rev() {
-            own.push(if d == 0 { rest } else { self.t.f.rem(rest, n) });
-            rest = self.t.f.div(rest, n);
+            let outermost = shape[..d].iter().all(|&n| n == 1);
+            own.push(if outermost { rest } else { self.t.f.rem(rest, n) });
+            rest = if outermost { i32(0) } else { self.t.f.div(rest, n) };
         }
         own.reverse();
         own

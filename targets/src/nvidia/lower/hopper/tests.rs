@@ -414,7 +414,8 @@ impl Select {
         let kernel =
             Kernel { program: self.program("select"), schedule: Schedule { cluster: 1, ..Schedule::default() } };
         let lowered = crate::nvidia::lower::lower(&kernel, hopper()).expect("lowers");
-        assert!(lowered.sched.contains("threads 1024"), "a row is selected from at once");
+        assert!(lowered.sched.contains("threads 512"), "a row is selected from at once");
+        assert!(lowered.mlir.contains("ld.global.nc.v4"), "columns are read four at a time");
         let ints = |v: &mut dyn Iterator<Item = i32>| v.flat_map(i32::to_le_bytes).collect::<Vec<u8>>();
         let x = (0..rows * longest).flat_map(|i| value(i).to_le_bytes()).collect();
         let mut buffers = vec![x, ints(&mut lengths.iter().map(|&n| n as i32 - 1))];
@@ -443,11 +444,17 @@ const SELECT: Select = Select { k: 96, step: 128, slots: false };
 fn short_rows_are_all_candidates() {
     SELECT.check(&[700, 50, 96, 1], scattered);
     Select { slots: true, ..SELECT }.check(&[300, 20], |i| (i % 5) as f32);
+    // Rows that begin anywhere; more equal ones than there are places, few that can be selected, and zeros of both signs.
+    SELECT.check(&[8191, 7002, 2, 1, 95], scattered);
+    SELECT.check(&[5003, 501, 97], |_| 1.5);
+    SELECT.check(&[903, 811], |i| if i % 13 == 0 { scattered(i) } else { f32::NEG_INFINITY });
+    SELECT.check(&[803], |i| if i % 2 == 0 { 0.0 } else { -0.0 });
+    SELECT.check(&[603, 601], |i| if i % 9 == 0 { f32::INFINITY } else { f32::from_bits(0x3f80_0000 + i % 70) });
 }
 
 #[test]
 fn samples_find_the_best_of_long_rows() {
-    SELECT.check(&[20000, 8193], scattered);
+    SELECT.check(&[20001, 8193, 8203], scattered);
     SELECT.check(&[10000], |i| (i % 3) as f32);
     Select { k: 2048, step: 512, ..SELECT }.check(&[16500], |i| scattered(i) / scattered(i + 1));
 }
