@@ -371,14 +371,14 @@ impl Run<'_> {
                     }
                 }
             }
-            Code::AtomicAdd => {
+            Code::Atomic(combine) => {
                 for lane in each(lanes) {
                     let range = self.touch(true, get(w, inst.args[0], lane), 4, 4, How::Atomic, thread(w, lane));
                     let range = range.map_err(|e| self.wrong(w, pc, lane, &e))?;
                     let by = get(w, inst.args[1], lane) as u32;
                     let word = &mut self.m.shared[range];
                     let old = word.iter().rev().fold(0, |v, &b| v << 8 | u32::from(b));
-                    word.copy_from_slice(&old.wrapping_add(by).to_le_bytes());
+                    word.copy_from_slice(&combine(old, by).to_le_bytes());
                     w.slots[inst.dst[0] as usize][lane] = old.into();
                 }
             }

@@ -19,8 +19,8 @@ pub enum Code {
     Load { shared: bool, bytes: u64, align: u64 },
     /// The address, then neighbours.
     Store { shared: bool, bytes: u64, align: u64 },
-    /// Shared word and what is added; what was there.
-    AtomicAdd,
+    /// Shared word and what is combined with it; what was there.
+    Atomic(fn(u32, u32) -> u32),
     /// Exchanges between lanes.
     Warp(String),
     /// `ldmatrix` of four.
@@ -418,12 +418,19 @@ impl Reader {
             ["ld", "global", "nc", "v4", "b32"] => {
                 self.push(Code::Load { shared: false, bytes: 4, align: 16 }, slots[4..].to_vec(), slots[..4].to_vec());
             }
-            // Bits that no two threads set, which is what kernels do with this.
-            ["red", "shared", "add", "u32"] | ["red", "shared", "or", "b32"] => {
+            ["red", "shared", how, "u32" | "b32"] => {
+                let combine: fn(u32, u32) -> u32 = match *how {
+                    "add" => u32::wrapping_add,
+                    "or" => |a, b| a | b,
+                    "max" => u32::max,
+                    _ => return None,
+                };
                 let old = self.slot();
-                self.push(Code::AtomicAdd, slots, vec![old]);
+                self.push(Code::Atomic(combine), slots, vec![old]);
             }
-            ["atom", "shared", "add", "u32"] => self.push(Code::AtomicAdd, slots[1..].to_vec(), slots[..1].to_vec()),
+            ["atom", "shared", "add", "u32"] => {
+                self.push(Code::Atomic(u32::wrapping_add), slots[1..].to_vec(), slots[..1].to_vec());
+            }
             ["ldmatrix", "sync", "aligned", "m8n8", "x4", how @ ..] => {
                 let transposed = how.first() == Some(&"trans");
                 self.push(Code::Matrices { transposed }, slots[4..].to_vec(), slots[..4].to_vec());

@@ -113,6 +113,7 @@ pub fn ptx(name: &str) -> Option<Scalar> {
     Some(match name {
         "popc.b32" => |[a, ..], _, _| Some(a.count_ones().into()),
         "clz.b32" => |[a, ..], _, _| Some((a as u32).leading_zeros().into()),
+        "max.f32" => |[a, b, _], _, _| real(float(a).max(float(b))),
         "ex2.approx.ftz.f32" => |[a, ..], _, _| real(float(a).exp2()),
         "cvt.rn.bf16.f32" => |[a, ..], _, _| Some(half(float(a), true)),
         "cvt.rn.f16.f32" => |[a, ..], _, _| Some(half(float(a), false)),

@@ -16,7 +16,7 @@
 use super::emit::Emit;
 use super::group::{self, Group};
 use super::ptx;
-use super::select::{COUNT, COUNTS, OUT, Stream, THREADS, WARPS};
+use super::select::{COUNT, COUNTS, MOST, OUT, Stream, THREADS, WARPS};
 use super::window::{VECTOR, Window};
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
@@ -35,7 +35,9 @@ pub const MOST_K: u32 = LIST / 2;
 const BATCH: u32 = 4;
 /// The key of the lowest number that can be selected.
 const LOWEST: i64 = 0x0080_0000;
-/// Bytes of a candidate: value, then key, and column.
+/// Candidates of a thread that are read at a time.
+const TOGETHER: u32 = 4;
+/// Bytes of a candidate: value and column.
 const CANDIDATE: u32 = 8;
 /// Where lists and then the group's memory lie; what counting a row uses lies there too.
 const WORK: u32 = LIST * CANDIDATE;
@@ -96,12 +98,13 @@ impl<'a> Emit<'a> {
         stores: Stores<'_, 'a>,
     ) -> Result<Val, String> {
         let team = self.s.team;
+        let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
+        self.t.when(zero, |t| t.store_shared(i32(COUNT.into()), &[i32(0); 2]));
         if team > 1 {
-            // The first block's memory is there when the others write to it.
+            // The first block's memory is there, and as it is now, when the others write to it.
             ptx::cluster_arrive(&mut self.t.f);
         }
-        let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
-        self.t.when(zero, |t| t.store_shared(i32(COUNT.into()), &[i32(0)]));
+        self.group_clear_bits(g);
         let first = self.t.f.mul(self.t.warp, i32(team.into()));
         let first = self.t.f.add(first, rank);
         let first = self.t.f.mul(first, i32(32));
@@ -146,8 +149,7 @@ impl<'a> Emit<'a> {
         let wanted = f.add(wanted, i32(16));
         let slack = f.div(wanted, 8);
         let all = (i32(1), i32(-2), i32(32));
-        let found =
-            self.search(g, all, (wanted, slack), &mut |e, count| sample.iter().for_each(|&key| count(e, key)));
+        let found = self.search(g, all, (wanted, slack), &mut |e, count| sample.iter().for_each(|&key| count(e, key)));
         self.t.f.intrinsic("umax", &[found.low, i32(LOWEST)])
     }
 
@@ -158,7 +160,7 @@ impl<'a> Emit<'a> {
         self.vectors(w, &numbers)
     }
 
-    /// Lists the columns of this block's share whose keys are at least `cut`, in any order. `ahead`: the first batch, if each is read while the one
+    /// Lists the columns of this block's share whose keys are at least `cut`, in any order, and notes the largest key. `ahead`: the first batch, if each is read while the one
     /// before is looked at.
     fn list(&mut self, w: &Window, share: &Share, ahead: Vec<Val>, cut: Val) {
         let team = self.s.team;
@@ -168,13 +170,15 @@ impl<'a> Emit<'a> {
         let list = self.t.f.add(self.t.shared32, byte);
         let list = if team > 1 { ptx::address_in(&mut self.t.f, list, i32(0)) } else { list };
         let least = self.value(cut);
-        let l = self.t.f.open_loop(share.first, w.vectors, &ahead);
+        let carried: Vec<Val> = [least].into_iter().chain(ahead.iter().copied()).collect();
+        let l = self.t.f.open_loop(share.first, w.vectors, &carried);
         let (values, following) = if ahead.is_empty() {
             (self.batch(w, share, l.args[0]), Vec::new())
         } else {
             let next = self.t.f.add(l.args[0], i32((BATCH * share.step).into()));
-            (l.args[1..].to_vec(), self.batch(w, share, next))
+            (l.args[2..].to_vec(), self.batch(w, share, next))
         };
+        let most = values.iter().fold(l.args[1], |most, &v| ptx::larger(&mut self.t.f, most, v));
         let kept: Vec<Val> = values.iter().map(|&v| self.t.f.fcmp("oge", v, least)).collect();
         let mut own = i32(0);
         for &keep in &kept {
@@ -209,7 +213,14 @@ impl<'a> Emit<'a> {
             at = self.t.f.add(at, bytes);
         }
         self.t.f.close_if(after);
-        self.t.f.close_loop(&l, i32((BATCH * share.step).into()), &following);
+        let carried: Vec<Val> = [most].into_iter().chain(following).collect();
+        self.t.f.close_loop(&l, i32((BATCH * share.step).into()), &carried);
+        let most = self.ordered(l.args[1]);
+        let most = isa::reduce_warp(&mut self.t.f, "umax", most);
+        let at = self.t.f.add(self.t.shared32, i32(MOST.into()));
+        let at = if team > 1 { ptx::address_in(&mut self.t.f, at, i32(0)) } else { at };
+        let one = self.t.f.cmp("eq", self.t.lane, i32(0));
+        ptx::shared_most_if(&mut self.t.f, one, at, most, team > 1);
     }
 
     /// How many candidates each block has listed, and whether they are all that is needed.
@@ -246,21 +257,28 @@ impl<'a> Emit<'a> {
         (counts, self.t.f.bin("and", ok, enough))
     }
 
-    /// Runs `body` on the byte of each candidate of the running thread: lists are shared out among as many groups of threads.
-    fn each_candidate(
-        &mut self,
-        (list, count): (Val, Val),
-        carried: &[Val],
-        body: &mut dyn FnMut(&mut Self, Val, &[Val]) -> Vec<Val>,
-    ) -> Vec<Val> {
+    /// Hands the running thread's candidates to `take`, key and column, key 0 for none: lists are shared out among as many groups of threads. Several
+    /// are read at a time, which hides how long that takes.
+    fn each_candidate(&mut self, (list, count): (Val, Val), take: &mut dyn FnMut(&mut Self, Val, Val)) {
         let threads = THREADS / self.s.team;
         let own = self.t.f.rem(self.t.tid, threads);
-        let l = self.t.f.open_loop(own, count, carried);
-        let byte = self.t.f.mul(l.args[0], i32(CANDIDATE.into()));
-        let at = self.t.f.add(list, byte);
-        let next = body(self, at, &l.args[1..]);
-        self.t.f.close_loop(&l, i32(threads.into()), &next);
-        l.args[1..].to_vec()
+        let l = self.t.f.open_loop(own, count, &[]);
+        let mut pairs = Vec::new();
+        for i in 0..TOGETHER {
+            let place = self.t.f.add(l.args[0], i32((i * threads).into()));
+            let real = self.t.f.cmp("slt", place, count);
+            let place = self.t.f.select(real, place, l.args[0]);
+            let byte = self.t.f.mul(place, i32(CANDIDATE.into()));
+            let at = self.t.f.add(list, byte);
+            pairs.push((real, self.t.load_shared(at, Ty::I32, 2)));
+        }
+        for (real, pair) in pairs {
+            let value = self.t.f.cast("bitcast", pair[0], Ty::F32);
+            let key = self.ordered(value);
+            let key = self.t.f.select(real, key, i32(0));
+            take(self, key, pair[1]);
+        }
+        self.t.f.close_loop(&l, i32((TOGETHER * threads).into()), &[]);
     }
 
     /// Writes the best of the candidates, in order.
@@ -283,22 +301,8 @@ impl<'a> Emit<'a> {
             total = self.t.f.add(total, n);
         }
         let own = (list, count);
-        // Values become keys.
-        let most = self.each_candidate(own, &[cut], &mut |e, at, most| {
-            let bits = e.t.load_shared(at, Ty::I32, 1)[0];
-            let value = e.t.f.cast("bitcast", bits, Ty::F32);
-            let key = e.ordered(value);
-            e.t.store_shared(at, &[key]);
-            vec![e.t.f.intrinsic("umax", &[most[0], key])]
-        })[0];
-        let most = self.group_most(g, most);
-        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
-            e.each_candidate(own, &[], &mut |e, at, _| {
-                let pair = e.t.load_shared(at, Ty::I32, 2);
-                take(e, pair[0], pair[1]);
-                Vec::new()
-            });
-        };
+        let most = self.t.load_shared(i32(MOST.into()), Ty::I32, 1)[0];
+        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| e.each_candidate(own, take);
         let choice = self.choose_between(g, [cut, most], (stream.k, 0), &mut candidates);
         let end = self.t.f.sub(w.to, w.from);
         let mut members = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {

@@ -135,6 +135,14 @@ impl<'a> Emit<'a> {
         self.store_zeros(own, each);
     }
 
+    /// Empties the bits: before numbers are put in order, and a barrier.
+    pub fn group_clear_bits(&mut self, g: &Group) {
+        let own = words(g.threads) / g.threads;
+        let first = self.t.f.mul(g.tid, i32(own.into()));
+        let own_bits = self.group_word(g, bits(g.threads), first);
+        self.store_zeros(own_bits, own);
+    }
+
     /// Writes so many zeros, a multiple of two, at a byte of shared memory.
     fn store_zeros(&mut self, byte: Val, count: u32) {
         let n = count.min(4);
@@ -366,7 +374,7 @@ impl<'a> Emit<'a> {
         f.bin("or", above, tied)
     }
 
-    /// Hands each number below `end` that is in, with its place among all of them, to `put`.
+    /// Hands each number below `end` that is in, with its place among all of them, to `put`. Bits are empty.
     pub fn in_order(
         &mut self,
         g: &Group,
@@ -385,8 +393,6 @@ impl<'a> Emit<'a> {
         let own_bits = self.group_word(g, bits_at, first);
         let pairs = self.t.f.div(first, 2);
         let own_counts = self.group_word(g, counts_at, pairs);
-        self.store_zeros(own_bits, own);
-        self.group_wait(g);
         let all_bits = self.group_word(g, bits_at, i32(0));
         let all_bits = self.t.f.add(self.t.shared32, all_bits);
         members(self, &mut |e, real, number| {
@@ -450,6 +456,12 @@ impl<'a> Emit<'a> {
             e.t.f.close_if(after);
         });
         self.group_wait(g);
+        let next = self.t.f.add(start, i32(window.into()));
+        let more = self.t.f.cmp("slt", next, end);
+        let after = self.t.f.open_if(more);
+        self.group_clear_bits(g);
+        self.group_wait(g);
+        self.t.f.close_if(after);
         let given = self.t.f.add(given, all);
         self.t.f.close_loop(&windows, i32(window.into()), &[given]);
     }

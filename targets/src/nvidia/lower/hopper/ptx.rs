@@ -296,6 +296,19 @@ pub fn shared_count_if(f: &mut Fn, c: Val, at: Val) {
     effect(f, "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p red.shared.add.u32 [$1], 1;\n}", "r,r", &[c, at]);
 }
 
+/// Makes a word of shared memory, of any block of the cluster if `cluster`, at least `v` where `c` holds.
+pub fn shared_most_if(f: &mut Fn, c: Val, at: Val, v: Val, cluster: bool) {
+    let c = f.cast("zext", c, Ty::I32);
+    let place = if cluster { "shared::cluster" } else { "shared" };
+    let text = format!("{{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p red.{place}.max.u32 [$1], $2;\n}}");
+    effect(f, &text, "r,r,r", &[c, at, v]);
+}
+
+/// The larger of two floats; of a NaN and another, the other.
+pub fn larger(f: &mut Fn, a: Val, b: Val) -> Val {
+    f.asm("max.f32 $0, $1, $2;", "=f,f,f", &[a, b], &[Ty::F32], false, false)[0]
+}
+
 /// Sets bits of a word of shared memory where `c` holds.
 pub fn shared_or_if(f: &mut Fn, c: Val, at: Val, bits: Val) {
     let c = f.cast("zext", c, Ty::I32);
@@ -334,9 +347,8 @@ pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
 pub fn load_four_if(f: &mut Fn, c: Val, at: Val) -> Vec<Val> {
     let c = f.cast("zext", c, Ty::I32);
     let none: String = (0..4).map(|i| format!("mov.b32 ${i}, 0xff800000;\n")).collect();
-    let text = format!(
-        "{{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n{none}@p ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}"
-    );
+    let text =
+        format!("{{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n{none}@p ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}");
     f.asm(&text, "=&f,=&f,=&f,=&f,l,r", &[at, c], &[Ty::F32; 4], false, true)
 }
 

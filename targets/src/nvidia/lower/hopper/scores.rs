@@ -239,7 +239,8 @@ impl Config {
         let [sums, each] = p.groups;
         let rows = sums * each;
         let least = if rows > MOST_ROWS || sums > MOST_SUMS { 2 } else { 1 };
-        let warpgroups = if wanted > least && matches!(wanted, 2 | 4) && sums.is_multiple_of(wanted) { wanted } else { least };
+        let warpgroups =
+            if wanted > least && matches!(wanted, 2 | 4) && sums.is_multiple_of(wanted) { wanted } else { least };
         let own = sums / warpgroups;
         let fits = sums.is_multiple_of(warpgroups) && matches!(own, 1 | 2 | 4) && rows / warpgroups <= MOST_ROWS;
         fits.then_some(())?;

@@ -54,8 +54,9 @@ const TOTALS: u32 = FOUND + 3 * 16;
 const BLOCK: u32 = TOTALS + WARPS * 8;
 /// Bytes of what counting uses.
 const COUNTING: u32 = BLOCK + 8;
-/// Candidates that this block has listed, and each of the cluster.
+/// Candidates that this block has listed, the largest key of the cluster, and candidates of each of its blocks.
 pub const COUNT: u32 = if filter::BYTES > COUNTING { filter::BYTES } else { COUNTING };
+pub const MOST: u32 = COUNT + 4;
 pub const COUNTS: u32 = COUNT + 16;
 /// Columns selected, in order.
 pub const OUT: u32 = COUNTS + 4 * MOST_BLOCKS;
@@ -214,12 +215,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Finds what is selected, and writes it.
-    fn take_row(
-        &mut self,
-        stream: &Stream,
-        numbers: ValueId,
-        stores: Stores<'_, 'a>,
-    ) -> Result<(), String> {
+    fn take_row(&mut self, stream: &Stream, numbers: ValueId, stores: Stores<'_, 'a>) -> Result<(), String> {
         let all = self.columns(stream)?;
         let window = if stream.k <= filter::MOST_K { self.window(stream, all)? } else { None };
         let counts = match window {
@@ -637,12 +633,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Stores what the program makes of these numbers at their places, each where that is wanted.
-    fn put_all(
-        &mut self,
-        numbers: ValueId,
-        given: &[(Val, Val, Val)],
-        stores: Stores<'_, 'a>,
-    ) -> Result<(), String> {
+    fn put_all(&mut self, numbers: ValueId, given: &[(Val, Val, Val)], stores: Stores<'_, 'a>) -> Result<(), String> {
         for (view, index, value) in stores {
             // All are computed before one is stored: loads that they need are then under way together.
             let mut words = Vec::new();

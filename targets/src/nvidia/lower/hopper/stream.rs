@@ -281,6 +281,7 @@ impl<'a> Emit<'a> {
             let pair = ptx::load_pair_if(&mut self.t.f, real, at);
             members.push((real, pair[1]));
         }
+        self.group_clear_bits(&l.group);
         let highest = members.iter().fold(i32(0), |most, m| self.t.f.intrinsic("umax", &[most, m.1]));
         let highest = self.group_most(&l.group, highest);
         let end = self.t.f.add(highest, i32(1));
