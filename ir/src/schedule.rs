@@ -29,6 +29,9 @@ pub struct Schedule {
     /// Blocks that share what they bring, or run one block of the grid together, on targets whose blocks can; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub cluster: u32,
+    /// Blocks for which a processor shall have registers, where they share one; 0: the target decides.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub sharing: u32,
     /// Blocks a worker takes at a time from the launch's queue; 0 lets the executor decide.
     pub blocks_per_task: u32,
 }

@@ -59,20 +59,22 @@ fn described() -> Vec<(Program, Schedule, String)> {
         );
         all.push((s.program(&name), Schedule { threads: 512, ..Schedule::default() }, text));
     }
-    for (k, cluster, slots) in [
-        (2048, 1, false),
-        (2048, 2, false),
-        (2048, 4, false),
-        (2048, 8, false),
-        (2048, 8, true),
-        (2048, 1, true),
-        (512, 8, false),
-        (1024, 4, false),
+    for (k, cluster, sharing, slots) in [
+        (2048, 1, 1, false),
+        (2048, 1, 2, false),
+        (2048, 2, 1, false),
+        (2048, 4, 1, false),
+        (2048, 8, 1, false),
+        (2048, 8, 1, true),
+        (2048, 1, 1, true),
+        (512, 8, 1, false),
+        (1024, 4, 1, false),
     ] {
-        let name = format!("select{k}_c{cluster}{}", if slots { "_slots" } else { "" });
+        let shared = if sharing > 1 { format!("_s{sharing}") } else { String::new() };
+        let name = format!("select{k}_c{cluster}{shared}{}", if slots { "_slots" } else { "" });
         let text = format!(r#""kind":"select","k":{k},"cluster":{cluster},"slots":{slots}"#);
         let program = Select { k, step: 512, slots }.program(&name);
-        all.push((program, Schedule { cluster, ..Schedule::default() }, text));
+        all.push((program, Schedule { cluster, sharing, ..Schedule::default() }, text));
     }
     all
 }

@@ -79,7 +79,9 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
                 _ if tokens * 2 <= sms => 2,
                 _ => 1,
             };
-            Some(Schedule { tile_m: 1, cluster, ..Schedule::default() })
+            // More rows than multiprocessors hide in turns what one waits for.
+            let sharing = if tokens > sms { 2 } else { 1 };
+            Some(Schedule { tile_m: 1, cluster, sharing, ..Schedule::default() })
         }
         _ => None,
     }

@@ -116,11 +116,12 @@ pub struct Emit<'a> {
     pub lists: Option<Lists>,
 }
 
-/// MLIR of a scheduled kernel, and how to launch it. `symbols` is where they are read from ([`Threads::symbols`]).
+/// MLIR of a scheduled kernel, and how to launch it. `symbols` is where they are read from ([`Threads::symbols`]); a multiprocessor has registers
+/// for `sharing` blocks.
 ///
 /// # Errors
 /// What of the kernel this lowering does not do.
-pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKernel), String> {
+pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(String, GpuKernel), String> {
     let mut t = Threads::new(Fn::default(), arch, s.threads);
     t.symbols = symbols;
     let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
@@ -167,7 +168,6 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
     };
     s.roles.iter().map(|r| &r.body).chain([&s.common]).for_each(|b| define(b, &mut e.defs));
     let selects = select::is_selection(s);
-    let least = if selects { select::least_blocks(s) } else { 1 };
     if selects {
         e.start();
         e.selection()
@@ -184,7 +184,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty) -> Result<(String, GpuKern
         scratch_bytes: scratch_bytes(s),
         ..GpuKernel::default()
     };
-    Ok((module(s, &gpu, symbols, least, e.t.f.text()), gpu))
+    Ok((module(s, &gpu, symbols, sharing, e.t.f.text()), gpu))
 }
 
 /// Bytes of memory that a block has to itself: the lists of selections.
@@ -203,8 +203,8 @@ fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
     }
 }
 
-/// The module around a body; so many blocks at least have registers on a multiprocessor.
-fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, least: u32, body: &str) -> String {
+/// The module around a body.
+fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, sharing: u32, body: &str) -> String {
     let scratch = (gpu.scratch_bytes > 0).then(|| format!("%{}: !llvm.ptr<1>", s.params.len() + 1));
     let addresses = s.params.len() + 1 + usize::from(scratch.is_some());
     let pointers = (0..s.params.len()).map(|i| format!("%{i}: !llvm.ptr<1>"));
@@ -215,7 +215,7 @@ fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, least: u32, body: &str) -
     let params: Vec<String> = pointers.chain(maps).collect();
     format!(
         "module {{\n  llvm.mlir.global external @shared() {{addr_space = 3 : i32, alignment = {ALIGN} : i64}} : !llvm.array<0 x i8>\n  \
-         llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>, nvvm.minctasm = {least} : i32}} {{\n{body}    \
+         llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>, nvvm.minctasm = {sharing} : i32}} {{\n{body}    \
          llvm.return\n  }}\n}}\n",
         s.name,
         params.join(", "),

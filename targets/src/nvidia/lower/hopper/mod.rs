@@ -68,6 +68,6 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
 /// stands around it.
 pub fn compile(kernel: &Kernel, arch: &Arch, symbols: Ty) -> Option<(Scheduled, String, GpuKernel)> {
     let scheduled = schedule(kernel, arch)?;
-    let (mlir, gpu) = lower(&scheduled, arch, symbols).ok()?;
+    let (mlir, gpu) = lower(&scheduled, arch, symbols, kernel.schedule.sharing.max(1)).ok()?;
     Some((scheduled, mlir, gpu))
 }

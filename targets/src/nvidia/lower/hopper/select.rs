@@ -153,11 +153,6 @@ pub fn is_selection(s: &Scheduled) -> bool {
     s.roles.is_empty() && stream(s).is_some()
 }
 
-/// Blocks that share a multiprocessor: where a row has a block to itself, there are more rows than multiprocessors.
-pub fn least_blocks(s: &Scheduled) -> u32 {
-    if s.team == 1 { 2 } else { 1 }
-}
-
 /// Bytes of shared memory of a block.
 pub fn shared_bytes() -> u32 {
     BYTES

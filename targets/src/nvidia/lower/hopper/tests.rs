@@ -78,7 +78,7 @@ fn check_scheduled(program: &Program, scheduled: Scheduled, syms: SymValues, set
         sched::interp::run(&scheduled, &syms, &mut buffers, &bindings, options).expect("runs");
         assert!(buffers == expected, "seed {seed} of\n{scheduled}");
     }
-    lower(&scheduled, hopper(), Ty::Global).unwrap_or_else(|e| panic!("{e}, in\n{scheduled}"));
+    lower(&scheduled, hopper(), Ty::Global, 1).unwrap_or_else(|e| panic!("{e}, in\n{scheduled}"));
 }
 
 impl Linear {
@@ -216,7 +216,7 @@ fn clusters_share_the_larger_operand() {
 #[test]
 fn products_stay_in_flight() {
     let waits = |l: Linear| -> Vec<u32> {
-        let (mlir, _) = lower(&scheduled(l.program("linear")), hopper(), Ty::Global).expect("lowers");
+        let (mlir, _) = lower(&scheduled(l.program("linear")), hopper(), Ty::Global, 1).expect("lowers");
         let found = mlir.match_indices("wgmma.wait_group.sync.aligned ");
         found
             .map(|(at, text)| mlir[at + text.len()..].chars().next().and_then(|c| c.to_digit(10)).unwrap_or(9))
@@ -320,7 +320,7 @@ impl Attention {
             let same = first.get_or_insert_with(|| got.clone());
             assert!(*same == got, "seed {seed} gives other bits");
         }
-        lower(&scheduled, hopper(), Ty::Global).expect("lowers");
+        lower(&scheduled, hopper(), Ty::Global, 1).expect("lowers");
     }
 }
 
