@@ -46,6 +46,7 @@ mod gpu;
 mod inputs;
 pub mod library;
 pub mod limits;
+pub mod model;
 mod pool;
 pub mod sample;
 pub mod session;
@@ -64,10 +65,11 @@ pub use evaluate::Evaluation;
 pub use gpu::GpuDevice;
 pub use library::Library;
 pub use limits::Limits;
+pub use model::{Model, Opening, Options, WeightsFrom};
 pub use sample::Sampler;
 pub use session::{
-    FinishReason, GenerateOptions, Generation, LogitsWanted, Model, Opening, Options, ProfileRow, SeqId, SequenceInput,
-    Session, StepOutput, TapData, TapOutput, Timings, WeightsFrom,
+    FinishReason, GenerateOptions, Generation, LogitsWanted, ProfileRow, SeqId, SequenceInput, Session, StepOutput,
+    TapData, TapOutput, Timings,
 };
 pub use tokenizer::Tokenizer;
 pub use verify::{KernelReport, Report, Tolerances, verify_kernels};
