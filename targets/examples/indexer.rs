@@ -49,16 +49,6 @@ fn described() -> Vec<(Program, Schedule, String)> {
         scores(Scores { rows, ..PREFILL });
     }
     scores(Scores { rows: 8, select: Some(2048), ..PREFILL });
-    for (best, name) in [(None, "prefill"), (Some(2048), "best2048")] {
-        let s = Scores { rows: 8, select: best, ..PREFILL };
-        let name = format!("{name}_h64_r8_p64_g4");
-        let kind = if best.is_some() { "best" } else { "scores" };
-        let text = format!(
-            r#""kind":"{kind}","heads":64,"rows":8,"pages":64,"paged":false,"fill":false,"k":{}"#,
-            best.unwrap_or(0)
-        );
-        all.push((s.program(&name), Schedule { threads: 512, ..Schedule::default() }, text));
-    }
     for (k, cluster, sharing, slots) in [
         (2048, 1, 1, false),
         (2048, 1, 2, false),

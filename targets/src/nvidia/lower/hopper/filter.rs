@@ -303,7 +303,7 @@ impl<'a> Emit<'a> {
         let own = (list, count);
         let most = self.t.load_shared(i32(MOST.into()), Ty::I32, 1)[0];
         let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| e.each_candidate(own, take);
-        let choice = self.choose_between(g, [cut, most], (stream.k, 0), &mut candidates);
+        let choice = self.choose(g, [cut, most], (stream.k, 0), &mut candidates);
         let end = self.t.f.sub(w.to, w.from);
         let mut members = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
             candidates(e, &mut |e, key, column| {

@@ -32,13 +32,12 @@ pub struct Group {
 
 /// Sums that are made at a time.
 const SUMS: u32 = 2;
-/// Bytes of the group's memory where things start: what a pass finds, totals of warps, largest and least of warps, a histogram, which is zero
+/// Bytes of the group's memory where things start: what a pass finds, totals of warps, largest of warps, a histogram, which is zero
 /// but in a pass, then bits, and counts before each two words of them.
 const FOUND: u32 = 0;
 const SCAN: u32 = 16;
 const MOST: u32 = SCAN + 128 * SUMS;
-const LEAST: u32 = MOST + 128;
-const HISTOGRAM: u32 = LEAST + 128;
+const HISTOGRAM: u32 = MOST + 128;
 
 /// Bins of a histogram.
 const fn bins(threads: u32) -> u32 {
@@ -283,54 +282,23 @@ impl<'a> Emit<'a> {
         ptx::shared_count_if(&mut self.t.f, counts, at);
     }
 
-    /// Notes what a warp has, its least (`umin`) or largest (`umax`) word. A barrier comes before others look.
-    fn warps_have(&mut self, g: &Group, how: &str, at: u32, word: Val) {
-        let v = isa::reduce_warp(&mut self.t.f, how, word);
-        let lane = self.t.f.cmp("eq", self.t.lane, i32(0));
-        let slot = self.group_word(g, at, g.warp);
-        self.t.when(lane, |t| t.store_shared(slot, &[v]));
-    }
-
-    /// What the group has, of what warps have.
-    fn group_has(&mut self, g: &Group, how: &str, at: u32) -> Val {
-        let warps = g.threads / Arch::WARP;
-        let own = self.t.f.intrinsic("smin", &[self.t.lane, i32(i64::from(warps) - 1)]);
-        let slot = self.group_word(g, at, own);
-        let v = self.t.load_shared(slot, Ty::I32, 1)[0];
-        isa::reduce_warp(&mut self.t.f, how, v)
-    }
-
     /// The largest of the words that all threads have. Two barriers come before the next such question.
     pub fn group_most(&mut self, g: &Group, word: Val) -> Val {
-        self.warps_have(g, "umax", MOST, word);
+        let v = isa::reduce_warp(&mut self.t.f, "umax", word);
+        let lane = self.t.f.cmp("eq", self.t.lane, i32(0));
+        let slot = self.group_word(g, MOST, g.warp);
+        self.t.when(lane, |t| t.store_shared(slot, &[v]));
         self.group_wait(g);
-        self.group_has(g, "umax", MOST)
+        let warps = g.threads / Arch::WARP;
+        let own = self.t.f.intrinsic("smin", &[self.t.lane, i32(i64::from(warps) - 1)]);
+        let slot = self.group_word(g, MOST, own);
+        let v = self.t.load_shared(slot, Ty::I32, 1)[0];
+        isa::reduce_warp(&mut self.t.f, "umax", v)
     }
 
-    /// The `k` best of candidates, a key and a number each: the largest keys, or so few more that `slack` is not exceeded, of equals the lowest
-    /// numbers. All threads of the group.
-    pub fn choose(&mut self, g: &Group, candidates: &[[Val; 2]], (k, slack): (u32, u32)) -> Choice {
-        let (mut most, mut least) = (i32(0), i32(-1));
-        for c in candidates {
-            most = self.t.f.intrinsic("umax", &[most, c[0]]);
-            // Of no candidate, 0 − 1 is the largest.
-            let before = self.t.f.add(c[0], i32(-1));
-            least = self.t.f.intrinsic("umin", &[least, before]);
-        }
-        self.warps_have(g, "umax", MOST, most);
-        self.warps_have(g, "umin", LEAST, least);
-        self.group_wait(g);
-        let (most, least) = (self.group_has(g, "umax", MOST), self.group_has(g, "umin", LEAST));
-        let low = self.t.f.add(least, i32(1));
-        self.choose_between(g, [low, most], (k, slack), &mut |e, take| {
-            for c in candidates {
-                take(e, c[0], c[1]);
-            }
-        })
-    }
-
-    /// The same, of candidates with keys from `low`, at least 1, to `most`.
-    pub fn choose_between(
+    /// The `k` best of candidates, a key from `low`, at least 1, to `most` and a number each (key 0: none): the largest keys, or so few more that `slack`
+    /// is not exceeded, of equals the lowest numbers. All threads of the group.
+    pub fn choose(
         &mut self,
         g: &Group,
         [low, most]: [Val; 2],

@@ -121,6 +121,7 @@ impl<'a> Emit<'a> {
         }
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => return Ok(vec![*x]),
+            Some(Held::Sums(values)) => return Ok(values.clone()),
             Some(Held::Registers(values, _) | Held::Shared(values, ..)) => return Ok(values.clone()),
             _ => {}
         }
@@ -164,6 +165,7 @@ impl<'a> Emit<'a> {
             return;
         }
         let held = match &self.s.places[v.0 as usize] {
+            _ if self.is_sums(v) => Held::Sums(values.to_vec()),
             Place::Fragment(_) => Held::Registers(values.to_vec(), varies),
             _ => Held::Scalar(values[0]),
         };

@@ -59,7 +59,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
         return None;
     }
     plan::plan(kernel, arch)
-        .or_else(|| scores::plan(kernel, arch))
+        .or_else(|| scores::plan(&kernel.program, arch))
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(&kernel.program, arch))
 }

@@ -9,6 +9,8 @@
 //! }
 //! ```
 //!
+//! Where rows of sums are selected from, a round offers the sums of the round before while its own product is made.
+//!
 //! The scores of a lightning indexer are of this form. A producer brings `a` through a ring of its own (the next block's while this one is
 //! at work), and `b`, with the vectors of 64 that are combined with it, through a second. Consumers make `b` the instruction's
 //! rows and `a` its columns, so that a thread has two of 64 columns and many rows: it adds most of a sum in its own registers, and the
@@ -23,7 +25,6 @@ use super::config::{ROWS, WARPGROUP};
 use super::contraction::{STEP_BYTES, definitions};
 use super::tensor_map::{can_describe, view_type};
 use super::values::{Names, Values, plain, rename_index, slice};
-use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
@@ -37,8 +38,8 @@ const STREAM: ChannelId = ChannelId(1);
 const MOST_ROWS: u32 = 256;
 /// Rows of sums in a warpgroup: what a quad's lanes divide.
 const MOST_SUMS: u32 = 4;
-/// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups, and where there are four.
-const REGISTERS: [[u32; 2]; 2] = [[40, 232], [32, 112]];
+/// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
+const REGISTERS: [u32; 2] = [40, 232];
 /// Deepest ring, and least.
 const STAGES: [u32; 2] = [2, 8];
 /// Blocks that share a multiprocessor where one has a single consumer warpgroup with few rows.
@@ -209,12 +210,11 @@ fn collect<'a>(
 }
 
 /// The schedule of a program of this form; none if it is not.
-pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
-    let program = &kernel.program;
+pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
     let pattern = Pattern::of(program, &defs)?;
-    let config = Config::of(&pattern, kernel.schedule.threads / WARPGROUP, arch)?;
+    let config = Config::of(&pattern, arch)?;
     Planner::new(program, pattern, config, defs).scheduled()
 }
 
@@ -234,13 +234,10 @@ struct Config {
 }
 
 impl Config {
-    /// With so many warpgroups of consumers, if they can share the rows; 0: as many as are best.
-    fn of(p: &Pattern<'_>, wanted: u32, arch: &Arch) -> Option<Config> {
+    fn of(p: &Pattern<'_>, arch: &Arch) -> Option<Config> {
         let [sums, each] = p.groups;
         let rows = sums * each;
-        let least = if rows > MOST_ROWS || sums > MOST_SUMS { 2 } else { 1 };
-        let warpgroups =
-            if wanted > least && matches!(wanted, 2 | 4) && sums.is_multiple_of(wanted) { wanted } else { least };
+        let warpgroups = if rows > MOST_ROWS || sums > MOST_SUMS { 2 } else { 1 };
         let own = sums / warpgroups;
         let fits = sums.is_multiple_of(warpgroups) && matches!(own, 1 | 2 | 4) && rows / warpgroups <= MOST_ROWS;
         fits.then_some(())?;
@@ -494,12 +491,20 @@ impl<'a> Planner<'a> {
                         names.insert(body.args[1 + i], args[1 + i]);
                         results.push(self.values.fresh(self.program.ty(body.args[1 + i]).clone(), place));
                     }
-                    let insts = self.role(body, producing, names)?;
+                    let mut insts = self.role(body, producing, names)?;
                     let yields = if carried.is_empty() { &[][..] } else { &body.yields };
-                    let yields = yields.iter().map(|v| names.get(v).copied()).collect::<Option<_>>()?;
+                    let mut yields: Vec<ValueId> =
+                        yields.iter().map(|v| names.get(v).copied()).collect::<Option<_>>()?;
                     names.extend(inst.results.iter().copied().zip(results.iter().copied()));
-                    let op = Op::For { lo, hi, step: *step, init: carried, body: Block { args, insts, yields } };
+                    let mut init = carried;
+                    let last =
+                        self.push_late((&mut init, &mut args), &mut insts, (&mut yields, &mut results), &mut out);
+                    let op = Op::For { lo, hi, step: *step, init, body: Block { args, insts, yields } };
                     out.push(Inst { results, op, scratch: None });
+                    if let Some(last) = last {
+                        names.insert(inst.results[0], last.results[0]);
+                        out.push(last);
+                    }
                 }
                 tile::Op::TopkInit { .. } if !producing => {
                     let place = self.place(inst, producing)?;
@@ -576,14 +581,53 @@ impl<'a> Planner<'a> {
         Some(out)
     }
 
+    /// Offers the sums of a round while the product of the next one is made, if the loop selects: it carries them, from a round that
+    /// has nothing. What comes behind the loop offers the last ones.
+    fn push_late(
+        &mut self,
+        (init, args): (&mut Vec<ValueId>, &mut Vec<ValueId>),
+        insts: &mut Vec<Inst>,
+        (yields, results): (&mut Vec<ValueId>, &mut Vec<ValueId>),
+        before: &mut Vec<Inst>,
+    ) -> Option<Inst> {
+        let is_push = |i: &Inst| matches!(i.op, Op::Tile(tile::Op::TopkPush { .. }));
+        let release = insts.iter().position(|i| matches!(i.op, Op::Release { channel: STREAM, .. }))?;
+        let mut push = insts.remove(insts.iter().position(is_push)?);
+        let Op::Tile(tile::Op::TopkPush { state, values, base }) = push.op else { return None };
+        // Nothing but the push changes the state.
+        let [values_type, base_type] = [values, base].map(|v| self.values.types[v.0 as usize].clone());
+        let Type::Tile(TileType { shape, .. }) = &values_type else { return None };
+        // As if it were the tile before the first.
+        let number = -i32::try_from(ROWS).ok()?;
+        let nothing = [(tile::Scalar::F32(f32::NEG_INFINITY), shape.clone()), (tile::Scalar::I32(number), Vec::new())];
+        let mut carried = Vec::new();
+        for ((value, shape), ty) in nothing.into_iter().zip([values_type, base_type]) {
+            let place = if shape.is_empty() { Place::Uniform } else { self.sums() };
+            let [first, arg, result] = [0; 3].map(|_| self.values.fresh(ty.clone(), place.clone()));
+            before.push(Inst { results: vec![first], op: Op::Tile(tile::Op::Full { value, shape }), scratch: None });
+            init.push(first);
+            args.push(arg);
+            results.push(result);
+            carried.push((arg, result));
+        }
+        yields.extend([values, base]);
+        let (offered, number) = (carried[0], carried[1]);
+        push.op = Op::Tile(tile::Op::TopkPush { state, values: offered.0, base: number.0 });
+        let ty = self.values.types[state.0 as usize].clone();
+        let place = self.sums();
+        let end = self.values.fresh(ty, place);
+        insts.insert(release, push);
+        let op = tile::Op::TopkPush { state: results[0], values: offered.1, base: number.1 };
+        Some(Inst { results: vec![end], op: Op::Tile(op), scratch: None })
+    }
+
     fn scheduled(mut self) -> Option<Scheduled> {
         let mut names = self.values.names.clone();
         let producer = self.role(&self.program.body, true, &mut names)?;
         let mut names = self.values.names.clone();
         let consumer = self.role(&self.program.body, false, &mut names)?;
         let warps = self.config.warpgroups * WARPGROUP / Arch::WARP;
-        let redistributed = self.config.warpgroups > 1;
-        let registers = REGISTERS[usize::from(self.config.warpgroups == 4)];
+        let redistributed = self.config.warpgroups == 2;
         let (produces, consumes) =
             if redistributed { ([0, 4], [4, 4 + warps]) } else { ([warps, warps + 1], [0, warps]) };
         let role = |name: &str, warps, registers, elected, insts| Role {
@@ -594,8 +638,8 @@ impl<'a> Planner<'a> {
             body: Block { insts, ..Block::default() },
         };
         let roles = vec![
-            role("producer", produces, registers[0], true, producer),
-            role("consumer", consumes, registers[1], false, consumer),
+            role("producer", produces, REGISTERS[0], true, producer),
+            role("consumer", consumes, REGISTERS[1], false, consumer),
         ];
         let (buffers, slots) = self.buffers();
         let [ahead, depth] = self.config.stages;

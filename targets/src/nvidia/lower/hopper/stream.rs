@@ -6,8 +6,7 @@
 //! row, and writes value and number. A sum equal to the threshold loses to the `k` that are kept, which have lower numbers. Every [`PUSHES`]
 //! pushes the warpgroup meets, and cuts lists that are nearly full.
 //!
-//! **Cut.** A list is read into registers, [`EACH`] candidates a thread, and the `k` best found ([`super::group`]). They are written back,
-//! in any order, and the least that the `k`-th can be is the new threshold.
+//! **Cut.** The `k` best of a list are found, or a few more ([`super::group`]); each pass reads it from the cache. They are written to its front, in any order, and the least that the `k`-th can be is the new threshold.
 //!
 //! **Take.** After a last cut, numbers are put in order.
 //!
@@ -23,16 +22,20 @@ use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::sched::{BufferId, Op};
 use dsc_ir::tile::{self, Index, Type, ValueId};
 
-/// Candidates of a list in each thread's registers while it is cut.
-const EACH: u32 = 32;
 /// Candidates of a list.
-const LIST: u32 = EACH * WARPGROUP;
+const LIST: u32 = 4096;
+/// Those in each thread's registers while it is cut, so few that a product has room beside them.
+const EACH: u32 = 16;
+/// The largest key.
+const INFINITY: i64 = 0xff80_0000_u32 as i32 as i64;
 /// Bytes of a candidate: key and number.
 const CANDIDATE: u32 = 8;
 /// Most that a row gets in one push: columns of sums.
 const PUSH: u32 = 64;
 /// Pushes after which lists are looked at.
 const PUSHES: u32 = 4;
+/// Candidates that a list may have when it is looked at: there must be room for the next pushes.
+const MOST: u32 = LIST - PUSHES * PUSH;
 /// Most members of a selection: a cut must make room.
 pub const MOST_K: u32 = LIST - 8 * PUSH;
 
@@ -188,26 +191,26 @@ impl<'a> Emit<'a> {
         let counter = self.word(l.shared, 0, row);
         let count = ptx::load_shared_word(&mut self.t.f, counter);
         // The warp that has added last has seen all of it.
-        let full = self.t.f.cmp("sgt", count, i32((LIST - PUSHES * PUSH).into()));
+        let full = self.t.f.cmp("sgt", count, i32(MOST.into()));
         let full = self.t.f.cast("zext", full, Ty::I32);
         let barrier = l.group.barrier.ok_or("a selection of no warpgroup")?;
         let full = ptx::group_barrier_any(&mut self.t.f, barrier, WARPGROUP, full);
         let cuts = self.t.f.open_if(full);
-        self.cut_lists(&l, LIST - PUSHES * PUSH)?;
+        self.cut_lists(&l, MOST, (l.k / 8).min((MOST - l.k) / 2))?;
         self.t.f.close_if(cuts);
         self.t.f.close_if(after);
         Ok(())
     }
 
     /// Cuts the lists of more than `most` candidates.
-    fn cut_lists(&mut self, l: &Lists, most: u32) -> Result<(), String> {
+    fn cut_lists(&mut self, l: &Lists, most: u32, slack: u32) -> Result<(), String> {
         let rows = self.t.f.open_loop(i32(0), i32(l.rows.into()), &[]);
         let row = rows.args[0];
         let counter = self.word(l.shared, 0, row);
         let count = ptx::load_shared_word(&mut self.t.f, counter);
         let long = self.t.f.cmp("sgt", count, i32(most.into()));
         let after = self.t.f.open_if(long);
-        self.cut_list(l, row, count);
+        self.cut_list(l, row, count, slack);
         self.t.f.close_if(after);
         self.t.f.close_loop(&rows, i32(1), &[]);
         // Nobody adds to a counter that others still look at.
@@ -215,41 +218,64 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
-    /// Keeps the `k` best of a list that has more.
-    fn cut_list(&mut self, l: &Lists, row: Val, count: Val) {
-        let mut candidates = Vec::new();
+    /// Candidates of the running thread among those of a list from a place on, with zeros behind its end.
+    fn chunk(&mut self, l: &Lists, row: Val, (from, count): (Val, Val)) -> Vec<[Val; 2]> {
+        let own = self.t.f.add(from, l.group.tid);
+        let mut chunk = Vec::new();
         for i in 0..EACH {
-            let place = self.t.f.add(l.group.tid, i32((i * WARPGROUP).into()));
+            let place = self.t.f.add(own, i32((i * WARPGROUP).into()));
             let real = self.t.f.cmp("slt", place, count);
             let at = self.candidate(l, row, place);
-            candidates.push(ptx::load_pair_if(&mut self.t.f, real, at));
+            chunk.push(ptx::load_pair_if(&mut self.t.f, real, at));
         }
-        let choice = self.choose(&l.group, &candidates, (l.k, 0));
-        // Judged twice, so that no registers hold it.
-        let mut own = i32(0);
-        for &c in &candidates {
+        chunk
+    }
+
+    /// Keeps the `k` best of a list that has more, or so few more that `slack` is not exceeded.
+    fn cut_list(&mut self, l: &Lists, row: Val, count: Val, slack: u32) {
+        let counter = self.word(l.shared, 0, row);
+        let at = self.t.f.add(counter, i32(THRESHOLDS.into()));
+        // What is listed was more than the threshold.
+        let threshold = ptx::load_shared_f32(&mut self.t.f, at);
+        let lowest = self.ordered(threshold);
+        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
+            let chunks = e.t.f.open_loop(i32(0), count, &[]);
+            for [key, number] in e.chunk(l, row, (chunks.args[0], count)) {
+                take(e, key, number);
+            }
+            e.t.f.close_loop(&chunks, i32((EACH * WARPGROUP).into()), &[]);
+        };
+        let choice = self.choose(&l.group, [lowest, i32(INFINITY)], (l.k, slack), &mut candidates);
+        let chunks = self.t.f.open_loop(i32(0), count, &[i32(0)]);
+        let given = chunks.args[1];
+        let chunk = self.chunk(l, row, (chunks.args[0], count));
+        let mut mask = i32(0);
+        for (i, &c) in chunk.iter().enumerate() {
             let keep = self.is_chosen(&choice, c);
-            let one = self.t.f.cast("zext", keep, Ty::I32);
-            own = self.t.f.add(own, one);
+            let bit = self.t.f.select(keep, i32(1 << i), i32(0));
+            mask = self.t.f.bin("or", mask, bit);
         }
-        let (mut place, _) = self.group_scan(&l.group, own);
-        for &c in &candidates {
-            let keep = self.is_chosen(&choice, c);
+        let own = isa::popcount(&mut self.t.f, mask);
+        // All have read the chunk when one writes, and no more is kept than was read.
+        let (before, kept) = self.group_scan(&l.group, own);
+        let mut place = self.t.f.add(given, before);
+        for (i, &c) in chunk.iter().enumerate() {
+            let bit = self.t.f.bin("lshr", mask, i32(i as i64));
+            let bit = self.t.f.bin("and", bit, i32(1));
+            let keep = self.t.f.cmp("ne", bit, i32(0));
             let at = self.candidate(l, row, place);
             isa::store_global_if(&mut self.t.f, keep, at, &c);
-            let one = self.t.f.cast("zext", keep, Ty::I32);
-            place = self.t.f.add(place, one);
+            place = self.t.f.add(place, bit);
         }
+        self.list_waits(l);
+        let given = self.t.f.add(given, kept);
+        self.t.f.close_loop(&chunks, i32((EACH * WARPGROUP).into()), &[given]);
+        let kept = chunks.args[1];
         let first = self.t.f.cmp("eq", l.group.tid, i32(0));
-        let counter = self.word(l.shared, 0, row);
-        // No lower than −inf, whose key orders above those of NaNs.
-        let least = self.t.f.intrinsic("umax", &[choice.best.low, i32(0x007f_ffff)]);
-        let least = self.value(least);
-        let k = i32(l.k.into());
+        let least = self.value(choice.best.low);
         self.t.when(first, |t| {
-            ptx::store_shared_word(&mut t.f, counter, k);
-            let threshold = t.f.add(counter, i32(THRESHOLDS.into()));
-            ptx::store_shared_word(&mut t.f, threshold, least);
+            ptx::store_shared_word(&mut t.f, counter, kept);
+            ptx::store_shared_word(&mut t.f, at, least);
         });
         self.list_waits(l);
     }
@@ -268,7 +294,7 @@ impl<'a> Emit<'a> {
             })
             .collect();
         self.list_waits(&l);
-        self.cut_lists(&l, l.k)?;
+        self.cut_lists(&l, l.k, 0)?;
         let rows = self.t.f.open_loop(i32(0), i32(l.rows.into()), &[]);
         let row = rows.args[0];
         let counter = self.word(l.shared, 0, row);
