@@ -36,9 +36,9 @@ fn params(program: &Program) -> String {
 }
 
 /// Programs by name, and what a launch has to know of each, as JSON.
-fn described() -> Vec<(String, Program, String)> {
+fn described() -> Vec<(String, Kernel, String)> {
     let mut all = Vec::new();
-    let mut kernel = |name: String, a: Attention| {
+    let mut kernel = |name: String, a: Attention, cluster: u32| {
         let (parts, fp8) = (a.parts.unwrap_or(0), a.fp8);
         let program = a.program(&name);
         let text = format!(
@@ -49,21 +49,23 @@ fn described() -> Vec<(String, Program, String)> {
             a.row_bytes(),
             params(&program)
         );
-        all.push((name, program, text));
+        all.push((name, Kernel { program, schedule: Schedule { cluster, ..Schedule::default() } }, text));
     };
     for heads in [64, 128] {
-        kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL });
+        kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL }, 0);
     }
     for (heads, tile, parts) in DECODES {
         let name = if tile < heads.min(64) { format!("decode_h{heads}t{tile}") } else { format!("decode_h{heads}") };
         for &parts in parts {
-            kernel(
-                format!("{name}_p{parts}"),
-                Attention { heads, tile, parts: (parts > 1).then_some(parts), ..DECODE },
-            );
+            let attention = Attention { heads, tile, parts: (parts > 1).then_some(parts), ..DECODE };
+            kernel(format!("{name}_p{parts}"), attention, 0);
+            if heads > tile && tile == 64 {
+                // Each block computes all keys itself.
+                kernel(format!("{name}_p{parts}_alone"), attention, 1);
+            }
         }
     }
-    kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE });
+    kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE }, 0);
     for heads in [16, 64, 128] {
         let splits = DECODES.iter().filter(|d| d.0 == heads).flat_map(|d| d.2);
         let splits: BTreeSet<u32> = splits.copied().filter(|&parts| parts > 1).collect();
@@ -71,7 +73,7 @@ fn described() -> Vec<(String, Program, String)> {
             let name = format!("combine_h{heads}_p{parts}");
             let program = combine(&name, heads, parts, 512);
             let text = format!(r#""kind":"combine","heads":{heads},"parts":{parts},"params":{}"#, params(&program));
-            all.push((name, program, text));
+            all.push((name, Kernel { program, schedule: Schedule::default() }, text));
         }
     }
     all
@@ -82,8 +84,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = PathBuf::from(args.next().ok_or("give the folder to write to")?);
     let only = args.next().unwrap_or_default();
     let kernels = described().into_iter().filter(|(name, ..)| name.contains(&only));
-    let kernels: Vec<_> =
-        kernels.map(|(_, program, text)| (Kernel { program, schedule: Schedule::default() }, text)).collect();
+    let kernels: Vec<_> = kernels.map(|(_, kernel, text)| (kernel, text)).collect();
     cubins::write(&folder, &kernels)
 }
 

@@ -19,7 +19,7 @@ import sys
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from hopper import TensorMap, check, cuda, load  # noqa: E402
+from hopper import CLUSTER_DIMENSION, Attribute, Config, TensorMap, check, cuda, load  # noqa: E402
 
 LATENT, ROPE, GROUP = 512, 64, 128
 SCALE = (LATENT + ROPE) ** -0.5
@@ -32,7 +32,10 @@ class Launch:
     def __init__(self, function, kernel, tensors, views, syms, grid):
         tiles = math.prod(grid)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        self.grid = (min(tiles, sms * kernel["blocks_per_sm"]), 1, 1) if kernel["persistent"] else (*grid, 1, 1)[:3]
+        cluster = kernel["cluster"]
+        held = min(tiles, sms * kernel["blocks_per_sm"] // cluster * cluster)
+        self.grid = (-(-held // cluster) * cluster, 1, 1) if kernel["persistent"] else (*grid, 1, 1)[:3]
+        self.attribute = Attribute(CLUSTER_DIMENSION, b"", (cluster, 1, 1))
         self.function, self.kernel = function, kernel
         names = kernel["params"]
         self.maps = [TensorMap(views[names[m["param"]]], m["tile"], m["swizzle"]) for m in kernel["maps"]]
@@ -44,7 +47,8 @@ class Launch:
     def __call__(self):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         k = self.kernel
-        code = cuda.cuLaunchKernel(self.function, *self.grid, k["threads"], 1, 1, k["shared_bytes"], stream, self.args, None)
+        config = Config(self.grid, (k["threads"], 1, 1), k["shared_bytes"], stream, ctypes.pointer(self.attribute), int(k["cluster"] > 1))
+        code = cuda.cuLaunchKernelEx(ctypes.byref(config), self.function, self.args, None)
         check(code, f"launch of {k['name']}")
 
 

@@ -244,7 +244,7 @@ impl<'a> Executor<'a> {
                     tile: self.tiles[unit],
                 });
             }
-            Op::Fill { channel, slot, value } => {
+            Op::Fill { channel, slot, value, .. } => {
                 let stage = self.rings[channel.0 as usize].filling().map_err(|e| misuse(self, e))?;
                 let read = self.prepare(&[*value])?;
                 let bytes = self.machine.get(*value)?.to_bytes();

@@ -282,6 +282,9 @@ pub enum Op {
         slot: u32,
         /// The tile.
         value: ValueId,
+        /// Whether the blocks of the cluster share it: each computes an equal part of the rows and writes it to all of them. It is the same
+        /// tile for each.
+        shared: bool,
     },
     /// The acquired stage is full once its copies and fills are complete.
     Commit(ChannelId),

@@ -24,7 +24,8 @@
 //! }
 //! ```
 //!
-//! A kernel with clusters says so behind its grid: `persistent 16 cluster 2 along 0`; a copy that they share is `copy shared c0.1, ...`.
+//! A kernel with clusters says so behind its grid: `persistent 16 cluster 2 along 0`; a copy that they share is `copy shared c0.1, ...`, a tile
+//! of which each computes a part `fill shared c0.1, ...`.
 //!
 //! Places: `@uniform`, `@lazy`, `@shared(b3)`, `@slot(c0, 1)` and `@frag(ATOM, ROWSxCOLUMNS)` with warps along rows and columns and
 //! `ATOM` one of `mma16x8`, `wgmma`, `wgmma_t` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
@@ -255,7 +256,10 @@ impl BlockPrinter<'_> {
                 let shared = if *shared { "shared " } else { "" };
                 format!("copy {shared}{channel}.{slot}, {} : {tile}", self.tile.access(*view, *rows, index))
             }
-            Op::Fill { channel, slot, value } => format!("fill {channel}.{slot}, {}", self.tile.v(*value)),
+            Op::Fill { channel, slot, value, shared } => {
+                let shared = if *shared { "shared " } else { "" };
+                format!("fill {shared}{channel}.{slot}, {}", self.tile.v(*value))
+            }
             Op::Commit(c) => format!("commit {c}"),
             Op::Wait(c) => format!("wait {c}"),
             Op::Take { channel, slot } => format!("take {channel}.{slot}"),
@@ -567,9 +571,10 @@ impl<'a> BlockParser<'a> {
                 Op::Take { channel, slot }
             }
             "fill" => {
+                let shared = p.eat("shared");
                 let (channel, slot) = slot(p)?;
                 p.expect(",")?;
-                Op::Fill { channel, slot, value: p.value()? }
+                Op::Fill { channel, slot, value: p.value()?, shared }
             }
             "release" => Op::Release { channel: channel_id(p)?, lag: field(p, "lag", true)? },
             "copy" => {
@@ -727,7 +732,12 @@ role consumer warps 1..2 {
             out.insts.extend(match bytes.next() {
                 Some(0..20) => Some(plain(Op::Barrier)),
                 Some(slot @ 20..40) => {
-                    let fill = |p: &tile::Param| Op::Fill { channel, slot: slot.into(), value: p.value };
+                    let fill = |p: &tile::Param| Op::Fill {
+                        channel,
+                        slot: slot.into(),
+                        value: p.value,
+                        shared: slot > 30,
+                    };
                     kernel.params.first().map(|p| plain(fill(p)))
                 }
                 Some(40..80) => Some(plain(Op::Acquire(channel))),

@@ -82,6 +82,13 @@ fn cluster(kernel: &Scheduled, report: &mut Report) {
                     op @ Op::Copy { shared: true, .. } if differs(&operands(op)) => {
                         "a copy that a cluster shares is the same for all its blocks"
                     }
+                    Op::Fill { shared: true, .. } if axis.is_none() => "a tile is shared by the blocks of a cluster",
+                    Op::Fill { shared: true, value, .. } if differs(&[*value]) => {
+                        "a tile that a cluster shares is the same for all its blocks"
+                    }
+                    Op::Fill { shared: true, value, .. } if !divides(kernel, *value) => {
+                        "a tile that a cluster shares has rows for each of its blocks"
+                    }
                     Op::For { lo, hi, .. } if axis.is_some() && differs(&values_of([*lo, *hi])) => {
                         "the blocks of a cluster run a loop equally often"
                     }
@@ -90,6 +97,15 @@ fn cluster(kernel: &Scheduled, report: &mut Report) {
                 report.add(&location(kernel, unit, inst), problem);
             }
         }
+    }
+}
+
+/// Whether the blocks of the cluster can have an equal number of the rows of a tile.
+fn divides(kernel: &Scheduled, v: ValueId) -> bool {
+    let blocks = kernel.cluster.map_or(1, |c| c.blocks).max(1);
+    match &kernel.types[v.0 as usize] {
+        Type::Tile(t) => t.shape.len() == 2 && t.shape[0].is_multiple_of(blocks),
+        _ => false,
     }
 }
 

@@ -94,7 +94,7 @@ impl Eraser {
                     self.no_results(inst);
                     continue;
                 }
-                Op::Fill { channel, slot, value } => {
+                Op::Fill { channel, slot, value, .. } => {
                     let Some(Type::Tile(t)) = self.program.types.get(value.0 as usize).cloned() else {
                         self.problems.push(format!("%{} fills {channel}.{slot} and is no tile", value.0));
                         continue;

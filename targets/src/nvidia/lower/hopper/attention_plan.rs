@@ -15,13 +15,17 @@
 
 use super::attention::Attention;
 use super::config::{ROWS, WARPGROUP};
+use super::fill::ROW_THREADS;
 use super::contraction::{STEP_BYTES, definitions};
 use super::plan::for_each;
 use super::tensor_map::{can_describe, view_type};
 use super::values::{Names, Values, plain, rename_index, renamed, slice, value_of};
+use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
-use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::sched::{
+    Atom, Block, Buffer, BufferId, Channel, ChannelId, Cluster, Fragment, Inst, Op, Place, Role, Scheduled,
+};
 use dsc_ir::tile::{self, Index, Program, Region, TileType, Type, ValueId};
 use std::collections::{HashMap, HashSet};
 
@@ -57,7 +61,8 @@ struct Part {
 }
 
 /// The schedule of a program that is attention; none if it is not, or if a block has no room for it.
-pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
+pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
+    let program = &kernel.program;
     let a = Attention::of(program)?;
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
@@ -81,7 +86,10 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
             parts.push(Part { score, columns: [n * wide, wide], of: [n, count], group, computed });
         }
     }
-    Planner { program, a, defs, parts, transposed, groups, values: Values::new(program) }.scheduled(arch)
+    let values = Values::new(program);
+    let mut planner = Planner { program, a, defs, parts, transposed, groups, cluster: None, values };
+    planner.cluster = planner.pair(kernel.schedule.cluster);
+    planner.scheduled(arch)
 }
 
 /// The gather behind keys that are rows as they lie in memory.
@@ -104,6 +112,8 @@ struct Planner<'a> {
     parts: Vec<Part>,
     transposed: bool,
     groups: u32,
+    /// Blocks that each compute a part of the keys for all of them.
+    cluster: Option<Cluster>,
     values: Values<'a>,
 }
 
@@ -165,7 +175,7 @@ impl<'a> Planner<'a> {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),
             persistent: Some(BAND),
-            cluster: None,
+            cluster: self.cluster,
             team: 1,
             params: self.values.params,
             threads,
@@ -176,6 +186,31 @@ impl<'a> Planner<'a> {
             common: Block::default(),
             roles,
         })
+    }
+
+    /// Neighbours along an axis of the grid on which neither keys nor the number of rounds depend: other heads of the same token. Computing a
+    /// key takes longer than multiplying it, so two blocks compute half of the keys each, and write them to both. `wanted` as of a
+    /// schedule: 0 is a pair where keys are computed.
+    fn pair(&self, wanted: u32) -> Option<Cluster> {
+        const BLOCKS: u32 = 2;
+        let computed: Vec<&Part> = self.parts.iter().filter(|p| p.computed).collect();
+        let rows = self.a.shape[1].is_multiple_of(BLOCKS * WARPGROUP / ROW_THREADS);
+        if !matches!(wanted, 0 | BLOCKS) || computed.is_empty() || self.transposed || !rows {
+            return None;
+        }
+        let keys = computed.iter().map(|p| self.a.scores[p.score].keys);
+        let same = self.slice(keys.chain(self.bounds()).collect());
+        let axis_of = |v: &ValueId| match self.defs.get(v).map(|i| &i.op) {
+            Some(tile::Op::BlockId { axis }) => Some(*axis),
+            _ => None,
+        };
+        let differ: HashSet<u32> = same.iter().filter_map(axis_of).collect();
+        let even = |axis: &u32| {
+            let dim = self.program.grid.get(*axis as usize);
+            dim.is_some_and(|d| d.extent.constant().is_some_and(|n| n.is_multiple_of(d.tile * BLOCKS)))
+        };
+        let axis = (0..2).find(|axis| !differ.contains(axis) && even(axis))?;
+        Some(Cluster { axis, blocks: BLOCKS })
     }
 
     /// Which values go from role to role; none if some have no way.
@@ -482,7 +517,7 @@ impl<'a> Planner<'a> {
             }
             None => {
                 let value = self.share(keys, part.of, &mut names.clone(), out)?;
-                Op::Fill { channel, slot: 0, value }
+                Op::Fill { channel, slot: 0, value, shared: self.cluster.is_some() }
             }
         };
         out.extend([Op::Acquire(channel), fill, Op::Commit(channel)].map(plain));
@@ -617,7 +652,7 @@ impl<'a> Planner<'a> {
             let channel = self.total_channel();
             out.push(plain(Op::Acquire(channel)));
             for (slot, v) in split.totals.iter().enumerate() {
-                out.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)? }));
+                out.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
             }
             out.push(plain(Op::Commit(channel)));
         }
@@ -699,7 +734,7 @@ impl<'a> Planner<'a> {
         let channel = self.weight_channel();
         insts.push(plain(Op::Acquire(channel)));
         for (slot, v) in [self.a.weights].iter().chain(&split.factors).enumerate() {
-            insts.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)? }));
+            insts.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
         }
         insts.push(plain(Op::Commit(channel)));
         for inst in &body.insts {

@@ -77,6 +77,8 @@ pub struct Emit<'a> {
     pub cluster: u32,
     /// This block's number in its cluster.
     pub rank: Val,
+    /// Bytes from an address in this block's shared memory to the same place in those of the others of the cluster.
+    pub peers: Vec<Val>,
     /// The tile's coordinates in the grid.
     pub block: [Val; 3],
     /// This thread's number in its role.
@@ -131,7 +133,9 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         let number = ChannelId(rings.len() as u32);
         // Threads that read a slot themselves give it back themselves.
         let all_arrive = channel.slots.iter().any(|b| s.buffers[b.0 as usize].swizzle == 0);
-        rings.push(Ring::new(channel.stages, barriers, delivery(s, number), all_arrive));
+        let mut ring = Ring::new(channel.stages, barriers, delivery(s, number), all_arrive);
+        ring.shared = s.roles.iter().any(|r| any(&r.body, &|op| is_shared(op, number)));
+        rings.push(ring);
         barriers += 2 * 8 * channel.stages;
     }
     let mut e = Emit {
@@ -146,6 +150,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         syms: [i32(0); 6],
         cluster: s.cluster.map_or(1, |c| c.blocks),
         rank: i32(0),
+        peers: Vec::new(),
         block: [i32(0); 3],
         role_tid: i32(0),
         role_warp: i32(0),
@@ -282,7 +287,7 @@ impl<'a> Emit<'a> {
                 let consumers: u32 =
                     consumers.map(|r| if ring.all_arrive { threads(r) } else { threads(r) / WARPGROUP }).sum();
                 // A stage that others fill too is free when it is free in all of them.
-                let consumers = consumers * cluster;
+                let consumers = if ring.shared { consumers * cluster } else { consumers };
                 for stage in 0..ring.stages {
                     let full = t.f.add(t.shared32, i32((ring.barriers + 8 * stage).into()));
                     ptx::barrier_init(&mut t.f, full, ring.delivery.arrivals());
@@ -439,7 +444,8 @@ impl<'a> Emit<'a> {
             Op::Copy { channel, slot, view, rows: Some(rows), index, .. } => {
                 self.gather_rows(*channel, *slot, *view, *rows, index)
             }
-            Op::Fill { channel, slot, value } => self.fill(*channel, *slot, *value),
+            Op::Fill { shared: true, .. } => Err("a tile that blocks share is computed in no loop over gathered rows".into()),
+            Op::Fill { channel, slot, value, .. } => self.fill(*channel, *slot, *value),
             Op::Commit(c) => self.commit(*c),
             Op::Wait(c) => self.wait(*c),
             Op::Take { channel, slot } => self.take(*channel, *slot, inst.results[0]),
@@ -822,6 +828,11 @@ fn delivery(s: &Scheduled, number: ChannelId) -> Delivery {
         }
     }
     Delivery::Engine
+}
+
+/// Whether an operation brings to all blocks of a cluster what goes through a channel.
+fn is_shared(op: &Op, number: ChannelId) -> bool {
+    matches!(op, Op::Copy { channel, shared: true, .. } | Op::Fill { channel, shared: true, .. } if *channel == number)
 }
 
 /// Threads of a role.

@@ -12,9 +12,11 @@ use dsc_ir::tile::{self, Index, MapArg, MapFn, ScalarOp, ValueId};
 use std::collections::HashMap;
 
 /// Threads that compute a row together.
-const ROW_THREADS: u32 = 8;
+pub const ROW_THREADS: u32 = 8;
 /// Neighbouring elements of a row that a thread computes at a time: 16 codes are one load.
 const PIECE: u32 = 16;
+/// Registers that loads may take which run a round ahead.
+const MOST_LOADED: usize = 40;
 /// Bytes that a thread writes at a time.
 const WORD_BYTES: u32 = 16;
 
@@ -30,11 +32,12 @@ struct Loaded {
 }
 
 impl Loaded {
-    /// What a row's computation leaves is of no use to the next.
-    fn forget(&mut self, row: u32) {
-        self.words.retain(|k, _| k.1 != row);
-        self.floats.retain(|k, _| k.1 != row);
-        self.scalars.retain(|k, _| k.1 != row);
+    /// What a row's computation from these gathers leaves is of no use to the next.
+    fn forget(&mut self, row: u32, gathers: &[ValueId]) {
+        let kept = |k: &(ValueId, u32, u32)| k.1 != row || !gathers.contains(&k.0);
+        self.words.retain(|k, _| kept(k));
+        self.floats.retain(|k, _| kept(k));
+        self.scalars.retain(|k, _| kept(k));
     }
 
     /// What is there, in order: gather, row and column, and whether it is codes.
@@ -79,6 +82,13 @@ struct Spot {
     base: u32,
     /// Which of the thread's own.
     e: u32,
+}
+
+/// A tile that a stage is filled with, and whether the blocks of the cluster compute it together.
+#[derive(Clone, Copy)]
+struct Filled {
+    value: ValueId,
+    shared: bool,
 }
 
 /// The number of a thread's row, by what gives the numbers and the first of the rows that threads bring together.
@@ -177,9 +187,9 @@ impl<'a> Emit<'a> {
         self.geometries_are_none() && body.insts.iter().any(|i| matches!(i.op, Op::Fill { .. }))
     }
 
-    /// A loop that computes rows. Loads run ahead: those of a row of a tile are issued when the same row of the tile before has been
-    /// computed, those of the first tile in the round before; numbers of rows are read a round ahead. Rows are loaded by eight threads,
-    /// each 16 neighbours of every 128 columns.
+    /// A loop that computes rows. Loads run ahead: those of a row are issued when the same row of a tile before has been computed, a round
+    /// before where there are registers for all tiles of a round, else a tile before. Numbers of rows are known a round ahead, and what
+    /// those are looked up by is read another round ahead. Rows are loaded by eight threads, each 16 neighbours of every 128 columns.
     pub fn pipelined(
         &mut self,
         inst: &'a Inst,
@@ -189,43 +199,64 @@ impl<'a> Emit<'a> {
         if !inst.results.is_empty() {
             return Err("a loop that computes rows and carries values".into());
         }
-        let fills: Vec<ValueId> = body
-            .insts
-            .iter()
-            .filter_map(|i| match &i.op {
-                Op::Fill { value, .. } => Some(*value),
-                _ => None,
-            })
-            .collect();
+        let fill = |i: &Inst| match &i.op {
+            Op::Fill { value, shared, .. } => Some(Filled { value: *value, shared: *shared }),
+            _ => None,
+        };
+        let fills: Vec<Filled> = body.insts.iter().filter_map(fill).collect();
+        self.find_peers(&fills);
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
-        let numbers = self.numbers_at(body, lo, hi)?;
+        let step = i32(step.into());
+        let listed = self.read_lists(body, lo)?;
+        let numbers = self.numbers_at(body, lo, hi, &listed)?;
+        let second = self.t.f.add(lo, step);
+        let listed = self.read_lists(body, second)?;
         let mut loaded = Loaded::default();
-        for row in 0..self.rows_of(fills[0])? {
-            self.load_row(fills[0], row, &numbers, &mut loaded)?;
+        let mut ahead = 0;
+        while ahead < fills.len() {
+            for row in 0..self.rows_of(fills[ahead])? {
+                self.load_row(fills[ahead], row, &numbers, &mut loaded)?;
+            }
+            ahead += 1;
+            if loaded.values(&loaded.keys()).len() * fills.len() > MOST_LOADED * ahead {
+                break;
+            }
         }
         let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
         let counters = carried.len();
         let keys = loaded.keys();
         carried.extend(loaded.values(&keys));
-        let named: Vec<(ValueId, u32)> = numbers.iter().map(|n| n.0).collect();
-        carried.extend(numbers.iter().map(|n| n.1));
-        let end = self.counted((lo, hi, i32(step.into())), &carried, |e, counter, values| {
+        let names = |numbered: &[Numbered]| numbered.iter().map(|n| n.0).collect::<Vec<_>>();
+        let (named, named_listed) = (names(&numbers), names(&listed));
+        carried.extend(numbers.iter().chain(&listed).map(|n| n.1));
+        let end = self.counted((lo, hi, step), &carried, |e, counter, values| {
             e.resume(&values[..counters]);
-            let (words, own) = values[counters..].split_at(values.len() - counters - named.len());
+            let (values, after) = values[counters..].split_at(values.len() - counters - named_listed.len());
+            let (words, own) = values.split_at(values.len() - named.len());
             let mut loaded = Loaded::of(&keys, words);
-            let numbers: Vec<((ValueId, u32), Val)> = named.iter().copied().zip(own.iter().copied()).collect();
-            let next = e.t.f.add(counter, i32(step.into()));
-            let ahead = e.numbers_at(body, next, hi)?;
+            let again = |names: &[(ValueId, u32)], values: &[Val]| -> Vec<Numbered> {
+                names.iter().copied().zip(values.iter().copied()).collect()
+            };
+            let (numbers, listed) = (again(&named, own), again(&named_listed, after));
+            let next = e.t.f.add(counter, step);
+            let next_numbers = e.numbers_at(body, next, hi, &listed)?;
+            let after = e.t.f.add(next, step);
+            let listed = e.read_lists(body, after)?;
             e.held.insert(body.args[0], Held::Scalar(counter));
             e.numbers = numbers.iter().copied().collect();
             e.sources.clear();
+            let mut filled = 0;
             for inst in &body.insts {
                 match &inst.op {
-                    Op::Fill { channel, slot, value } => {
-                        let at = fills.iter().position(|v| v == value).unwrap_or(0);
-                        let (then, numbers) =
-                            if at + 1 < fills.len() { (fills[at + 1], &numbers) } else { (fills[0], &ahead) };
-                        e.fill_computed(*channel, *slot, *value, &mut loaded, |e, row, loaded| {
+                    Op::Fill { channel, slot, value, shared } => {
+                        let then = filled + ahead;
+                        filled += 1;
+                        let (then, numbers) = match then.checked_sub(fills.len()) {
+                            None => (fills[then], &numbers),
+                            Some(then) => (fills[then], &next_numbers),
+                        };
+                        let fill = Filled { value: *value, shared: *shared };
+                        e.fill_computed(*channel, *slot, fill, &mut loaded, |e, row, loaded| {
                             e.load_row(then, row, numbers, loaded)
                         })?;
                     }
@@ -238,20 +269,46 @@ impl<'a> Emit<'a> {
             }
             let mut out: Vec<Val> = e.rings.iter().flat_map(|r| r.state()).collect();
             out.extend(loaded.values(&keys));
-            out.extend(ahead.iter().map(|n| n.1));
+            out.extend(next_numbers.iter().chain(&listed).map(|n| n.1));
             Ok(out)
         })?;
         self.resume(&end[..counters]);
         Ok(())
     }
 
-    /// Numbers of this thread's rows in the round of that counter; none of any view where there is no such round.
-    fn numbers_at(&mut self, body: &'a Block, counter: Val, hi: Val) -> Result<Vec<Numbered>, String> {
-        self.held.insert(body.args[0], Held::Scalar(counter));
-        let some = self.t.f.cmp("slt", counter, hi);
-        for inst in body.insts.iter().filter(|i| matches!(i.op, Op::Tile(_))) {
-            self.inst(inst)?;
+    /// Finds where the other blocks of the cluster are, if some tile is theirs too.
+    fn find_peers(&mut self, fills: &[Filled]) {
+        self.peers.clear();
+        for other in 1..self.cluster {
+            if !fills.iter().any(|f| f.shared) {
+                return;
+            }
+            let rank = self.t.f.add(self.rank, i32(other.into()));
+            let rank = self.t.f.bin("urem", rank, i32(self.cluster.into()));
+            let peer = ptx::to_block(&mut self.t.f, self.t.shared32, rank);
+            self.peers.push(peer);
         }
+    }
+
+    /// Bytes of a stage that the other blocks of the cluster write.
+    pub fn others_bytes(&self, channel: ChannelId) -> u32 {
+        let mut bytes = 0;
+        let mut pending: Vec<&Block> = self.s.roles.iter().map(|r| &r.body).collect();
+        while let Some(block) = pending.pop() {
+            for inst in &block.insts {
+                match &inst.op {
+                    Op::Fill { channel: c, value, shared: true, .. } if *c == channel => {
+                        bytes += self.shape(*value).iter().product::<u32>() * self.dtype(*value).bytes() as u32;
+                    }
+                    op => pending.extend(op.blocks()),
+                }
+            }
+        }
+        bytes / self.cluster * (self.cluster - 1)
+    }
+
+    /// The numbers of rows that this thread uses: what gives them, and the first of the rows that threads bring together.
+    fn numbered(&self, body: &Block) -> Vec<(ValueId, u32)> {
         let mut chosen: Vec<(ValueId, u32)> = Vec::new();
         for inst in &body.insts {
             let (rows, count) = match &inst.op {
@@ -269,20 +326,73 @@ impl<'a> Emit<'a> {
                 }
             }
         }
+        chosen
+    }
+
+    /// Computes what in a body is the same for all threads, in the round of that counter.
+    fn uniforms_at(&mut self, body: &'a Block, counter: Val) -> Result<(), String> {
+        self.held.insert(body.args[0], Held::Scalar(counter));
+        body.insts.iter().filter(|i| matches!(i.op, Op::Tile(_))).try_for_each(|inst| self.inst(inst))
+    }
+
+    /// What numbers of rows are computed from and where that is read at a known place: lists in memory.
+    fn lists_of(&self, v: ValueId, found: &mut Vec<ValueId>) {
+        match self.defs.get(&v).map(|i| &i.op) {
+            Some(Op::Tile(tile::Op::Load { .. })) if !matches!(self.held.get(&v), Some(Held::Scalar(_))) => {
+                if !found.contains(&v) {
+                    found.push(v);
+                }
+            }
+            Some(Op::Tile(op)) => tile::operands(op).into_iter().for_each(|v| self.lists_of(v, found)),
+            _ => {}
+        }
+    }
+
+    /// Reads this thread's elements of the lists that numbers of rows come from, in the round of that counter.
+    fn read_lists(&mut self, body: &'a Block, counter: Val) -> Result<Vec<Numbered>, String> {
+        self.uniforms_at(body, counter)?;
+        let first = self.t.f.div(self.role_tid, ROW_THREADS);
+        let mut listed: Vec<Numbered> = Vec::new();
+        for (rows, start) in self.numbered(body) {
+            let mut lists = Vec::new();
+            self.lists_of(rows, &mut lists);
+            for list in lists {
+                if !listed.iter().any(|n| n.0 == (list, start)) {
+                    let row = self.t.f.add(first, i32(start.into()));
+                    listed.push(((list, start), self.row_element(list, row)?));
+                }
+            }
+        }
+        Ok(listed)
+    }
+
+    /// Numbers of this thread's rows in the round of that counter, from what was read for it; none of any view where there is no
+    /// such round.
+    fn numbers_at(
+        &mut self,
+        body: &'a Block,
+        counter: Val,
+        hi: Val,
+        listed: &[Numbered],
+    ) -> Result<Vec<Numbered>, String> {
+        self.uniforms_at(body, counter)?;
+        let some = self.t.f.cmp("slt", counter, hi);
         let first = self.t.f.div(self.role_tid, ROW_THREADS);
         let mut numbers = Vec::new();
-        for (rows, start) in chosen {
+        for (rows, start) in self.numbered(body) {
             let row = self.t.f.add(first, i32(start.into()));
-            let number = self.row_element(rows, row)?;
+            let here = listed.iter().filter(|n| n.0.1 == start).map(|n| (n.0.0, n.1));
+            let number = self.vector_element(rows, row, &mut here.collect())?;
             numbers.push(((rows, start), self.t.f.select(some, number, i32(-1))));
         }
         Ok(numbers)
     }
 
     /// Rows of a computed tile that a thread has a part of.
-    fn rows_of(&self, value: ValueId) -> Result<u32, String> {
-        let &[rows, columns] = self.shape(value) else { return Err("a computed tile that is no matrix".into()) };
+    fn rows_of(&self, fill: Filled) -> Result<u32, String> {
+        let &[rows, columns] = self.shape(fill.value) else { return Err("a computed tile that is no matrix".into()) };
         let (together, apart) = (ROW_THREADS * PIECE, WARPGROUP / ROW_THREADS);
+        let apart = if fill.shared { apart * self.cluster } else { apart };
         if !columns.is_multiple_of(together) || !rows.is_multiple_of(apart) {
             return Err(format!("a computed tile of {rows}x{columns}"));
         }
@@ -290,7 +400,25 @@ impl<'a> Emit<'a> {
     }
 
     /// Issues the loads of one row.
-    fn load_row(&mut self, value: ValueId, row: u32, numbers: &[Numbered], loaded: &mut Loaded) -> Result<(), String> {
+    fn load_row(&mut self, fill: Filled, row: u32, numbers: &[Numbered], loaded: &mut Loaded) -> Result<(), String> {
+        let (value, each) = (fill.value, self.rows_of(fill)?);
+        let mut chosen: Vec<Numbered> = numbers.to_vec();
+        if fill.shared {
+            // Of the rows at that place in every block's part, those of this block's.
+            let at = |rank: u32| (row + rank * each) * (WARPGROUP / ROW_THREADS);
+            let find = |rows: ValueId, rank: u32| numbers.iter().find(|n| n.0 == (rows, at(rank))).map(|n| n.1);
+            chosen.clear();
+            for &((rows, _), number) in numbers.iter().filter(|n| n.0.1 == at(0)) {
+                let mut own = number;
+                for rank in 1..self.cluster {
+                    let here = self.t.f.cmp("eq", self.rank, i32(rank.into()));
+                    let other = find(rows, rank).ok_or("rows whose numbers are not known")?;
+                    own = self.t.f.select(here, other, own);
+                }
+                chosen.push(((rows, row * (WARPGROUP / ROW_THREADS)), own));
+            }
+        }
+        let numbers = &chosen;
         let own = self.t.f.rem(self.role_tid, ROW_THREADS);
         let within = self.t.f.mul(own, i32(PIECE.into()));
         let columns = self.shape(value)[1];
@@ -305,7 +433,7 @@ impl<'a> Emit<'a> {
         &mut self,
         channel: ChannelId,
         slot: u32,
-        value: ValueId,
+        fill: Filled,
         loaded: &mut Loaded,
         mut then: impl FnMut(&mut Self, u32, &mut Loaded) -> Result<(), String>,
     ) -> Result<(), String> {
@@ -313,9 +441,20 @@ impl<'a> Emit<'a> {
         let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
         let stage = self.rings[channel.0 as usize].stage;
         let base = self.slot_at(channel, slot, stage);
-        let (count, columns) = (self.rows_of(value)?, self.shape(value)[1]);
+        let value = fill.value;
+        let (count, columns) = (self.rows_of(fill)?, self.shape(value)[1]);
         let (before, to) = self.rounded(value)?;
         let (first, own) = (self.t.f.div(self.role_tid, ROW_THREADS), self.t.f.rem(self.role_tid, ROW_THREADS));
+        let apart = WARPGROUP / ROW_THREADS;
+        // A block's part of the rows starts behind those of the blocks before.
+        let first = if fill.shared {
+            let skipped = self.t.f.mul(self.rank, i32((count * apart).into()));
+            self.t.f.add(first, skipped)
+        } else {
+            first
+        };
+        let peers = if fill.shared { self.peers.clone() } else { Vec::new() };
+        let full = self.barrier_at(channel, false, stage);
         // The thread's 16 elements are two pieces of 16 bytes, at an even place in a panel.
         // Threads of one panel write even pieces first and those of the other odd ones, so that all use other banks.
         let (side, place) = (self.t.f.div(own, 4), self.t.f.rem(own, 4));
@@ -329,7 +468,8 @@ impl<'a> Emit<'a> {
             let at = self.t.f.add(at, panel);
             halves.push(self.t.f.add(base, at));
         }
-        let apart = WARPGROUP / ROW_THREADS;
+        let mut gathers = Vec::new();
+        self.gathers_of(value, &mut gathers);
         for row in 0..count {
             for pass in (0..columns).step_by((ROW_THREADS * PIECE) as usize) {
                 let mut words = Vec::new();
@@ -344,9 +484,13 @@ impl<'a> Emit<'a> {
                 for (half, words) in words.chunks((WORD_BYTES / 4) as usize).enumerate() {
                     let at = self.t.f.add(halves[half], i32((panels + row * apart * buffer.pitch).into()));
                     ptx::store_shared_words(&mut self.t.f, at, words);
+                    for &peer in &peers {
+                        let (there, barrier) = (self.t.f.add(at, peer), self.t.f.add(full, peer));
+                        ptx::store_words_at(&mut self.t.f, there, words, barrier);
+                    }
                 }
             }
-            loaded.forget(row);
+            loaded.forget(row, &gathers);
             then(self, row, loaded)?;
         }
         Ok(())
@@ -374,6 +518,14 @@ impl<'a> Emit<'a> {
             Some(Op::Tile(tile::Op::Reshape { x, .. })) => std::slice::from_ref(x),
             _ => &[],
         }
+    }
+
+    /// The gathers that a computed tile is made of.
+    fn gathers_of(&self, v: ValueId, found: &mut Vec<ValueId>) {
+        if let Some(Op::Tile(tile::Op::Gather { .. })) = self.defs.get(&v).map(|i| &i.op) {
+            found.push(v);
+        }
+        self.computed_inputs(v).iter().for_each(|&v| self.gathers_of(v, found));
     }
 
     /// Where an input of a tile is read: what has one column for several, at the number of those.

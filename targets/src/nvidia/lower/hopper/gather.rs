@@ -187,7 +187,12 @@ impl<'a> Emit<'a> {
             Delivery::Written(_) => {
                 // No fence here: it would wait for loads that run ahead.
                 let full = self.barrier_at(channel, false, ring.stage);
-                ptx::barrier_arrive(&mut self.t.f, full);
+                if ring.shared {
+                    let (drives, bytes) = (self.drives(), self.others_bytes(channel));
+                    ptx::barrier_arrive_expecting(&mut self.t.f, full, drives, bytes);
+                } else {
+                    ptx::barrier_arrive(&mut self.t.f, full);
+                }
             }
             Delivery::Engine | Delivery::Behind => {}
         }

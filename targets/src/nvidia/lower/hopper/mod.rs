@@ -61,7 +61,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     plan::plan(kernel, arch)
         .or_else(|| scores::plan(&kernel.program, arch))
         .or_else(|| select::plan(kernel, arch))
-        .or_else(|| attention_plan::plan(&kernel.program, arch))
+        .or_else(|| attention_plan::plan(kernel, arch))
 }
 
 /// Schedule, MLIR and launch of a kernel; none if the plain way takes it: its form is none of these, or threads of roles cannot do what

@@ -20,15 +20,41 @@ pub fn barrier_init_fence(f: &mut Fn) {
     effect(f, "fence.mbarrier_init.release.cluster;", "", &[]);
 }
 
-/// Waits until the phase of that parity is over. Labels are local to the braces.
-pub fn barrier_wait(f: &mut Fn, at: Val, parity: Val) {
-    let text = "{\n.reg .pred p;\nW:\nmbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra D;\nbra W;\nD:\n}";
-    effect(f, text, "r,r", &[at, parity]);
+/// Waits until the phase of that parity is over, and sees what threads of this block, or of its cluster, did before. Labels are
+/// local to the braces.
+pub fn barrier_wait(f: &mut Fn, at: Val, parity: Val, cluster: bool) {
+    let scope = if cluster { ".acquire.cluster" } else { "" };
+    let text = format!(
+        "{{\n.reg .pred p;\nW:\nmbarrier.try_wait.parity{scope}.shared::cta.b64 p, [$0], $1;\n@p bra D;\nbra W;\nD:\n}}"
+    );
+    effect(f, &text, "r,r", &[at, parity]);
 }
 
 /// Arrives and announces bytes that copies will bring.
 pub fn barrier_expect(f: &mut Fn, at: Val, bytes: u32) {
     effect(f, &format!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes};"), "r", &[at]);
+}
+
+/// Arrives, and announces bytes that others will write where `c` holds.
+pub fn barrier_arrive_expecting(f: &mut Fn, at: Val, c: Val, bytes: u32) {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = format!(
+        "{{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {bytes};\n@!p mbarrier.arrive.shared::cta.b64 _, [$0];\n}}"
+    );
+    effect(f, &text, "r,r", &[at, c]);
+}
+
+/// Bytes from an address in this block's shared memory to the same place in that of block `rank` of the cluster; `at` is any.
+pub fn to_block(f: &mut Fn, at: Val, rank: Val) -> Val {
+    let there = f.asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", &[at, rank], &[Ty::I32], false, false)[0];
+    f.sub(there, at)
+}
+
+/// Writes four words to another block's shared memory; its barrier gets their bytes.
+pub fn store_words_at(f: &mut Fn, at: Val, words: &[Val], barrier: Val) {
+    let args: Vec<Val> = [at].into_iter().chain(words.iter().copied()).chain([barrier]).collect();
+    let text = "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];";
+    effect(f, text, "r,r,r,r,r,r", &args);
 }
 
 /// Arrives where `c` (i32) is not zero.

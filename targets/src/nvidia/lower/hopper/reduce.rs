@@ -9,13 +9,14 @@ use super::fragment::{Geometry, Register};
 use super::ptx;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::isa;
-use crate::nvidia::lower::mlir::{Val, f32, i32};
-use dsc_ir::sched::{BufferId, Place};
-use dsc_ir::tile::{ReduceKind, ValueId};
+use crate::nvidia::lower::mlir::{Ty, Val, f32, i32};
+use dsc_ir::sched::{BufferId, Op, Place};
+use dsc_ir::tile::{self, MapArg, ReduceKind, Scalar, ScalarOp, ValueId};
 use std::collections::HashMap;
 
-/// Elements of a long vector that a lane looks at together.
+/// Elements of a long vector that a lane looks at together; where the search may end before, fewer.
 const LOADED: u32 = 32;
+const LOADED_BACKWARDS: u32 = 16;
 
 /// What combines with anything to that.
 fn start(kind: ReduceKind) -> Val {
@@ -78,6 +79,9 @@ impl Emit<'_> {
     /// Makes the scalar `r`, the largest of a vector of integers, every warp by itself.
     pub fn largest(&mut self, r: ValueId, x: ValueId) -> Result<(), String> {
         let count = self.shape(x).iter().product::<u32>();
+        if self.is_last_place(x) {
+            return self.last_place(r, x, count);
+        }
         let together = LOADED * Arch::WARP;
         let looped = count / together * together;
         let mut most = i32(i32::MIN.into());
@@ -93,12 +97,74 @@ impl Emit<'_> {
         if first < count {
             most = self.larger(x, most, i32(first.into()), count - first)?;
         }
+        let most = self.largest_of_lanes(most);
+        self.held.insert(r, Held::Scalar(most));
+        Ok(())
+    }
+
+    /// Whether a vector has at each place either 0 or the place's number, counted from 1: its largest is where the last is that is not 0.
+    fn is_last_place(&self, x: ValueId) -> bool {
+        let Some(Op::Tile(tile::Op::Map { inputs, body })) = self.defs.get(&x).map(|i| &i.op) else { return false };
+        let inst = |arg: &MapArg| match arg {
+            MapArg::Inst(i) => body.insts.get(*i as usize),
+            MapArg::Input(_) => None,
+        };
+        let constant = |arg: &MapArg, n: i32| inst(arg).is_some_and(|i| i.op == ScalarOp::Const(Scalar::I32(n)));
+        let numbers = |arg: &MapArg| match arg {
+            MapArg::Input(i) => inputs.get(*i as usize).is_some_and(|v| {
+                matches!(self.defs.get(v).map(|i| &i.op), Some(Op::Tile(tile::Op::Iota { .. }))) && self.shape(*v).len() == 1
+            }),
+            MapArg::Inst(_) => false,
+        };
+        let place = |arg: &MapArg| {
+            inst(arg).is_some_and(|i| {
+                i.op == ScalarOp::Add && matches!(i.args.as_slice(), [a, b] if numbers(a) && constant(b, 1))
+            })
+        };
+        inst(&body.result).is_some_and(|i| {
+            let either = |a: &MapArg, b: &MapArg| constant(a, 0) && place(b);
+            i.op == ScalarOp::Select
+                && matches!(i.args.as_slice(), [_, a, b] if either(a, b) || either(b, a))
+        })
+    }
+
+    /// The largest of such a vector, from its end on: a list is mostly full, so one look is enough.
+    fn last_place(&mut self, r: ValueId, x: ValueId, count: u32) -> Result<(), String> {
+        let together = LOADED_BACKWARDS * Arch::WARP;
+        let start = i32((count.div_ceil(together) * together).into());
+        let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
+        self.t.f.br(head, &[start, i32(0)]);
+        let state = self.t.f.start(head, &[Ty::I32, Ty::I32]);
+        let (left, none) = (self.t.f.cmp("sgt", state[0], i32(0)), self.t.f.cmp("eq", state[1], i32(0)));
+        let more = self.t.f.bin("and", left, none);
+        self.t.f.cond_br(more, (inside, &[]), (after, &[]));
+        self.t.f.start(inside, &[]);
+        let first = self.t.f.sub(state[0], i32(together.into()));
+        let own = self.t.f.add(first, self.t.lane);
+        let mut most = i32(0);
+        for skip in (0..together).step_by(Arch::WARP as usize) {
+            let at = self.t.f.add(own, i32(skip.into()));
+            let mut element = self.vector_element(x, at, &mut HashMap::new())?;
+            if !count.is_multiple_of(together) {
+                let within = self.t.f.cmp("ult", at, i32(count.into()));
+                element = self.t.f.select(within, element, i32(0));
+            }
+            most = self.t.f.intrinsic("smax", &[most, element]);
+        }
+        let most = self.largest_of_lanes(most);
+        self.t.f.br(head, &[first, most]);
+        self.t.f.start(after, &[]);
+        self.held.insert(r, Held::Scalar(state[1]));
+        Ok(())
+    }
+
+    /// The largest that a lane of the warp has.
+    fn largest_of_lanes(&mut self, mut most: Val) -> Val {
         for lane in [16, 8, 4, 2, 1] {
             let other = isa::shuffle_xor(&mut self.t.f, most, lane);
             most = self.t.f.intrinsic("smax", &[most, other]);
         }
-        self.held.insert(r, Held::Scalar(most));
-        Ok(())
+        most
     }
 
     /// The largest of `most` and of a lane's elements among `count` from `first` on.

@@ -27,6 +27,8 @@ pub struct Ring {
     /// Whether all threads of its consumers arrive when they give a stage back: those that read it themselves. Else one a
     /// warpgroup does, whose products have ended.
     pub all_arrive: bool,
+    /// Whether blocks of a cluster fill each other's stages: one is free when it is free in all of them.
+    pub shared: bool,
     /// Stages committed whose gathered rows are not delivered yet, at most `config::behind_most`.
     pub behind: Val,
     /// Stages waited for, the newest first, as far as this stretch of code knows.
@@ -61,7 +63,7 @@ impl Ring {
     /// A ring at its start.
     pub fn new(stages: u32, barriers: u32, delivery: Delivery, all_arrive: bool) -> Ring {
         let (stage, phase, behind) = (i32(0), i32(0), i32(0));
-        Ring { stages, barriers, stage, phase, delivery, all_arrive, behind, recent: Vec::new() }
+        Ring { stages, barriers, stage, phase, delivery, all_arrive, shared: false, behind, recent: Vec::new() }
     }
 
     /// Whether rows are delivered late.
@@ -71,7 +73,9 @@ impl Ring {
 
     /// Back to the start.
     pub fn restart(&mut self) {
+        let shared = self.shared;
         *self = Ring::new(self.stages, self.barriers, self.delivery, self.all_arrive);
+        self.shared = shared;
     }
 
     /// Goes to the next stage.
@@ -135,7 +139,8 @@ impl<'a> Emit<'a> {
         let [stage, phase, _] = self.rings[channel.0 as usize].state();
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
-        ptx::barrier_wait(&mut self.t.f, empty, parity);
+        let written = self.written_by_others(channel);
+        ptx::barrier_wait(&mut self.t.f, empty, parity, written);
         if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
             return Ok(());
         }
@@ -146,8 +151,14 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
+    /// Whether threads of other blocks write stages of a channel.
+    fn written_by_others(&self, channel: ChannelId) -> bool {
+        let ring = &self.rings[channel.0 as usize];
+        ring.shared && matches!(ring.delivery, Delivery::Written(_))
+    }
+
     /// Whether this thread drives the copy engine: the only one of an elected role, the first of another.
-    fn drives(&mut self) -> Val {
+    pub fn drives(&mut self) -> Val {
         if self.elected { Val::Int(1, Ty::I1) } else { self.t.f.cmp("eq", self.role_tid, i32(0)) }
     }
 
@@ -225,7 +236,8 @@ impl<'a> Emit<'a> {
     pub fn wait(&mut self, channel: ChannelId) -> Result<(), String> {
         let [stage, phase, _] = self.rings[channel.0 as usize].state();
         let full = self.barrier_at(channel, false, stage);
-        ptx::barrier_wait(&mut self.t.f, full, phase);
+        let written = self.written_by_others(channel);
+        ptx::barrier_wait(&mut self.t.f, full, phase, written);
         if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
             // What other threads wrote is ordered before this thread by the barrier, and before its products by a fence.
             self.unfenced = true;
@@ -283,7 +295,7 @@ impl<'a> Emit<'a> {
             return Ok(());
         }
         let within = self.t.f.rem(self.role_tid, WARPGROUP);
-        if self.cluster > 1 {
+        if self.rings[channel.0 as usize].shared {
             // One thread for each block of the cluster.
             let mine = self.t.f.cmp("ult", within, i32(self.cluster.into()));
             let mine = self.t.f.cast("zext", mine, Ty::I32);

@@ -244,7 +244,7 @@ impl Attention {
     /// Asserts that the schedule is valid, and that it gives what the program gives but for rounding.
     fn check(self, tokens: u32, lengths: &[i32]) {
         let program = self.program("attention");
-        let scheduled = scheduled(program.clone());
+        let scheduled = clustered(program.clone(), 0);
         assert_eq!(sched::verify::verify(&scheduled, &BUDGET), vec![], "{scheduled}");
         let rows = 300u32;
         let syms = SymValues([3; 6]).with(Sym::T, tokens).with(Sym::C, rows);
@@ -335,6 +335,24 @@ fn attention_over_gathered_rows() {
 #[test]
 fn attention_over_codes() {
     Attention { fp8: true, ..SPARSE }.check(2, &[192, 1]);
+}
+
+#[test]
+fn pairs_of_blocks_share_computed_keys() {
+    let many = Attention { fp8: true, heads: 128, ..SPARSE };
+    let pairs = |a: Attention, cluster| {
+        let scheduled = clustered(a.program("attention"), cluster);
+        let shared = scheduled.to_string().matches("fill shared").count();
+        (scheduled.cluster.map(|c| (c.axis, c.blocks)), shared)
+    };
+    assert_eq!(pairs(many, 0), (Some((1, 2)), 2));
+    assert_eq!(pairs(many, 1), (None, 0));
+    // Keys that are copied, and heads of one block.
+    assert_eq!(pairs(Attention { fp8: false, ..many }, 0), (None, 0));
+    assert_eq!(pairs(SPARSE, 0), (None, 0));
+    assert_eq!(pairs(Attention { heads: 192, ..many }, 0), (None, 0));
+    many.check(2, &[192, 1]);
+    Attention { parts: Some(2), searched: true, ..many }.check(1, &[130]);
 }
 
 #[test]
