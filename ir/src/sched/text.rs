@@ -732,12 +732,8 @@ role consumer warps 1..2 {
             out.insts.extend(match bytes.next() {
                 Some(0..20) => Some(plain(Op::Barrier)),
                 Some(slot @ 20..40) => {
-                    let fill = |p: &tile::Param| Op::Fill {
-                        channel,
-                        slot: slot.into(),
-                        value: p.value,
-                        shared: slot > 30,
-                    };
+                    let fill =
+                        |p: &tile::Param| Op::Fill { channel, slot: slot.into(), value: p.value, shared: slot > 30 };
                     kernel.params.first().map(|p| plain(fill(p)))
                 }
                 Some(40..80) => Some(plain(Op::Acquire(channel))),

@@ -1,4 +1,4 @@
-//! Kernels as cubins in a folder, with a manifest of what a launch needs, as the programs in tests/bench read it.
+//! Kernels as cubins and PTX in a folder, with a manifest of what a launch needs, as the programs in tests/bench read it.
 
 use dsc_ir::artifact::TensorMap;
 use dsc_targets::nvidia::NvidiaTarget;
@@ -17,6 +17,8 @@ pub fn write(folder: &Path, described: &[(Kernel, String)]) -> Result<(), Box<dy
         let gpu = kernel.gpu.as_ref().ok_or("no launch")?;
         let code = &module.code[kernel.entry as usize..(kernel.entry + kernel.code_bytes) as usize];
         std::fs::write(folder.join(format!("{}.cubin", kernel.name)), code)?;
+        let ptx = module.portable.as_deref().and_then(|all| all.get(gpu.asm[0] as usize..gpu.asm[1] as usize));
+        std::fs::write(folder.join(format!("{}.ptx", kernel.name)), ptx.unwrap_or_default())?;
         let maps: Vec<String> = gpu.maps.iter().map(map).collect();
         let r = gpu.resources.unwrap_or_default();
         lines.push(format!(

@@ -15,8 +15,8 @@
 
 use super::attention::Attention;
 use super::config::{ROWS, WARPGROUP};
-use super::fill::ROW_THREADS;
 use super::contraction::{STEP_BYTES, definitions};
+use super::fill::ROW_THREADS;
 use super::plan::for_each;
 use super::tensor_map::{can_describe, view_type};
 use super::values::{Names, Values, plain, rename_index, renamed, slice, value_of};
@@ -35,7 +35,7 @@ const MOST_COLUMNS: u32 = 256;
 const MOST_STAGES: u32 = 4;
 /// Registers of a thread that brings keys, that scores, and that has values: where keys are copied, and where they are computed.
 const GATHERING: [u32; 3] = [48, 144, 160];
-const COMPUTING: [u32; 3] = [96, 96, 160];
+const COMPUTING: [u32; 3] = [104, 88, 160];
 /// The same for few heads, where two warpgroups compute keys.
 const FEW_HEADS: [u32; 3] = [104, 88, 88];
 /// Fewest heads whose rows, not columns, are the instruction's rows.
@@ -86,6 +86,8 @@ pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
             parts.push(Part { score, columns: [n * wide, wide], of: [n, count], group, computed });
         }
     }
+    // Copies are under way while other columns are computed.
+    parts.sort_by_key(|p| p.computed);
     let values = Values::new(program);
     let mut planner = Planner { program, a, defs, parts, transposed, groups, cluster: None, values };
     planner.cluster = planner.pair(kernel.schedule.cluster);
@@ -103,6 +105,16 @@ fn copied_from<'a>(
     let view = view_type(&program.types, *view)?;
     let whole = view.shape.last()?.constant()? == *shape.last()? && index.as_slice() == [Index::Const(0)];
     (shape.len() == 2 && whole && can_describe(view)).then_some(inst)
+}
+
+/// Adding a constant.
+fn plus(n: u32) -> tile::MapFn {
+    let constant = tile::ScalarOp::Const(tile::Scalar::I32(n as i32));
+    let insts = vec![
+        tile::MapInst { op: constant, args: Vec::new() },
+        tile::MapInst { op: tile::ScalarOp::Add, args: vec![tile::MapArg::Input(0), tile::MapArg::Inst(0)] },
+    ];
+    tile::MapFn { insts, result: tile::MapArg::Inst(1) }
 }
 
 struct Planner<'a> {
@@ -394,15 +406,17 @@ impl<'a> Planner<'a> {
         [self.a.range.0, self.a.range.1].into_iter().filter_map(value_of).collect()
     }
 
-    /// The loop over rounds, with what it carries.
+    /// The loop over rounds, with what it carries: values of the program's loop by number, and others that start as given.
     fn rounds(
         &mut self,
         carried: &[usize],
+        others: &[(ValueId, ValueId)],
         names: &mut Names,
         body: impl FnOnce(&mut Self, &mut Names) -> Option<(Vec<Inst>, Vec<ValueId>)>,
     ) -> Option<Inst> {
         let tile::Op::For { init, .. } = &self.a.key_loop.op else { return None };
-        let init = carried.iter().map(|&i| names.get(&init[i]).copied()).collect::<Option<Vec<_>>>()?;
+        let mut init = carried.iter().map(|&i| names.get(&init[i]).copied()).collect::<Option<Vec<_>>>()?;
+        init.extend(others.iter().map(|&(_, first)| first));
         let (lo, hi, step) = self.a.range;
         let (lo, hi) = (rename_index(lo, names)?, rename_index(hi, names)?);
         let counter = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
@@ -414,6 +428,12 @@ impl<'a> Planner<'a> {
             names.insert(self.a.body.args[1 + i], arg);
             args.push(arg);
         }
+        for &(value, first) in others {
+            let ty = self.values.types[first.0 as usize].clone();
+            let arg = self.values.fresh(ty, self.fragment());
+            names.insert(value, arg);
+            args.push(arg);
+        }
         let (insts, yields) = body(self, names)?;
         let mut results = Vec::new();
         for (&i, &first) in carried.iter().zip(&init) {
@@ -421,6 +441,10 @@ impl<'a> Planner<'a> {
             let result = self.values.fresh(ty, self.fragment());
             names.insert(self.a.key_loop.results[i], result);
             results.push(result);
+        }
+        for &(_, first) in others {
+            let ty = self.values.types[first.0 as usize].clone();
+            results.push(self.values.fresh(ty, self.fragment()));
         }
         Some(Inst { results, op: Op::For { lo, hi, step, init, body: Block { args, insts, yields } }, scratch: None })
     }
@@ -477,7 +501,7 @@ impl<'a> Planner<'a> {
         }
         let needed = self.slice(gathers.iter().flat_map(|g| tile::operands(&g.op)).collect());
         let mut out = self.before(self.bounds().into_iter().chain(needed.iter().copied()).collect(), names)?;
-        out.push(self.rounds(&[], names, |p, names| {
+        out.push(self.rounds(&[], &[], names, |p, names| {
             let mut insts = Vec::new();
             for inst in &p.a.body.insts {
                 if inst.results.first().is_some_and(|r| needed.contains(r)) {
@@ -633,8 +657,14 @@ impl<'a> Planner<'a> {
             let shape = [self.a.shape[0], part.columns[1]];
             queries.push(self.take(QUERIES, slot as u32, self.a.dtype, &shape, &mut out));
         }
-        let round =
-            self.rounds(&carried, names, |p, names| p.score_round(split, &carried, &queries, scratch, names))?;
+        let rows = self.rows_ahead(split);
+        let first = self.first_round(names, &mut out)?;
+        let known = self.known_in(split, first, names, &mut out)?;
+        let others: Vec<(ValueId, ValueId)> =
+            rows.into_iter().map(|r| Some((r, *known.get(&r)?))).collect::<Option<_>>()?;
+        let round = self.rounds(&carried, &others, names, |p, names| {
+            p.score_round(split, (&carried, &others), &queries, scratch, names)
+        })?;
         out.push(round);
         out.push(plain(Op::Release { channel: QUERIES, lag: 0 }));
         for inst in self.behind() {
@@ -685,11 +715,52 @@ impl<'a> Planner<'a> {
         v
     }
 
+    /// What scores are combined with and a round knows from its number alone, such as who is selected: threads have it a round ahead. A fence
+    /// between what others wrote and products waits for loads.
+    fn rows_ahead(&self, split: &Split) -> Vec<ValueId> {
+        let results = self.a.body.insts.iter().filter_map(|i| Some((i, *i.results.first()?)));
+        let fragment = |i: &tile::Inst| matches!(self.score_place(i), Some(Place::Fragment(_)));
+        let ahead = results.filter(|(i, r)| self.known_ahead(split, *r) && fragment(i));
+        ahead.map(|(_, r)| r).collect()
+    }
+
+    fn known_ahead(&self, split: &Split, r: ValueId) -> bool {
+        (split.weighing.contains(&r) || split.carrying.contains(&r)) && !self.a.is_product(r) && !self.of_rows(r)
+    }
+
+    /// The number of the first round.
+    fn first_round(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<ValueId> {
+        let at = match self.a.range.0 {
+            Index::Value(v) => return names.get(&v).copied(),
+            Index::Const(at) => tile::Scalar::I32(i32::try_from(at).ok()?),
+        };
+        let v = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
+        out.push(Inst {
+            results: vec![v],
+            op: Op::Tile(tile::Op::Full { value: at, shape: Vec::new() }),
+            scratch: None,
+        });
+        Some(v)
+    }
+
+    /// Computes what the round of that number knows from its number alone; gives the names.
+    fn known_in(&mut self, split: &Split, round: ValueId, names: &Names, out: &mut Vec<Inst>) -> Option<Names> {
+        let body: &'a Region = self.a.body;
+        let mut known = names.clone();
+        known.insert(body.args[0], round);
+        for inst in &body.insts {
+            if inst.results.first().is_some_and(|&r| self.known_ahead(split, r)) {
+                self.score_inst(inst, None, &mut known, out)?;
+            }
+        }
+        Some(known)
+    }
+
     /// One round of the scores' role.
     fn score_round(
         &mut self,
         split: &Split,
-        carried: &[usize],
+        (carried, others): (&[usize], &[(ValueId, ValueId)]),
         queries: &[ValueId],
         scratch: Option<u32>,
         names: &mut Names,
@@ -699,16 +770,10 @@ impl<'a> Planner<'a> {
         let mut insts = Vec::new();
         let mut done: HashSet<ValueId> = HashSet::new();
         let parts = self.parts.clone();
-        // Products of the first columns run while the last are on their way. Where keys are computed they come too late for that.
-        let late = if parts.iter().any(|p| p.computed) { parts.len() } else { 1 };
-        for i in 0..late {
-            insts.push(plain(Op::Wait(self.key_channel(i))));
-        }
+        // Products of the first columns run while the last are on their way.
         let mut sum = None;
         for (i, part) in parts.iter().enumerate() {
-            if i >= late {
-                insts.push(plain(Op::Wait(self.key_channel(i))));
-            }
+            insts.push(plain(Op::Wait(self.key_channel(i))));
             let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], &mut insts);
             let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
             let result = self.values.fresh(Type::Tile(ty), self.fragment());
@@ -717,18 +782,18 @@ impl<'a> Planner<'a> {
             sum = Some(result);
         }
         names.insert(self.a.scores.last()?.dot.results[0], sum?);
-        // What needs no score is computed while the products run.
-        for with_scores in [false, true] {
-            if with_scores {
-                insts.extend((0..parts.len()).map(|i| plain(Op::Release { channel: self.key_channel(i), lag: 0 })));
-            }
-            for inst in &body.insts {
-                let Some(&r) = inst.results.first() else { continue };
-                let wanted = split.weighing.contains(&r) && !self.a.is_product(r) && !done.contains(&r);
-                if wanted && (with_scores || !self.of_rows(r)) {
-                    self.score_inst(inst, scratch, names, &mut insts)?;
-                    done.insert(r);
-                }
+        // While the products run: what the next round knows already.
+        let counter = *names.get(&body.args[0])?;
+        let next = self.values.fresh(self.values.types[counter.0 as usize].clone(), Place::Uniform);
+        let op = tile::Op::Map { inputs: vec![counter], body: plus(self.a.range.2) };
+        insts.push(Inst { results: vec![next], op: Op::Tile(op), scratch: None });
+        let known = self.known_in(split, next, names, &mut insts)?;
+        insts.extend((0..parts.len()).map(|i| plain(Op::Release { channel: self.key_channel(i), lag: 0 })));
+        for inst in &body.insts {
+            let Some(&r) = inst.results.first() else { continue };
+            if split.weighing.contains(&r) && !self.a.is_product(r) && !others.iter().any(|o| o.0 == r) {
+                self.score_inst(inst, scratch, names, &mut insts)?;
+                done.insert(r);
             }
         }
         let channel = self.weight_channel();
@@ -739,12 +804,14 @@ impl<'a> Planner<'a> {
         insts.push(plain(Op::Commit(channel)));
         for inst in &body.insts {
             let Some(&r) = inst.results.first() else { continue };
-            if split.carrying.contains(&r) && !self.a.is_product(r) && !done.contains(&r) {
+            let ahead = others.iter().any(|o| o.0 == r);
+            if split.carrying.contains(&r) && !self.a.is_product(r) && !done.contains(&r) && !ahead {
                 self.score_inst(inst, scratch, names, &mut insts)?;
             }
         }
-        let yields = carried.iter().map(|&i| names.get(&body.yields[i]).copied()).collect::<Option<_>>()?;
-        Some((insts, yields))
+        let rows = others.iter().map(|o| known.get(&o.0).copied());
+        let yields = carried.iter().map(|&i| names.get(&body.yields[i]).copied()).chain(rows);
+        Some((insts, yields.collect::<Option<_>>()?))
     }
 
     /// The same type with this group's columns only, if it is as wide as the accumulator.
@@ -772,7 +839,7 @@ impl<'a> Planner<'a> {
         names.insert(zero, first);
         out.push(Inst { results: vec![first], op: Op::Tile(full), scratch: None });
         let acc = self.a.acc;
-        out.push(self.rounds(&[acc], names, |p, names| p.value_round(split, group, names))?);
+        out.push(self.rounds(&[acc], &[], names, |p, names| p.value_round(split, group, names))?);
         let channel = self.total_channel();
         if !split.totals.is_empty() {
             out.push(plain(Op::Wait(channel)));

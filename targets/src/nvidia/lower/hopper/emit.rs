@@ -444,7 +444,9 @@ impl<'a> Emit<'a> {
             Op::Copy { channel, slot, view, rows: Some(rows), index, .. } => {
                 self.gather_rows(*channel, *slot, *view, *rows, index)
             }
-            Op::Fill { shared: true, .. } => Err("a tile that blocks share is computed in no loop over gathered rows".into()),
+            Op::Fill { shared: true, .. } => {
+                Err("a tile that blocks share is computed in no loop over gathered rows".into())
+            }
             Op::Fill { channel, slot, value, .. } => self.fill(*channel, *slot, *value),
             Op::Commit(c) => self.commit(*c),
             Op::Wait(c) => self.wait(*c),

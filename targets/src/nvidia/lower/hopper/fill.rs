@@ -187,9 +187,10 @@ impl<'a> Emit<'a> {
         self.geometries_are_none() && body.insts.iter().any(|i| matches!(i.op, Op::Fill { .. }))
     }
 
-    /// A loop that computes rows. Loads run ahead: those of a row are issued when the same row of a tile before has been computed, a round
-    /// before where there are registers for all tiles of a round, else a tile before. Numbers of rows are known a round ahead, and what
-    /// those are looked up by is read another round ahead. Rows are loaded by eight threads, each 16 neighbours of every 128 columns.
+    /// A loop that computes rows. Loads run ahead: those of all tiles are issued at the end of the round before, or, where there are no
+    /// registers for so many, those of a tile at the end of the tile before. None is issued between uses of others: the assembler
+    /// counts all of them together, and a use would wait for the youngest. What numbers of rows are looked up by is read a round
+    /// earlier. Rows are loaded by eight threads, each 16 neighbours of every 128 columns.
     pub fn pipelined(
         &mut self,
         inst: &'a Inst,
@@ -212,15 +213,11 @@ impl<'a> Emit<'a> {
         let second = self.t.f.add(lo, step);
         let listed = self.read_lists(body, second)?;
         let mut loaded = Loaded::default();
-        let mut ahead = 0;
-        while ahead < fills.len() {
-            for row in 0..self.rows_of(fills[ahead])? {
-                self.load_row(fills[ahead], row, &numbers, &mut loaded)?;
-            }
-            ahead += 1;
-            if loaded.values(&loaded.keys()).len() * fills.len() > MOST_LOADED * ahead {
-                break;
-            }
+        self.load_rows(fills[0], &numbers, &mut loaded)?;
+        let whole = loaded.values(&loaded.keys()).len() * fills.len() <= MOST_LOADED;
+        let ahead = if whole { fills.len() } else { 1 };
+        for &fill in &fills[1..ahead] {
+            self.load_rows(fill, &numbers, &mut loaded)?;
         }
         let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
         let counters = carried.len();
@@ -238,27 +235,19 @@ impl<'a> Emit<'a> {
                 names.iter().copied().zip(values.iter().copied()).collect()
             };
             let (numbers, listed) = (again(&named, own), again(&named_listed, after));
-            let next = e.t.f.add(counter, step);
-            let next_numbers = e.numbers_at(body, next, hi, &listed)?;
-            let after = e.t.f.add(next, step);
-            let listed = e.read_lists(body, after)?;
-            e.held.insert(body.args[0], Held::Scalar(counter));
+            e.uniforms_at(body, counter)?;
             e.numbers = numbers.iter().copied().collect();
             e.sources.clear();
             let mut filled = 0;
             for inst in &body.insts {
                 match &inst.op {
                     Op::Fill { channel, slot, value, shared } => {
-                        let then = filled + ahead;
-                        filled += 1;
-                        let (then, numbers) = match then.checked_sub(fills.len()) {
-                            None => (fills[then], &numbers),
-                            Some(then) => (fills[then], &next_numbers),
-                        };
                         let fill = Filled { value: *value, shared: *shared };
-                        e.fill_computed(*channel, *slot, fill, &mut loaded, |e, row, loaded| {
-                            e.load_row(then, row, numbers, loaded)
-                        })?;
+                        e.fill_computed(*channel, *slot, fill, &mut loaded)?;
+                        filled += 1;
+                        if ahead < fills.len() && filled < fills.len() {
+                            e.load_rows(fills[filled], &numbers, &mut loaded)?;
+                        }
                     }
                     Op::Acquire(_) if e.sources.is_empty() => {
                         e.prepare_rows(body, true)?;
@@ -267,6 +256,13 @@ impl<'a> Emit<'a> {
                     _ => e.inst(inst)?,
                 }
             }
+            let next = e.t.f.add(counter, step);
+            let next_numbers = e.numbers_at(body, next, hi, &listed)?;
+            for &fill in &fills[..ahead] {
+                e.load_rows(fill, &next_numbers, &mut loaded)?;
+            }
+            let after = e.t.f.add(next, step);
+            let listed = e.read_lists(body, after)?;
             let mut out: Vec<Val> = e.rings.iter().flat_map(|r| r.state()).collect();
             out.extend(loaded.values(&keys));
             out.extend(next_numbers.iter().chain(&listed).map(|n| n.1));
@@ -399,6 +395,11 @@ impl<'a> Emit<'a> {
         Ok(rows / apart)
     }
 
+    /// Issues the loads of a tile's rows.
+    fn load_rows(&mut self, fill: Filled, numbers: &[Numbered], loaded: &mut Loaded) -> Result<(), String> {
+        (0..self.rows_of(fill)?).try_for_each(|row| self.load_row(fill, row, numbers, loaded))
+    }
+
     /// Issues the loads of one row.
     fn load_row(&mut self, fill: Filled, row: u32, numbers: &[Numbered], loaded: &mut Loaded) -> Result<(), String> {
         let (value, each) = (fill.value, self.rows_of(fill)?);
@@ -428,14 +429,13 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
-    /// Computes a 16-bit tile of rows that are loaded, into a slot; `then` comes behind each row.
+    /// Computes a 16-bit tile of rows that are loaded, into a slot.
     fn fill_computed(
         &mut self,
         channel: ChannelId,
         slot: u32,
         fill: Filled,
         loaded: &mut Loaded,
-        mut then: impl FnMut(&mut Self, u32, &mut Loaded) -> Result<(), String>,
     ) -> Result<(), String> {
         let s = self.s;
         let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
@@ -491,7 +491,6 @@ impl<'a> Emit<'a> {
                 }
             }
             loaded.forget(row, &gathers);
-            then(self, row, loaded)?;
         }
         Ok(())
     }

@@ -121,8 +121,9 @@ impl<'a> Emit<'a> {
         }
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => return Ok(vec![*x]),
-            Some(Held::Sums(values)) => return Ok(values.clone()),
-            Some(Held::Registers(values, _) | Held::Shared(values, ..)) => return Ok(values.clone()),
+            Some(Held::Registers(values, _) | Held::Shared(values, ..) | Held::Lanes(values) | Held::Sums(values)) => {
+                return Ok(values.clone());
+            }
             _ => {}
         }
         let mut seen = HashMap::new();
@@ -230,10 +231,14 @@ impl<'a> Emit<'a> {
                 _ => None,
             })
             .collect();
+        let spread: Vec<bool> = init.iter().map(|v| matches!(self.held.get(v), Some(Held::Lanes(_)))).collect();
         let hold = |e: &mut Self, to: &[ValueId], values: &[Val]| {
-            for (((&v, values), &varies), lane) in to.iter().zip(split(values)).zip(&varies).zip(&lanes) {
+            for ((((&v, values), &varies), lane), &spread) in
+                to.iter().zip(split(values)).zip(&varies).zip(&lanes).zip(&spread)
+            {
                 match lane {
                     Some(lane) => _ = e.held.insert(v, Held::Shared(values, varies, *lane)),
+                    None if spread => _ = e.held.insert(v, Held::Lanes(values)),
                     None => e.hold(v, &values, varies),
                 }
             }

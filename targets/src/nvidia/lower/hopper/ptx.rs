@@ -20,14 +20,10 @@ pub fn barrier_init_fence(f: &mut Fn) {
     effect(f, "fence.mbarrier_init.release.cluster;", "", &[]);
 }
 
-/// Waits until the phase of that parity is over, and sees what threads of this block, or of its cluster, did before. Labels are
-/// local to the braces.
-pub fn barrier_wait(f: &mut Fn, at: Val, parity: Val, cluster: bool) {
-    let scope = if cluster { ".acquire.cluster" } else { "" };
-    let text = format!(
-        "{{\n.reg .pred p;\nW:\nmbarrier.try_wait.parity{scope}.shared::cta.b64 p, [$0], $1;\n@p bra D;\nbra W;\nD:\n}}"
-    );
-    effect(f, &text, "r,r", &[at, parity]);
+/// Waits until the phase of that parity is over. Labels are local to the braces.
+pub fn barrier_wait(f: &mut Fn, at: Val, parity: Val) {
+    let text = "{\n.reg .pred p;\nW:\nmbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;\n@p bra D;\nbra W;\nD:\n}";
+    effect(f, text, "r,r", &[at, parity]);
 }
 
 /// Arrives and announces bytes that copies will bring.
@@ -84,6 +80,11 @@ pub fn elect(f: &mut Fn) -> Val {
 /// The warp's number as the hardware's uniform registers can hold it.
 pub fn uniform(f: &mut Fn, v: Val) -> Val {
     f.asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", &[v], &[Ty::I32], false, true)[0]
+}
+
+/// The largest i32 of the warp's lanes. The assembler knows that it is the same for all, which it does not of exchanged values.
+pub fn largest_of_warp(f: &mut Fn, v: Val) -> Val {
+    f.asm("redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", &[v], &[Ty::I32], false, true)[0]
 }
 
 /// What a lane of the warp has.

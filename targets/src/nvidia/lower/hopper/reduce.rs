@@ -97,7 +97,7 @@ impl Emit<'_> {
         if first < count {
             most = self.larger(x, most, i32(first.into()), count - first)?;
         }
-        let most = self.largest_of_lanes(most);
+        let most = ptx::largest_of_warp(&mut self.t.f, most);
         self.held.insert(r, Held::Scalar(most));
         Ok(())
     }
@@ -112,7 +112,8 @@ impl Emit<'_> {
         let constant = |arg: &MapArg, n: i32| inst(arg).is_some_and(|i| i.op == ScalarOp::Const(Scalar::I32(n)));
         let numbers = |arg: &MapArg| match arg {
             MapArg::Input(i) => inputs.get(*i as usize).is_some_and(|v| {
-                matches!(self.defs.get(v).map(|i| &i.op), Some(Op::Tile(tile::Op::Iota { .. }))) && self.shape(*v).len() == 1
+                matches!(self.defs.get(v).map(|i| &i.op), Some(Op::Tile(tile::Op::Iota { .. })))
+                    && self.shape(*v).len() == 1
             }),
             MapArg::Inst(_) => false,
         };
@@ -123,8 +124,7 @@ impl Emit<'_> {
         };
         inst(&body.result).is_some_and(|i| {
             let either = |a: &MapArg, b: &MapArg| constant(a, 0) && place(b);
-            i.op == ScalarOp::Select
-                && matches!(i.args.as_slice(), [_, a, b] if either(a, b) || either(b, a))
+            i.op == ScalarOp::Select && matches!(i.args.as_slice(), [_, a, b] if either(a, b) || either(b, a))
         })
     }
 
@@ -151,20 +151,11 @@ impl Emit<'_> {
             }
             most = self.t.f.intrinsic("smax", &[most, element]);
         }
-        let most = self.largest_of_lanes(most);
+        let most = ptx::largest_of_warp(&mut self.t.f, most);
         self.t.f.br(head, &[first, most]);
         self.t.f.start(after, &[]);
         self.held.insert(r, Held::Scalar(state[1]));
         Ok(())
-    }
-
-    /// The largest that a lane of the warp has.
-    fn largest_of_lanes(&mut self, mut most: Val) -> Val {
-        for lane in [16, 8, 4, 2, 1] {
-            let other = isa::shuffle_xor(&mut self.t.f, most, lane);
-            most = self.t.f.intrinsic("smax", &[most, other]);
-        }
-        most
     }
 
     /// The largest of `most` and of a lane's elements among `count` from `first` on.

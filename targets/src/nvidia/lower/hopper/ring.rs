@@ -139,8 +139,7 @@ impl<'a> Emit<'a> {
         let [stage, phase, _] = self.rings[channel.0 as usize].state();
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
-        let written = self.written_by_others(channel);
-        ptx::barrier_wait(&mut self.t.f, empty, parity, written);
+        ptx::barrier_wait(&mut self.t.f, empty, parity);
         if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
             return Ok(());
         }
@@ -149,12 +148,6 @@ impl<'a> Emit<'a> {
         let drives = self.drives();
         self.t.when(drives, |t| ptx::barrier_expect(&mut t.f, full, bytes));
         Ok(())
-    }
-
-    /// Whether threads of other blocks write stages of a channel.
-    fn written_by_others(&self, channel: ChannelId) -> bool {
-        let ring = &self.rings[channel.0 as usize];
-        ring.shared && matches!(ring.delivery, Delivery::Written(_))
     }
 
     /// Whether this thread drives the copy engine: the only one of an elected role, the first of another.
@@ -236,8 +229,7 @@ impl<'a> Emit<'a> {
     pub fn wait(&mut self, channel: ChannelId) -> Result<(), String> {
         let [stage, phase, _] = self.rings[channel.0 as usize].state();
         let full = self.barrier_at(channel, false, stage);
-        let written = self.written_by_others(channel);
-        ptx::barrier_wait(&mut self.t.f, full, phase, written);
+        ptx::barrier_wait(&mut self.t.f, full, phase);
         if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
             // What other threads wrote is ordered before this thread by the barrier, and before its products by a fence.
             self.unfenced = true;
