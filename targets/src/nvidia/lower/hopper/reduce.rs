@@ -41,7 +41,7 @@ impl Emit<'_> {
         let mut seen = HashMap::new();
         let mut maxima = Vec::new();
         for row in g.varying(true, false) {
-            let mut most = start(kind);
+            let mut elements = Vec::new();
             for column in g.varying(false, true) {
                 let at = Register {
                     sub: row.sub + column.sub,
@@ -49,9 +49,20 @@ impl Emit<'_> {
                     h: row.h + column.h,
                     e: row.e + column.e,
                 };
-                let element = self.element(x, at, &mut seen)?;
-                most = self.both(kind, most, element);
+                elements.push(self.element(x, at, &mut seen)?);
             }
+            // Pairs of pairs: one after the other each would wait for the one before.
+            while elements.len() > 1 {
+                let pairs: Vec<Val> = elements
+                    .chunks(2)
+                    .map(|pair| match *pair {
+                        [a, b] => self.both(kind, a, b),
+                        _ => pair[0],
+                    })
+                    .collect();
+                elements = pairs;
+            }
+            let mut most = elements.first().copied().unwrap_or_else(|| start(kind));
             for &lane in lanes {
                 let other = isa::shuffle_xor(&mut self.t.f, most, lane);
                 most = self.both(kind, most, other);
