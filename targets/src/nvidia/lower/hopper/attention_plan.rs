@@ -35,7 +35,7 @@ const MOST_COLUMNS: u32 = 256;
 const MOST_STAGES: u32 = 4;
 /// Registers of a thread that brings keys, that scores, and that has values: where keys are copied, and where they are computed.
 const GATHERING: [u32; 3] = [48, 144, 160];
-const COMPUTING: [u32; 3] = [104, 88, 160];
+const COMPUTING: [u32; 3] = [112, 80, 160];
 /// The same for few heads, where two warpgroups compute keys.
 const FEW_HEADS: [u32; 3] = [104, 88, 88];
 /// Fewest heads whose rows, not columns, are the instruction's rows.
