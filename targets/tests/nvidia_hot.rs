@@ -3,11 +3,14 @@
 
 #![cfg(feature = "nvidia")]
 
+#[path = "support/attention.rs"]
+mod attention;
 #[path = "support/experts.rs"]
 mod experts;
 #[path = "support/linear.rs"]
 mod linear;
 
+use attention::Attention;
 use dsc_ir::DType;
 use dsc_ir::schedule::Schedule;
 use dsc_targets::nvidia::NvidiaTarget;
@@ -46,7 +49,29 @@ fn kernels() -> Vec<Kernel> {
         let name = format!("experts{}_{}x{}", e.per_token, e.tile[0], e.tile[1]);
         Kernel { program: e.program(&name), schedule: Schedule::default() }
     });
-    linear.chain(experts).collect()
+    linear.chain(experts).chain(attention()).collect()
+}
+
+/// Sparse attention of decoding, with many heads (in pairs of blocks), a block's and few, and of prefill.
+fn attention() -> Vec<Kernel> {
+    let prefill = Attention {
+        heads: 128,
+        tile: 64,
+        latent: 512,
+        rope: 64,
+        k: 2048,
+        keys: 64,
+        fp8: false,
+        parts: None,
+        searched: true,
+    };
+    let decode = |heads: u32, parts| Attention { heads, tile: heads.min(64), fp8: true, parts, ..prefill };
+    let all = [prefill, decode(128, None), decode(128, Some(4)), decode(64, Some(8)), decode(16, Some(16))];
+    let kernel = |(i, a): (usize, Attention)| Kernel {
+        program: a.program(&format!("attention{i}_h{}", a.heads)),
+        schedule: Schedule::default(),
+    };
+    all.into_iter().enumerate().map(kernel).collect()
 }
 
 #[test]

@@ -33,9 +33,11 @@ use std::collections::{HashMap, HashSet};
 const MOST_COLUMNS: u32 = 256;
 /// Most rounds of keys in flight.
 const MOST_STAGES: u32 = 4;
-/// Registers of a thread that brings keys, that scores, and that has values: where keys are copied, and where they are computed.
+/// Registers of a thread that brings keys, that scores, and that has values: where keys are copied, where they are computed, and where two
+/// blocks compute half of them each.
 const GATHERING: [u32; 3] = [48, 144, 160];
 const COMPUTING: [u32; 3] = [112, 80, 160];
+const PAIRED: [u32; 3] = [104, 88, 160];
 /// The same for few heads, where two warpgroups compute keys.
 const FEW_HEADS: [u32; 3] = [104, 88, 88];
 /// Fewest heads whose rows, not columns, are the instruction's rows.
@@ -456,6 +458,7 @@ impl<'a> Planner<'a> {
         }
         match (self.bringing() > 1, self.parts.iter().any(|p| p.computed)) {
             (true, _) => FEW_HEADS,
+            (_, true) if self.cluster.is_some() => PAIRED,
             (_, true) => COMPUTING,
             (_, false) => GATHERING,
         }
