@@ -334,11 +334,8 @@ impl<'a> Emit<'a> {
     /// What numbers of rows are computed from and where that is read at a known place: lists in memory.
     fn lists_of(&self, v: ValueId, found: &mut Vec<ValueId>) {
         match self.defs.get(&v).map(|i| &i.op) {
-            Some(Op::Tile(tile::Op::Load { .. })) if !matches!(self.held.get(&v), Some(Held::Scalar(_))) => {
-                if !found.contains(&v) {
-                    found.push(v);
-                }
-            }
+            Some(_) if matches!(self.held.get(&v), Some(Held::Scalar(_))) || found.contains(&v) => {}
+            Some(Op::Tile(tile::Op::Load { .. })) => found.push(v),
             Some(Op::Tile(op)) => tile::operands(op).into_iter().for_each(|v| self.lists_of(v, found)),
             _ => {}
         }
