@@ -32,6 +32,19 @@ pub struct Schedule {
     /// Blocks for which a processor shall have registers, where they share one; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub sharing: u32,
+    /// Rounds of a loop's operands that shared memory holds, on targets that copy to it without registers: one is multiplied while the
+    /// next are on their way. 1: none ahead; 0: the target decides.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub stages: u32,
+    /// Whether rows chosen by number are within 2 GiB of their view's first element, whatever the step, so that 32 bits reach them.
+    #[serde(skip_serializing_if = "is_false")]
+    pub near: bool,
+    /// Whether two halves of a block's waves take turns: one reads operands while the other multiplies. Needs `stages`.
+    #[serde(skip_serializing_if = "is_false")]
+    pub alternate: bool,
+    /// Dies that the device deals blocks to in turn, each with a cache of its own: neighbours in the grid go to one of them. 0: as they come.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub dies: u32,
     /// Blocks a worker takes at a time from the launch's queue; 0 lets the executor decide.
     pub blocks_per_task: u32,
 }

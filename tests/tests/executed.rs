@@ -4,18 +4,22 @@
 #[path = "executed/device.rs"]
 mod device;
 mod launches;
+#[path = "../../targets/tests/support/linear.rs"]
+mod linear;
+#[path = "executed/products.rs"]
+mod products;
 
 use device::Interpreted;
 use dsc::compile::{Options, compile_dir, compile_for};
 use dsc::front::config::ModelConfig;
 use dsc_cdna::{CodeObject, Memory};
 use dsc_ir::SymValues;
-use dsc_ir::artifact::Numerics;
+use dsc_ir::artifact::{GpuKernel, Numerics};
 use dsc_ir::schedule::{KernelShape, Schedule};
 use dsc_ir::tile::{Access, Program};
 use dsc_runtime::{GenerateOptions, Model, Session};
 use dsc_targets::amd::AmdTarget;
-use dsc_targets::{Kernel, Module, Target, TargetError, TargetOptions};
+use dsc_targets::{Kernel, Level, Module, Target, TargetError, TargetOptions};
 use launches::{Errors, Launch, check_plan};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -32,7 +36,13 @@ struct Executed {
 
 impl Executed {
     fn new(chip: &str) -> Executed {
-        let target = AmdTarget::named(chip, &TargetOptions::default()).expect("a known chip");
+        Executed::keeping(chip, Vec::new())
+    }
+
+    /// That keeps listings too.
+    fn keeping(chip: &str, levels: Vec<Level>) -> Executed {
+        let options = TargetOptions { levels, ..TargetOptions::default() };
+        let target = AmdTarget::named(chip, &options).expect("a known chip");
         Executed { target, module: RefCell::default(), objects: RefCell::default() }
     }
 
@@ -43,7 +53,10 @@ impl Executed {
         let mut objects = self.objects.borrow_mut();
         if let Entry::Vacant(free) = objects.entry(code.entry) {
             let bytes = &module.code[code.entry as usize..][..code.code_bytes as usize];
-            free.insert(CodeObject::parse(bytes).map_err(|e| e.to_string())?);
+            let object = CodeObject::parse(bytes).map_err(|e| e.to_string())?;
+            let gpu = code.gpu.as_ref().ok_or("no launch")?;
+            as_a_loader_expects(&object, gpu)?;
+            free.insert(object);
         }
         Ok(code.entry)
     }
@@ -79,6 +92,24 @@ impl Executed {
         let got: Vec<Vec<u8>> = starts.iter().map(|&start| memory.read(start)).collect();
         launch.compare(&got)
     }
+}
+
+/// What a loader goes by, and the runtime passes: one kernel, an address an argument and none hidden, static LDS, no scratch. That its
+/// descriptor says what its metadata say, waves of 64 among it, is checked when it is read.
+fn as_a_loader_expects(object: &CodeObject, gpu: &GpuKernel) -> Result<(), String> {
+    let [kernel] = &object.kernels[..] else { return Err(format!("{} kernels", object.kernels.len())) };
+    let resources = gpu.resources.ok_or("no resources")?;
+    let addresses = kernel
+        .arguments
+        .iter()
+        .enumerate()
+        .all(|(i, a)| (a.kind.as_str(), a.offset, a.size) == ("global_buffer", 8 * i, 8));
+    let sizes = [kernel.kernarg_bytes, kernel.lds_bytes, kernel.scratch_bytes, kernel.max_threads as usize];
+    let stated = [8 * kernel.arguments.len(), resources.static_shared_bytes as usize, 0, gpu.threads as usize];
+    if addresses && kernel.hidden.is_empty() && sizes == stated && gpu.shared_bytes == 0 {
+        return Ok(());
+    }
+    Err(format!("a loader would not expect {kernel:?} of {gpu:?}"))
 }
 
 /// The blocks of a launch: one more than there is work for where a symbol says how many, as a launch may have.

@@ -57,6 +57,12 @@ pub struct Scheduled {
     /// Blocks of the hardware that run one block of the grid together, each a share of it; 1 is usual. How they divide it is the lowering's
     /// affair: there is one place for every value, and a barrier is one for all of them.
     pub team: u32,
+    /// Two halves of the threads take turns in loops with a channel of `common`: while one reads operands of products from shared memory the other
+    /// multiplies. A barrier is one for all of them all the same.
+    pub alternate: bool,
+    /// Dies that the hardware deals blocks to in turn. Blocks along axes 0 and 1 are then numbered so that neighbours, first along axis 0, are on
+    /// one die; 1 is as they come.
+    pub dies: u32,
     /// Parameters, as of the tile program.
     pub params: Vec<Param>,
     /// Types of all values, by [`ValueId`].

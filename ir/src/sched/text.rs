@@ -25,7 +25,7 @@
 //! ```
 //!
 //! A kernel with clusters says so behind its grid: `persistent 16 cluster 2 along 0`; a copy that they share is `copy shared c0.1, ...`, a tile
-//! of which each computes a part `fill shared c0.1, ...`.
+//! of which each computes a part `fill shared c0.1, ...`. Halves that take turns and blocks dealt to dies stand there too: `alternate dies 8`.
 //!
 //! Places: `@uniform`, `@lazy`, `@shared(b3)`, `@slot(c0, 1)` and `@frag(ATOM, ROWSxCOLUMNS)` with warps along rows and columns and
 //! `ATOM` one of `mma16x8`, `wgmma`, `wgmma_t` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
@@ -137,6 +137,12 @@ impl fmt::Display for Scheduled {
         }
         if kernel.team != 1 {
             write!(f, "team {} ", kernel.team)?;
+        }
+        if kernel.alternate {
+            write!(f, "alternate ")?;
+        }
+        if kernel.dies != 1 {
+            write!(f, "dies {} ", kernel.dies)?;
         }
         writeln!(f, "threads {}", kernel.threads)?;
         printer.tile.params(f, &kernel.params)?;
@@ -384,6 +390,8 @@ impl<'a> BlockParser<'a> {
             None
         };
         let team = if self.p.eat("team") { self.p.integer()? } else { 1 };
+        let alternate = self.p.eat("alternate");
+        let dies = if self.p.eat("dies") { self.p.integer()? } else { 1 };
         self.p.expect("threads")?;
         let threads = self.p.integer()?;
         let (mut params, mut buffers, mut channels) = (Vec::new(), Vec::new(), Vec::new());
@@ -409,6 +417,8 @@ impl<'a> BlockParser<'a> {
             persistent,
             cluster,
             team,
+            alternate,
+            dies,
             params,
             types,
             places,
@@ -698,6 +708,8 @@ role consumer warps 1..2 {
             persistent: bytes.first().filter(|&&n| n > 100).map(|&n| n.into()),
             cluster: bytes.first().filter(|&&n| n > 140).map(|&n| Cluster { axis: u32::from(n) % 2, blocks: n.into() }),
             team: bytes.first().map_or(1, |&n| u32::from(n) % 3 + 1),
+            alternate: bytes.len() % 2 == 0,
+            dies: bytes.len() as u32 % 3 + 1,
             params: program.params.clone(),
             types: program.types.clone(),
             places: program.types.iter().map(&mut place).collect(),

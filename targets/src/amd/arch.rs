@@ -17,6 +17,8 @@ pub struct Arch {
     pub cdna4: bool,
     /// Bytes of a lane's registers for loads a round ahead of products.
     pub ahead_bytes: u32,
+    /// Bytes of a lane that go from global memory to LDS in an instruction.
+    pub copy_bytes: u32,
     /// The device that schedules are chosen for.
     pub device: Device,
 }
@@ -89,6 +91,7 @@ pub const ARCHS: &[Arch] = &[
         fp8: Fp8::Fnuz,
         cdna4: false,
         ahead_bytes: 256,
+        copy_bytes: 4,
         device: Device { name: "MI300X", units: 304, dies: 8, clock_mhz: 2100 },
     },
     Arch {
@@ -98,6 +101,7 @@ pub const ARCHS: &[Arch] = &[
         fp8: Fp8::Ocp,
         cdna4: true,
         ahead_bytes: 256,
+        copy_bytes: 16,
         device: Device { name: "MI355X", units: 256, dies: 8, clock_mhz: 2400 },
     },
 ];

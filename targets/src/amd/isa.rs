@@ -5,6 +5,7 @@
 use super::arch::{Arch, Fp8};
 use super::{fp8, mfma};
 use crate::gpu::block::Threads;
+use crate::gpu::direct::BOUND;
 use crate::gpu::emit::Emitter;
 use crate::gpu::fragment::Spread;
 use crate::gpu::isa::{Isa, Product};
@@ -101,6 +102,73 @@ impl Isa for Arch {
 
     fn ahead_bytes(&self) -> u32 {
         self.ahead_bytes
+    }
+
+    fn copies_bytes(&self) -> Option<u32> {
+        Some(self.copy_bytes)
+    }
+
+    /// A buffer descriptor: address, stride 0, bytes, and a data format, which has to be one.
+    fn copy_source(&self, f: &mut Fn, base: Val, inside: Val) -> String {
+        const FORMAT: i64 = 0x0002_7000;
+        let low = f.cast("trunc", base, Ty::I32);
+        let high = f.bin("lshr", base, Val::Int(32, Ty::I64));
+        let high = f.cast("trunc", high, Ty::I32);
+        let high = f.bin("and", high, i32(0xffff));
+        let bytes = f.select(inside, i32(-BOUND), i32(0));
+        mfma::pack(f, &[low, high, bytes, i32(FORMAT)], "i32")
+    }
+
+    /// `buffer_load .. lds`. As text, because LLVM would wait for all copies before any read of LDS.
+    fn copy(&self, f: &mut Fn, source: &str, to: Val, from: Val, bytes: u32) {
+        let op = if bytes == 16 { "buffer_load_dwordx4" } else { "buffer_load_dword" };
+        let (to, from) = (f.name(to), f.name(from));
+        f.raw(&format!(
+            "llvm.inline_asm has_side_effects asm_dialect = att \"s_mov_b32 m0, $0\\0A{op} $1, $2, 0 offen lds\", \
+             \"s,v,s,~{{m0}},~{{memory}}\" {to}, {from}, {source} : (i32, i32, vector<4xi32>) -> !llvm.void"
+        ));
+    }
+
+    fn wait_copies(&self, f: &mut Fn, left: u32) {
+        f.asm(&format!("s_waitcnt vmcnt({left})"), "", &[], &[], true, true);
+    }
+
+    fn uniform(&self, f: &mut Fn, v: Val) -> Val {
+        let ty = v.ty();
+        if v.int().is_some() {
+            return v;
+        }
+        call(f, &format!("llvm.amdgcn.readfirstlane.{}", ty.name()), &[v], ty)
+    }
+
+    fn pairs(&self) -> bool {
+        true
+    }
+
+    /// They go to scalar registers, and no wait for them is one for copies.
+    fn loads_once(&self) -> bool {
+        true
+    }
+
+    fn lanes(&self) -> u32 {
+        Arch::WAVE
+    }
+
+    fn turn(&self, f: &mut Fn) {
+        f.raw("rocdl.sched.barrier 0");
+        f.raw("rocdl.s.barrier");
+        f.raw("rocdl.sched.barrier 0");
+    }
+
+    fn turn_behind_reads(&self, f: &mut Fn) {
+        f.raw("rocdl.sched.barrier 0");
+        self.barrier(f);
+        f.raw("rocdl.sched.barrier 0");
+    }
+
+    fn hurry(&self, f: &mut Fn, on: bool) {
+        f.raw("rocdl.sched.barrier 0");
+        f.raw(&format!("rocdl.s.setprio {}", u32::from(on)));
     }
 
     fn product(&self, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {

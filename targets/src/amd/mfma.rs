@@ -7,6 +7,8 @@
 //! the two halves of the 16 bytes are two instructions where the chip has the narrower ones only. Rows are padded by 16 bytes, which
 //! leaves eight neighbouring rows in different banks.
 //!
+//! CDNA 4 multiplies 128 elements of e4m3 in one instruction, at twice the rate of 32: there two steps of a lane are one operand.
+//!
 //! A right operand that lies as it is multiplied has a lane's `k` in eight rows. A lane reads four neighbours of each, which are four
 //! columns of four instructions; its 16 columns of their results are neighbours too ([`Atom::Mfma16x64`]).
 
@@ -17,7 +19,7 @@ use crate::gpu::fragment::Spread;
 use crate::gpu::isa::{Isa, Product};
 use crate::gpu::mlir::{Fn, Ty, Val, f32, i32};
 use dsc_ir::DType;
-use dsc_ir::sched::Atom;
+use dsc_ir::sched::{Atom, Buffer};
 
 /// Bytes of a row that a step contracts: 16 in each of the four lanes of a row.
 pub const STEP_BYTES: u32 = 64;
@@ -37,60 +39,142 @@ pub fn product(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<V
     sums.iter().zip(acc).map(|(&sum, acc)| e.t.f.intrinsic("fma", &[sum, f32(4.0), acc])).collect()
 }
 
-fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
-    let Product { dtype, a, b, trans_b, .. } = *p;
-    let bytes = dtype.bytes() as u32;
-    let step = STEP_BYTES / bytes;
-    let convert = p.ready.map(|ready| !ready && arch.converts(dtype));
-    let (in_row, chunk) = (e.t.f.rem(s.lane, 16), e.t.f.div(s.lane, 16));
-    let chunk_byte = e.t.f.mul(chunk, i32(16));
-    // First byte of this lane's row in each block of 16, of an operand that lies along `k`.
-    let along = |e: &mut Emitter, d: usize, buffer: &dsc_ir::sched::Buffer| -> Vec<Val> {
+/// Where a lane reads an operand.
+struct Lines<'b> {
+    /// First byte of the lane's piece in each block of 16 rows: from here, and as far behind.
+    rows: Vec<(Val, u32)>,
+    buffer: &'b Buffer,
+    /// Byte of the lane's piece in the first step of its row, as a swizzle puts it.
+    piece: Val,
+    convert: bool,
+}
+
+impl<'b> Lines<'b> {
+    /// Of an operand that lies along `k`; `d` is its dimension of the result.
+    fn along(e: &mut Emitter, s: &Spread, p: &Product<'b>, d: usize, convert: bool) -> Lines<'b> {
+        let buffer = [p.a, p.b][d];
+        let (in_row, chunk) = (e.t.f.rem(s.lane, 16), e.t.f.div(s.lane, 16));
+        let piece = e.t.f.mul(chunk, i32(16));
+        // Blocks begin at multiples of 16 rows, after which swizzles repeat.
+        let piece = e.swizzled(buffer, in_row, piece);
         let first = e.t.f.mul(s.warp[d], i32(s.block[d].into()));
         let row = e.t.f.add(first, in_row);
-        (0..s.block[d] / 16)
-            .map(|tile| {
-                let row = e.t.f.add(row, i32((tile * 16).into()));
-                let row = e.at_most(row, buffer.shape[0] - 1, s.block[d] * s.warps[d] > buffer.shape[0]);
-                let byte = e.t.f.mul(row, i32(buffer.pitch.into()));
-                let byte = e.t.f.add(byte, chunk_byte);
-                e.t.f.add(byte, i32(buffer.offset.into()))
-            })
-            .collect()
+        let ragged = s.block[d] * s.warps[d] > buffer.shape[0];
+        let start = |e: &mut Emitter, row: Val| {
+            let byte = e.t.f.mul(row, i32(buffer.pitch.into()));
+            let byte = e.t.f.add(byte, p.first[d]);
+            e.t.f.add(byte, piece)
+        };
+        let tiles = 0..s.block[d] / 16;
+        let rows = if ragged {
+            tiles
+                .map(|tile| {
+                    let row = e.t.f.add(row, i32((tile * 16).into()));
+                    let row = e.at_most(row, buffer.shape[0] - 1, true);
+                    (start(e, row), buffer.offset)
+                })
+                .collect()
+        } else {
+            let start = start(e, row);
+            tiles.map(|tile| (start, buffer.offset + tile * 16 * buffer.pitch)).collect()
+        };
+        Lines { rows, buffer, piece, convert }
+    }
+
+    /// The rows' pieces of a step.
+    fn read(&self, arch: &Arch, e: &mut Emitter, dtype: DType, at: Val) -> Vec<Operand> {
+        let byte = e.t.f.mul(at, i32(STEP_BYTES.into()));
+        let by = if self.buffer.swizzle <= STEP_BYTES {
+            byte
+        } else {
+            // The piece has a bit of the swizzle where the step counts.
+            let other = e.t.f.bin("xor", self.piece, byte);
+            e.t.f.sub(other, self.piece)
+        };
+        let rows = self.rows.iter();
+        rows.map(|&(start, behind)| {
+            // What is the same for all blocks first: the rest is part of the instruction.
+            let byte = e.t.f.add(start, by);
+            let byte = e.t.f.add(byte, i32(behind.into()));
+            read(arch, e, dtype, byte, self.convert)
+        })
+        .collect()
+    }
+}
+
+fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
+    let Product { dtype, trans_b, .. } = *p;
+    let step = STEP_BYTES / dtype.bytes() as u32;
+    let convert = p.ready.map(|ready| !ready && arch.converts(dtype));
+    let left = Lines::along(e, s, p, 0, convert[0]);
+    let steps = p.k.div_ceil(step);
+    if !trans_b {
+        return sums_across(arch, e, s, p, &left, acc);
+    }
+    let right = Lines::along(e, s, p, 1, convert[1]);
+    // Twice the rate, where two steps make one instruction.
+    let pairs = arch.cdna4 && dtype == DType::E4m3 && steps.is_multiple_of(2);
+    let unit = if pairs { 2 } else { 1 };
+    let both = |e: &mut Emitter, lines: &Lines, at: Val| -> Vec<Operand> {
+        let at = e.t.f.mul(at, i32(unit.into()));
+        let mut operands = lines.read(arch, e, dtype, at);
+        if pairs {
+            let next = e.t.f.add(at, i32(1));
+            let others = lines.read(arch, e, dtype, next);
+            operands = operands.iter().zip(&others).map(|(a, b)| vec![join(&mut e.t.f, a, b)]).collect();
+        }
+        operands
     };
-    let a_rows = along(e, 0, a);
-    let b_rows = if trans_b {
-        along(e, 1, b)
-    } else {
-        // First byte of this lane's column, in its first row of a step.
-        let first = e.t.f.mul(s.warp[1], i32(s.block[1].into()));
-        let (unit, each) = if p.atom == Atom::Mfma16x64 { (64, 4) } else { (16, 1) };
-        let own = e.t.f.mul(in_row, i32(each.into()));
-        let column = e.t.f.add(first, own);
-        let row = e.t.f.mul(chunk, i32((16 / bytes * b.pitch).into()));
-        (0..s.block[1] / unit)
-            .map(|tile| {
-                let column = e.t.f.add(column, i32((tile * unit).into()));
-                let column = e.at_most(column, b.shape[1] - each, s.block[1] * s.warps[1] > b.shape[1]);
-                let byte = e.t.f.mul(column, i32(bytes.into()));
-                let byte = e.t.f.add(byte, row);
-                e.t.f.add(byte, i32(b.offset.into()))
-            })
-            .collect()
+    let multiply = |e: &mut Emitter, acc: &mut [Val], lefts: &[Operand], (gi, right): (usize, &Operand)| {
+        for (ri, left) in lefts.iter().enumerate() {
+            let registers = [0, 1, 2, 3].map(|i| s.register(ri, gi, i));
+            accumulate(arch, e, dtype, (right, left), acc, registers);
+        }
     };
+    if e.alternating.is_some() {
+        let read: Vec<(Vec<Operand>, Vec<Operand>)> =
+            (0..steps / unit).map(|at| (both(e, &left, i32(at.into())), both(e, &right, i32(at.into())))).collect();
+        e.begin_product();
+        let mut acc = acc;
+        for (lefts, rights) in &read {
+            rights.iter().enumerate().for_each(|right| multiply(e, &mut acc, lefts, right));
+        }
+        e.end_product();
+        return acc;
+    }
+    e.steps(steps / unit, acc, |e, acc, at| {
+        let (lefts, rights) = (both(e, &left, at), both(e, &right, at));
+        rights.iter().enumerate().for_each(|right| multiply(e, acc, &lefts, right));
+    })
+}
+
+/// Of right operands that lie as they are multiplied.
+fn sums_across(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, left: &Lines, acc: Vec<Val>) -> Vec<Val> {
+    let Product { dtype, b, .. } = *p;
+    let bytes = dtype.bytes() as u32;
+    let step = STEP_BYTES / bytes;
+    let (in_row, chunk) = (e.t.f.rem(s.lane, 16), e.t.f.div(s.lane, 16));
     let wide = p.atom == Atom::Mfma16x64;
-    let b_step = if trans_b { STEP_BYTES } else { step * b.pitch };
+    // First byte of this lane's column, in its first row of a step.
+    let first = e.t.f.mul(s.warp[1], i32(s.block[1].into()));
+    let (unit, each) = if wide { (64, 4) } else { (16, 1) };
+    let own = e.t.f.mul(in_row, i32(each.into()));
+    let column = e.t.f.add(first, own);
+    let row = e.t.f.mul(chunk, i32((16 / bytes * b.pitch).into()));
+    let columns: Vec<Val> = (0..s.block[1] / unit)
+        .map(|tile| {
+            let column = e.t.f.add(column, i32((tile * unit).into()));
+            let column = e.at_most(column, b.shape[1] - each, s.block[1] * s.warps[1] > b.shape[1]);
+            let byte = e.t.f.mul(column, i32(bytes.into()));
+            let byte = e.t.f.add(byte, row);
+            e.t.f.add(byte, i32(b.offset.into()))
+        })
+        .collect();
     e.steps(p.k.div_ceil(step), acc, |e, acc, at| {
-        let (a_at, b_at) = (e.t.f.mul(at, i32(STEP_BYTES.into())), e.t.f.mul(at, i32(b_step.into())));
-        let lefts: Vec<Operand> = a_rows
-            .iter()
-            .map(|&row| {
-                let byte = e.t.f.add(row, a_at);
-                read(arch, e, dtype, byte, convert[0])
-            })
-            .collect();
-        for (gi, &row) in b_rows.iter().enumerate() {
-            let byte = e.t.f.add(row, b_at);
+        let lefts = left.read(arch, e, dtype, at);
+        let b_at = e.t.f.mul(at, i32((step * b.pitch).into()));
+        for (gi, &column) in columns.iter().enumerate() {
+            let byte = e.t.f.add(column, b_at);
             if wide {
                 let rights = read_patch(arch, e, dtype, byte, b.pitch);
                 for (ri, left) in lefts.iter().enumerate() {
@@ -101,17 +185,27 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
                 }
                 continue;
             }
-            let right = if trans_b {
-                read(arch, e, dtype, byte, convert[1])
-            } else {
-                read_column(arch, e, dtype, byte, b.pitch)
-            };
+            let right = read_column(arch, e, dtype, byte, b.pitch);
             for (ri, left) in lefts.iter().enumerate() {
                 let registers = [0, 1, 2, 3].map(|i| s.register(ri, gi, i));
                 accumulate(arch, e, dtype, (&right, left), acc, registers);
             }
         }
     })
+}
+
+/// Two operands of two halves each as one of 32 bytes.
+fn join(f: &mut Fn, a: &Operand, b: &Operand) -> String {
+    let halves: Vec<&String> = a.iter().chain(b).collect();
+    let whole = format!("vector<{}xi64>", halves.len());
+    let mut built = f.op(&format!("llvm.mlir.undef : {whole}"), Ty::I64);
+    for (i, half) in halves.into_iter().enumerate() {
+        let (i, before) = (f.name(i32(i as i64)), f.name(built));
+        built = f.op(&format!("llvm.insertelement {half}, {before}[{i} : i32] : {whole}"), Ty::I64);
+    }
+    let built = f.name(built);
+    let words = f.op(&format!("llvm.bitcast {built} : {whole} to vector<8xi32>"), Ty::I32);
+    f.name(words)
 }
 
 /// The instructions of a step on four of the accumulators.
@@ -125,8 +219,14 @@ fn accumulate(
 ) {
     let before = registers.map(|r| acc[r]);
     let mut c = pack(&mut e.t.f, &before, "f32");
+    // Four pieces of 64 bits joined to one operand, where there were four.
+    let whole = dtype == DType::E4m3 && left.len() == 1;
     for (left, right) in left.iter().zip(right) {
-        c = multiply(arch, &mut e.t.f, dtype, right, left, &c);
+        c = if whole {
+            multiply_128(&mut e.t.f, right, left, &c)
+        } else {
+            multiply(arch, &mut e.t.f, dtype, right, left, &c)
+        };
     }
     for (i, r) in registers.into_iter().enumerate() {
         acc[r] = element(&mut e.t.f, &c, i, "vector<4xf32>", Ty::F32);
@@ -191,6 +291,20 @@ fn multiply(arch: &Arch, f: &mut Fn, dtype: DType, a: &str, b: &str, c: &str) ->
         &format!(
             "llvm.call_intrinsic \"llvm.amdgcn.mfma.f32.{name}\"({a}, {b}, {c}, {zero}, {zero}, {zero}) : \
              ({ty}, {ty}, vector<4xf32>, i32, i32, i32) -> vector<4xf32>"
+        ),
+        Ty::F32,
+    );
+    f.name(d)
+}
+
+/// The instruction for 128 elements of e4m3: scales of one, which is what a scale that is the constant 0 selects.
+fn multiply_128(f: &mut Fn, a: &str, b: &str, c: &str) -> String {
+    let zero = f.name(i32(0));
+    let d = f.op(
+        &format!(
+            "llvm.call_intrinsic \"llvm.amdgcn.mfma.scale.f32.16x16x128.f8f6f4.v8i32.v8i32\"\
+             ({a}, {b}, {c}, {zero}, {zero}, {zero}, {zero}, {zero}, {zero}) : \
+             (vector<8xi32>, vector<8xi32>, vector<4xf32>, i32, i32, i32, i32, i32, i32) -> vector<4xf32>"
         ),
         Ty::F32,
     );
@@ -265,7 +379,7 @@ fn read_column(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val, pitch: u32
 }
 
 /// A vector of values.
-fn pack(f: &mut Fn, values: &[Val], ty: &str) -> String {
+pub fn pack(f: &mut Fn, values: &[Val], ty: &str) -> String {
     let vector = format!("vector<{}x{ty}>", values.len());
     let mut built = f.op(&format!("llvm.mlir.undef : {vector}"), Ty::I32);
     for (i, &v) in values.iter().enumerate() {

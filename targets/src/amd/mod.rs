@@ -7,6 +7,7 @@
 //! | `arch` | what differs between chips, as data |
 //! | `isa` | instructions: what [`crate::gpu`] asks of a chip |
 //! | `mfma`, `fp8` | matrix products, and the conversions of e4m3 that gfx942 needs |
+//! | `schedule` | tiles and what surrounds them, by a kernel's shape |
 //! | `lower` | tile program and schedule to MLIR text |
 //! | `lld`, `metadata` | objects to code objects, and what these say of themselves |
 //! | `target` | the way down for all kernels of a module; [`crate::gpu::llvm`] makes objects of MLIR |
@@ -28,6 +29,7 @@ pub mod lower;
 #[cfg(feature = "amd")]
 pub mod metadata;
 mod mfma;
+mod schedule;
 #[cfg(feature = "amd")]
 mod target;
 

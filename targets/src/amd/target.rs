@@ -118,7 +118,7 @@ impl Target for AmdTarget {
     }
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
-        Schedule::wide(shape, tokens)
+        super::schedule::choose(self.arch, shape, tokens)
     }
 
     fn fits(&self, kernel: &Kernel) -> bool {

@@ -20,6 +20,54 @@ pub fn apply(f: &mut Fn, arch: &dyn Isa, body: &MapFn, args: &[(Val, DType)]) ->
     arg(&done, &body.result)
 }
 
+/// Whether [`apply_pairs`] takes a map of f32.
+pub fn pairs(body: &MapFn) -> bool {
+    let takes =
+        |op: ScalarOp| matches!(op, ScalarOp::Add | ScalarOp::Sub | ScalarOp::Mul | ScalarOp::Const(Scalar::F32(_)));
+    !body.insts.is_empty() && body.insts.iter().all(|i| takes(i.op))
+}
+
+/// As [`apply`], on two elements of f32 at once.
+pub fn apply_pairs(f: &mut Fn, body: &MapFn, args: &[[Val; 2]]) -> [Val; 2] {
+    const PAIR: &str = "vector<2xf32>";
+    let pair = |f: &mut Fn, [a, b]: [Val; 2]| {
+        let mut built = f.op(&format!("llvm.mlir.undef : {PAIR}"), Ty::F32);
+        for (i, v) in [a, b].into_iter().enumerate() {
+            let (v, i, before) = (f.name(v), f.name(i32(i as i64)), f.name(built));
+            built = f.op(&format!("llvm.insertelement {v}, {before}[{i} : i32] : {PAIR}"), Ty::F32);
+        }
+        built
+    };
+    let args: Vec<Val> = args.iter().map(|&a| pair(f, a)).collect();
+    let mut done: Vec<Val> = Vec::with_capacity(body.insts.len());
+    let arg = |done: &[Val], a: &MapArg| match a {
+        MapArg::Input(i) => args[*i as usize],
+        MapArg::Inst(i) => done[*i as usize],
+    };
+    for inst in &body.insts {
+        let name = match inst.op {
+            ScalarOp::Add => "fadd",
+            ScalarOp::Sub => "fsub",
+            ScalarOp::Mul => "fmul",
+            ScalarOp::Const(c) => {
+                let c = constant(c);
+                done.push(pair(f, [c, c]));
+                continue;
+            }
+            op => unreachable!("{op:?} is not for pairs"),
+        };
+        let (a, b) = (arg(&done, &inst.args[0]), arg(&done, &inst.args[1]));
+        let (a, b) = (f.name(a), f.name(b));
+        done.push(f.op(&format!("llvm.{name} {a}, {b} : {PAIR}"), Ty::F32));
+    }
+    let result = arg(&done, &body.result);
+    let result = f.name(result);
+    [0, 1].map(|i| {
+        let i = f.name(i32(i));
+        f.op(&format!("llvm.extractelement {result}[{i} : i32] : {PAIR}"), Ty::F32)
+    })
+}
+
 fn scalar(f: &mut Fn, arch: &dyn Isa, op: ScalarOp, a: &[(Val, DType)]) -> (Val, DType) {
     let dtype = a.first().map_or(DType::F32, |a| a.1);
     let float = dtype == DType::F32;

@@ -3,7 +3,7 @@
 //! Shared memory is followed by buffers and their bytes; global memory only where a parameter is both read and written, as views of
 //! one launch are not written otherwise if they are read.
 
-use dsc_ir::sched::{Block, Buffer, BufferId, Inst, Op, Place};
+use dsc_ir::sched::{Block, Buffer, BufferId, Channel, ChannelId, Inst, Op, Place};
 use dsc_ir::tile::{self, Index, ValueId};
 use std::collections::{BTreeSet, HashMap};
 
@@ -13,6 +13,8 @@ pub struct Reads<'a> {
     pub defs: &'a HashMap<ValueId, tile::Op>,
     /// Places.
     pub places: &'a [Place],
+    /// Rings, whose slots are buffers that copies write.
+    pub channels: &'a [Channel],
 }
 
 impl Reads<'_> {
@@ -21,6 +23,9 @@ impl Reads<'_> {
         match &self.places[v.0 as usize] {
             Place::Shared(b) => {
                 into.insert(*b);
+            }
+            Place::Slot(c, slot) => {
+                into.extend(self.slot(*c, *slot));
             }
             Place::Lazy => {
                 if let Some(op) = self.defs.get(&v) {
@@ -31,6 +36,10 @@ impl Reads<'_> {
             }
             _ => {}
         }
+    }
+
+    fn slot(&self, c: ChannelId, slot: u32) -> Option<BufferId> {
+        self.channels.get(c.0 as usize)?.slots.get(slot as usize).copied()
     }
 
     /// Buffers that an instruction reads and writes itself (not those of the blocks inside it). A lazy result touches nothing yet.
@@ -61,6 +70,12 @@ impl Reads<'_> {
                 }
             }
             Op::If { cond, .. } => self.of(*cond, &mut reads),
+            Op::Copy { channel, slot, rows, .. } => {
+                if let Some(rows) = rows {
+                    self.of(*rows, &mut reads);
+                }
+                writes.extend(self.slot(*channel, *slot));
+            }
             _ => {}
         }
         (reads, writes)
@@ -106,9 +121,13 @@ impl Placing<'_> {
         })
     }
 
-    /// Buffers that an instruction reads and writes, and views as buffers behind the last one.
+    /// Buffers that an instruction reads and writes, and views as buffers behind the last one. Slots of rings are the rings' affair: around
+    /// the loop that has one there are barriers.
     fn touched(&self, inst: &Inst) -> (BTreeSet<BufferId>, BTreeSet<BufferId>) {
         let (mut reads, mut writes) = self.reads.touched(inst);
+        let slot = |b: &BufferId| self.reads.channels.iter().any(|c| c.slots.contains(b));
+        reads.retain(|b| !slot(b));
+        writes.retain(|b| !slot(b));
         let place = |view: &ValueId| self.updated.iter().position(|v| v == view);
         let buffer = |i: usize| BufferId((self.buffers.len() + i) as u32);
         match &inst.op {
@@ -139,6 +158,9 @@ impl Placing<'_> {
         let barrier = || Inst { results: Vec::new(), op: Op::Barrier, scratch: None };
         let mut out = Vec::with_capacity(block.insts.len());
         for mut inst in std::mem::take(&mut block.insts) {
+            if inst.op == Op::Barrier {
+                *state = Hazards::default();
+            }
             let (r, w) = self.touched(&inst);
             if self.meet(&r, &state.written) || self.meet(&w, &state.written) || self.meet(&w, &state.read) {
                 out.push(barrier());

@@ -29,7 +29,8 @@ impl<'a> Emitter<'a> {
             Atom::Fma => self.dot_fma(&s, (a_buffer, self.dtype(a)), (b_buffer, self.dtype(b)), k, trans_b, acc),
             atom => {
                 let ready = [a, b].map(|v| self.root(v).is_some_and(|b| self.ready.contains(&b)));
-                let p = Product { atom, dtype: self.dtype(a), a: a_buffer, b: b_buffer, ready, k, trans_b };
+                let first = [a, b].map(|v| self.stage_byte(v));
+                let p = Product { atom, dtype: self.dtype(a), a: a_buffer, b: b_buffer, first, ready, k, trans_b };
                 self.t.arch.product(self, &s, &p, acc)
             }
         };

@@ -7,15 +7,16 @@
 //! Bounds are part of the meaning: a global access is masked by its view unless the coordinates are provably inside. A masked load
 //! reads the view's first element instead, so it needs no branch.
 
-use super::arith;
 use super::block::Threads;
+use super::direct::{Ring, rings_in};
 use super::fragment::Spread;
 use super::isa;
 use super::mlir::{Ty, Val, f32, i32, i64};
 use super::schedule::{matrix, shared_bytes};
+use super::{arith, divisor};
 use super::{scan, topk};
-use dsc_ir::sched::{Block, Buffer, BufferId, Inst, Op, Place, Scheduled};
-use dsc_ir::tile::{self, Index, MapArg, MapFn, Scalar, ScalarOp, Type, ValueId, ViewType};
+use dsc_ir::sched::{Block, Buffer, BufferId, ChannelId, Inst, Op, Place, Scheduled};
+use dsc_ir::tile::{self, Index, MapFn, Type, ValueId, ViewType};
 use dsc_ir::{DType, Extent, Sym};
 use std::collections::{HashMap, HashSet};
 
@@ -43,6 +44,12 @@ pub struct Emitter<'a> {
     pub early: HashMap<(ValueId, ValueId), Vec<Val>>,
     /// Whether global memory is read at all: where this does not hold, a load's address is its view's first element.
     pub reading: Val,
+    /// By channel.
+    pub rings: Vec<Ring>,
+    /// What lies in a stage of a ring: the stage's first byte behind its buffer's.
+    pub taken: HashMap<ValueId, Val>,
+    /// The ring of the loop being written, if halves of the block alternate there.
+    pub alternating: Option<ChannelId>,
     /// A number that divides a uniform integer.
     pub divisors: HashMap<ValueId, i64>,
     params: HashMap<ValueId, Val>,
@@ -108,6 +115,9 @@ impl<'a> Emitter<'a> {
             ahead: HashMap::new(),
             early: HashMap::new(),
             reading: Val::Int(1, Ty::I1),
+            rings: s.channels.iter().map(|_| Ring::default()).collect(),
+            taken: HashMap::new(),
+            alternating: None,
             divisors: HashMap::new(),
             params: HashMap::new(),
             syms: [i32(0); 6],
@@ -140,10 +150,41 @@ impl<'a> Emitter<'a> {
         let (body, end) = (e.t.f.label(), e.t.f.label());
         e.t.f.cond_br(inside, (body, &[]), (end, &[]));
         e.t.f.start(body, &[]);
+        e.deal_to_dies();
         e.block(&s.common);
         e.t.f.br(end, &[]);
         e.t.f.start(end, &[]);
         e
+    }
+
+    /// Numbers blocks anew, so that neighbours run on one die. Die `d` of `D` runs the blocks that the hardware numbers `d`, `d + D`, ..; of all
+    /// in order it gets the `d`-th part.
+    fn deal_to_dies(&mut self) {
+        let [x, y, ..] = self.s.grid[..] else { return };
+        let dies = self.s.dies;
+        if dies == 1 {
+            return;
+        }
+        let [columns, lines] = [x, y].map(|dim| {
+            let extent = self.extent(dim.extent);
+            let extent = self.t.f.add(extent, i32(i64::from(dim.tile) - 1));
+            self.t.f.div(extent, dim.tile)
+        });
+        let f = &mut self.t.f;
+        let line = f.mul(self.blocks[1], columns);
+        let number = f.add(line, self.blocks[0]);
+        let all = f.mul(columns, lines);
+        let (die, at) = (f.rem(number, dies), f.div(number, dies));
+        let (each, more) = (f.div(all, dies), f.rem(all, dies));
+        let first = f.mul(die, each);
+        // The first dies have one more where they do not divide.
+        let fewer = f.cmp("slt", die, more);
+        let extra = f.select(fewer, die, more);
+        let first = f.add(first, extra);
+        let number = f.add(first, at);
+        let (line, place) = (f.bin("udiv", number, columns), f.bin("urem", number, columns));
+        self.blocks[0] = self.t.arch.uniform(&mut self.t.f, place);
+        self.blocks[1] = self.t.arch.uniform(&mut self.t.f, line);
     }
 
     /// Type of a tile's elements.
@@ -173,6 +214,11 @@ impl<'a> Emitter<'a> {
         &self.s.places[v.0 as usize]
     }
 
+    /// Whether the kernel only reads a view.
+    pub fn read_only(&self, view: ValueId) -> bool {
+        self.s.params.iter().any(|p| p.value == view && p.access == tile::Access::Read)
+    }
+
     /// A buffer of shared memory.
     pub fn buffer(&self, b: BufferId) -> &'a Buffer {
         &self.s.buffers[b.0 as usize]
@@ -191,6 +237,7 @@ impl<'a> Emitter<'a> {
         loop {
             match (self.place(v), self.defs.get(&v)) {
                 (Place::Shared(b), _) => return Some(*b),
+                (Place::Slot(c, slot), _) => return Some(self.s.channels[c.0 as usize].slots[*slot as usize]),
                 (_, Some(tile::Op::Reshape { x, .. })) => v = *x,
                 _ => return None,
             }
@@ -217,8 +264,13 @@ impl<'a> Emitter<'a> {
         }
     }
 
+    /// The address that a view is of.
+    pub fn param(&self, view: ValueId) -> Val {
+        self.params[&view]
+    }
+
     /// A size in this step.
-    fn extent(&mut self, e: Extent) -> Val {
+    pub fn extent(&mut self, e: Extent) -> Val {
         match e.sym {
             None => i32(e.factor.into()),
             Some(sym) => self.t.f.mul(self.syms[sym as usize], i32(e.factor.into())),
@@ -238,7 +290,7 @@ impl<'a> Emitter<'a> {
             Op::Barrier => self.t.barrier(),
             Op::For { lo, hi, step, init, body } => self.for_loop(inst, (*lo, *hi, *step), init, body),
             Op::If { cond, then, otherwise } => self.branch(inst, *cond, then, otherwise),
-            _ => unreachable!("the plain schedule has no channels"),
+            _ => self.channel_op(inst),
         }
     }
 
@@ -252,8 +304,7 @@ impl<'a> Emitter<'a> {
 
     fn divisor(&self, i: Index) -> i64 {
         match i {
-            Index::Const(0) => 1 << 30,
-            Index::Const(n) => n.abs(),
+            Index::Const(n) => divisor::of_constant(n),
             Index::Value(v) => self.divisors.get(&v).copied().unwrap_or(1),
         }
     }
@@ -289,7 +340,7 @@ impl<'a> Emitter<'a> {
     }
 
     fn for_loop(&mut self, inst: &'a Inst, (lo, hi, step): (Index, Index, u32), init: &[ValueId], body: &'a Block) {
-        let d = gcd(self.divisor(lo), step.into());
+        let d = divisor::gcd(self.divisor(lo), step.into());
         let (lo, hi) = (self.index(lo), self.index(hi));
         let mut carried = Vec::new();
         for (i, &v) in init.iter().enumerate() {
@@ -302,6 +353,12 @@ impl<'a> Emitter<'a> {
         }
         let first = self.load_ahead(&ahead, body, lo, hi);
         carried.extend(first.iter().flatten());
+        let mut rings = Vec::new();
+        rings_in(body, &mut rings);
+        self.begin_alternation(body);
+        let under_way = self.under_way(&rings);
+        let stages = self.ring_state(&rings);
+        carried.extend(&stages);
         let l = self.t.f.open_loop(lo, hi, &carried);
         self.uniform.insert(body.args[0], l.args[0]);
         let mut at = 1;
@@ -312,8 +369,14 @@ impl<'a> Emitter<'a> {
             self.ahead.insert(load.result, l.args[at..at + values.len()].to_vec());
             at += values.len();
         }
+        self.set_ring_state(&rings, &l.args[at..]);
         let mut loaded = Vec::new();
+        let product = |inst: &Inst| matches!(inst.op, Op::Tile(tile::Op::Dot { .. }));
+        let first_product = body.insts.iter().position(product).filter(|_| !rings.is_empty());
         for (i, inst) in body.insts.iter().enumerate() {
+            if first_product == Some(i) {
+                self.read_slots_early(&body.insts[i..]);
+            }
             if ahead.before == Some(i) {
                 self.read_early(&body.insts[i..]);
                 let next = self.t.f.add(l.args[0], i32(step.into()));
@@ -326,7 +389,13 @@ impl<'a> Emitter<'a> {
             next.extend(self.registers(v, body.args[i + 1]));
         }
         next.extend(loaded.iter().flatten());
+        next.extend(self.ring_state(&rings));
+        if self.under_way(&rings) != under_way {
+            self.fault = Some("a round leaves other copies under way than it found".into());
+        }
         self.t.f.close_loop(&l, i32(step.into()), &next);
+        self.set_ring_state(&rings, &l.args[l.args.len() - stages.len()..]);
+        self.end_alternation(body);
         let mut at = 1;
         for &r in &inst.results {
             at += self.define(r, &l.args[at..]);
@@ -399,9 +468,13 @@ impl<'a> Emitter<'a> {
             Place::Lazy | Place::View => {}
             Place::Uniform => {
                 let at = vec![i32(0); self.shape(r).len()];
+                // What no kernel writes while this one reads it may be loaded once for all lanes.
+                self.t.f.constant =
+                    self.t.arch.loads_once() && matches!(op, tile::Op::Load { view, .. } if self.read_only(*view));
                 let v = self.evaluate(op, r, &at, 1)[0];
+                self.t.f.constant = false;
                 self.uniform.insert(r, v);
-                let d = self.divisor_of(op);
+                let d = divisor::of(op, &|i| self.divisor(i));
                 self.divisors.insert(r, d);
             }
             Place::Fragment(f) => {
@@ -415,7 +488,7 @@ impl<'a> Emitter<'a> {
                 }
                 _ => self.materialise(op, r, self.buffer(*b)),
             },
-            Place::Slot(..) => unreachable!("the plain schedule has no channels"),
+            Place::Slot(..) => unreachable!("only a take is in a slot"),
         }
     }
 
@@ -434,33 +507,6 @@ impl<'a> Emitter<'a> {
         match self.place(v) {
             Place::Shared(b) => self.buffer(*b).offset,
             _ => unreachable!("selections are in shared memory"),
-        }
-    }
-
-    /// A number that divides the result of integer arithmetic.
-    fn divisor_of(&self, op: &tile::Op) -> i64 {
-        match op {
-            tile::Op::Full { value: Scalar::I32(n), .. } => self.divisor(Index::Const((*n).into())),
-            tile::Op::Reshape { x, .. } => self.divisor(Index::Value(*x)),
-            tile::Op::Map { inputs, body } => {
-                let mut known: Vec<i64> = Vec::new();
-                let arg = |known: &[i64], a: &MapArg| match a {
-                    MapArg::Input(i) => self.divisor(Index::Value(inputs[*i as usize])),
-                    MapArg::Inst(i) => known[*i as usize],
-                };
-                for inst in &body.insts {
-                    let a: Vec<i64> = inst.args.iter().map(|a| arg(&known, a)).collect();
-                    known.push(match inst.op {
-                        ScalarOp::Const(Scalar::I32(n)) => self.divisor(Index::Const(n.into())),
-                        ScalarOp::Add | ScalarOp::Sub => gcd(a[0], a[1]),
-                        ScalarOp::Mul => a[0].saturating_mul(a[1]).min(1 << 30),
-                        ScalarOp::Select => gcd(a[1], a[2]),
-                        _ => 1,
-                    });
-                }
-                arg(&known, &body.result)
-            }
-            _ => 1,
         }
     }
 
@@ -500,7 +546,11 @@ impl<'a> Emitter<'a> {
     pub fn chunk(&mut self, v: ValueId, at: &[Val], n: u32) -> Vec<Val> {
         match self.place(v) {
             Place::Uniform => vec![self.uniform[&v]; n as usize],
-            Place::Shared(b) => self.load_buffer(self.buffer(*b), self.dtype(v), self.shape(v), at, n),
+            Place::Shared(b) => self.load_buffer(self.buffer(*b), i32(0), self.dtype(v), (self.shape(v), at), n),
+            Place::Slot(c, slot) => {
+                let (b, stage) = (self.slot_buffer(*c, *slot), self.stage_byte(v));
+                self.load_buffer(b, stage, self.dtype(v), (self.shape(v), at), n)
+            }
             Place::Lazy => match self.defs.get(&v) {
                 Some(&op) => self.evaluate(op, v, at, n),
                 None => unreachable!("lazy %{} has a definition", v.0),
@@ -509,10 +559,12 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    fn load_buffer(&mut self, b: &Buffer, dtype: DType, shape: &[u32], at: &[Val], n: u32) -> Vec<Val> {
+    /// Neighbours from coordinates of a tile in a buffer, which begins `first` bytes behind the buffer's first byte.
+    fn load_buffer(&mut self, b: &Buffer, first: Val, dtype: DType, (shape, at): (&[u32], &[Val]), n: u32) -> Vec<Val> {
         let row = self.linear(&at[..at.len().saturating_sub(1)], &shape[..shape.len().saturating_sub(1)]);
         let col = at.last().copied().unwrap_or(i32(0));
         let byte = self.buffer_byte(b, dtype, row, col);
+        let byte = self.t.f.add(byte, first);
         let ty = if dtype == DType::Bool { Ty::I8 } else { isa::stored(dtype) };
         let most = (16 / ty.bytes()).min(n);
         let most = if b.pitch.is_multiple_of(most * ty.bytes()) || b.shape[0] == 1 { most } else { 1 };
@@ -732,11 +784,7 @@ impl<'a> Emitter<'a> {
                 inside = self.t.f.bin("and", inside, ok);
             }
             let wide = self.t.f.cast("sext", c, Ty::I64);
-            let mut stride = i64(ty.strides[d].bytes);
-            if let Some(sym) = ty.strides[d].sym {
-                let sym = self.t.f.cast("sext", self.syms[sym as usize], Ty::I64);
-                stride = self.t.f.mul(stride, sym);
-            }
+            let stride = self.stride(ty, d);
             let part = self.t.f.mul(wide, stride);
             offset = self.t.f.add(offset, part);
         }
@@ -766,8 +814,20 @@ impl<'a> Emitter<'a> {
         Access { first, dtype: ty.dtype, n, at, whole, inside, step }
     }
 
+    /// Bytes between neighbours along a dim (i64).
+    pub fn stride(&mut self, ty: &ViewType, d: usize) -> Val {
+        let stride = i64(ty.strides[d].bytes);
+        match ty.strides[d].sym {
+            Some(sym) => {
+                let sym = self.t.f.cast("sext", self.syms[sym as usize], Ty::I64);
+                self.t.f.mul(stride, sym)
+            }
+            None => stride,
+        }
+    }
+
     /// `0 <= c < extent`.
-    fn within(&mut self, c: Val, extent: Val) -> Val {
+    pub fn within(&mut self, c: Val, extent: Val) -> Val {
         if c.int().is_some_and(|c| c < 0) {
             return Val::Int(0, Ty::I1);
         }
@@ -1131,10 +1191,6 @@ fn selections<'a>(block: &'a Block, ops: &mut Vec<(ValueId, &'a tile::Op)>) {
             _ => {}
         }
     }
-}
-
-fn gcd(a: i64, b: i64) -> i64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// The largest power of two that divides `n`; 1 for 0.

@@ -3,6 +3,7 @@
 //! A thread has the elements at some rows and, in each, at some groups of neighbouring columns ([`Spread`]): register
 //! `(row * groups + group) * width + e`. Coordinates beyond the tile are clamped for reading and masked for everything that is seen.
 
+use super::arith;
 use super::emit::Emitter;
 use super::mlir::{Ty, Val, f32, i32};
 use super::schedule::matrix;
@@ -216,6 +217,14 @@ impl<'a> Emitter<'a> {
                 }
                 let dtypes: Vec<DType> = inputs.iter().map(|&i| self.dtype(i)).collect();
                 let count = s.rows.len() * s.groups.len() * s.width as usize;
+                let floats = dtypes.iter().all(|&t| t == DType::F32);
+                if self.t.arch.pairs() && floats && s.width.is_multiple_of(2) && arith::pairs(body) {
+                    let pairs = (0..count).step_by(2).flat_map(|n| {
+                        let args: Vec<[Val; 2]> = args.iter().map(|a| [a[n], a[n + 1]]).collect();
+                        arith::apply_pairs(&mut self.t.f, body, &args)
+                    });
+                    return pairs.collect();
+                }
                 (0..count)
                     .map(|n| {
                         let args: Vec<Val> = args.iter().map(|a| a[n]).collect();

@@ -31,6 +31,8 @@ pub struct Product<'a> {
     pub b: &'a Buffer,
     /// Whether the elements of `a` and `b` are as [`Isa::operand_word`] makes them.
     pub ready: [bool; 2],
+    /// Where in their buffers they begin, in bytes (i32).
+    pub first: [Val; 2],
     /// Contracted length.
     pub k: u32,
     /// Whether the right operand lies transposed.
@@ -83,6 +85,67 @@ pub trait Isa: Sync {
     /// Bytes of registers that a thread has for loads a round ahead of a loop's products.
     fn ahead_bytes(&self) -> u32 {
         0
+    }
+
+    /// Bytes that a lane moves from global to shared memory in an instruction that needs no registers for them, if there is one.
+    fn copies_bytes(&self) -> Option<u32> {
+        None
+    }
+
+    /// Where copies come from: `base` (i64, the same in all lanes) and what is behind it up to [`BOUND`](super::direct::BOUND), or nothing if
+    /// `inside` does not hold. By its name in the text. This and what follows is asked of chips that copy only.
+    fn copy_source(&self, f: &mut Fn, base: Val, inside: Val) -> String {
+        let _ = (f, base, inside);
+        unreachable!("{} does not copy", self.name())
+    }
+
+    /// Brings `bytes` of each lane, `from` bytes behind the source's base, to consecutive places from `to` (i32, the same in all lanes); zeros
+    /// from beyond the bound.
+    fn copy(&self, f: &mut Fn, source: &str, to: Val, from: Val, bytes: u32) {
+        let _ = (f, source, to, from, bytes);
+        unreachable!("{} does not copy", self.name())
+    }
+
+    /// Waits until at most `left` copies of this thread are under way.
+    fn wait_copies(&self, f: &mut Fn, left: u32) {
+        let _ = (f, left);
+        unreachable!("{} does not copy", self.name())
+    }
+
+    /// A value that is the same in all lanes that share instructions, as one that the compiler knows to be.
+    fn uniform(&self, f: &mut Fn, v: Val) -> Val {
+        let _ = f;
+        v
+    }
+
+    /// Whether loads from the same address by all lanes are cheaper where memory is known to stay as it is.
+    fn loads_once(&self) -> bool {
+        false
+    }
+
+    /// Whether sums and products of two f32 beside each other are one instruction.
+    fn pairs(&self) -> bool {
+        false
+    }
+
+    /// Lanes that share instructions.
+    fn lanes(&self) -> u32 {
+        32
+    }
+
+    /// All threads meet, and no instruction moves across; memory is not ordered.
+    fn turn(&self, f: &mut Fn) {
+        self.barrier(f);
+    }
+
+    /// The same when what was read from shared memory is there.
+    fn turn_behind_reads(&self, f: &mut Fn) {
+        self.barrier(f);
+    }
+
+    /// Whether these threads go first where several could issue.
+    fn hurry(&self, f: &mut Fn, on: bool) {
+        let _ = (f, on);
     }
 
     /// `acc + a · b` by matrix instructions, over all of `k`; `acc` as the spread says.

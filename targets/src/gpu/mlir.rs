@@ -120,6 +120,8 @@ pub struct Fn {
     values: u32,
     labels: u32,
     text: String,
+    /// Whether loads of global memory are of what nobody writes meanwhile.
+    pub constant: bool,
 }
 
 impl Fn {
@@ -363,16 +365,18 @@ impl Fn {
 
     /// Loads `n` neighbours of a type, aligned to all of them.
     pub fn load(&mut self, at: Val, ty: Ty, n: u32) -> Vec<Val> {
+        let constant = if self.constant && at.ty() == Ty::Global { "invariant " } else { "" };
         let (pointer, at) = (at.ty().name(), self.name(at));
         let align = ty.bytes() * n;
         if n == 1 {
-            return vec![
-                self.op(&format!("llvm.load {at} {{alignment = {align} : i64}} : {pointer} -> {}", ty.name()), ty),
-            ];
+            return vec![self.op(
+                &format!("llvm.load {at} {constant}{{alignment = {align} : i64}} : {pointer} -> {}", ty.name()),
+                ty,
+            )];
         }
         let vector = format!("vector<{n}x{}>", ty.name());
         let Val::Reg(v, _) =
-            self.op(&format!("llvm.load {at} {{alignment = {align} : i64}} : {pointer} -> {vector}"), ty)
+            self.op(&format!("llvm.load {at} {constant}{{alignment = {align} : i64}} : {pointer} -> {vector}"), ty)
         else {
             unreachable!()
         };

@@ -6,6 +6,7 @@
 //! | `isa` | what the lowering must know of a chip, and the instructions it asks for |
 //! | `schedule`, `barriers` | places, buffers and barriers, for any shape and chip |
 //! | `emit` | control flow, elementwise evaluation, memory |
+//! | `ring`, `direct` | loops whose operands are copied to shared memory some rounds before |
 //! | `ahead` | loads a round before they are needed |
 //! | `fragment` | tiles in registers as a matrix product leaves them |
 //! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
@@ -17,6 +18,8 @@ pub mod ahead;
 pub mod arith;
 pub mod barriers;
 pub mod block;
+pub mod direct;
+pub mod divisor;
 pub mod dot;
 pub mod emit;
 pub mod fragment;
@@ -25,6 +28,7 @@ pub mod isa;
 pub mod llvm;
 pub mod mlir;
 pub mod reduce;
+pub mod ring;
 pub mod scan;
 pub mod schedule;
 pub mod topk;

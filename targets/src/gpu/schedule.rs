@@ -8,18 +8,21 @@
 //! * operands of products, reductions, concatenations, selections and whatever is read more than once are [`Place::Shared`];
 //! * the rest is [`Place::Lazy`]: views of other tiles, counters, and loads and arithmetic with one use, which fuse into it.
 //!
+//! Loops of products may get a ring of operands that are copied ahead ([`super::ring`]): [`Place::Slot`].
+//!
 //! Then buffers get offsets by their lifetimes (`allocate`) and barriers go where a thread may meet another's write
 //! (`place_barriers`).
 
 use crate::{Kernel, TargetError};
 use dsc_ir::DType;
-use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Fragment, Inst, Op, Place, Scheduled};
+use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, Fragment, Inst, Op, Place, Scheduled};
 use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::barriers::{Reads, place_barriers};
 use super::fragment::Layout;
 use super::isa::Isa;
+use super::ring::Ring;
 use super::topk;
 
 /// Applies a kernel's schedule on that architecture.
@@ -27,15 +30,45 @@ use super::topk;
 /// # Errors
 /// [`TargetError::Unsupported`] if shared memory does not suffice; the message lists the buffers.
 pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetError> {
-    let (scheduled, error) = match attempt(kernel, arch, false) {
+    if let Some(scheduled) = with_ring(kernel, arch) {
+        return Ok(scheduled);
+    }
+    let (scheduled, error) = match attempt(kernel, arch, How::Plain) {
         Ok(scheduled) => return Ok(scheduled),
-        Err(error) => (attempt(kernel, arch, true), error),
+        Err(error) => (attempt(kernel, arch, How::Lean), error),
     };
     scheduled.map_err(|_| error)
 }
 
-/// One attempt; a `lean` one reads again from global memory what it could keep.
-fn attempt(kernel: &Kernel, arch: &dyn Isa, lean: bool) -> Result<Scheduled, TargetError> {
+/// With loops that copy rounds ahead, if there are such: as deep as is asked for, else four rounds if two blocks have room for them, or three.
+fn with_ring(kernel: &Kernel, arch: &dyn Isa) -> Option<Scheduled> {
+    let lane_bytes = arch.copies_bytes()?;
+    let whole = arch.shared_per_block();
+    let depths: &[(u32, u32)] = match kernel.schedule.stages {
+        0 => &[(4, whole / 2), (3, whole)],
+        1 => return None,
+        n => &[(n, whole)],
+    };
+    let mut tries = depths.iter().filter_map(|&(stages, most)| {
+        let scheduled =
+            attempt(kernel, arch, How::Ring(Ring { lane_bytes, stages, near: kernel.schedule.near })).ok()?;
+        (shared_bytes(&scheduled) <= most).then_some(scheduled)
+    });
+    tries.next()
+}
+
+/// What an attempt does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// Operands go to shared memory by registers.
+    Plain,
+    /// The same, and what can be read again from global memory is not kept.
+    Lean,
+    /// Loops copy their operands some rounds ahead; an error if no loop does.
+    Ring(Ring),
+}
+
+fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How) -> Result<Scheduled, TargetError> {
     let program = &kernel.program;
     let threads = threads(kernel);
     let analysis = Analysis::of(program, arch);
@@ -51,7 +84,9 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, lean: bool) -> Result<Scheduled, Tar
         atom: analysis.atom,
         atoms: analysis.atoms,
         buffers: Vec::new(),
-        lean,
+        channels: Vec::new(),
+        converts: [DType::E4m3, DType::Bf16, DType::F16].into_iter().filter(|&t| arch.converts(t)).collect(),
+        lean: how == How::Lean,
         spilled: HashMap::new(),
         updated: program.params.iter().filter(|p| p.access == Access::ReadWrite).map(|p| p.value).collect(),
     };
@@ -59,7 +94,17 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, lean: bool) -> Result<Scheduled, Tar
         s.places[p.value.0 as usize] = Place::View;
     }
     let mut common = s.region(&program.body);
-    let reads = Reads { defs: &s.defs, places: &s.places };
+    if let How::Ring(ring) = how {
+        if s.make_rings(&mut common, ring) == 0 || s.too_many_copies(ring) {
+            return Err(TargetError::Unsupported {
+                kernel: program.name.clone(),
+                op: "a ring".into(),
+                reason: "no loop copies its operands as they are, or it has too many copies under way".into(),
+            });
+        }
+        s.drop_unused_buffers(&mut common);
+    }
+    let reads = Reads { defs: &s.defs, places: &s.places, channels: &s.channels };
     allocate(&mut s.buffers, &common, &reads);
     place_barriers(&mut common, &reads, &s.buffers, &s.updated);
     let scheduled = Scheduled {
@@ -68,12 +113,14 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, lean: bool) -> Result<Scheduled, Tar
         persistent: None,
         cluster: None,
         team: 1,
+        alternate: kernel.schedule.alternate && !s.channels.is_empty(),
+        dies: kernel.schedule.dies.max(1),
         params: program.params.clone(),
         types: s.types,
         places: s.places,
         threads,
         buffers: s.buffers,
-        channels: Vec::new(),
+        channels: s.channels,
         common,
         roles: Vec::new(),
     };
@@ -113,6 +160,9 @@ fn table(buffers: &[Buffer]) -> String {
 
 /// Threads of a block: as the schedule says, else by the largest tile.
 fn threads(kernel: &Kernel) -> u32 {
+    if kernel.schedule.threads > 0 {
+        return kernel.schedule.threads;
+    }
     let elements = |t: &Type| match t {
         Type::Tile(t) => t.elements(),
         Type::View(_) => 0,
@@ -150,7 +200,7 @@ struct Uses {
 
 /// Multiples that rows and columns of an operand are padded to, with zeros.
 #[derive(Clone, Copy, Debug)]
-struct Operand {
+pub(super) struct Operand {
     rows: u32,
     cols: u32,
 }
@@ -401,18 +451,21 @@ fn keeps_matrix(program: &Program, from: ValueId, to: ValueId) -> bool {
     }
 }
 
-struct Scheduler<'a> {
-    program: &'a Program,
-    threads: u32,
-    places: Vec<Place>,
-    types: Vec<Type>,
-    defs: HashMap<ValueId, tile::Op>,
+pub(super) struct Scheduler<'a> {
+    pub(super) program: &'a Program,
+    pub(super) threads: u32,
+    pub(super) places: Vec<Place>,
+    pub(super) types: Vec<Type>,
+    pub(super) defs: HashMap<ValueId, tile::Op>,
     uses: HashMap<ValueId, Uses>,
     fragments: BTreeSet<ValueId>,
-    operands: HashMap<ValueId, Operand>,
+    pub(super) operands: HashMap<ValueId, Operand>,
     atom: Atom,
     atoms: HashMap<ValueId, Atom>,
-    buffers: Vec<Buffer>,
+    pub(super) buffers: Vec<Buffer>,
+    pub(super) channels: Vec<Channel>,
+    /// Types of which matrix instructions take other bits than memory holds.
+    pub(super) converts: Vec<DType>,
     /// Whether what can be read again from global memory is not kept in shared memory.
     lean: bool,
     /// Shared copies of fragments, valid in the block being written.
@@ -429,15 +482,15 @@ impl Scheduler<'_> {
         }
     }
 
-    fn place(&self, v: ValueId) -> &Place {
+    pub(super) fn place(&self, v: ValueId) -> &Place {
         &self.places[v.0 as usize]
     }
 
-    fn set(&mut self, v: ValueId, place: Place) {
+    pub(super) fn set(&mut self, v: ValueId, place: Place) {
         self.places[v.0 as usize] = place;
     }
 
-    fn buffer(&mut self, name: String, dtype: DType, shape: [u32; 2], pitch: u32) -> BufferId {
+    pub(super) fn buffer(&mut self, name: String, dtype: DType, shape: [u32; 2], pitch: u32) -> BufferId {
         self.buffers.push(Buffer { name, dtype, shape, pitch, swizzle: 0, copies: 1, offset: 0 });
         BufferId(self.buffers.len() as u32 - 1)
     }

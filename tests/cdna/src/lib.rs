@@ -36,6 +36,7 @@ mod isa;
 mod lanes;
 mod launch;
 mod lds;
+pub mod loops;
 mod memory;
 mod object;
 pub mod tools;

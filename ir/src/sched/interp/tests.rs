@@ -192,6 +192,8 @@ impl Plain<'_> {
             persistent: None,
             cluster: None,
             team: 1,
+            alternate: false,
+            dies: 1,
             params: program.params.clone(),
             types: program.types.clone(),
             places: vec![Place::View; program.types.len()],

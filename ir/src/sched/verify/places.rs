@@ -33,6 +33,12 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     if kernel.persistent == Some(0) {
         report.add("", "a band of tiles has at least one");
     }
+    if kernel.dies == 0 {
+        report.add("", "blocks are dealt to at least one die");
+    }
+    if kernel.alternate && !kernel.threads.is_multiple_of(64) {
+        report.add("", format!("{} threads have no two halves of whole warps that take turns", kernel.threads));
+    }
     cluster(kernel, report);
     for p in &kernel.params {
         if kernel.places[p.value.0 as usize] != Place::View {

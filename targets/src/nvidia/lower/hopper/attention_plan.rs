@@ -191,6 +191,8 @@ impl<'a> Planner<'a> {
             persistent: Some(BAND),
             cluster: self.cluster,
             team: 1,
+            alternate: false,
+            dies: 1,
             params: self.values.params,
             threads,
             buffers,

@@ -325,6 +325,8 @@ impl<'a> Planner<'a> {
             persistent: Some(BAND),
             cluster: self.cluster.map(|c| c.0),
             team: 1,
+            alternate: false,
+            dies: 1,
             params: self.values.params,
             threads: produces[1].max(consumes[1]) * Arch::WARP,
             buffers,

@@ -649,6 +649,8 @@ impl<'a> Planner<'a> {
             persistent: Some(BAND),
             cluster: None,
             team: 1,
+            alternate: false,
+            dies: 1,
             params: self.values.params,
             threads: produces[1].max(consumes[1]) * Arch::WARP,
             buffers,
