@@ -13,10 +13,10 @@ use device::Interpreted;
 use dsc::compile::{Options, compile_dir, compile_for};
 use dsc::front::config::ModelConfig;
 use dsc_cdna::{CodeObject, Memory};
-use dsc_ir::SymValues;
 use dsc_ir::artifact::{GpuKernel, Numerics};
 use dsc_ir::schedule::{KernelShape, Schedule};
 use dsc_ir::tile::{Access, Program};
+use dsc_ir::{Sym, SymValues};
 use dsc_runtime::{GenerateOptions, Model, Session};
 use dsc_targets::amd::AmdTarget;
 use dsc_targets::{Kernel, Level, Module, Target, TargetError, TargetOptions};
@@ -75,9 +75,13 @@ impl Executed {
             .map(|(b, bytes)| if read_only(b) { memory.alloc_read_only(bytes) } else { memory.alloc(bytes) })
             .collect();
         let symbols: Vec<u8> = launch.syms.0.iter().flat_map(|s| s.to_le_bytes()).collect();
-        let symbols = memory.alloc_read_only(&symbols);
         let bound = launch.bindings.iter().map(|b| starts[b.buffer] + b.offset as u64);
-        let arguments: Vec<u8> = bound.chain([symbols]).flat_map(u64::to_le_bytes).collect();
+        let mut arguments: Vec<u8> = bound.flat_map(u64::to_le_bytes).collect();
+        if object.kernels[0].arguments.last().is_some_and(|a| a.kind == "by_value") {
+            arguments.extend(&symbols);
+        } else {
+            arguments.extend(memory.alloc_read_only(&symbols).to_le_bytes());
+        }
         let run = dsc_cdna::Launch {
             kernel: &object.kernels[0].name,
             grid: grid(launch.program, &launch.syms),
@@ -94,18 +98,19 @@ impl Executed {
     }
 }
 
-/// What a loader goes by, and the runtime passes: one kernel, an address an argument and none hidden, static LDS, no scratch. That its
-/// descriptor says what its metadata say, waves of 64 among it, is checked when it is read.
+/// What a loader goes by, and the runtime passes: one kernel, an address an argument (the last of a library's are the symbols) and none
+/// hidden, static LDS, no scratch. That its descriptor says what its metadata say, waves of 64 among it, is checked when it is read.
 fn as_a_loader_expects(object: &CodeObject, gpu: &GpuKernel) -> Result<(), String> {
     let [kernel] = &object.kernels[..] else { return Err(format!("{} kernels", object.kernels.len())) };
     let resources = gpu.resources.ok_or("no resources")?;
-    let addresses = kernel
-        .arguments
-        .iter()
-        .enumerate()
-        .all(|(i, a)| (a.kind.as_str(), a.offset, a.size) == ("global_buffer", 8 * i, 8));
+    let last = kernel.arguments.len().saturating_sub(1);
+    let addresses = kernel.arguments.iter().enumerate().all(|(i, a)| {
+        let symbols = i == last && (a.kind.as_str(), a.size) == ("by_value", 4 * Sym::ALL.len());
+        a.offset == 8 * i && (symbols || (a.kind.as_str(), a.size) == ("global_buffer", 8))
+    });
+    let bytes = kernel.arguments.iter().map(|a| a.size).sum();
     let sizes = [kernel.kernarg_bytes, kernel.lds_bytes, kernel.scratch_bytes, kernel.max_threads as usize];
-    let stated = [8 * kernel.arguments.len(), resources.static_shared_bytes as usize, 0, gpu.threads as usize];
+    let stated = [bytes, resources.static_shared_bytes as usize, 0, gpu.threads as usize];
     if addresses && kernel.hidden.is_empty() && sizes == stated && gpu.shared_bytes == 0 {
         return Ok(());
     }

@@ -145,6 +145,48 @@ impl Isa for Arch {
         true
     }
 
+    fn widens_words(&self, from: DType) -> bool {
+        from == DType::E4m3
+    }
+
+    /// Of FNUZ codes half the value comes, and of −0 comes 0.
+    fn widen_word(&self, f: &mut Fn, word: Val, from: DType) -> Option<Vec<Val>> {
+        if from != DType::E4m3 {
+            return None;
+        }
+        let word = if self.fp8 == Fp8::Fnuz { fp8::to_fnuz(f, word) } else { word };
+        let name = f.name(word);
+        let mut values = Vec::new();
+        for upper in [0, 1] {
+            let upper = f.name(Val::Int(upper, Ty::I1));
+            let pair = f.op(
+                &format!(
+                    "llvm.call_intrinsic \"llvm.amdgcn.cvt.pk.f32.fp8\"({name}, {upper}) : (i32, i1) -> vector<2xf32>"
+                ),
+                Ty::F32,
+            );
+            let pair = f.name(pair);
+            values.extend([0, 1].map(|i| mfma::element(f, &pair, i, "vector<2xf32>", Ty::F32)));
+        }
+        if self.fp8 == Fp8::Fnuz {
+            values = values.into_iter().map(|v| f.bin("fmul", v, f32(2.0))).collect();
+        }
+        Some(values)
+    }
+
+    fn narrows_pairs(&self, to: DType) -> bool {
+        self.cdna4 && to == DType::Bf16
+    }
+
+    fn narrow_pair(&self, f: &mut Fn, pair: [Val; 2], to: DType) -> [Val; 2] {
+        let (pair, ty) = (mfma::pack(f, &pair, "f32"), float(to));
+        let halves = f.op(&format!("llvm.fptrunc {pair} : vector<2xf32> to vector<2x{ty}>"), Ty::I16);
+        let halves = f.name(halves);
+        let bits = f.op(&format!("llvm.bitcast {halves} : vector<2x{ty}> to vector<2xi16>"), Ty::I16);
+        let bits = f.name(bits);
+        [0, 1].map(|i| mfma::element(f, &bits, i, "vector<2xi16>", Ty::I16))
+    }
+
     /// They go to scalar registers, and no wait for them is one for copies.
     fn loads_once(&self) -> bool {
         true

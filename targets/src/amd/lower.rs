@@ -34,7 +34,11 @@ pub const NO_ACCUMULATORS: &str = "[\"amdgpu-agpr-alloc\", \"0\"], ";
 /// [`TargetError::Unsupported`] if the tiles do not fit its LDS.
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let scheduled = schedule::schedule(kernel, arch)?;
-    let threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    let mut threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    if kernel.schedule.symbols_by_value {
+        threads.symbols = mlir::Ty::Constant;
+    }
+    let symbols = threads.symbols;
     let mut emitter = emit::Emitter::run(threads, &scheduled);
     if let Some(reason) = emitter.fault.take() {
         return Err(TargetError::Codegen { kernel: kernel.program.name.clone(), reason });
@@ -46,9 +50,16 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     if emitter.t.meetings > 0 {
         memory(&mut text, "meet", MEET_BYTES);
     }
-    let args: Vec<String> = (0..=scheduled.params.len())
-        .map(|i| format!("%{i}: !llvm.ptr<1> {{llvm.align = 16 : i64, llvm.noundef}}"))
-        .collect();
+    let address = |i: usize| format!("%{i}: !llvm.ptr<1> {{llvm.align = 16 : i64, llvm.noundef}}");
+    let addresses = scheduled.params.len();
+    let mut args: Vec<String> = (0..addresses).map(address).collect();
+    args.push(match symbols {
+        // One argument of 24 bytes, read where it lies.
+        mlir::Ty::Constant => {
+            format!("%{addresses}: !llvm.ptr<4> {{llvm.byref = !llvm.array<6 x i32>, llvm.align = 4 : i64}}")
+        }
+        _ => address(addresses),
+    });
     let threads = scheduled.threads;
     let unused: Vec<String> = UNUSED.iter().map(|word| format!("\"{word}\"")).collect();
     let _ = writeln!(

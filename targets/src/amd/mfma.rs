@@ -390,7 +390,7 @@ pub fn pack(f: &mut Fn, values: &[Val], ty: &str) -> String {
 }
 
 /// An element of a vector.
-fn element(f: &mut Fn, vector: &str, i: usize, ty: &str, element: Ty) -> Val {
+pub fn element(f: &mut Fn, vector: &str, i: usize, ty: &str, element: Ty) -> Val {
     let i = f.name(i32(i as i64));
     f.op(&format!("llvm.extractelement {vector}[{i} : i32] : {ty}"), element)
 }

@@ -29,6 +29,7 @@ pub mod lower;
 #[cfg(feature = "amd")]
 pub mod metadata;
 mod mfma;
+#[cfg(any(feature = "amd", test))]
 mod schedule;
 #[cfg(feature = "amd")]
 mod target;

@@ -3,7 +3,7 @@
 use super::isa::{self, Isa};
 use super::mlir::{Fn, Ty, Val, f32, i32};
 use dsc_ir::DType;
-use dsc_ir::tile::{MapArg, MapFn, Scalar, ScalarOp};
+use dsc_ir::tile::{MapArg, MapFn, MapInst, Scalar, ScalarOp};
 
 /// A map's arithmetic on one element, given as it is stored ([`isa::stored`]), with its type.
 pub fn apply(f: &mut Fn, arch: &dyn Isa, body: &MapFn, args: &[(Val, DType)]) -> (Val, DType) {
@@ -18,6 +18,34 @@ pub fn apply(f: &mut Fn, arch: &dyn Isa, body: &MapFn, args: &[(Val, DType)]) ->
         done.push(value);
     }
     arg(&done, &body.result)
+}
+
+/// A map's arithmetic on several elements: `args` has those of each input. Neighbours that end rounded are rounded in pairs, where the chip
+/// has that.
+pub fn apply_each(f: &mut Fn, arch: &dyn Isa, body: &MapFn, args: &[Vec<(Val, DType)>], count: usize) -> Vec<Val> {
+    let at = |n: usize| -> Vec<(Val, DType)> { args.iter().map(|a| a[n]).collect() };
+    let last = match (body.insts.split_last(), body.result) {
+        (Some((MapInst { op: ScalarOp::Cast(to), args }, before)), MapArg::Inst(i)) if i as usize == before.len() => {
+            (arch.narrows_pairs(*to) && count.is_multiple_of(2)).then_some((*to, before, args[0]))
+        }
+        _ => None,
+    };
+    let Some((to, before, result)) = last else {
+        return (0..count).map(|n| apply(f, arch, body, &at(n)).0).collect();
+    };
+    let before = MapFn { insts: before.to_vec(), result };
+    let wide: Vec<(Val, DType)> = (0..count).map(|n| apply(f, arch, &before, &at(n))).collect();
+    let pairs = wide.chunks(2).flat_map(|pair| match *pair {
+        [(a, DType::F32), (b, DType::F32)] => arch.narrow_pair(f, [a, b], to).to_vec(),
+        _ => pair.iter().map(|&(v, from)| cast(f, arch, v, from, to)).collect(),
+    });
+    pairs.collect()
+}
+
+/// Whether a map takes an input for nothing but its value in f32.
+pub fn only_widens(body: &MapFn, input: u32) -> bool {
+    let is = |a: &MapArg| *a == MapArg::Input(input);
+    !is(&body.result) && body.insts.iter().all(|i| matches!(i.op, ScalarOp::Cast(DType::F32)) || !i.args.iter().any(is))
 }
 
 /// Whether [`apply_pairs`] takes a map of f32.
@@ -124,7 +152,7 @@ pub fn constant(c: Scalar) -> Val {
 }
 
 /// Converts between element types as [`ScalarOp::Cast`] says.
-fn cast(f: &mut Fn, arch: &dyn Isa, v: Val, from: DType, to: DType) -> Val {
+pub fn cast(f: &mut Fn, arch: &dyn Isa, v: Val, from: DType, to: DType) -> Val {
     if from == to {
         return v;
     }

@@ -658,19 +658,28 @@ impl<'a> Emitter<'a> {
                 self.load_global(*view, &index, at, Some(row), n)
             }
             tile::Op::Map { inputs, body } => {
-                let args: Vec<Vec<Val>> = inputs.iter().map(|&i| self.broadcast(i, at, n)).collect();
-                let dtypes: Vec<DType> = inputs.iter().map(|&i| self.dtype(i)).collect();
-                let mut values = Vec::new();
-                for i in 0..n as usize {
-                    // Where nothing varies along the chunk, one evaluation does.
-                    if i > 0 && args.iter().all(|a| a[i] == a[0]) {
-                        values.push(values[0]);
-                        continue;
-                    }
-                    let args: Vec<Val> = args.iter().map(|a| a[i]).collect();
-                    values.push(self.apply(body, &args, &dtypes));
+                let args: Vec<Vec<(Val, DType)>> = inputs
+                    .iter()
+                    .enumerate()
+                    .map(|(k, &i)| {
+                        let shape = self.shape(i) == self.shape(r);
+                        if shape
+                            && arith::only_widens(body, k as u32)
+                            && let Some(wide) = self.widened(i, at, n)
+                        {
+                            return wide.into_iter().map(|v| (v, DType::F32)).collect();
+                        }
+                        let dtype = self.dtype(i);
+                        self.broadcast(i, at, n).into_iter().map(|v| (v, dtype)).collect()
+                    })
+                    .collect();
+                let arch = self.t.arch;
+                // Where nothing varies along the chunk, one evaluation does.
+                if args.iter().all(|a| a.iter().all(|v| *v == a[0])) {
+                    let one: Vec<Vec<(Val, DType)>> = args.iter().map(|a| vec![a[0]]).collect();
+                    return vec![arith::apply_each(&mut self.t.f, arch, body, &one, 1)[0]; n as usize];
                 }
-                values
+                arith::apply_each(&mut self.t.f, arch, body, &args, n as usize)
             }
             tile::Op::Reshape { x, .. } => {
                 let linear = self.linear(at, self.shape(r));
@@ -706,6 +715,31 @@ impl<'a> Emitter<'a> {
             }
             _ => unreachable!("{op:?} is no elementwise op"),
         }
+    }
+
+    /// Neighbours of a tile that is read from memory as f32, by words; none if the chip or the tile has no such way.
+    fn widened(&mut self, v: ValueId, at: &[Val], n: u32) -> Option<Vec<Val>> {
+        let (dtype, arch) = (self.dtype(v), self.t.arch);
+        if !arch.widens_words(dtype) || !(n * dtype.bytes() as u32).is_multiple_of(4) || self.place(v) != &Place::Lazy {
+            return None;
+        }
+        let access = match self.definition(v)? {
+            tile::Op::Load { view, index, .. } => self.access(*view, index, at, None, n),
+            tile::Op::Gather { view, rows, index, .. } => {
+                let row = self.chunk(*rows, &at[..1], 1)[0];
+                let mut index = index.clone();
+                index.insert(0, Index::Const(0));
+                self.access(*view, &index, at, Some(row), n)
+            }
+            _ => return None,
+        };
+        if !access.whole {
+            return None;
+        }
+        let words = self.load_from(&access, true);
+        let words = self.masked(&access, words);
+        let wide = words.into_iter().map(|word| arch.widen_word(&mut self.t.f, word, dtype));
+        Some(wide.collect::<Option<Vec<_>>>()?.concat())
     }
 
     fn one_by_one(&mut self, n: u32, from: Val, mut one: impl FnMut(&mut Self, Val) -> Val) -> Vec<Val> {

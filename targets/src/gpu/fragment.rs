@@ -225,12 +225,10 @@ impl<'a> Emitter<'a> {
                     });
                     return pairs.collect();
                 }
-                (0..count)
-                    .map(|n| {
-                        let args: Vec<Val> = args.iter().map(|a| a[n]).collect();
-                        self.apply(body, &args, &dtypes)
-                    })
-                    .collect()
+                let args: Vec<Vec<(Val, DType)>> =
+                    args.iter().zip(&dtypes).map(|(a, &t)| a.iter().map(|&v| (v, t)).collect()).collect();
+                let arch = self.t.arch;
+                arith::apply_each(&mut self.t.f, arch, body, &args, count)
             }
             tile::Op::Reshape { x, .. } => self.fragments[x].clone(),
             _ => unreachable!("{op:?} does not make fragments"),

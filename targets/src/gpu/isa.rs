@@ -128,6 +128,29 @@ pub trait Isa: Sync {
         false
     }
 
+    /// The elements of a word as f32, if that is cheaper than one by one.
+    fn widen_word(&self, f: &mut Fn, word: Val, from: DType) -> Option<Vec<Val>> {
+        let _ = (f, word, from);
+        None
+    }
+
+    /// Whether [`Isa::widen_word`] takes a type.
+    fn widens_words(&self, from: DType) -> bool {
+        let _ = from;
+        false
+    }
+
+    /// Whether [`Isa::narrow_pair`] takes a type.
+    fn narrows_pairs(&self, to: DType) -> bool {
+        let _ = to;
+        false
+    }
+
+    /// Two f32 rounded to neighbours, as [`Isa::narrow`] rounds one.
+    fn narrow_pair(&self, f: &mut Fn, pair: [Val; 2], to: DType) -> [Val; 2] {
+        pair.map(|v| self.narrow(f, v, to))
+    }
+
     /// Lanes that share instructions.
     fn lanes(&self) -> u32 {
         32

@@ -27,6 +27,8 @@ pub enum Ty {
     Shared,
     /// Address of no stated memory: a kernel's parameter passed by value.
     Generic,
+    /// Address of memory that stays as it is, which such a parameter may be in too.
+    Constant,
 }
 
 impl Ty {
@@ -42,6 +44,7 @@ impl Ty {
             Ty::Global => "!llvm.ptr<1>",
             Ty::Shared => "!llvm.ptr<3>",
             Ty::Generic => "!llvm.ptr",
+            Ty::Constant => "!llvm.ptr<4>",
         }
     }
 
@@ -51,7 +54,7 @@ impl Ty {
             Ty::I1 | Ty::I8 => 1,
             Ty::I16 => 2,
             Ty::I32 | Ty::F32 => 4,
-            Ty::I64 | Ty::Global | Ty::Shared | Ty::Generic => 8,
+            Ty::I64 | Ty::Global | Ty::Shared | Ty::Generic | Ty::Constant => 8,
         }
     }
 }

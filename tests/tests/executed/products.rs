@@ -45,6 +45,8 @@ fn cases() -> Vec<Case> {
         case(Linear { glu: true, out: DType::E4m3, ..fp8(256, 512, [64, 128]) }, &halves, OCP),
         case(bf16(384, 320, [128, 128], 32), &halves, BOTH),
         case(bf16(384, 320, [256, 128], 64), &halves, OCP),
+        // As kernels of a library take sizes.
+        case(bf16(64, 128, [64, 64], 64), &Schedule { symbols_by_value: true, ..Schedule::default() }, BOTH),
         // Columns that do not divide into rounds are loaded.
         case(bf16(64, 200, [64, 64], 64), &plain, &[]),
     ]

@@ -2,7 +2,7 @@
 //!
 //! A value in a buffer lives from its definition to its last use, to the end of a loop in which it is used and not defined, and, if roles use a
 //! value of `common`, to the end of `common` and from the start of the role. A channel's slots live around all loops that work on it, in every
-//! unit that does. Roles run at once, so that what two of them use never overlaps.
+//! unit that does; a channel of `common` only around those whose rounds meet stages of others, or leave some. Roles run at once, so that what two of them use never overlaps.
 //!
 //! Two values of one buffer may follow each other within an instruction that reads the first and defines the second; [`super::hazards`] says
 //! when that is sound.
@@ -10,7 +10,7 @@
 use super::Report;
 use crate::sched::ring::{Unit, channel_of, unit_name, units};
 use crate::sched::visit::Definitions;
-use crate::sched::{Block, Buffer, BufferId, Inst, Op, Place, Scheduled};
+use crate::sched::{Block, Buffer, BufferId, ChannelId, Inst, Op, Place, Scheduled};
 use crate::tile::{self, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -110,12 +110,12 @@ struct Timeline<'a> {
     /// By unit, its last time.
     end: Vec<u32>,
     /// Starts of the loops around, and what is used in them that was made before.
-    loops: Vec<(u32, BTreeSet<(BufferId, Need)>)>,
+    loops: Vec<(u32, BTreeSet<(BufferId, Need)>, &'a Block)>,
     made: Vec<Option<(Unit, u32)>>,
     lives: BTreeMap<(Unit, BufferId, Need), Life>,
 }
 
-impl Timeline<'_> {
+impl<'a> Timeline<'a> {
     /// At the end of a unit.
     fn finish(&mut self) {
         let end = 2 * self.now;
@@ -127,7 +127,7 @@ impl Timeline<'_> {
         }
     }
 
-    fn block(&mut self, block: &Block) {
+    fn block(&mut self, block: &'a Block) {
         block.args.iter().for_each(|&v| self.define(v));
         for inst in &block.insts {
             self.now += 1;
@@ -137,30 +137,32 @@ impl Timeline<'_> {
         self.use_all(self.definitions.sources(&block.yields));
     }
 
-    fn inst(&mut self, inst: &Inst) {
+    fn inst(&mut self, inst: &'a Inst) {
         self.use_all(self.definitions.inputs(inst));
         if let Some(b) = inst.scratch {
             let here = self.now;
             self.lives.insert((self.unit, b, Need::Scratch(here)), [2 * here, 2 * here + 1]);
         }
         if let Some(channel) = channel_of(&inst.op) {
+            // Of `common` the outermost loop that does not find the channel empty, and leave it so.
+            let around = self.loops.iter().position(|(.., body)| self.unit > 0 || !starts_anew(body, channel));
             for &slot in &self.kernel.channels[channel.0 as usize].slots {
                 let from = match self.kernel.persistent {
                     // From tile to tile.
                     Some(_) => 0,
-                    None => self.loops.first().map_or(2 * self.now, |l| l.0),
+                    None => around.map_or(2 * self.now, |l| self.loops[l].0),
                 };
                 self.extend(slot, Need::Channel, from);
-                if let Some((_, used)) = self.loops.first_mut() {
+                if let Some((_, used, _)) = around.and_then(|l| self.loops.get_mut(l)) {
                     used.insert((slot, Need::Channel));
                 }
             }
         }
         match &inst.op {
             Op::For { body, .. } => {
-                self.loops.push((2 * self.now + 1, BTreeSet::new()));
+                self.loops.push((2 * self.now + 1, BTreeSet::new(), body));
                 self.block(body);
-                let (_, used) = self.loops.pop().unwrap_or_default();
+                let used = self.loops.pop().map(|l| l.1).unwrap_or_default();
                 used.into_iter().for_each(|(b, need)| self.extend(b, need, u32::MAX));
             }
             op => op.blocks().into_iter().for_each(|b| self.block(b)),
@@ -202,7 +204,7 @@ impl Timeline<'_> {
                 self.extend(b, need, 0);
             }
             self.extend(b, need, here);
-            for (start, used) in &mut self.loops {
+            for (start, used, _) in &mut self.loops {
                 if unit != self.unit || made < *start {
                     used.insert((b, need));
                 }
@@ -216,6 +218,34 @@ impl Timeline<'_> {
         let life = self.lives.entry((self.unit, b, need)).or_insert([from.min(here), here]);
         *life = [life[0].min(from), life[1].max(here)];
     }
+}
+
+/// Whether a round finds no stage of a channel and leaves none, whatever there was before.
+fn starts_anew(body: &Block, channel: ChannelId) -> bool {
+    stages(body, channel).is_some_and(|(left, fewest)| left == 0 && fewest >= 0)
+}
+
+/// How many more stages a block commits than it waits for, and how many fewer it waited for at some time; none if that depends on more.
+fn stages(block: &Block, channel: ChannelId) -> Option<(i64, i64)> {
+    let (mut now, mut fewest) = (0, 0);
+    for inst in &block.insts {
+        let (change, low) = match &inst.op {
+            Op::Commit(c) if *c == channel => (1, 0),
+            Op::Wait(c) if *c == channel => (-1, -1),
+            Op::For { body, .. } => stages(body, channel).filter(|(left, _)| *left == 0)?,
+            Op::If { then, otherwise, .. } => {
+                let (a, b) = (stages(then, channel)?, stages(otherwise, channel)?);
+                if a.0 != b.0 {
+                    return None;
+                }
+                (a.0, a.1.min(b.1))
+            }
+            _ => (0, 0),
+        };
+        fewest = fewest.min(now + low);
+        now += change;
+    }
+    Some((now, fewest))
 }
 
 impl Place {

@@ -328,6 +328,13 @@ impl Places<'_, '_, '_> {
             }
             owners /= 4;
         }
+        if matches!(f.atom, Atom::Mfma16x16 | Atom::Mfma16x64) {
+            // Their waves are two warps each.
+            if !owners.is_multiple_of(2) {
+                return Some(format!("is by pairs of warps, but there are {owners}"));
+            }
+            owners /= 2;
+        }
         let stated = u64::from(f.warps[0]) * u64::from(f.warps[1]);
         if stated != u64::from(owners) {
             let what = if grouped { "groups of warps" } else { "warps" };

@@ -236,7 +236,9 @@ fn load(c: &mut Cx<'_>, i: &Inst, words: usize) -> Done {
 /// Loads a part of a word; `f` puts it in its place.
 fn part(c: &mut Cx<'_>, i: &Inst, bytes: usize, f: impl Fn(u32, u32) -> u32) -> Done {
     let (to, at, exec) = (destination(i)?, places(c, i, i.sub, 1, 2)?, c.w.exec());
-    let mut out = *c.w.v(to)?;
+    // Those that leave half of the register as it is read it; others may follow a load to it that is under way.
+    let keeps = i.name.contains("_d16");
+    let mut out = if keeps { *c.w.v(to)? } else { [0; 64] };
     let mut known = 0;
     for l in (0..64).filter(|l| exec >> l & 1 != 0) {
         let (value, defined) = get(c, at[l], l, bytes)?;
@@ -244,7 +246,11 @@ fn part(c: &mut Cx<'_>, i: &Inst, bytes: usize, f: impl Fn(u32, u32) -> u32) -> 
         known |= u64::from(defined) << l;
     }
     c.w.known = known;
-    c.w.set_v(to, &out)?;
+    if keeps || i.sub != GLOBAL {
+        c.w.set_v(to, &out)?;
+    } else {
+        c.w.set_loaded(to, &out)?;
+    }
     issue(c, i, Target::V(to, 1));
     Ok(())
 }
