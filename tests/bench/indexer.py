@@ -331,6 +331,7 @@ def main():
         else:
             note(check_select(k, 3, 8192, [8192, 5000, 100], sms))
             note(check_select(k, 4, 20003, [20003, 8193, 2049, 9001], sms))
+            note(check_select(k, 3, 32768, [32768, 12345, 32767], sms))
             note(check_select(k, 2, 131072, [131072, 100001], sms))
             note(check_select(k, 1, 400000, [400000], sms))
     for k in kernels:

@@ -116,6 +116,8 @@ pub struct Emit<'a> {
     pub sums: Option<Sums>,
     /// The selections that the running thread's group keeps.
     pub lists: Option<Lists>,
+    /// Blocks for which a multiprocessor has registers.
+    pub sharing: u32,
 }
 
 /// MLIR of a scheduled kernel, and how to launch it. `symbols` is where they are read from ([`Threads::symbols`]); a multiprocessor has registers
@@ -166,6 +168,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         others: HashMap::new(),
         sums: None,
         lists: None,
+        sharing,
         spare: Vec::new(),
         never: i32(0),
         shares: HashMap::new(),

@@ -6,7 +6,7 @@
 //!    Warps take turns along the row, so that what is large in one stretch of it is spread over all.
 //! 3. The first block finds the best of the lists exactly and puts them in order ([`super::group`]).
 //!
-//! A row of at most [`SHORT`] columns needs no sample ([`super::short`]). If the lists have too few candidates, or more than there is
+//! A row that one block can take in its registers needs no sample ([`super::short`]). If the lists have too few candidates, or more than there is
 //! room for (no sample can say much of rows of equal values), all blocks know and the row is counted instead ([`super::select`]). A
 //! sample therefore decides how long a selection takes, never what it is.
 //!
@@ -17,13 +17,14 @@ use super::emit::Emit;
 use super::group::{self, Group};
 use super::ptx;
 use super::select::{COUNT, COUNTS, MOST, OUT, Stream, THREADS, WARPS};
+use super::short;
 use super::window::{VECTOR, Window};
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::tile::{Index, ValueId};
 
-/// Columns of a row that one block takes in its registers.
-pub const SHORT: u32 = 8192;
+/// Vectors of a thread of a block that takes a row in its registers: as few as the row needs; only the first where blocks share a multiprocessor.
+const VECTORS: [u32; 3] = [4, 8, 16];
 /// Most candidates of a row.
 const LIST: u32 = 8192;
 /// Vectors of the sample of a thread, and columns of all: so many that a count of `k` in a row, which few of a sample are, is known well enough.
@@ -69,18 +70,20 @@ impl<'a> Emit<'a> {
         let g = Group { base: i32(WORK.into()), tid, warp: self.t.warp, threads: THREADS, barrier: None };
         let rank = if self.s.team > 1 { isa::sreg(&mut self.t.f, "cluster.ctarank") } else { i32(0) };
         let leads = self.t.f.cmp("eq", rank, i32(0));
-        let [short, long, join] = [0; 3].map(|_| self.t.f.label());
+        let join = self.t.f.label();
         self.group_clear(&g);
-        let few = self.t.f.cmp("sle", w.vectors, i32((SHORT / VECTOR).into()));
-        self.t.f.cond_br(few, (short, &[]), (long, &[]));
-
-        self.t.f.start(short, &[]);
-        let after = self.t.f.open_if(leads);
-        self.short_row(stream, &g, w, numbers, stores)?;
-        self.t.f.close_if(after);
-        self.t.f.br(join, &[i32(1)]);
-
-        self.t.f.start(long, &[]);
+        let sizes = if self.sharing > 1 { &VECTORS[..1] } else { &VECTORS };
+        for &vectors in sizes {
+            let (short, long) = (self.t.f.label(), self.t.f.label());
+            let few = self.t.f.cmp("sle", w.vectors, i32((short::capacity(vectors) / VECTOR).into()));
+            self.t.f.cond_br(few, (short, &[]), (long, &[]));
+            self.t.f.start(short, &[]);
+            let after = self.t.f.open_if(leads);
+            self.short_row(stream, &g, (w, vectors), numbers, stores)?;
+            self.t.f.close_if(after);
+            self.t.f.br(join, &[i32(1)]);
+            self.t.f.start(long, &[]);
+        }
         let done = self.long_row(stream, &g, w, (rank, leads), numbers, stores)?;
         self.t.f.br(join, &[done]);
         let done = self.t.f.start(join, &[Ty::I32])[0];

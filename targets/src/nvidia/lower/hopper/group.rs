@@ -30,13 +30,11 @@ pub struct Group {
     pub barrier: Option<Val>,
 }
 
-/// Sums that are made at a time.
-const SUMS: u32 = 2;
 /// Bytes of the group's memory where things start: what a pass finds, totals of warps, largest of warps, a histogram, which is zero
 /// but in a pass, then bits, and counts before each two words of them.
 const FOUND: u32 = 0;
 const SCAN: u32 = 16;
-const MOST: u32 = SCAN + 128 * SUMS;
+const MOST: u32 = SCAN + 128;
 const HISTOGRAM: u32 = MOST + 128;
 
 /// Bins of a histogram.
@@ -153,46 +151,29 @@ impl<'a> Emit<'a> {
 
     /// The sum over the group's threads before this one, and over all. A barrier is within; another comes before the next sum.
     pub fn group_scan(&mut self, g: &Group, v: Val) -> (Val, Val) {
-        self.group_scans(g, &[v])[0]
-    }
-
-    /// The same of as many as [`SUMS`].
-    pub fn group_scans(&mut self, g: &Group, values: &[Val]) -> Vec<(Val, Val)> {
-        let mut sums = values.to_vec();
+        let mut sum = v;
         for by in [1, 2, 4, 8, 16] {
             let has = self.t.f.cmp("sge", self.t.lane, i32(by.into()));
-            for sum in &mut sums {
-                let below = isa::shuffle_up(&mut self.t.f, *sum, by);
-                let below = self.t.f.select(has, below, i32(0));
-                *sum = self.t.f.add(*sum, below);
-            }
+            let below = isa::shuffle_up(&mut self.t.f, sum, by);
+            let below = self.t.f.select(has, below, i32(0));
+            sum = self.t.f.add(sum, below);
         }
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let slot = self.group_word(g, SCAN, g.warp);
-        self.t.when(last, |t| {
-            for (i, &sum) in sums.iter().enumerate() {
-                let slot = t.f.add(slot, i32(128 * i as i64));
-                t.store_shared(slot, &[sum]);
-            }
-        });
+        self.t.when(last, |t| t.store_shared(slot, &[sum]));
         self.group_wait(g);
         let warps = g.threads / Arch::WARP;
         let own = self.t.f.intrinsic("smin", &[self.t.lane, i32(i64::from(warps) - 1)]);
         let slot = self.group_word(g, SCAN, own);
+        let of_warp = self.t.load_shared(slot, Ty::I32, 1)[0];
         let real = self.t.f.cmp("slt", self.t.lane, i32(warps.into()));
         let earlier = self.t.f.cmp("slt", self.t.lane, g.warp);
-        let mut out = Vec::new();
-        for (i, (&sum, &v)) in sums.iter().zip(values).enumerate() {
-            let slot = self.t.f.add(slot, i32(128 * i as i64));
-            let of_warp = self.t.load_shared(slot, Ty::I32, 1)[0];
-            let [all, before] = [real, earlier].map(|c| {
-                let v = self.t.f.select(c, of_warp, i32(0));
-                isa::reduce_warp(&mut self.t.f, "add", v)
-            });
-            let within = self.t.f.sub(sum, v);
-            out.push((self.t.f.add(before, within), all));
-        }
-        out
+        let [all, before] = [real, earlier].map(|c| {
+            let v = self.t.f.select(c, of_warp, i32(0));
+            isa::reduce_warp(&mut self.t.f, "add", v)
+        });
+        let within = self.t.f.sub(sum, v);
+        (self.t.f.add(before, within), all)
     }
 
     /// The thread one of whose bins has the `wanted`-th largest notes which, how many are wanted of it, and how many it has. Bins are

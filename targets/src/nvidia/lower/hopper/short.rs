@@ -1,11 +1,13 @@
 //! The best of a row that a block can hold in its registers: read once, and nothing of it is ever written.
 //!
-//! A thread has [`super::filter::SHORT`] columns over the threads of a block, in vectors of neighbours. The `k`-th largest is found by radix
-//! ([`super::group`]); a thread then knows which of its own are in, and sums over the threads before it, of each of its vectors apart, are
+//! Each warp has a stretch of the row, of which a lane has every 32nd vector of neighbours. The `k`-th largest is found by radix
+//! ([`super::group`]); a thread then knows which of its own are in. Sums over the warps before, and over the lanes before of each vector apart, are
 //! their places, in ascending order. Of equals the first are taken by the same sums.
+//!
+//! **Cost.** One read of the row; by count of the code some 25 instructions a column of a thread, and 300 more.
 
 use super::emit::Emit;
-use super::filter::{SHORT, Stores};
+use super::filter::Stores;
 use super::group::{Found, Group};
 use super::ptx;
 use super::select::{OUT, Stream, THREADS};
@@ -14,25 +16,36 @@ use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::tile::ValueId;
 
-/// Vectors of a thread, whose counts two sums have in halves of a word.
-const VECTORS: u32 = SHORT / (VECTOR * THREADS);
-const _: () = assert!(VECTORS == 4 && VECTOR * THREADS < 1 << 16);
+/// Vectors whose counts a word has, and whose bits.
+const COUNTED: u32 = 4;
+const MASKED: u32 = 32 / VECTOR;
+/// Bits of a count: at most all columns of a vector in all lanes of a warp.
+const COUNT_BITS: u32 = 8;
+const _: () = assert!(VECTOR * 32 < 1 << COUNT_BITS);
+
+/// Columns of a row that a block can take with so many vectors a thread.
+pub const fn capacity(vectors: u32) -> u32 {
+    vectors * VECTOR * THREADS
+}
 
 impl<'a> Emit<'a> {
-    /// Selects from a row of at most [`SHORT`] columns. All threads of one block.
+    /// Selects from a row of which each thread has so many vectors, a multiple of [`COUNTED`]. All threads of one block.
     pub fn short_row(
         &mut self,
         stream: &Stream,
         g: &Group,
-        w: &Window,
+        (w, vectors): (&Window, u32),
         numbers: ValueId,
         stores: Stores<'_, 'a>,
     ) -> Result<(), String> {
-        let tid = self.t.tid;
-        let own: Vec<Val> = (0..VECTORS).map(|i| self.t.f.add(tid, i32((i * THREADS).into()))).collect();
-        let values = self.vectors(w, &own);
-        let keys: Vec<Val> = values.into_iter().map(|v| self.key(v)).collect();
-        let columns: Vec<Val> = own.into_iter().map(|v| self.column_of(w, v)).collect();
+        let first = self.t.f.mul(self.t.warp, i32((32 * vectors).into()));
+        let first = self.t.f.add(first, self.t.lane);
+        let mut keys = Vec::new();
+        for batch in (0..vectors).step_by(COUNTED as usize) {
+            let own: Vec<Val> = (batch..batch + COUNTED).map(|i| self.t.f.add(first, i32((32 * i).into()))).collect();
+            keys.extend(self.vectors(w, &own));
+        }
+        let keys: Vec<Val> = keys.into_iter().map(|v| self.key(v)).collect();
         // Where no more are offered than wanted there is nothing to find.
         let offered = self.t.f.sub(w.to, w.from);
         let many = self.t.f.cmp("sgt", offered, i32(stream.k.into()));
@@ -44,19 +57,17 @@ impl<'a> Emit<'a> {
             self.search(g, (i32(1), i32(-2), i32(32)), wanted, &mut |e, count| keys.iter().for_each(|&k| count(e, k)));
         self.t.f.close_loop(&found, i32(1), &[best.low, best.last, best.ties, best.done]);
         let [low, last, ties, done] = [1, 2, 3, 4].map(|i| found.args[i]);
-        let best = Found { low, last, ties, done };
-        let mask = self.members(g, &best, &keys);
-        let counts = self.counts(mask);
-        let (places, total) = self.places(g, counts);
-        for (i, (&column, &place)) in columns.iter().zip(&places).enumerate() {
+        let masks = self.members(g, &Found { low, last, ties, done }, &keys);
+        let (places, total) = self.places(g, &masks, vectors);
+        let column = self.column_of(w, first);
+        for (i, &place) in places.iter().enumerate() {
             let byte = self.t.f.mul(place, i32(4));
             let at = self.t.f.add(byte, i32(OUT.into()));
             let mut at = self.t.f.add(self.t.shared32, at);
             for j in 0..VECTOR {
-                let bit = self.t.f.bin("lshr", mask, i32((i as u32 * VECTOR + j).into()));
-                let bit = self.t.f.bin("and", bit, i32(1));
+                let bit = self.bit(&masks, i as u32 * VECTOR + j);
                 let chosen = self.t.f.cmp("ne", bit, i32(0));
-                let number = self.t.f.add(column, i32(j.into()));
+                let number = self.t.f.add(column, i32((32 * VECTOR * i as u32 + j).into()));
                 ptx::store_shared_word_if(&mut self.t.f, chosen, at, number);
                 let bytes = self.t.f.mul(bit, i32(4));
                 at = self.t.f.add(at, bytes);
@@ -67,75 +78,96 @@ impl<'a> Emit<'a> {
     }
 
     /// Which of the running thread's keys are in, as bits.
-    fn members(&mut self, g: &Group, best: &Found, keys: &[Val]) -> Val {
+    fn members(&mut self, g: &Group, best: &Found, keys: &[Val]) -> Vec<Val> {
         let done = self.t.f.cmp("ne", best.done, i32(0));
         let beyond = self.t.f.add(best.low, best.last);
         let beyond = self.t.f.add(beyond, i32(1));
         let least = self.t.f.select(done, best.low, beyond);
         let sure = self.bits(keys, &mut |e, key| e.t.f.cmp("uge", key, least));
         let open = self.t.f.bin("xor", best.done, i32(1));
-        let tied = self.t.f.open_loop(i32(0), open, &[sure]);
+        let tied = self.t.f.open_loop(i32(0), open, &sure);
         let equal = self.bits(keys, &mut |e, key| {
             let far = e.t.f.sub(key, best.low);
             e.t.f.cmp("ule", far, best.last)
         });
-        let counts = self.counts(equal);
-        let (places, _) = self.places(g, counts);
-        let mut mask = sure;
+        let (places, _) = self.places(g, &equal, keys.len() as u32 / VECTOR);
+        let mut masks = sure;
         for (i, &first) in places.iter().enumerate() {
             let mut place = first;
             for j in 0..VECTOR {
                 let number = i as u32 * VECTOR + j;
-                let bit = self.t.f.bin("lshr", equal, i32(number.into()));
-                let bit = self.t.f.bin("and", bit, i32(1));
+                let bit = self.bit(&equal, number);
                 let fits = self.t.f.cmp("slt", place, best.ties);
                 let taken = self.t.f.select(fits, bit, i32(0));
-                let taken = self.t.f.bin("shl", taken, i32(number.into()));
-                mask = self.t.f.bin("or", mask, taken);
+                let taken = self.t.f.bin("shl", taken, i32((number % 32).into()));
+                let mask = &mut masks[number as usize / 32];
+                *mask = self.t.f.bin("or", *mask, taken);
                 place = self.t.f.add(place, bit);
             }
         }
         self.group_wait(g);
-        self.t.f.close_loop(&tied, i32(1), &[mask]);
-        tied.args[1]
+        self.t.f.close_loop(&tied, i32(1), &masks);
+        tied.args[1..].to_vec()
     }
 
-    fn bits(&mut self, keys: &[Val], test: &mut dyn FnMut(&mut Self, Val) -> Val) -> Val {
-        let mut mask = i32(0);
-        for (i, &key) in keys.iter().enumerate() {
-            let holds = test(self, key);
-            let bit = self.t.f.select(holds, i32(1 << i), i32(0));
-            mask = self.t.f.bin("or", mask, bit);
+    /// Whether each of the keys is so, as bits.
+    fn bits(&mut self, keys: &[Val], test: &mut dyn FnMut(&mut Self, Val) -> Val) -> Vec<Val> {
+        let mut masks = Vec::new();
+        for some in keys.chunks(32) {
+            let mut mask = i32(0);
+            for (i, &key) in some.iter().enumerate() {
+                let holds = test(self, key);
+                let bit = self.t.f.select(holds, i32(1 << i), i32(0));
+                mask = self.t.f.bin("or", mask, bit);
+            }
+            masks.push(mask);
         }
-        mask
+        masks
     }
 
-    /// Bits of each vector.
-    fn counts(&mut self, mask: Val) -> [Val; VECTORS as usize] {
-        [0, 1, 2, 3].map(|i| {
-            let own = self.t.f.bin("and", mask, i32(((1 << VECTOR) - 1) << (VECTOR * i)));
-            isa::popcount(&mut self.t.f, own)
-        })
+    /// A bit, as 0 or 1.
+    fn bit(&mut self, masks: &[Val], number: u32) -> Val {
+        let bit = self.t.f.bin("lshr", masks[number as usize / 32], i32((number % 32).into()));
+        self.t.f.bin("and", bit, i32(1))
     }
 
     /// Of members that each vector of the running thread has: the place of the first of each, and how many all threads have.
-    fn places(&mut self, g: &Group, counts: [Val; VECTORS as usize]) -> ([Val; VECTORS as usize], Val) {
-        let packed = [0, 2].map(|i| {
-            let high = self.t.f.bin("shl", counts[i + 1], i32(16));
-            self.t.f.bin("or", counts[i], high)
-        });
-        let sums = self.group_scans(g, &packed);
-        let mut total = i32(0);
-        let places = [0, 1, 2, 3].map(|i| {
-            let (before, all) = sums[i / 2];
-            let [before, all] = [before, all].map(|v| match i % 2 {
-                0 => self.t.f.bin("and", v, i32(0xffff)),
-                _ => self.t.f.bin("lshr", v, i32(16)),
-            });
-            let place = self.t.f.add(total, before);
-            total = self.t.f.add(total, all);
-            place
-        });
-        (places, total)
+    fn places(&mut self, g: &Group, masks: &[Val], vectors: u32) -> (Vec<Val>, Val) {
+        let own = masks.iter().map(|&m| isa::popcount(&mut self.t.f, m)).collect::<Vec<_>>();
+        let own = own.iter().skip(1).fold(own[0], |sum, &n| self.t.f.add(sum, n));
+        let (before, all) = self.group_scan(g, own);
+        // No lane of the warp is before its first.
+        let mut warp = isa::shuffle_from(&mut self.t.f, before, i32(0));
+        let mut places = Vec::new();
+        for word in 0..vectors / COUNTED {
+            let mut packed = i32(0);
+            for i in 0..COUNTED {
+                let vector = word * COUNTED + i;
+                let mask = masks[(vector / MASKED) as usize];
+                let bits = i64::from((1u32 << VECTOR) - 1) << (vector % MASKED * VECTOR);
+                let n = self.t.f.bin("and", mask, i32(i64::from(bits as u32 as i32)));
+                let n = isa::popcount(&mut self.t.f, n);
+                let n = self.t.f.bin("shl", n, i32((i * COUNT_BITS).into()));
+                packed = self.t.f.bin("or", packed, n);
+            }
+            let mut upto = packed;
+            for by in [1, 2, 4, 8, 16] {
+                let has = self.t.f.cmp("sge", self.t.lane, i32(by.into()));
+                let below = isa::shuffle_up(&mut self.t.f, upto, by);
+                let below = self.t.f.select(has, below, i32(0));
+                upto = self.t.f.add(upto, below);
+            }
+            let before = self.t.f.sub(upto, packed);
+            let all = isa::shuffle_from(&mut self.t.f, upto, i32(31));
+            for i in 0..COUNTED {
+                let [before, all] = [before, all].map(|v| {
+                    let v = self.t.f.bin("lshr", v, i32((i * COUNT_BITS).into()));
+                    self.t.f.bin("and", v, i32((1 << COUNT_BITS) - 1))
+                });
+                places.push(self.t.f.add(warp, before));
+                warp = self.t.f.add(warp, all);
+            }
+        }
+        (places, all)
     }
 }

@@ -426,11 +426,18 @@ fn selections_grow_with_scores() {
 impl Select {
     /// Rows of so many columns, on the emulator: what is selected of them is what the tile interpreter selects.
     fn check(self, lengths: &[u32], value: impl Fn(u32) -> f32) {
+        // Where blocks share a multiprocessor, fewer columns are short.
+        for sharing in [1, 2] {
+            self.check_shared(sharing, lengths, &value);
+        }
+    }
+
+    fn check_shared(self, sharing: u32, lengths: &[u32], value: &dyn Fn(u32) -> f32) {
         let longest = lengths.iter().copied().max().unwrap_or(1);
         let (rows, pages) = (lengths.len() as u32, longest.div_ceil(64));
         let syms = SymValues([rows; 6]).with(Sym::P, pages).with(Sym::N, rows * pages).with(Sym::C, longest);
-        let kernel =
-            Kernel { program: self.program("select"), schedule: Schedule { cluster: 1, ..Schedule::default() } };
+        let schedule = Schedule { cluster: 1, sharing, ..Schedule::default() };
+        let kernel = Kernel { program: self.program("select"), schedule };
         let lowered = crate::nvidia::lower::lower(&kernel, hopper()).expect("lowers");
         assert!(lowered.sched.contains("threads 512"), "a row is selected from at once");
         assert!(lowered.mlir.contains("ld.global.nc.v4"), "columns are read four at a time");
@@ -472,12 +479,13 @@ fn short_rows_are_all_candidates() {
 
 #[test]
 fn samples_find_the_best_of_long_rows() {
-    SELECT.check(&[20001, 8193, 8203], scattered);
+    SELECT.check(&[20001, 8193, 8203, 16385], scattered);
+    SELECT.check(&[40003], scattered);
     SELECT.check(&[10000], |i| (i % 3) as f32);
     Select { k: 2048, step: 512, ..SELECT }.check(&[16500], |i| scattered(i) / scattered(i + 1));
 }
 
 #[test]
 fn rows_of_which_samples_say_little_are_counted() {
-    SELECT.check(&[17000], |i| if i % 7 == 0 { f32::NEG_INFINITY } else { 1.5 });
+    SELECT.check(&[33000], |i| if i % 7 == 0 { f32::NEG_INFINITY } else { 1.5 });
 }
