@@ -3,6 +3,8 @@
 
 #[path = "executed/device.rs"]
 mod device;
+#[path = "executed/hot.rs"]
+mod hot;
 mod launches;
 #[path = "../../targets/tests/support/linear.rs"]
 mod linear;

@@ -13,13 +13,17 @@ const LARGE: u32 = 256;
 /// The schedule of a kernel of that shape in steps of at most `tokens` tokens.
 pub fn choose(arch: &Arch, shape: &KernelShape, tokens: u32) -> Schedule {
     let wide = Schedule::wide(shape, tokens);
+    if shape.op == "attention" && !arch.cdna4 {
+        // Keys are decoded once for each block of heads: of what 64 KB hold, few keys for many heads are less work.
+        return Schedule { tile_n: 16, tile_h: wide.tile_h.min(32), ..wide };
+    }
     if tokens <= 64 {
         return Schedule { near: shape.op == "expert_linear" && near(shape), ..wide };
     }
     match shape.op {
         "linear" => linear(arch, shape, tokens, wide),
-        // A contraction of few rounds is not worth cutting.
-        "head_linear" if shape.k >= 256 => Schedule { tile_k: round(arch), ..wide },
+        // A contraction of few rounds is not worth cutting, nor is one that pieces of four bytes are copied for.
+        "head_linear" if shape.k >= 256 && arch.cdna4 => Schedule { tile_k: round(arch), ..wide },
         "expert_linear" => Schedule { dies: arch.device.dies, near: near(shape), ..wide },
         _ => wide,
     }

@@ -101,6 +101,9 @@ pub(super) fn overlap(a: &Buffer, b: &Buffer) -> bool {
     a.offset < b.offset + b.bytes() && b.offset < a.offset + a.bytes()
 }
 
+/// A loop: its start, what is used in it that was made before, and its body.
+type Around<'a> = (u32, BTreeSet<(BufferId, Need)>, &'a Block);
+
 struct Timeline<'a> {
     kernel: &'a Scheduled,
     definitions: Definitions<'a>,
@@ -109,8 +112,8 @@ struct Timeline<'a> {
     now: u32,
     /// By unit, its last time.
     end: Vec<u32>,
-    /// Starts of the loops around, and what is used in them that was made before.
-    loops: Vec<(u32, BTreeSet<(BufferId, Need)>, &'a Block)>,
+    /// The loops around.
+    loops: Vec<Around<'a>>,
     made: Vec<Option<(Unit, u32)>>,
     lives: BTreeMap<(Unit, BufferId, Need), Life>,
 }

@@ -1,0 +1,96 @@
+//! What the kernels of the real config must be, statically: nothing spills, loops of products keep copies under way, move 16 bytes at a time where the
+//! chip does, and have the share of matrix instructions that they had. Floors are a little below what there is; raise them with it.
+
+use super::Executed;
+use dsc::compile::{Options, compile_for};
+use dsc::front::config::ModelConfig;
+use dsc_cdna::loops::{Loop, loops};
+use dsc_ir::artifact::Numerics;
+use dsc_targets::Level;
+use std::path::Path;
+
+/// The loops of a kernel, by a part of its name: the least share of issue cycles, in percent, of the best one.
+struct Floor {
+    kernel: &'static str,
+    share: f64,
+}
+
+const fn floor(kernel: &'static str, share: f64) -> Floor {
+    Floor { kernel, share }
+}
+
+/// What is wrong with a loop of products.
+fn faults(l: &Loop, direct_16: bool) -> Vec<&'static str> {
+    let copies = l.copies > 0;
+    let checks = [
+        (l.scratch > 0, "touches scratch"),
+        (copies && l.waits[0] > 0, "waits until nothing is under way"),
+        (copies && l.barriers > 4, "meets more than four barriers a round"),
+        // Factors of partial sums move by words.
+        (copies && direct_16 && l.global[1] - l.global[0] > 2, "copies less than 16 bytes at a time"),
+    ];
+    checks.into_iter().filter_map(|(wrong, what)| wrong.then_some(what)).collect()
+}
+
+fn check(chip: &str, floors: &[Floor], rings: usize) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/deepseek-v3.2");
+    let config = ModelConfig::read(&dir).unwrap_or_else(|e| panic!("{e}"));
+    let options = Options { numerics: Numerics::Deployed, layers: Some(vec![0, 3]), ..Options::default() };
+    let target = Executed::keeping(chip, vec![Level::Asm]);
+    compile_for(&target, &config, "", None, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{e}"));
+    let module = target.module.borrow();
+    let mut problems = module.warnings.clone();
+    for kernel in &module.kernels {
+        let resources = kernel.gpu.as_ref().and_then(|g| g.resources).expect("machine code");
+        if (resources.spill_bytes, resources.stack_bytes) != ([0, 0], 0) {
+            problems.push(format!("{} spills", kernel.name));
+        }
+    }
+    let kernels: Vec<(&str, Vec<Loop>)> = module.listings.iter().map(|l| (l.kernel.as_str(), loops(&l.text))).collect();
+    let with_ring = kernels.iter().filter(|(_, loops)| loops.iter().any(|l| l.copies > 0)).count();
+    if with_ring < rings {
+        problems.push(format!("{with_ring} kernels have rings, which {rings} had"));
+    }
+    for (name, loops) in &kernels {
+        problems.extend(loops.iter().flat_map(|l| faults(l, chip == "gfx950")).map(|what| format!("{name} {what}")));
+    }
+    for floor in floors {
+        let shares = |loops: &[Loop]| loops.iter().map(|l| 100.0 * l.cycles[0] / l.cycles[1]).fold(0.0, f64::max);
+        let mut named = kernels.iter().filter(|(name, _)| name.starts_with(floor.kernel)).map(|(n, l)| (n, shares(l)));
+        let best = named.by_ref().max_by(|a, b| a.1.total_cmp(&b.1));
+        match best {
+            Some((name, share)) if share < floor.share => {
+                problems
+                    .push(format!("{name}: products are {share:.0} % of issue cycles, {} % are asked", floor.share));
+            }
+            Some(_) => {}
+            None => problems.push(format!("there is no kernel {}", floor.kernel)),
+        }
+    }
+    assert!(problems.is_empty(), "{chip}:\n{}", problems.join("\n"));
+}
+
+#[test]
+fn hot_loops_gfx942() {
+    let floors = [
+        floor("linear_bf16_bf16_f32_n129280", 40.0),
+        floor("linear_fp8_fp8_bf16_n7168_k18432", 25.0),
+        floor("linear_swiglu_quant_fp8", 22.0),
+        floor("expert_linear_swiglu", 22.0),
+        floor("dsa_mqa_bf16", 45.0),
+    ];
+    check("gfx942", &floors, 5);
+}
+
+#[test]
+fn hot_loops_gfx950() {
+    let floors = [
+        floor("linear_bf16_bf16_f32_n129280", 45.0),
+        floor("linear_fp8_fp8_bf16_n7168_k18432", 28.0),
+        floor("linear_swiglu_quant_fp8", 30.0),
+        floor("expert_linear_swiglu", 30.0),
+        floor("expert_linear_own", 24.0),
+        floor("dsa_mqa_bf16", 45.0),
+    ];
+    check("gfx950", &floors, 35);
+}
