@@ -450,8 +450,6 @@ impl<'a> Emit<'a> {
         } else {
             first
         };
-        let peers = if fill.shared { self.peers.clone() } else { Vec::new() };
-        let full = self.barrier_at(channel, false, stage);
         // The thread's 16 elements are two pieces of 16 bytes, at an even place in a panel.
         // Threads of one panel write even pieces first and those of the other odd ones, so that all use other banks.
         let (side, place) = (self.t.f.div(own, 4), self.t.f.rem(own, 4));
@@ -481,15 +479,37 @@ impl<'a> Emit<'a> {
                 for (half, words) in words.chunks((WORD_BYTES / 4) as usize).enumerate() {
                     let at = self.t.f.add(halves[half], i32((panels + row * apart * buffer.pitch).into()));
                     ptx::store_shared_words(&mut self.t.f, at, words);
-                    for &peer in &peers {
-                        let (there, barrier) = (self.t.f.add(at, peer), self.t.f.add(full, peer));
-                        ptx::store_words_at(&mut self.t.f, there, words, barrier);
-                    }
                 }
             }
             loaded.forget(row, &gathers);
         }
+        if fill.shared {
+            self.copy_to_peers(buffer, base, count * apart, (channel, stage));
+        }
         Ok(())
+    }
+
+    /// Brings this block's rows of a stage, which the role's threads have written, to the other blocks of the cluster. Whole panels by the copy
+    /// engine: words that threads write there come one by one, and keep products from their operands.
+    fn copy_to_peers(&mut self, buffer: &Buffer, base: Val, rows: u32, (channel, stage): (ChannelId, Val)) {
+        ptx::fence_async(&mut self.t.f);
+        self.role_waits();
+        let bytes = rows * buffer.pitch;
+        let skipped = self.t.f.mul(self.rank, i32(bytes.into()));
+        let from = self.t.f.add(base, skipped);
+        let full = self.barrier_at(channel, false, stage);
+        let (drives, peers) = (self.drives(), self.peers.clone());
+        let (panels, panel_bytes) = (buffer.panels(), buffer.panel_bytes());
+        self.t.when(drives, |t| {
+            for peer in peers {
+                let barrier = t.f.add(full, peer);
+                for panel in 0..panels {
+                    let from = t.f.add(from, i32((panel * panel_bytes).into()));
+                    let to = t.f.add(from, peer);
+                    ptx::copy_to_block(&mut t.f, to, from, bytes, barrier);
+                }
+            }
+        });
     }
 
     /// A tile that ends in a rounding, as the map before it: inputs' value, arithmetic; and the type it rounds to.

@@ -46,11 +46,12 @@ pub fn to_block(f: &mut Fn, at: Val, rank: Val) -> Val {
     f.sub(there, at)
 }
 
-/// Writes four words to another block's shared memory; its barrier gets their bytes.
-pub fn store_words_at(f: &mut Fn, at: Val, words: &[Val], barrier: Val) {
-    let args: Vec<Val> = [at].into_iter().chain(words.iter().copied()).chain([barrier]).collect();
-    let text = "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];";
-    effect(f, text, "r,r,r,r,r,r", &args);
+/// Copies bytes of this block's shared memory to another's; its barrier gets them.
+pub fn copy_to_block(f: &mut Fn, to: Val, from: Val, bytes: u32, barrier: Val) {
+    let text = format!(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [$0], [$1], {bytes}, [$2];"
+    );
+    effect(f, &text, "r,r,r", &[to, from, barrier]);
 }
 
 /// Arrives where `c` (i32) is not zero.
