@@ -48,9 +48,8 @@ pub fn to_block(f: &mut Fn, at: Val, rank: Val) -> Val {
 
 /// Copies bytes of this block's shared memory to another's; its barrier gets them.
 pub fn copy_to_block(f: &mut Fn, to: Val, from: Val, bytes: u32, barrier: Val) {
-    let text = format!(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [$0], [$1], {bytes}, [$2];"
-    );
+    let text =
+        format!("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [$0], [$1], {bytes}, [$2];");
     effect(f, &text, "r,r,r", &[to, from, barrier]);
 }
 
