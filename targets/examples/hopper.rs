@@ -43,6 +43,9 @@ fn products() -> Vec<(Linear, u32, Rows)> {
         for cluster in [1, 2] {
             all.push((fp8(n, k, [128, 128]), cluster, &[4096, 1000]));
         }
+        for cluster in [1, 2] {
+            all.push((fp8(n, k, [256, 128]), cluster, &[4096]));
+        }
         all.push((fp8(n, k, [16, 64]), 1, &[1, 16]));
         all.push((fp8(n, k, [32, 64]), 1, &[32]));
     }
@@ -73,14 +76,26 @@ fn products() -> Vec<(Linear, u32, Rows)> {
     all
 }
 
-/// The products of experts, 8 a token: gate and up, and down, for the experts of one rank of eight; row counts are of (token, expert) pairs.
+/// The products of experts, 8 a token: gate and up, with SwiGLU or without, and down, for all experts and for those of one rank of eight; row
+/// counts are of (token, expert) pairs.
 fn experts() -> Vec<(Experts, Rows)> {
     let mut all: Vec<(Experts, Rows)> = Vec::new();
     for (per_token, n, k) in [(8, 4096, 7168), (0, 7168, 2048)] {
-        let of = |tile| Experts { experts: 32, per_token, n, k, tile };
-        all.push((of([128, 128]), &[8192]));
-        all.push((of([64, 128]), &[8192, 1000]));
-        all.push((of([16, 64]), &[8, 128]));
+        let of = |experts, tile, parts| Experts { experts, per_token, n, k, tile, parts, glu: false };
+        let many = of(32, [128, 128], 4);
+        all.push((many, &[4096, 32768]));
+        all.push((of(32, [128, 128], 1), &[2048, 4096]));
+        all.push((of(32, [64, 128], 1), &[1000, 2048]));
+        all.push((of(32, [32, 64], 1), &[512]));
+        all.push((of(32, [16, 64], 1), &[8, 128]));
+        all.push((of(256, [128, 128], 4), &[16384, 32768]));
+        all.push((of(256, [128, 128], 1), &[16384, 32768]));
+        all.push((of(256, [32, 64], 1), &[4096]));
+        all.push((of(256, [16, 64], 1), &[1024]));
+        if per_token > 0 {
+            all.push((Experts { glu: true, n: n / 2, ..many }, &[4096, 32768]));
+            all.push((Experts { glu: true, n: n / 2, ..of(256, [128, 128], 4) }, &[32768]));
+        }
     }
     all
 }
@@ -101,9 +116,14 @@ fn described() -> Vec<(Kernel, String, Rows)> {
     }
     for (e, rows) in experts() {
         let [m, n] = e.tile;
-        let name = format!("experts{}_n{}_k{}_{m}x{n}", e.experts, e.n, e.k);
+        let (parts, glu) = (if e.parts > 1 { "_parts" } else { "" }, if e.glu { "_glu" } else { "" });
+        let name = format!("experts{}_n{}_k{}_{m}x{n}{glu}{parts}", e.experts, e.n, e.k);
         let mut text = format!(r#""kind":"experts","dtype":"e4m3","out":"bf16","n":{},"k":{},"#, e.n, e.k);
-        let _ = write!(text, r#""tile":{:?},"experts":{},"per_token":{}"#, e.tile, e.experts, e.per_token);
+        let _ = write!(
+            text,
+            r#""tile":{:?},"experts":{},"per_token":{},"parts":{},"glu":{}"#,
+            e.tile, e.experts, e.per_token, e.parts, e.glu
+        );
         all.push((Kernel { program: e.program(&name), schedule: Schedule::default() }, text, rows));
     }
     all

@@ -26,6 +26,8 @@ fn kernels() -> Vec<Kernel> {
         // Many rows, in pairs of blocks, and fewer; few rows, and a handful, in parts.
         (fp8(7168, 16384, [128, 128]), 2),
         (fp8(32768, 1536, [128, 128]), 2),
+        (fp8(7168, 16384, [256, 128]), 0),
+        (fp8(24576, 1536, [256, 128]), 2),
         (fp8(4096, 7168, [64, 64]), 0),
         (fp8(4096, 7168, [32, 64]), 0),
         (fp8(7168, 2048, [16, 64]), 0),
@@ -38,15 +40,16 @@ fn kernels() -> Vec<Kernel> {
         (Linear { dtype: DType::Bf16, step: 64, out: DType::F32, ..fp8(256, 7168, [64, 16]) }, 0),
     ];
     let experts = [[128, 128], [64, 128], [32, 64], [16, 64]].into_iter().flat_map(|tile| {
-        let of = move |per_token, n, k| Experts { experts: 257, per_token, n, k, tile };
-        [of(9, 4096, 7168), of(0, 7168, 2048)]
+        let of = move |per_token, n, k| Experts { experts: 257, per_token, n, k, tile, parts: 4, glu: false };
+        [of(9, 4096, 7168), of(0, 7168, 2048), Experts { glu: true, ..of(9, 2048, 7168) }]
     });
     let linear = linear.into_iter().enumerate().map(|(i, (l, cluster))| {
         let schedule = Schedule { cluster, ..Schedule::default() };
         Kernel { program: l.program(&format!("linear{i}_{}x{}", l.tile[0], l.tile[1])), schedule }
     });
     let experts = experts.map(|e| {
-        let name = format!("experts{}_{}x{}", e.per_token, e.tile[0], e.tile[1]);
+        let glu = if e.glu { "_glu" } else { "" };
+        let name = format!("experts{}_{}x{}{glu}", e.per_token, e.tile[0], e.tile[1]);
         Kernel { program: e.program(&name), schedule: Schedule::default() }
     });
     linear.chain(experts).chain(attention()).collect()

@@ -83,6 +83,8 @@ class Launch:
         tiles = grid[0] * grid[1] * grid[2]
         cluster = kernel["cluster"]
         held = min(tiles, sms * kernel["blocks_per_sm"] // cluster * cluster)
+        if kernel["turns"]:
+            held = -(-tiles // kernel["turns"])
         self.grid = (-(-held // cluster) * cluster, 1, 1) if kernel["persistent"] else grid
         self.attribute = Attribute(CLUSTER_DIMENSION, b"", (cluster, 1, 1))
         self.function, self.kernel = function, kernel
@@ -202,13 +204,14 @@ def measure(kernel, function, rows, sms):
 
 
 def measure_experts(kernel, function, rows, sms):
-    n, k, experts, per_token = kernel["n"], kernel["k"], kernel["experts"], kernel["per_token"]
+    n, k, experts, per_token, glu = (kernel[name] for name in ("n", "k", "experts", "per_token", "glu"))
     tokens = rows // per_token if per_token else rows
-    blocks, scale_rows = k // 128, n // 128
+    w_rows = 2 * n if glu else n
+    blocks, scale_rows = k // 128, w_rows // 128
     x = torch.randn(tokens, k, device="cuda").to(torch.float8_e4m3fn)
-    w = torch.empty(experts * n, k, device="cuda", dtype=torch.float8_e4m3fn)
+    w = torch.empty(experts * w_rows, k, device="cuda", dtype=torch.float8_e4m3fn)
     for e in range(experts):
-        w[e * n : (e + 1) * n] = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
+        w[e * w_rows : (e + 1) * w_rows] = torch.randn(w_rows, k, device="cuda").to(torch.float8_e4m3fn)
     xs = torch.rand(tokens, blocks, device="cuda") + 0.5
     ws = torch.rand(experts * scale_rows, blocks, device="cuda") + 0.5
     # Each token goes to different experts, as a router would have it.
@@ -216,9 +219,12 @@ def measure_experts(kernel, function, rows, sms):
     order = picks.argsort(stable=True).int()
     counts = torch.bincount(picks, minlength=experts)
     offsets = torch.cat([torch.zeros(1, device="cuda", dtype=torch.int64), counts.cumsum(0)]).int()
-    y = torch.full((rows + 64, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+    # Half a kernel with SwiGLU is a product; its result is e4m3 with a scale for every 128 columns.
+    y = torch.full((rows + 64, n), float("nan"), device="cuda", dtype=torch.float8_e4m3fn if glu else torch.bfloat16)
+    y_scales = torch.full((rows, n // 128), float("nan"), device="cuda")
     syms = torch.tensor([tokens, 1, 1, rows, 1, 1], dtype=torch.int32, device="cuda")
-    launch = Launch(function, kernel, [x, w, xs, ws, order, offsets, y[:rows]], syms, (-(-n // kernel["tile"][1]), experts, 1), sms)
+    launch = Launch(function, kernel, [x, w, xs, ws, order, offsets, y[:rows], *([y_scales] if glu else [])], syms,
+                    (-(-n // kernel["tile"][1]) * kernel["parts"], experts, 1), sms)
     launch()
     torch.cuda.synchronize()
     error, bounds = 0.0, offsets.tolist()
@@ -228,20 +234,23 @@ def measure_experts(kernel, function, rows, sms):
             continue
         source = mine // per_token if per_token else mine
         a = dequantised(x[source], xs[source], 1)
-        b = dequantised(w[e * n : (e + 1) * n], ws[e * scale_rows : (e + 1) * scale_rows], 128)
+        b = dequantised(w[e * w_rows : (e + 1) * w_rows], ws[e * scale_rows : (e + 1) * scale_rows], 128)
         want = a @ b.T
-        error = max(error, ((y[mine].double() - want).norm() / want.norm()).item())
+        if glu:
+            want = torch.nn.functional.silu(want[:, :n]) * want[:, n:]
+        got = dequantised(y[mine], y_scales[mine], 1) if glu else y[mine].double()
+        error = max(error, ((got - want).norm() / want.norm()).item())
     again = y.clone()
     launch()
     torch.cuda.synchronize()
-    same = bool((again.view(torch.int16) == y.view(torch.int16)).all())
-    touched = int((~y[rows:].isnan()).sum())
+    same = bool((again.view(torch.int8) == y.view(torch.int8)).all())
+    touched = int((~y[rows:].float().isnan()).sum())
     used = int((counts > 0).sum())
-    moved = used * n * k + rows * k + rows * n * 2
+    moved = used * w_rows * k + rows * k + rows * n * 2
     us, low, high = timed({"dsc": [launch] * 5})["dsc"]
-    times = {"dsc": {"us": round(us, 2), "min": round(low, 2), "max": round(high, 2), "tflops": round(2 * rows * n * k / us / 1e6, 1),
+    times = {"dsc": {"us": round(us, 2), "min": round(low, 2), "max": round(high, 2), "tflops": round(2 * rows * w_rows * k / us / 1e6, 1),
                      "gb_per_s": round(moved / us / 1e3)}}
-    nans = int(y[:rows].isnan().sum())
+    nans = int(y[:rows].float().isnan().sum())
     return {"name": kernel["name"], "rows": rows, "error": error, "nan": nans, "written_outside": touched, "same_bits_again": same, "times": times}
 
 

@@ -69,10 +69,10 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
 
     let b = &mut e.b;
     let parts = if flat.eval(&class.max) > u64::from(experts * tm) { ROW_PARTS } else { 1 };
-    let (n0, place) = (b.grid(n, tn), b.grid(experts * parts, 1));
+    // Parts next to one another, so that they find the expert's weights in the cache.
+    let (place, expert) = (b.grid(n.div_ceil(tn) * parts, 1), b.grid(experts, 1));
+    let n0 = divided(b, place, parts);
     let n0 = times(b, n0, tn);
-    // Next to one another, so that they find the expert's weights in the cache.
-    let expert = divided(b, place, parts);
     let part = b.map(&[place], |m, v| {
         let parts = m.i32(parts as i32);
         m.rem(v[0], parts)

@@ -160,9 +160,10 @@ impl<'a> Check<'a> {
                 fault(gpu.scratch_bytes <= MAX_SCRATCH_BYTES, &|| {
                     format!("{} scratch bytes are beyond reason", gpu.scratch_bytes)
                 });
-                fault(gpu.scratch_bytes == 0 || gpu.persistent, &|| {
+                fault(gpu.scratch_bytes == 0 || gpu.persistent && gpu.turns == 0, &|| {
                     "memory of its own for every block of a grid".into()
                 });
+                fault(gpu.turns == 0 || gpu.persistent, &|| "turns of a block that takes one tile".into());
                 fault(gpu.asm[0] <= gpu.asm[1] && gpu.asm[1] <= asm, &|| "its assembly is outside its section".into());
                 for map in &gpu.maps {
                     let rank = k.params.get(map.param as usize).map_or(0, |p| p.view.shape.len());

@@ -163,6 +163,10 @@ pub struct GpuKernel {
     /// Blocks go on to further tiles: a launch with fewer blocks than the grid has does all of it. As many as the device holds at a
     /// time are best.
     pub persistent: bool,
+    /// Tiles of the grid for each block of a persistent kernel whose tiles differ in their work: the device then gives blocks to whatever processor is
+    /// free, in order. 0: as many blocks as the device holds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub turns: u32,
     /// Before it touches memory it waits, by itself, for the launches before it, and it lets the next one start: such launches may overlap.
     pub dependent: bool,
     /// Tensor maps, for hardware that copies tiles by descriptor.

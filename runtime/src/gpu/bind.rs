@@ -90,7 +90,7 @@ fn round_count(n: u32) -> u32 {
 }
 
 /// The grid of a kernel along x, y and z; none if there is no block. A persistent kernel gets as many blocks as the GPU holds at a
-/// time, or as it has tiles if those are fewer.
+/// time, or as it has tiles if those are fewer; one that says how many tiles are a block's, as many as that makes.
 pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, syms: &SymValues) -> Option<[u32; 3]> {
     let cluster = gpu.cluster.max(1);
     let mut grid = [1u32; 3];
@@ -98,8 +98,8 @@ pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, s
         let per_multiprocessor = gpu.resources.map_or(1, |r| r.blocks_per_sm.max(1));
         // Clusters are whole, and one that is not held at once would run after all others.
         let held = (multiprocessors.saturating_mul(per_multiprocessor) / cluster * cluster).max(cluster);
-        let tiles = entry.blocks(syms).filter(|&n| n > 0)?;
-        grid[0] = u32::try_from(tiles).unwrap_or(u32::MAX).min(held);
+        let tiles = u32::try_from(entry.blocks(syms).filter(|&n| n > 0)?).unwrap_or(u32::MAX);
+        grid[0] = if gpu.turns > 0 { tiles.div_ceil(gpu.turns) } else { tiles.min(held) };
     } else {
         for (axis, dim) in grid.iter_mut().zip(&entry.grid) {
             *axis = u32::try_from(dim.eval(syms)).ok().filter(|&n| n > 0)?;
@@ -309,6 +309,9 @@ mod tests {
         assert_eq!(grid(&entry, &persistent(16), 4, &syms(100)), Some([16, 1, 1]));
         assert_eq!(grid(&entry, &persistent(3), 4, &syms(100)), Some([6, 1, 1]));
         assert_eq!(grid(&entry, &persistent(1), 4, &syms(0)), None);
+        let turns = GpuKernel { turns: 2, ..persistent(1) };
+        assert_eq!(grid(&entry, &turns, 4, &syms(100)), Some([150, 1, 1]));
+        assert_eq!(grid(&entry, &turns, 4, &syms(1)), Some([2, 1, 1]));
         assert!(check_grid(&entry, &persistent(1), cuda::SPEC.most_blocks, &syms(65536)).is_ok());
         assert!(
             check_grid(&entry, &persistent(1), cuda::SPEC.most_blocks, &syms(1 << 30))

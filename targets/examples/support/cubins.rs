@@ -22,12 +22,13 @@ pub fn write(folder: &Path, described: &[(Kernel, String)]) -> Result<(), Box<dy
         let maps: Vec<String> = gpu.maps.iter().map(map).collect();
         let r = gpu.resources.unwrap_or_default();
         lines.push(format!(
-            r#"{{"name":"{}",{text},"threads":{},"shared_bytes":{},"scratch":{},"persistent":{},"dependent":{},"cluster":{},"registers":{},"spills":{:?},"blocks_per_sm":{},"maps":[{}]}}"#,
+            r#"{{"name":"{}",{text},"threads":{},"shared_bytes":{},"scratch":{},"persistent":{},"turns":{},"dependent":{},"cluster":{},"registers":{},"spills":{:?},"blocks_per_sm":{},"maps":[{}]}}"#,
             kernel.name,
             gpu.threads,
             gpu.shared_bytes,
             gpu.scratch_bytes,
             gpu.persistent,
+            gpu.turns,
             gpu.dependent,
             gpu.cluster,
             r.registers,

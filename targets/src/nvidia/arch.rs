@@ -26,6 +26,8 @@ pub struct Arch {
     pub has_wgmma: bool,
     /// Tiles are copied by descriptor (`cp.async.bulk.tensor`); clusters, `elect.sync`, `stmatrix` and dependent launch come with it.
     pub has_tma: bool,
+    /// f32 is divided as IEEE 754 has it; else within two units in the last place, without a branch.
+    pub exact_division: bool,
     /// The device that schedules are chosen for.
     pub device: Device,
 }
@@ -95,6 +97,7 @@ pub const ARCHS: &[Arch] = &[
         has_fp8_mma: false,
         has_wgmma: false,
         has_tma: false,
+        exact_division: true,
         device: Device { name: "A100", sms: 108, clock_mhz: 1410 },
     },
     Arch {
@@ -107,6 +110,7 @@ pub const ARCHS: &[Arch] = &[
         has_fp8_mma: true,
         has_wgmma: false,
         has_tma: false,
+        exact_division: true,
         device: Device { name: "L40S", sms: 142, clock_mhz: 2520 },
     },
     Arch {
@@ -119,6 +123,7 @@ pub const ARCHS: &[Arch] = &[
         has_fp8_mma: true,
         has_wgmma: true,
         has_tma: true,
+        exact_division: true,
         device: Device { name: "H200", sms: 132, clock_mhz: 1980 },
     },
     Arch {
@@ -131,6 +136,7 @@ pub const ARCHS: &[Arch] = &[
         has_fp8_mma: true,
         has_wgmma: false,
         has_tma: true,
+        exact_division: true,
         device: Device { name: "B200", sms: 148, clock_mhz: 1965 },
     },
     Arch {
@@ -143,6 +149,7 @@ pub const ARCHS: &[Arch] = &[
         has_fp8_mma: true,
         has_wgmma: false,
         has_tma: true,
+        exact_division: true,
         device: Device { name: "RTX 5090", sms: 170, clock_mhz: 2407 },
     },
 ];

@@ -1,6 +1,6 @@
 //! Tile programs of grouped matrix products, as the compiler's kernel library writes them.
 
-use dsc_ir::tile::{Access, Builder, Ix, Program, ValueId};
+use dsc_ir::tile::{Access, Builder, Ix, Program, ReduceKind, ValueId};
 use dsc_ir::{DType, Sym};
 
 /// `y[r] = x[order r / per_token] w[e]ᵀ` for the rows `r` that `order[offsets e .. offsets e + 1]` lists of each expert `e`, in e4m3 with
@@ -17,6 +17,10 @@ pub struct Experts {
     pub k: u32,
     /// Rows and columns a block makes.
     pub tile: [u32; 2],
+    /// Blocks that take turns at the tiles of an expert's rows.
+    pub parts: u32,
+    /// Whether a weight has gate and up, `n` rows each, and the result is `silu(gate) · up` in e4m3, with a scale for every row of a tile.
+    pub glu: bool,
 }
 
 fn arithmetic(
@@ -34,26 +38,36 @@ fn arithmetic(
 impl Experts {
     /// The program.
     pub fn program(self, name: &str) -> Program {
-        let Experts { experts, per_token, n, k, tile: [tm, tn] } = self;
-        let (blocks, scale_rows) = (k.div_ceil(128), n.div_ceil(128));
+        let Experts { experts, per_token, n, k, tile: [tm, tn], parts, glu } = self;
+        let w_rows = if glu { 2 * n } else { n };
+        let (blocks, scale_rows) = (k.div_ceil(128), w_rows.div_ceil(128));
         let tokens = if per_token > 0 { Sym::T } else { Sym::L };
         let mut b = Builder::new(name);
         let x = b.param("x", DType::E4m3, &[tokens.into(), k.into()], Access::Read);
-        let w = b.param("w", DType::E4m3, &[(experts * n).into(), k.into()], Access::Read);
+        let w = b.param("w", DType::E4m3, &[(experts * w_rows).into(), k.into()], Access::Read);
         let xs = b.param("x_scales", DType::F32, &[tokens.into(), blocks.into()], Access::Read);
         let ws = b.param("w_scales", DType::F32, &[(experts * scale_rows).into(), blocks.into()], Access::Read);
         let orders = b.param("order", DType::I32, &[Sym::L.into()], Access::Read);
         let bounds = b.param("offsets", DType::I32, &[(experts + 1).into()], Access::Read);
-        let y = b.param("y", DType::Bf16, &[Sym::L.into(), n.into()], Access::Write);
-        let (n0, expert) = (b.grid(n, tn), b.grid(experts, 1));
+        let out = if glu { DType::E4m3 } else { DType::Bf16 };
+        let y = b.param("y", out, &[Sym::L.into(), n.into()], Access::Write);
+        let y_scales =
+            glu.then(|| b.param("y_scales", DType::F32, &[Sym::L.into(), n.div_ceil(tn).into()], Access::Write));
+        // Parts next to one another, so that they find the expert's weights in the cache.
+        let (place, expert) = (b.grid(n.div_ceil(tn) * parts, 1), b.grid(experts, 1));
+        let group = arithmetic(&mut b, place, parts, |m, v| m.div(v[0], v[1]));
+        let part = arithmetic(&mut b, place, parts, |m, v| m.rem(v[0], v[1]));
+        let n0 = group;
         let n0 = arithmetic(&mut b, n0, tn, |m, v| m.mul(v[0], v[1]));
-        let row = arithmetic(&mut b, expert, n, |m, v| m.mul(v[0], v[1]));
+        let row = arithmetic(&mut b, expert, w_rows, |m, v| m.mul(v[0], v[1]));
         let row = b.map(&[row, n0], |m, v| m.add(v[0], v[1]));
         let first_scale = arithmetic(&mut b, expert, scale_rows, |m, v| m.mul(v[0], v[1]));
         let lo = b.load_scalar(bounds, &[expert.into()]);
         let next = arithmetic(&mut b, expert, 1, |m, v| m.add(v[0], v[1]));
         let hi = b.load_scalar(bounds, &[next.into()]);
-        b.for_(lo, hi, tm, &[], |b, at, _| {
+        let first = arithmetic(&mut b, part, tm, |m, v| m.mul(v[0], v[1]));
+        let lo = b.map(&[lo, first], |m, v| m.add(v[0], v[1]));
+        b.for_(lo, hi, tm * parts, &[], |b, at, _| {
             let counted = b.iota(0, &[tm]);
             let place = b.map(&[counted, at], |m, v| m.add(v[0], v[1]));
             let order = b.load(orders, &[at.into()], &[tm]);
@@ -67,25 +81,59 @@ impl Experts {
             let to = below(b, order);
             let source = if per_token > 0 { arithmetic(b, order, per_token, |m, v| m.div(v[0], v[1])) } else { order };
             let from = below(b, source);
-            let zero = b.full(0.0, &[tm, tn]);
-            let total = b.for_(0, blocks, 1, &[zero], |b, block, acc| {
+            let offsets = if glu { vec![0, n] } else { vec![0] };
+            let zeros: Vec<ValueId> = offsets.iter().map(|_| b.full(0.0, &[tm, tn])).collect();
+            let totals = b.for_(0, blocks, 1, &zeros, |b, block, accs| {
                 let at = arithmetic(b, block, 128, |m, v| m.mul(v[0], v[1]));
                 let left = b.gather(x, from, &[at.into()], &[tm, 128]);
-                let right = b.load(w, &[row.into(), at.into()], &[tn, 128]);
-                let partial = b.dot_t(left, right, None);
+                let rights: Vec<ValueId> =
+                    offsets.iter().map(|&o| arithmetic(b, row, o, |m, v| m.add(v[0], v[1]))).collect();
+                let rights: Vec<ValueId> =
+                    rights.into_iter().map(|r| b.load(w, &[r.into(), at.into()], &[tn, 128])).collect();
+                let partials: Vec<ValueId> = rights.into_iter().map(|r| b.dot_t(left, r, None)).collect();
                 let sx = b.gather(xs, from, &[block.into()], &[tm, 1]);
-                let scale_row = arithmetic(b, n0, 128, |m, v| m.div(v[0], v[1]));
-                let scale_row = b.map(&[scale_row, first_scale], |m, v| m.add(v[0], v[1]));
-                let index: [Ix; 2] = [scale_row.into(), block.into()];
-                let sw = b.load(ws, &index, &[1, 1]);
-                let scale = b.map(&[sx, sw], |m, v| m.mul(v[0], v[1]));
-                vec![b.map(&[acc[0], partial, scale], |m, v| {
-                    let scaled = m.mul(v[1], v[2]);
-                    m.add(v[0], scaled)
-                })]
+                let mut sums = Vec::new();
+                for (i, &offset) in offsets.iter().enumerate() {
+                    let column = arithmetic(b, n0, offset, |m, v| m.add(v[0], v[1]));
+                    let scale_row = arithmetic(b, column, 128, |m, v| m.div(v[0], v[1]));
+                    let scale_row = b.map(&[scale_row, first_scale], |m, v| m.add(v[0], v[1]));
+                    let index: [Ix; 2] = [scale_row.into(), block.into()];
+                    let sw = b.load(ws, &index, &[1, 1]);
+                    let scale = b.map(&[sx, sw], |m, v| m.mul(v[0], v[1]));
+                    sums.push(b.map(&[accs[i], partials[i], scale], |m, v| {
+                        let scaled = m.mul(v[1], v[2]);
+                        m.add(v[0], scaled)
+                    }));
+                }
+                sums
             });
-            let result = b.cast(total[0], DType::Bf16);
-            b.scatter(y, to, &[n0.into()], result);
+            let (&[result] | &[_, result]) = totals.as_slice() else { unreachable!("one product or two") };
+            let Some(y_scales) = y_scales else {
+                let result = b.cast(result, DType::Bf16);
+                b.scatter(y, to, &[n0.into()], result);
+                return vec![];
+            };
+            let product = b.map(&[totals[0], result], |m, v| {
+                let s = m.sigmoid(v[0]);
+                let silu = m.mul(v[0], s);
+                m.mul(silu, v[1])
+            });
+            let groups = b.reshape(product, &[tm, 1, tn]);
+            let sizes = b.map(&[groups], |m, v| m.abs(v[0]));
+            let most = b.reduce(sizes, 2, ReduceKind::Max);
+            let scale = b.map(&[most], |m, v| {
+                let (least, part) = (m.f32(1e-4), m.f32(1.0 / 448.0));
+                let most = m.max(v[0], least);
+                m.mul(most, part)
+            });
+            let codes = b.map(&[groups, scale], |m, v| {
+                let scaled = m.div(v[0], v[1]);
+                m.cast(scaled, DType::E4m3)
+            });
+            let codes = b.reshape(codes, &[tm, tn]);
+            let scale = b.reshape(scale, &[tm, 1]);
+            b.scatter(y_scales, to, &[group.into()], scale);
+            b.scatter(y, to, &[n0.into()], codes);
             vec![]
         });
         b.finish().expect("well-typed")

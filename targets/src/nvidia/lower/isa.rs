@@ -93,6 +93,13 @@ impl Isa for Arch {
         exp2(f, x)
     }
 
+    fn divide(&self, f: &mut Fn, a: Val, b: Val) -> Val {
+        if self.exact_division {
+            return f.bin("fdiv", a, b);
+        }
+        f.asm("div.full.f32 $0, $1, $2;", "=f,f,f", &[a, b], &[Ty::F32], false, false)[0]
+    }
+
     fn widen(&self, f: &mut Fn, v: Val, from: DType) -> Val {
         widen(f, self, v, from)
     }

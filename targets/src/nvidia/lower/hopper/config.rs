@@ -56,11 +56,6 @@ pub struct Epilogue {
     pub reduced: bool,
 }
 
-/// Stages that gathered rows may be behind in a ring of that depth: their copies are in flight meanwhile.
-pub fn behind_most(stages: u32) -> u32 {
-    (stages / 2).min(4)
-}
-
 /// Bytes of the buffer in which warps exchange their parts of `rows` maxima.
 pub fn part_bytes(parts: u32, rows: u32) -> u32 {
     if parts > 1 { parts * rows.next_multiple_of(8) * DType::F32.bytes() as u32 } else { 0 }
@@ -104,18 +99,16 @@ impl Config {
             () => groups[1],
         };
         let slot_bytes = [rows, columns].map(|r| r.next_multiple_of(8) * STEP_BYTES);
-        let stage = slot_bytes[0] + slot_bytes[1] * c.rights.len() as u32;
+        let stage = slot_bytes[0] * c.lefts.len() as u32 + slot_bytes[1] * c.rights.len() as u32;
         // Small tiles wait for memory, not for the multiplier: two blocks a multiprocessor overlap one's end with the other's start.
         let limit = if transposed { arch.shared_per_sm / 2 - Arch::SHARED_RESERVED } else { arch.shared_per_block };
         let beside = staging_bytes + part_bytes(row_parts, rows);
         let stages = ((limit - beside.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
-        // Stages that consumers hold at once, and stages that gathered rows may be behind, must leave the producer one to go on.
-        let behind = if c.left.gathered.is_some() { behind_most(stages) } else { 0 };
         let parts = c.step / c.stage_k();
-        let partials = partials.min(stages.saturating_sub(behind) / parts).max(partials.min(1));
+        let partials = partials.min(stages / parts).max(partials.min(1));
         let rounds_held = partials.div_ceil(c.dots.len() as u32) + u32::from(partials > 1 && c.dots.len() > 1);
         let held = (rounds_held * parts).max(2);
-        let depth = stages >= held + behind;
+        let depth = stages >= held;
         depth.then_some(Config {
             transposed,
             groups: if transposed { [groups[1], groups[0]] } else { groups },
@@ -125,7 +118,7 @@ impl Config {
                 () if accumulators <= FEW_REGISTERS && !transposed => 2 * partials,
                 () if !transposed
                     && accumulators >= MANY_REGISTERS
-                    && c.dots.len() == 1
+                    && (c.dots.len() == 1 || partials == 1)
                     && c.rounds.is_some_and(|n| n >= QUAD) =>
                 {
                     QUAD

@@ -1,5 +1,5 @@
 //! Finds the contraction of a tile program: a loop over `k` around matrix products whose operands come straight from memory. There may
-//! be several products of one left operand (gate and up, say).
+//! be several products of one left operand (gate and up, say), or of one right operand (halves of the rows).
 //!
 //! ```text
 //! for kk in lo..hi step s (acc) {        for block in lo..hi (acc) {
@@ -44,11 +44,13 @@ pub struct Contraction<'a> {
     pub rounds: Option<u32>,
     /// Elements of `k` that a round takes.
     pub step: u32,
-    /// The products, all of one left operand.
+    /// The products.
     pub dots: Vec<&'a Inst>,
-    /// Left operand: rows of the results.
-    pub left: Operand<'a>,
-    /// Right operands, one a product: columns of the results.
+    /// Which left and which right operand each multiplies.
+    pub pairs: Vec<[usize; 2]>,
+    /// Left operands, alike: rows of the results.
+    pub lefts: Vec<Operand<'a>>,
+    /// Right operands, alike: columns of the results.
     pub rights: Vec<Operand<'a>>,
     /// Element type of all.
     pub dtype: DType,
@@ -128,20 +130,34 @@ impl<'a> Contraction<'a> {
                 _ => None,
             })
             .collect();
-        let &(a, _) = pairs.first()?;
-        let one_left = pairs.len() == dots.len() && pairs.iter().all(|p| p.0 == a);
-        let left = program.tile(a)?;
-        let rights: Vec<&TileType> = pairs.iter().map(|p| program.tile(p.1)).collect::<Option<_>>()?;
-        let alike = rights.iter().all(|t| t.dtype == left.dtype && t.shape == rights[0].shape);
+        let distinct = |all: &mut dyn Iterator<Item = ValueId>| {
+            let mut found = Vec::new();
+            all.for_each(|v| {
+                if !found.contains(&v) {
+                    found.push(v)
+                }
+            });
+            found
+        };
+        let (lefts, rights) = (distinct(&mut pairs.iter().map(|p| p.0)), distinct(&mut pairs.iter().map(|p| p.1)));
+        let left = program.tile(*lefts.first()?)?;
+        let alike = |all: &[ValueId]| {
+            let mut types = all.iter().map(|&v| program.tile(v));
+            let first = program.tile(all[0]);
+            types.all(|t| t.is_some() && t == first && t.map(|t| t.dtype) == Some(left.dtype))
+        };
+        let alike = pairs.len() == dots.len() && alike(&lefts) && alike(&rights);
         let rounds = rounds(program, &defs, (*lo, *hi, *step));
-        (one_left && alike && rounds != Some(0)).then_some(Contraction {
+        let place = |all: &[ValueId], v: ValueId| all.iter().position(|&x| x == v).unwrap_or(0);
+        (alike && rounds != Some(0)).then_some(Contraction {
             k_loop,
             range: (*lo, *hi, *step),
             body,
             rounds,
             step: *left.shape.get(1)?,
-            left: operand(program, body, &defs, a)?,
-            rights: pairs.iter().map(|p| operand(program, body, &defs, p.1)).collect::<Option<_>>()?,
+            pairs: pairs.iter().map(|p| [place(&lefts, p.0), place(&rights, p.1)]).collect(),
+            lefts: lefts.iter().map(|&v| operand(program, body, &defs, v)).collect::<Option<_>>()?,
+            rights: rights.iter().map(|&v| operand(program, body, &defs, v)).collect::<Option<_>>()?,
             dots,
             dtype: left.dtype,
             direct,
@@ -150,12 +166,12 @@ impl<'a> Contraction<'a> {
 
     /// Rows and columns of each result.
     pub fn shape(&self) -> [u32; 2] {
-        [self.left.rows, self.rights[0].rows]
+        [self.lefts[0].rows, self.rights[0].rows]
     }
 
-    /// Left operand, then the right ones: slots of a stage.
+    /// Left operands, then the right ones: slots of a stage.
     pub fn operands(&self) -> Vec<&Operand<'a>> {
-        [&self.left].into_iter().chain(&self.rights).collect()
+        self.lefts.iter().chain(&self.rights).collect()
     }
 
     /// Whether a value is one of the products.

@@ -20,6 +20,7 @@ use crate::nvidia::lower::symbols_parameter;
 use crate::nvidia::lower::{arith, isa};
 use dsc_ir::Sym;
 use dsc_ir::artifact::GpuKernel;
+use dsc_ir::sched::verify::registers;
 use dsc_ir::sched::{Atom, Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
 use dsc_ir::tile::{self, Index, MapArg, Type, ValueId};
 use std::collections::HashMap;
@@ -30,6 +31,12 @@ use super::config::{MANY_REGISTERS, WARPGROUP};
 const GROUP_WARPS: u32 = WARPGROUP / Arch::WARP;
 /// Nanoseconds between the starts of a role's warpgroups: about what a round of a large tile takes.
 const APART_NS: u32 = 500;
+/// Tiles of a block where they differ in their work: two, so that the copies of the second overlap the stores of the first.
+const TURNS: u32 = 2;
+/// Registers that values of a thread take at most where two blocks share a multiprocessor.
+const FEW_REGISTERS: u32 = 80;
+/// Registers that such a thread has with addresses and the like.
+const ALL_REGISTERS: u32 = 128;
 /// Bytes to which operands of products are aligned.
 const ALIGN: u32 = 1024;
 
@@ -106,6 +113,8 @@ pub struct Emit<'a> {
     pub spare: Vec<Vec<Val>>,
     /// Zero, which the assembler does not know.
     pub never: Val,
+    /// An element of the product that ended last in this stretch of code.
+    pub settled: Option<Val>,
     /// Loads that lanes of a quad share out.
     pub shares: HashMap<ValueId, Share>,
     /// What was loaded for several, by the first of them.
@@ -126,6 +135,8 @@ pub struct Emit<'a> {
 /// # Errors
 /// What of the kernel this lowering does not do.
 pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(String, GpuKernel), String> {
+    // Results that matrix units made have no more bits than that; a division by IEEE's rules is a call an element.
+    let arch = &Arch { exact_division: false, ..*arch };
     let mut t = Threads::new(Fn::default(), arch, s.threads);
     t.symbols = symbols;
     let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
@@ -171,6 +182,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         sharing,
         spare: Vec::new(),
         never: i32(0),
+        settled: None,
         shares: HashMap::new(),
         shared_out: HashMap::new(),
     };
@@ -187,12 +199,26 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         shared_bytes: if selects { select::shared_bytes() } else { barriers },
         cluster: if selects { s.team } else { e.cluster },
         persistent: s.persistent.is_some(),
+        turns: if uneven(s) { TURNS } else { 0 },
         dependent: true,
         maps: e.maps.0.clone(),
         scratch_bytes: scratch_bytes(s),
         ..GpuKernel::default()
     };
+    // Where a second block of a contraction fits and accumulators are few, the assembler leaves it registers.
+    let fits = |n: u32| n <= FEW_REGISTERS && Arch::REGISTERS_PER_SM / (2 * s.threads) >= ALL_REGISTERS;
+    let few = s.channels.len() == 1 && registers(s).into_iter().max().is_some_and(fits);
+    let fitting = arch.shared_per_sm / (gpu.shared_bytes + Arch::SHARED_RESERVED);
+    let sharing = if few { sharing.max(fitting.min(2)) } else { sharing };
     Ok((module(s, &gpu, symbols, sharing, e.t.f.text()), gpu))
+}
+
+/// Whether tiles of a contraction differ in their work, and each has much: the contraction is in a loop of its own, and large.
+fn uneven(s: &Scheduled) -> bool {
+    let multiplies = |b: &Block| any(b, &|op| matches!(op, Op::Tile(tile::Op::Dot { .. })));
+    let around = |b: &Block| b.insts.iter().any(|i| i.op.blocks().into_iter().any(multiplies));
+    let moved = s.roles.iter().filter(|r| r.registers.is_some());
+    s.channels.len() == 1 && moved.flat_map(|r| &r.body.insts).any(|i| i.op.blocks().into_iter().any(around))
 }
 
 /// Bytes of memory that a block has to itself: the lists of selections.
@@ -323,6 +349,7 @@ impl<'a> Emit<'a> {
         self.shares.clear();
         self.spare.clear();
         self.shared_out.clear();
+        self.settled = None;
         self.unfenced = false;
         for (number, channel) in self.s.channels.iter().enumerate() {
             let number = ChannelId(number as u32);
@@ -354,7 +381,7 @@ impl<'a> Emit<'a> {
             self.prepare(&role.body)?;
             self.tiles(&role.body)?;
             self.end_stores();
-            return self.deliver_rest();
+            return Ok(());
         }
         let (first, chosen, out) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
         let warp = self.t.warp;
@@ -828,8 +855,9 @@ fn delivery(s: &Scheduled, number: ChannelId) -> Delivery {
             return Delivery::Written(threads(role));
         }
         if any(&role.body, &|op| matches!(op, Op::Copy { channel, rows: Some(_), .. } if *channel == number)) {
-            // Late delivery counts a thread's copies: only one ring's can be told apart.
-            return if s.channels.len() == 1 { Delivery::Behind } else { Delivery::Gathered(threads(role)) };
+            let engine =
+                any(&role.body, &|op| matches!(op, Op::Copy { channel, rows: None, .. } if *channel == number));
+            return if engine { Delivery::Both(threads(role)) } else { Delivery::Gathered(threads(role)) };
         }
     }
     Delivery::Engine

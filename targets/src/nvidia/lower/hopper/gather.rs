@@ -1,18 +1,18 @@
 //! Rows chosen by number.
 //!
-//! The producer's threads bring gathered rows themselves: eight threads a row, 16 bytes each, into the swizzle that products read. A
-//! stage is delivered some stages after its copies were issued: each thread waits for its own, makes them visible to the products' side of
-//! memory, and arrives.
+//! The producer's threads bring gathered rows themselves: eight threads a row, 16 bytes each, into the swizzle that products read. Each
+//! thread's copies arrive by themselves, so that as many stages are under way as the ring has; who waits for a stage makes what came visible to
+//! the products' side of memory.
 
 use super::emit::{Emit, Held};
 use super::ptx;
-use super::ring::{Delivery, Ring};
+use super::ring::Delivery;
 use crate::nvidia::lower::arith;
 use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::sched::{Block, ChannelId, Op};
 use dsc_ir::tile::{self, Index, Type, ValueId};
 
-use super::config::{WARPGROUP, behind_most};
+use super::config::WARPGROUP;
 use std::collections::HashMap;
 
 /// Bytes that a thread brings at a time.
@@ -79,13 +79,7 @@ impl<'a> Emit<'a> {
 
     /// A column of scales, one for each of the tile's gathered rows.
     pub fn gather_fragment(&mut self, r: ValueId, view: ValueId, rows: ValueId, index: &[Index]) -> Result<(), String> {
-        let geometry = self.the_geometry()?;
-        let registers = geometry.varying(true, false);
-        let numbers = match self.held.get(&rows) {
-            Some(Held::Scalar(x)) => vec![*x; registers.len()],
-            Some(Held::Registers(values, [true, false])) => values.clone(),
-            _ => return Err(format!("%{} is not held", rows.0)),
-        };
+        let numbers = self.gathered_numbers(rows)?;
         let index = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
         let mut values = Vec::new();
         for number in numbers {
@@ -95,6 +89,15 @@ impl<'a> Emit<'a> {
         }
         self.held.insert(r, Held::Registers(values, [true, false]));
         Ok(())
+    }
+
+    /// Numbers of the rows that a thread has elements of.
+    pub fn gathered_numbers(&self, rows: ValueId) -> Result<Vec<Val>, String> {
+        match self.held.get(&rows) {
+            Some(Held::Scalar(x)) => Ok(vec![*x; self.the_geometry()?.varying(true, false).len()]),
+            Some(Held::Registers(values, [true, false])) => Ok(values.clone()),
+            _ => Err(format!("%{} is not held", rows.0)),
+        }
     }
 
     /// The first of this thread's rows, and its piece of each.
@@ -180,7 +183,7 @@ impl<'a> Emit<'a> {
     pub fn commit(&mut self, channel: ChannelId) -> Result<(), String> {
         let ring = self.rings[channel.0 as usize].clone();
         match ring.delivery {
-            Delivery::Gathered(_) => {
+            Delivery::Both(_) | Delivery::Gathered(_) => {
                 let full = self.barrier_at(channel, false, ring.stage);
                 ptx::copies_arrive(&mut self.t.f, full);
             }
@@ -194,51 +197,10 @@ impl<'a> Emit<'a> {
                     ptx::barrier_arrive(&mut self.t.f, full);
                 }
             }
-            Delivery::Engine | Delivery::Behind => {}
-        }
-        if ring.gathers() {
-            ptx::copies_commit(&mut self.t.f);
-            let most = behind_most(ring.stages);
-            let late = self.t.f.cmp("eq", ring.behind, i32(most.into()));
-            let full = self.delivered(channel, &ring, most);
-            self.t.when(late, |t| {
-                ptx::copies_wait(&mut t.f, most);
-                ptx::fence_async(&mut t.f);
-                ptx::barrier_arrive_if(&mut t.f, full, i32(1));
-            });
-            let more = self.t.f.add(ring.behind, i32(1));
-            let behind = self.t.f.select(late, ring.behind, more);
-            self.rings[channel.0 as usize].behind = behind;
+            Delivery::Engine => {}
         }
         if !self.own.contains(&channel) {
             self.rings[channel.0 as usize].advance(&mut self.t.f);
-        }
-        Ok(())
-    }
-
-    /// The barrier of the stage so many before the one being filled.
-    fn delivered(&mut self, channel: ChannelId, ring: &Ring, before: u32) -> Val {
-        let back = self.t.f.sub(ring.stage, i32(before.into()));
-        let below = self.t.f.cmp("slt", back, i32(0));
-        let round = self.t.f.add(back, i32(ring.stages.into()));
-        let stage = self.t.f.select(below, round, back);
-        self.barrier_at(channel, false, stage)
-    }
-
-    /// At the end of a role: delivers the stages that it is behind.
-    pub fn deliver_rest(&mut self) -> Result<(), String> {
-        for (number, ring) in self.rings.clone().into_iter().enumerate().filter(|(_, r)| r.gathers()) {
-            if ring.behind.int() == Some(0) {
-                continue;
-            }
-            ptx::copies_wait(&mut self.t.f, 0);
-            ptx::fence_async(&mut self.t.f);
-            for before in (1..=behind_most(ring.stages)).rev() {
-                let full = self.delivered(ChannelId(number as u32), &ring, before);
-                let due = self.t.f.cmp("sge", ring.behind, i32(before.into()));
-                let due = self.t.f.cast("zext", due, Ty::I32);
-                ptx::barrier_arrive_if(&mut self.t.f, full, due);
-            }
         }
         Ok(())
     }

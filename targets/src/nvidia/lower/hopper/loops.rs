@@ -251,8 +251,10 @@ impl<'a> Emit<'a> {
             hold(e, &body.args[1..], values);
             e.flight = at_entry.clone();
             e.spare.clear();
+            e.settled = None;
             e.block(body)?;
             e.spare.clear();
+            e.settled = None;
             if e.flight.renamed(&body.yields, &body.args[1..]) != at_entry {
                 e.settle_all();
             }

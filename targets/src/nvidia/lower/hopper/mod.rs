@@ -3,6 +3,7 @@
 //! | file | does |
 //! |---|---|
 //! | `contraction`, `attention` | find the contraction, the attention of a tile program |
+//! | `halves` | a program with tall tiles as one with twice as many, half as tall |
 //! | `config` | tile, warpgroups, depth of the ring |
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
@@ -25,6 +26,7 @@ mod filter;
 mod fragment;
 mod gather;
 mod group;
+mod halves;
 mod loops;
 mod memory;
 mod plan;

@@ -7,9 +7,10 @@
 //!
 //! With scales, partial sums of two rounds are in flight and each is added to the accumulator while the other is made.
 
-use super::config::{Config, Epilogue, WARPGROUP, part_bytes};
+use super::config::{Config, Epilogue, ROWS, WARPGROUP, part_bytes};
 use super::contraction::{Contraction, STEP_BYTES, definitions};
 use super::fragment::varies;
+use super::halves::halves;
 use super::store::in_pieces;
 use super::tensor_map::{can_copy, view_type};
 use super::values::{Names, Values, plain, rename_index, slice, value_of};
@@ -33,7 +34,17 @@ const RING: ChannelId = ChannelId(0);
 
 /// The schedule of a program that is one contraction; none if it is not, or the copy engine cannot bring its operands.
 pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
-    let program = &kernel.program;
+    plan_whole(&kernel.program, kernel.schedule.cluster, arch).or_else(|| {
+        let c = Contraction::of(&kernel.program)?;
+        // Numbers of gathered rows take the registers that halves would save.
+        let gathered = c.lefts.iter().any(|l| l.gathered.is_some());
+        let program = (c.shape()[0].is_multiple_of(2 * ROWS) && !gathered).then(|| halves(&kernel.program))??;
+        plan_whole(&program, kernel.schedule.cluster, arch)
+    })
+}
+
+/// The same with all rows of a tile at once.
+fn plan_whole(program: &Program, cluster: u32, arch: &Arch) -> Option<Scheduled> {
     let c = Contraction::of(program)?;
     if !matches!(c.dtype, DType::Bf16 | DType::F16 | DType::E4m3) || !c.step.is_multiple_of(c.stage_k()) {
         return None;
@@ -43,7 +54,7 @@ pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     }
     let config = Config::of(&c, epilogue(program)?, arch)?;
     let mut planner = Planner::new(program, c, config);
-    planner.cluster = planner.shared_copies(kernel.schedule.cluster);
+    planner.cluster = planner.shared_copies(cluster);
     planner.scheduled()
 }
 
@@ -60,9 +71,9 @@ fn epilogue(program: &Program) -> Option<Epilogue> {
         tile::Op::Reduce { .. } => reduced = true,
         _ => {}
     });
-    let staged = match (written.as_slice(), stores.as_slice()) {
-        ([], _) | (_, []) => return None,
-        (&[one], &[columns]) => in_pieces(view_type(&program.types, one.value)?, columns),
+    let staged = match (written.as_slice(), stores.iter().min()) {
+        ([], _) | (_, None) => return None,
+        (&[one], Some(&columns)) => in_pieces(view_type(&program.types, one.value)?, columns),
         _ => false,
     };
     Some(Epilogue { staged, reduced })
@@ -168,18 +179,26 @@ impl<'a> Planner<'a> {
             let ops = self.slice(values).into_iter().filter_map(|v| self.defs.get(&v)).map(|i| &i.op);
             ops.filter_map(|op| if let tile::Op::BlockId { axis } = op { Some(*axis) } else { None }).collect()
         };
-        let (left, right) = (axes(&self.c.left), self.c.rights.iter().flat_map(axes).collect::<HashSet<u32>>());
+        let all =
+            |operands: &[super::contraction::Operand<'_>]| operands.iter().flat_map(axes).collect::<HashSet<u32>>();
+        let (left, right) = (all(&self.c.lefts), all(&self.c.rights));
         let bounds = self.slice(self.bounds());
         let bounded =
             bounds.iter().any(|v| matches!(self.defs.get(v), Some(i) if matches!(i.op, tile::Op::BlockId { .. })));
         let [rows, columns] = self.c.shape();
+        let rows = rows * self.c.lefts.len() as u32;
         // Of equals the left: blocks that run side by side are of one column, and the cache answers their requests for the right ones once.
         let rights = columns * self.c.rights.len() as u32 > rows;
-        let (shared, own, share) = if rights { (right, left, columns) } else { (left, right, rows) };
+        let (shared, own) = if rights { (right, left) } else { (left, right) };
+        let share = self.c.shape()[usize::from(rights)];
         let axis = (0..2).find(|a| own.contains(a) && !shared.contains(a))?;
-        let whole =
-            (2..=8).contains(&blocks) && share.is_multiple_of(blocks * 8) && !bounded && self.c.left.gathered.is_none();
+        let whole = (2..=8).contains(&blocks) && share.is_multiple_of(blocks * 8) && !bounded && !self.gathers();
         whole.then_some((Cluster { axis, blocks }, rights))
+    }
+
+    /// Whether rows of the left operands are gathered by number.
+    fn gathers(&self) -> bool {
+        self.c.lefts.iter().any(|l| l.gathered.is_some())
     }
 
     /// Maps to matrices whose rows are split into groups of columns for a reduction.
@@ -298,7 +317,7 @@ impl<'a> Planner<'a> {
         let mut names = self.values.names.clone();
         let consumer = self.consumer(&self.program.body, &mut names)?;
         let warps = self.config.warpgroups() * WARPGROUP / Arch::WARP;
-        let gathers = self.c.left.gathered.is_some();
+        let gathers = self.gathers();
         let redistributed = self.config.warpgroups() == 2 && !self.config.transposed;
         // Registers move between whole warpgroups; without that, one warp is enough to drive the copy engine.
         let (produces, consumes) = match (redistributed, gathers) {
@@ -333,7 +352,7 @@ impl<'a> Planner<'a> {
             channels: vec![Channel {
                 name: "operands".into(),
                 stages: self.config.stages,
-                slots: (0..=self.c.rights.len() as u32).map(BufferId).collect(),
+                slots: (0..self.c.operands().len() as u32).map(BufferId).collect(),
             }],
             types: self.values.types,
             places: self.values.places,
@@ -353,11 +372,11 @@ impl<'a> Planner<'a> {
             copies: self.config.stages,
             offset,
         };
-        let mut buffers = vec![slot("left", left, 0)];
-        let mut end = left * self.config.stages;
-        for _ in &self.c.rights {
-            buffers.push(slot("right", right, end));
-            end += right * self.config.stages;
+        let (mut buffers, mut end) = (Vec::new(), 0);
+        let slots = [("left", left, self.c.lefts.len()), ("right", right, self.c.rights.len())];
+        for (name, bytes, _) in slots.into_iter().flat_map(|s| std::iter::repeat_n(s, s.2)) {
+            buffers.push(slot(name, bytes, end));
+            end += bytes * self.config.stages;
         }
         if self.config.staging_bytes > 0 {
             let mut staging = slot("result", self.config.staging_bytes, end);
@@ -447,7 +466,7 @@ impl<'a> Planner<'a> {
                         }
                     };
                 }
-                let shared = self.cluster.is_some_and(|(_, rights)| rights == (slot > 0));
+                let shared = self.cluster.is_some_and(|(_, rights)| rights == (slot >= c.lefts.len()));
                 let mut shape = operand.shape.to_vec();
                 *shape.last_mut()? = c.stage_k();
                 let view = *names.get(&operand.view)?;
@@ -477,7 +496,7 @@ impl<'a> Planner<'a> {
                 self.storable(self.tile(*value)?).then_some(())?;
                 let mut store = self.values.copied(inst, Place::Lazy, names)?;
                 if self.config.staging_bytes > 0 {
-                    store.scratch = Some(BufferId(1 + self.c.rights.len() as u32));
+                    store.scratch = Some(BufferId(self.c.operands().len() as u32));
                 }
                 out.push(store);
             } else if inst.results.first().is_some_and(|r| self.consumed.contains(r)) {
@@ -516,7 +535,7 @@ impl<'a> Planner<'a> {
         if self.config.row_parts > 1 {
             // Some thread may still read the maxima of the tile before.
             out.push(plain(Op::Barrier));
-            scratch = Some(BufferId(1 + self.c.rights.len() as u32 + u32::from(self.config.staging_bytes > 0)));
+            scratch = Some(BufferId(self.c.operands().len() as u32 + u32::from(self.config.staging_bytes > 0)));
         }
         out.push(Inst { results: vec![result], op: Op::Tile(op), scratch });
         Some(out)
@@ -544,7 +563,8 @@ impl<'a> Planner<'a> {
             let results = self.results();
             for (i, &result) in results.iter().enumerate() {
                 let acc = accs.as_ref().map(|accs| accs[i]);
-                let op = tile::Op::Dot { a: taken[0], b: taken[i + 1], acc, trans_b: true };
+                let [a, b] = self.operands_of(&taken, i);
+                let op = tile::Op::Dot { a, b, acc, trans_b: true };
                 out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
             }
             if let Some(lag) = lag
@@ -637,7 +657,7 @@ impl<'a> Planner<'a> {
             }
         };
         let rounds = self.c.rounds;
-        let turn = (2 * self.config.partials).max(4) / products as u32;
+        let turn = ((2 * self.config.partials).max(4) / products as u32).max(ahead);
         let each_turn = rounds.map_or(1, |rounds| turn.max(2).min(rounds));
         let rest = rounds.map_or(0, |rounds| rounds % each_turn);
         let end = match rounds {
@@ -695,24 +715,40 @@ impl<'a> Planner<'a> {
         let (step, ahead) = (self.c.range.2, self.config.loads_ahead);
         let products = self.c.dots.len() as u32;
         let (mut flight, mut taken, mut waited) = (VecDeque::new(), Vec::new(), 0);
-        let mut issued = 0;
+        let (mut issued, mut ready) = (0, None);
         for round in 0..count {
             let now = loaded.pop_front()?;
+            let mut factors: Option<Names> = ready.take();
             for product in 0..products {
                 let unit = round * products + product;
                 while issued < (unit + self.config.partials).min(count * products) {
                     if issued % products == 0 {
+                        // In front of a wait the assembler leaves them there; between products they would hold these up.
+                        match (&factors, loaded.front().cloned()) {
+                            (None, _) => factors = Some(self.factors(&now, names, out)?),
+                            (_, Some(next)) if product > 0 => ready = Some(self.factors(&next, names, out)?),
+                            _ => {}
+                        }
                         taken = self.wait_for_round(out);
                         waited += 1;
                     }
                     flight.push_back(self.issue(&taken, (issued % products) as usize, out));
                     issued += 1;
                 }
-                if product == 0 && (more || round + ahead < count) {
+                let next = more || round + ahead < count;
+                // With several products registers are scarce: what this round was loaded for makes room first.
+                if next && products == 1 {
                     loaded.push_back(self.load_round((counter, (round + ahead) * step), names, out)?);
                 }
                 let last = (product + 1 == products).then_some(waited - 1 - round);
-                accs = self.promote((accs, flight.pop_front()?), (product as usize, last), &now, names, out)?;
+                if factors.is_none() {
+                    factors = Some(self.factors(&now, names, out)?);
+                }
+                let names = factors.as_ref()?;
+                accs = self.promote((accs, flight.pop_front()?), (product as usize, last), names, out)?;
+                if next && last.is_some() && products > 1 {
+                    loaded.push_back(self.load_round((counter, (round + ahead) * step), names, out)?);
+                }
             }
         }
         Some(accs)
@@ -727,6 +763,12 @@ impl<'a> Planner<'a> {
             stages.push(self.take(out));
         }
         stages
+    }
+
+    /// The operands of a product, of what is in the slots.
+    fn operands_of(&self, taken: &[ValueId], product: usize) -> [ValueId; 2] {
+        let [left, right] = self.c.pairs[product];
+        [taken[left], taken[self.c.lefts.len() + right]]
     }
 
     /// What is in the slots of the stage waited for last.
@@ -748,7 +790,8 @@ impl<'a> Planner<'a> {
         let ty = self.program.ty(self.c.dots[product].results[0]).clone();
         for taken in stages {
             let result = self.values.fresh(ty.clone(), self.fragment());
-            let op = tile::Op::Dot { a: taken[0], b: taken[product + 1], acc, trans_b: true };
+            let [a, b] = self.operands_of(taken, product);
+            let op = tile::Op::Dot { a, b, acc, trans_b: true };
             out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
             acc = Some(result);
         }
@@ -804,13 +847,32 @@ impl<'a> Planner<'a> {
         loads.iter().map(|v| names.get(v).copied()).collect()
     }
 
-    /// Adds the partial sums of one product of a round to its accumulator; `loaded` is of the round. With the `last` product its stages
-    /// are given back, the waits for so many younger rounds after theirs.
+    /// Names of what partial sums of a round are scaled by, which is computed; `loaded` is of the round.
+    fn factors(&mut self, loaded: &[ValueId], names: &Names, out: &mut Vec<Inst>) -> Option<Names> {
+        let c = self.c.clone();
+        let loads = self.round_loads();
+        let mut names = names.clone();
+        names.extend(loads.iter().copied().zip(loaded.iter().copied()));
+        let scaled =
+            |i: &&'a tile::Inst| i.results.first().is_some_and(|r| self.after.contains(r) && !c.is_product(*r));
+        let operands = c.body.insts.iter().filter(scaled).flat_map(|i| tile::operands(&i.op)).collect();
+        for inst in self.computed_for(operands, &loads) {
+            let column = self.tile(inst.results[0])?.shape == [c.shape()[0], 1];
+            let place = match self.place(inst)? {
+                Place::Lazy if column && !self.config.transposed => self.fragment(),
+                place => place,
+            };
+            out.push(self.values.copied(inst, place, &mut names)?);
+        }
+        Some(names)
+    }
+
+    /// Adds the partial sums of one product of a round to its accumulator; `names` has the round's factors. With the `last` product its
+    /// stages are given back, the waits for so many younger rounds after theirs.
     fn promote(
         &mut self,
         (mut accs, partial): (Vec<ValueId>, ValueId),
         (product, last): (usize, Option<u32>),
-        loaded: &[ValueId],
         names: &Names,
         out: &mut Vec<Inst>,
     ) -> Option<Vec<ValueId>> {
@@ -819,9 +881,7 @@ impl<'a> Planner<'a> {
         for part in 0..last.map_or(0, |_| parts) {
             out.push(plain(Op::Release { channel: RING, lag: (last? + 1) * parts - 1 - part }));
         }
-        let loads = self.round_loads();
         let mut names = names.clone();
-        names.extend(loads.iter().copied().zip(loaded.iter().copied()));
         names.insert(c.dots[product].results[0], partial);
         names.extend(c.body.args[1..].iter().copied().zip(accs.iter().copied()));
         let wanted = self.slice(vec![c.body.yields[product]]);
@@ -829,10 +889,6 @@ impl<'a> Planner<'a> {
             i.results.first().is_some_and(|r| wanted.contains(r) && self.after.contains(r) && !c.is_product(*r))
         };
         let maps: Vec<&'a tile::Inst> = c.body.insts.iter().filter(after).collect();
-        for inst in self.computed_for(maps.iter().flat_map(|i| tile::operands(&i.op)).collect(), &loads) {
-            let place = self.place(inst)?;
-            out.push(self.values.copied(inst, place, &mut names)?);
-        }
         for inst in maps {
             out.push(self.combination(inst, &mut names)?);
         }

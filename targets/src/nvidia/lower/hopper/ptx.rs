@@ -146,16 +146,16 @@ pub fn fence_async(f: &mut Fn) {
 /// Unit of addresses in descriptors.
 pub const DESCRIPTOR_UNIT: u32 = 16;
 
-/// Where an operand starts, as its descriptor has it.
-pub fn descriptor_start(f: &mut Fn, at: Val) -> Val {
+/// Where an operand starts, as the low half of its descriptor has it, to which units of addresses can be added: `leading` bytes from one
+/// 128-byte panel to the next where the operand's rows run across `k`.
+pub fn descriptor_start(f: &mut Fn, at: Val, leading: u32) -> Val {
     let low = f.bin("lshr", at, i32(4));
-    f.bin("and", low, i32(0x3fff))
+    let low = f.bin("and", low, i32(0x3fff));
+    f.bin("or", low, i32(i64::from(leading / DESCRIPTOR_UNIT) << 16))
 }
 
-/// Descriptor of an operand of [`wgmma`] that starts there, in the 128-byte swizzle: `stride` bytes
-/// from eight rows to the next eight, `leading` from one 128-byte panel to the next where the operand's rows run across `k`.
-pub fn descriptor(f: &mut Fn, start: Val, leading: u32, stride: u32) -> Val {
-    let low = f.bin("or", start, i32(i64::from(leading / DESCRIPTOR_UNIT) << 16));
+/// Descriptor of an operand of [`wgmma`] with that low half, in the 128-byte swizzle: `stride` bytes from eight rows to the next eight.
+pub fn descriptor(f: &mut Fn, low: Val, stride: u32) -> Val {
     let low = f.cast("zext", low, Ty::I64);
     f.bin("or", low, i64((1 << 62) | (i64::from(stride / DESCRIPTOR_UNIT) << 32)))
 }
@@ -424,14 +424,4 @@ pub fn copies_arrive(f: &mut Fn, at: Val) {
 /// Arrives.
 pub fn barrier_arrive(f: &mut Fn, at: Val) {
     effect(f, "mbarrier.arrive.shared::cta.b64 _, [$0];", "r", &[at]);
-}
-
-/// Ends a group of [`copy_piece`].
-pub fn copies_commit(f: &mut Fn) {
-    effect(f, "cp.async.commit_group;", "", &[]);
-}
-
-/// Waits until at most `n` groups of this thread's copies are in flight.
-pub fn copies_wait(f: &mut Fn, n: u32) {
-    effect(f, &format!("cp.async.wait_group {n};"), "", &[]);
 }

@@ -6,7 +6,7 @@
 
 use super::emit::{Emit, Held};
 use super::ptx;
-use crate::nvidia::lower::mlir::{Val, i32};
+use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Inst, Op, Place};
 use dsc_ir::tile::{self, Index, MapArg, Scalar, ScalarOp, ValueId};
@@ -25,6 +25,31 @@ pub struct Share {
     pub lane: u32,
 }
 
+/// Where a load takes its elements from.
+struct Source<'a> {
+    view: ValueId,
+    /// Numbers of the rows, if they are no neighbours; the index is then of the other axes.
+    rows: Option<ValueId>,
+    index: &'a [Index],
+    shape: &'a [u32],
+}
+
+impl<'a> Source<'a> {
+    fn of(op: &'a Op) -> Option<Source<'a>> {
+        if let Op::Tile(op) = op { Source::of_tile(op) } else { None }
+    }
+
+    fn of_tile(op: &'a tile::Op) -> Option<Source<'a>> {
+        match op {
+            tile::Op::Load { view, index, shape } => Some(Source { view: *view, rows: None, index, shape }),
+            tile::Op::Gather { view, rows, index, shape } => {
+                Some(Source { view: *view, rows: Some(*rows), index, shape })
+            }
+            _ => None,
+        }
+    }
+}
+
 impl<'a> Emit<'a> {
     /// Finds the loads of a block that can be shared out.
     pub fn share_loads(&mut self, block: &'a Block) {
@@ -40,11 +65,8 @@ impl<'a> Emit<'a> {
         }
         let mut groups: Vec<Group<'a>> = Vec::new();
         for inst in &block.insts {
-            let Op::Tile(tile::Op::Load { index, .. }) = &inst.op else { continue };
-            if !self.same_in_quads(inst) {
-                continue;
-            }
-            for (axis, &at) in index.iter().enumerate() {
+            let Some(load) = Source::of(&inst.op).filter(|_| self.same_in_quads(inst)) else { continue };
+            for (axis, &at) in load.index.iter().enumerate() {
                 let Some((base, by)) = self.sum(at) else { continue };
                 let (base, load) = ((base, by / QUAD), (by % QUAD, inst.results[0]));
                 let known =
@@ -66,13 +88,9 @@ impl<'a> Emit<'a> {
 
     /// Whether two loads are of one view, and their indices alike but along that axis.
     fn beside(&self, a: &Inst, b: &Inst, axis: usize) -> bool {
-        let (Op::Tile(tile::Op::Load { view, index, shape }), Op::Tile(tile::Op::Load { view: v, index: i, shape: s })) =
-            (&a.op, &b.op)
-        else {
-            return false;
-        };
-        let alike = |d: usize| d == axis || self.alike(index[d], i[d]);
-        view == v && shape == s && (0..index.len()).all(alike)
+        let (Some(a), Some(b)) = (Source::of(&a.op), Source::of(&b.op)) else { return false };
+        let alike = |d: usize| d == axis || self.alike(a.index[d], b.index[d]);
+        (a.view, a.rows, a.shape) == (b.view, b.rows, b.shape) && (0..a.index.len()).all(alike)
     }
 
     /// Whether two indices are computed in the same way.
@@ -119,23 +137,33 @@ impl<'a> Emit<'a> {
 
     /// Makes the load of four if this is the first of them.
     pub fn load_shared_out(&mut self, r: ValueId, share: Share, load: &tile::Op) -> Result<(), String> {
-        let tile::Op::Load { view, index, .. } = load else { return Err("no load".into()) };
+        let load = Source::of_tile(load).ok_or("no load")?;
         let by_row = self.s.places[r.0 as usize] != Place::Uniform;
         if r == share.leader {
-            let mut start = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
+            let mut start = load.index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
             let quad = self.t.f.rem(self.t.lane, QUAD);
             start[share.axis] = self.t.f.add(start[share.axis], quad);
-            let mut values = Vec::new();
-            let geometry = if by_row { Some(self.the_geometry()?) } else { None };
-            for register in
-                geometry.map_or_else(|| vec![None], |g| g.varying(true, false).into_iter().map(Some).collect())
-            {
-                let mut at = start.clone();
-                if let (Some(g), Some(register)) = (geometry, register) {
-                    let [row, _] = g.coordinates(&mut self.t, register);
-                    at[0] = self.t.f.add(at[0], row);
+            let places = match load.rows {
+                _ if !by_row => vec![start],
+                Some(rows) => {
+                    let numbers = self.gathered_numbers(rows)?;
+                    numbers.into_iter().map(|number| [&[number], start.as_slice()].concat()).collect()
                 }
-                let (at, inside) = self.element_at(*view, &at);
+                None => {
+                    let geometry = self.the_geometry()?;
+                    let mut places = Vec::new();
+                    for register in geometry.varying(true, false) {
+                        let [row, _] = geometry.coordinates(&mut self.t, register);
+                        let mut at = start.clone();
+                        at[0] = self.t.f.add(at[0], row);
+                        places.push(at);
+                    }
+                    places
+                }
+            };
+            let mut values = Vec::new();
+            for at in places {
+                let (at, inside) = self.element_at(load.view, &at);
                 values.push(ptx::load_f32_if(&mut self.t.f, inside, at));
             }
             self.shared_out.insert(r, values);
@@ -148,7 +176,16 @@ impl<'a> Emit<'a> {
     /// Gives every lane what the quad's lanes have loaded for it.
     pub fn hand_out(&mut self, v: ValueId) {
         let Some(Held::Shared(values, varies, lane)) = self.held.get(&v).cloned() else { return };
-        let values: Vec<Val> = values.into_iter().map(|x| ptx::from_quad(&mut self.t.f, x, i32(lane.into()))).collect();
+        let lane = match self.settled {
+            None => i32(lane.into()),
+            Some(sum) => {
+                // The assembler would move the exchange up between products, which then wait for it.
+                let bits = self.t.f.cast("bitcast", sum, Ty::I32);
+                let zero = self.t.f.bin("and", bits, self.never);
+                self.t.f.add(zero, i32(lane.into()))
+            }
+        };
+        let values: Vec<Val> = values.into_iter().map(|x| ptx::from_quad(&mut self.t.f, x, lane)).collect();
         let held = if varies == [false; 2] { Held::Scalar(values[0]) } else { Held::Registers(values, varies) };
         self.held.insert(v, held);
     }

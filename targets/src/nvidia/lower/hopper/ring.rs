@@ -9,7 +9,7 @@ use dsc_ir::tile::{Index, ValueId};
 use super::config::WARPGROUP;
 
 /// Values that a loop carries for a ring.
-pub const RING_STATE: usize = 3;
+pub const RING_STATE: usize = 2;
 
 /// One channel as a role sees it.
 #[derive(Clone, Debug)]
@@ -29,8 +29,6 @@ pub struct Ring {
     pub all_arrive: bool,
     /// Whether blocks of a cluster fill each other's stages: one is free when it is free in all of them.
     pub shared: bool,
-    /// Stages committed whose gathered rows are not delivered yet, at most `config::behind_most`.
-    pub behind: Val,
     /// Stages waited for, the newest first, as far as this stretch of code knows.
     recent: Vec<Val>,
 }
@@ -40,10 +38,10 @@ pub struct Ring {
 pub enum Delivery {
     /// The copy engine brings it.
     Engine,
-    /// The copy engine, and a warpgroup that gathers rows and delivers them some stages late: see [`super::gather`].
-    Behind,
     /// So many threads gather rows; each copy arrives by itself, and readers make what came visible to products.
     Gathered(u32),
+    /// The copy engine brings some operands, and so many threads gather rows of the others.
+    Both(u32),
     /// So many threads write it; readers make it visible to products as well.
     Written(u32),
 }
@@ -53,7 +51,7 @@ impl Delivery {
     pub fn arrivals(self) -> u32 {
         match self {
             Delivery::Engine => 1,
-            Delivery::Behind => 1 + WARPGROUP,
+            Delivery::Both(n) => 1 + n,
             Delivery::Gathered(n) | Delivery::Written(n) => n,
         }
     }
@@ -62,13 +60,7 @@ impl Delivery {
 impl Ring {
     /// A ring at its start.
     pub fn new(stages: u32, barriers: u32, delivery: Delivery, all_arrive: bool) -> Ring {
-        let (stage, phase, behind) = (i32(0), i32(0), i32(0));
-        Ring { stages, barriers, stage, phase, delivery, all_arrive, shared: false, behind, recent: Vec::new() }
-    }
-
-    /// Whether rows are delivered late.
-    pub fn gathers(&self) -> bool {
-        self.delivery == Delivery::Behind
+        Ring { stages, barriers, stage: i32(0), phase: i32(0), delivery, all_arrive, shared: false, recent: Vec::new() }
     }
 
     /// Back to the start.
@@ -93,7 +85,7 @@ impl Ring {
 
     /// What a loop carries.
     pub fn state(&self) -> [Val; RING_STATE] {
-        [self.stage, self.phase, self.behind]
+        [self.stage, self.phase]
     }
 
     /// Takes up what a loop carries.
@@ -103,10 +95,6 @@ impl Ring {
             self.stage = state[0];
         }
         self.phase = state[1];
-        // What nobody gathers stays the constant that it was.
-        if self.gathers() {
-            self.behind = state[2];
-        }
         self.recent.clear();
     }
 
@@ -136,7 +124,7 @@ impl<'a> Emit<'a> {
 
     /// Waits until the next stage is free and announces its bytes.
     pub fn acquire(&mut self, channel: ChannelId) -> Result<(), String> {
-        let [stage, phase, _] = self.rings[channel.0 as usize].state();
+        let [stage, phase] = self.rings[channel.0 as usize].state();
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
         ptx::barrier_wait(&mut self.t.f, empty, parity);
@@ -227,10 +215,10 @@ impl<'a> Emit<'a> {
 
     /// Waits until the next stage is full.
     pub fn wait(&mut self, channel: ChannelId) -> Result<(), String> {
-        let [stage, phase, _] = self.rings[channel.0 as usize].state();
+        let [stage, phase] = self.rings[channel.0 as usize].state();
         let full = self.barrier_at(channel, false, stage);
         ptx::barrier_wait(&mut self.t.f, full, phase);
-        if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
+        if self.rings[channel.0 as usize].delivery != Delivery::Engine {
             // What other threads wrote is ordered before this thread by the barrier, and before its products by a fence.
             self.unfenced = true;
         }

@@ -161,6 +161,21 @@ fn rows_are_quantised_by_their_maxima() {
 }
 
 #[test]
+fn tall_tiles_are_made_in_halves() {
+    let tall = Linear { tile: [256, 128], ..FP8 };
+    let halves = scheduled(tall.program("linear"));
+    let slots: Vec<&str> =
+        halves.channels[0].slots.iter().map(|b| halves.buffers[b.0 as usize].name.as_str()).collect();
+    assert_eq!(slots, ["left", "left", "right"]);
+    tall.check(512);
+    // The lower half is cut, or empty.
+    tall.check(200);
+    tall.check(100);
+    Linear { n: 136, k: 384, out: DType::F32, ..tall }.check(300);
+    Linear { out: DType::E4m3, k: 128, ..tall }.check(130);
+}
+
+#[test]
 fn parts_of_the_sum() {
     Linear { part: Some(256), out: DType::F32, tile: [16, 64], ..FP8 }.check(7);
     // The last part is short.
@@ -170,11 +185,13 @@ fn parts_of_the_sum() {
 
 #[test]
 fn gathered_rows() {
-    let experts = Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128] };
+    let experts = Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false };
     experts.check(41, &[70, 0, 12]);
     Experts { per_token: 0, tile: [128, 64], ..experts }.check(0, &[5, 130, 2]);
     Experts { tile: [16, 64], k: 384, ..experts }.check(9, &[0, 17, 1]);
     Experts { tile: [8, 64], ..experts }.check(4, &[1, 1, 6]);
+    Experts { parts: 4, ..experts }.check(41, &[70, 0, 12]);
+    Experts { glu: true, parts: 2, k: 1024, ..experts }.check(71, &[130, 3, 8]);
 }
 
 #[test]
@@ -210,7 +227,10 @@ fn clusters_share_the_larger_operand() {
     // What rows cannot be split for, and rows that are gathered, each block brings itself.
     let alone = |program: Program, cluster| assert_eq!(clustered(program, cluster).cluster, None);
     alone(Linear { tile: [64, 8], ..FP8 }.program("linear"), 16);
-    alone(Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128] }.program("experts"), 2);
+    alone(
+        Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false }.program("experts"),
+        2,
+    );
 }
 
 #[test]

@@ -132,7 +132,8 @@ impl<'a> Emit<'a> {
                 let rows = self.t.f.mul(g.first[number], i32(data.pitch.into()));
                 self.t.f.add(base, rows)
             };
-            let start = ptx::descriptor_start(&mut self.t.f, at);
+            let leading = if across[number] { data.panel_bytes() } else { ptx::DESCRIPTOR_UNIT };
+            let start = ptx::descriptor_start(&mut self.t.f, at, leading);
             self.descriptors.insert((buffer, second), start);
         }
         Ok(())
@@ -148,11 +149,10 @@ impl<'a> Emit<'a> {
         Ok(self.t.f.add(base, offset))
     }
 
-    /// The descriptor of an operand so many bytes behind a start; `across` as of [`in_order`].
-    fn described(&mut self, start: Val, bytes: u32, data: &Buffer, across: bool) -> Val {
+    /// The descriptor of an operand so many bytes behind a start.
+    fn described(&mut self, start: Val, bytes: u32) -> Val {
         let at = self.t.f.add(start, i32((bytes / ptx::DESCRIPTOR_UNIT).into()));
-        let leading = if across { data.panel_bytes() } else { ptx::DESCRIPTOR_UNIT };
-        ptx::descriptor(&mut self.t.f, at, leading, EIGHT_ROWS)
+        ptx::descriptor(&mut self.t.f, at, EIGHT_ROWS)
     }
 
     /// Columns of one instruction: the assembler wants its accumulators to fit the registers that threads start with.
@@ -210,12 +210,12 @@ impl<'a> Emit<'a> {
             for (sub, sum) in sums.iter_mut().enumerate() {
                 let rows = if across[0] { left_data.panel_bytes() } else { ROWS * 128 };
                 let behind = step(left_data, k, across[0]) + sub as u32 * rows;
-                let left = self.described(left, behind, left_data, across[0]);
+                let left = self.described(left, behind);
                 let mut all = Vec::new();
                 for piece in 0..pieces {
                     let columns = if across[1] { wide / PANEL_ROWS * right_data.panel_bytes() } else { wide * 128 };
                     let behind = step(right_data, k, across[1]) + piece * columns;
-                    let right = self.described(right, behind, right_data, across[1]);
+                    let right = self.described(right, behind);
                     let own = (piece * wide / 2) as usize..((piece + 1) * wide / 2) as usize;
                     let onto = match (sum.as_ref(), &spare) {
                         (Some(sum), _) => ptx::Onto::Sum(&sum[own]),
@@ -259,6 +259,7 @@ impl<'a> Emit<'a> {
                         *sum = self.t.f.bin("fadd", *sum, x);
                     }
                 }
+                self.settled = pinned.first().copied();
                 self.held.insert(v, Held::Registers(pinned, varies));
             }
         }
