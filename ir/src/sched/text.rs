@@ -708,7 +708,7 @@ role consumer warps 1..2 {
             persistent: bytes.first().filter(|&&n| n > 100).map(|&n| n.into()),
             cluster: bytes.first().filter(|&&n| n > 140).map(|&n| Cluster { axis: u32::from(n) % 2, blocks: n.into() }),
             team: bytes.first().map_or(1, |&n| u32::from(n) % 3 + 1),
-            alternate: bytes.len() % 2 == 0,
+            alternate: bytes.len().is_multiple_of(2),
             dies: bytes.len() as u32 % 3 + 1,
             params: program.params.clone(),
             types: program.types.clone(),

@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(serde_json::to_string(&rule.schedule).unwrap(), r#"{"cluster":2,"tile_h":0,"tile_n":32}"#);
         let text = serde_json::to_string(&[&rule]).unwrap();
         assert_eq!(Rule::parse(&text), Ok(vec![rule.clone()]));
-        assert_eq!(Rule::applied(&[rule.clone()], from.clone(), &shape(), 16, "x"), to);
+        assert_eq!(Rule::applied(std::slice::from_ref(&rule), from.clone(), &shape(), 16, "x"), to);
         assert_eq!(Rule::applied(&[rule], from.clone(), &shape(), 17, "x"), from);
     }
 

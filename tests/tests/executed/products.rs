@@ -69,7 +69,7 @@ fn launch(program: &Program) -> Launch<'_> {
             match view.dtype {
                 DType::F32 => bytes.extend((0.5 + (n % 1000) as f32 / 1000.0).to_le_bytes()),
                 DType::Bf16 => bytes.extend(((n & 0x81ff | 0x3e00) as u16).to_le_bytes()),
-                _ => bytes.push((n & 0x80 | 0x20 + n % 32) as u8),
+                _ => bytes.push((n & 0x80 | (0x20 + n % 32)) as u8),
             }
         }
         bytes
