@@ -7,6 +7,9 @@ use crate::sched::{Atom, Block, Fragment, Op, Place, Scheduled};
 use crate::tile::{Type, ValueId};
 use std::collections::BTreeSet;
 
+/// Registers of a thread are given out by so many.
+const STEP: u32 = 8;
+
 pub(super) fn check(kernel: &Scheduled, limits: &Budget, report: &mut Report) {
     if kernel.threads > limits.threads {
         report.add("", format!("{} threads, but a block has at most {}", kernel.threads, limits.threads));
@@ -23,8 +26,11 @@ pub(super) fn check(kernel: &Scheduled, limits: &Budget, report: &mut Report) {
         report.add("", format!("{barriers} roles meet barriers, but a block has {}", limits.named_barriers));
     }
     let moved: u64 = kernel.roles.iter().map(|r| u64::from(r.registers.unwrap_or(0)) * threads(r.warps)).sum();
-    if moved > limits.registers.into() {
-        report.add("", format!("roles have {moved} registers together, but a block has {}", limits.registers));
+    // Roles share what the block had at its launch: as many a thread as fit, in steps of eight.
+    let each = (limits.registers / kernel.threads.max(1) / STEP * STEP).min(limits.thread_registers);
+    let had = u64::from(each) * u64::from(kernel.threads);
+    if moved > had {
+        report.add("", format!("roles have {moved} registers together, but a block has {had}"));
     }
     let even = (limits.registers / kernel.threads.max(1)).min(limits.thread_registers);
     for (unit, &needed) in registers(kernel).iter().enumerate() {

@@ -119,6 +119,19 @@ fn budgets_come_with_the_table() {
     );
 }
 
+/// 65536 registers are 102 for each of 640 threads, of which a launch gives them 96.
+#[test]
+fn registers_that_no_launch_gives_are_not_there_to_move() {
+    let kernel = |registers: u32| {
+        format!(
+            "scheduled k grid(T/1) threads 640
+             {{ }} role a warps 0..16 registers {registers} {{ }} role b warps 16..20 registers 40 {{ }}"
+        )
+    };
+    check_kernel(&kernel(104), expect![""]);
+    check_kernel(&kernel(112), expect!["kernel k: roles have 62464 registers together, but a block has 61440"]);
+}
+
 /// A ring of two stages, filled and emptied by roles of their own.
 fn ring(producer: &str, consumer: &str, expected: Expect) {
     check_kernel(
