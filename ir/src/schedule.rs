@@ -1,4 +1,4 @@
-//! Schedules: how a target runs a tile program. Plain data; a schedule cannot change results.
+//! Schedules: how a target runs a tile program. Plain data; a choice in a schedule cannot change results.
 
 mod rules;
 

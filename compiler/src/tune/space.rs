@@ -78,13 +78,14 @@ fn shape_of_kernel(bench: &Bench) -> Result<(KernelShape, u32), String> {
 
 /// The schedule and those that differ in at most [`CHANGES`] fields, each a few steps away; the nearest first.
 fn near(own: &Schedule) -> Vec<Schedule> {
-    let fields: [fn(&mut Schedule) -> &mut u32; 6] = [
+    let fields: [fn(&mut Schedule) -> &mut u32; 7] = [
         |s| &mut s.tile_m,
         |s| &mut s.tile_n,
         |s| &mut s.tile_k,
         |s| &mut s.tile_h,
         |s| &mut s.cluster,
         |s| &mut s.threads,
+        |s| &mut s.sharing,
     ];
     let mut all: Vec<(u32, Schedule)> = vec![(0, own.clone())];
     let mut from = 0;
@@ -111,9 +112,10 @@ fn near(own: &Schedule) -> Vec<Schedule> {
 /// Other values of a field, and how far each is from its own.
 fn values(field: usize, own: u32) -> Vec<(u32, u32)> {
     match (field, own) {
-        // Blocks together, threads: 0 leaves them to the target.
+        // Blocks together, threads, blocks on a processor: 0 leaves them to the target.
         (4, _) => [(1, 1), (1, 2), (2, 4), (3, 8)].into_iter().filter(|&(_, n)| n != own).collect(),
         (5, 0) => vec![(2, 128), (2, 256), (3, 512)],
+        (6, _) => [1, 2].into_iter().filter(|&n| n != own).map(|n| (1, n)).collect(),
         (_, 0) => Vec::new(),
         _ => {
             let steps = [(1, 1, 2), (1, 2, 1), (2, 1, 4), (2, 4, 1), (2, 3, 2), (2, 3, 4)];
@@ -137,10 +139,8 @@ mod tests {
         assert_eq!(space[0], own);
         assert_eq!(space.iter().collect::<HashSet<_>>().len(), space.len());
         let changed = |s: &Schedule| {
-            [s.tile_m != own.tile_m, s.tile_n != own.tile_n, s.tile_k != own.tile_k, s.cluster != 0, s.threads != 0]
-                .into_iter()
-                .filter(|&c| c)
-                .count()
+            let tiles = [s.tile_m != own.tile_m, s.tile_n != own.tile_n, s.tile_k != own.tile_k];
+            tiles.into_iter().chain([s.cluster, s.threads, s.sharing].map(|n| n != 0)).filter(|&c| c).count()
         };
         assert!(space.iter().all(|s| changed(s) <= CHANGES && s.tile_h == 0 && s.tile_m > 0));
         assert!(space.contains(&Schedule { tile_m: 32, tile_n: 32, ..own.clone() }));

@@ -4,6 +4,8 @@ use super::{KernelShape, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+/// Fields that say what is so. Where they said otherwise, results would be wrong.
+const FACTS: [&str; 2] = ["near", "symbols_by_value"];
 /// Largest number in a schedule.
 const MOST: u64 = 1 << 16;
 
@@ -45,6 +47,9 @@ impl Rule {
         let rules: Vec<Rule> = serde_json::from_str(text).map_err(|e| e.to_string())?;
         for rule in &rules {
             rule.apply(&Schedule::default())?;
+            if let Some(fact) = FACTS.iter().find(|fact| rule.schedule.contains_key(**fact)) {
+                return Err(format!("{fact} is no choice, but what the compiler knows: leave it out"));
+            }
             if let Some((field, n)) = rule.schedule.iter().find(|(_, n)| n.as_u64().is_some_and(|n| n > MOST)) {
                 return Err(format!("{field} of {n}: give at most {MOST}"));
             }
@@ -146,6 +151,7 @@ mod tests {
         assert!(Rule::parse(r#"[{"schedule": {"tile_q": 16}}]"#).unwrap_err().contains("tile_q"));
         assert!(Rule::parse(r#"[{"schedul": {}}]"#).unwrap_err().contains("schedul"));
         assert!(Rule::parse("{").is_err());
+        assert!(Rule::parse(r#"[{"schedule": {"near": true}}]"#).unwrap_err().contains("leave it out"));
         assert!(Rule::parse(r#"[{"schedule": {"tile_m": 65537}}]"#).unwrap_err().contains("tile_m of 65537"));
     }
 }
