@@ -157,7 +157,7 @@ pub fn ballot(f: &mut Fn, c: Val) -> Val {
     f.op(&format!("nvvm.vote.sync ballot {mask}, {c} -> i32"), Ty::I32)
 }
 
-/// The values of all lanes combined: `add`, `umin` or `umax` of i32.
+/// The values of all lanes combined: `add`, `max`, `umin` or `umax` of i32. The assembler knows that the result is the same for all.
 pub fn reduce_warp(f: &mut Fn, how: &str, v: Val) -> Val {
     let (v, mask) = (f.name(v), f.name(i32(-1)));
     f.op(&format!("nvvm.redux.sync {how} {v}, {mask} : i32 -> i32"), Ty::I32)
@@ -190,12 +190,6 @@ pub fn shared_atomic_add(f: &mut Fn, at: Val, v: Val) -> Val {
 /// wrote is visible. Nothing touches global memory in front of it.
 pub fn launch_wait(f: &mut Fn) {
     f.asm("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;", "", &[], &[], true, true);
-}
-
-/// All threads of all blocks of the cluster wait for one another; shared memory written before is visible after.
-pub fn cluster_barrier(f: &mut Fn) {
-    let text = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;";
-    f.asm(text, "", &[], &[], true, true);
 }
 
 /// Two words at an address of shared memory (in i32), of the block of that rank in the cluster.

@@ -188,13 +188,7 @@ impl<'a> Emit<'a> {
             let one = self.t.f.cast("zext", keep, Ty::I32);
             own = self.t.f.add(own, one);
         }
-        let mut upto = own;
-        for by in [1, 2, 4, 8, 16] {
-            let below = isa::shuffle_up(&mut self.t.f, upto, by);
-            let has = self.t.f.cmp("sge", self.t.lane, i32(by.into()));
-            let below = self.t.f.select(has, below, i32(0));
-            upto = self.t.f.add(upto, below);
-        }
+        let upto = group::sum_upto(&mut self.t, own);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let counter = self.t.f.add(self.t.shared32, i32(COUNT.into()));
         let start = self.t.when_value(last, i32(0), |t| isa::shared_atomic_add(&mut t.f, counter, upto));

@@ -14,6 +14,7 @@
 use super::emit::Emit;
 use super::ptx;
 use crate::nvidia::arch::Arch;
+use crate::nvidia::lower::block::Threads;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 
@@ -89,6 +90,18 @@ pub type Words<'w, 'a> = &'w mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut Em
 /// Hands each candidate of the running thread, whether it is in and its number, to what takes it.
 pub type Members<'m, 'a> = &'m mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut Emit<'a>, Val, Val));
 
+/// The sum of the lanes up to this one.
+pub fn sum_upto(t: &mut Threads, v: Val) -> Val {
+    let mut sum = v;
+    for by in [1, 2, 4, 8, 16] {
+        let has = t.f.cmp("sge", t.lane, i32(by.into()));
+        let below = isa::shuffle_up(&mut t.f, sum, by);
+        let below = t.f.select(has, below, i32(0));
+        sum = t.f.add(sum, below);
+    }
+    sum
+}
+
 impl<'a> Emit<'a> {
     pub fn group_wait(&mut self, g: &Group) {
         match g.barrier {
@@ -151,13 +164,7 @@ impl<'a> Emit<'a> {
 
     /// The sum over the group's threads before this one, and over all. A barrier is within; another comes before the next sum.
     pub fn group_scan(&mut self, g: &Group, v: Val) -> (Val, Val) {
-        let mut sum = v;
-        for by in [1, 2, 4, 8, 16] {
-            let has = self.t.f.cmp("sge", self.t.lane, i32(by.into()));
-            let below = isa::shuffle_up(&mut self.t.f, sum, by);
-            let below = self.t.f.select(has, below, i32(0));
-            sum = self.t.f.add(sum, below);
-        }
+        let sum = sum_upto(&mut self.t, v);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let slot = self.group_word(g, SCAN, g.warp);
         self.t.when(last, |t| t.store_shared(slot, &[sum]));

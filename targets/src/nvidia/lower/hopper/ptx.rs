@@ -42,7 +42,7 @@ pub fn barrier_arrive_expecting(f: &mut Fn, at: Val, c: Val, bytes: u32) {
 
 /// Bytes from an address in this block's shared memory to the same place in that of block `rank` of the cluster; `at` is any.
 pub fn to_block(f: &mut Fn, at: Val, rank: Val) -> Val {
-    let there = f.asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", &[at, rank], &[Ty::I32], false, false)[0];
+    let there = address_in(f, at, rank);
     f.sub(there, at)
 }
 
@@ -65,7 +65,7 @@ pub fn barrier_arrive_at_if(f: &mut Fn, at: Val, rank: Val, c: Val) {
     effect(f, text, "r,r,r", &[at, rank, c]);
 }
 
-/// All threads of all blocks of the cluster wait for one another.
+/// All threads of all blocks of the cluster wait for one another, wherever they are in the code.
 pub fn cluster_barrier(f: &mut Fn) {
     effect(f, "barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;", "", &[]);
 }
@@ -80,11 +80,6 @@ pub fn elect(f: &mut Fn) -> Val {
 /// The warp's number as the hardware's uniform registers can hold it.
 pub fn uniform(f: &mut Fn, v: Val) -> Val {
     f.asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", &[v], &[Ty::I32], false, true)[0]
-}
-
-/// The largest i32 of the warp's lanes. The assembler knows that it is the same for all, which it does not of exchanged values.
-pub fn largest_of_warp(f: &mut Fn, v: Val) -> Val {
-    f.asm("redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", &[v], &[Ty::I32], false, true)[0]
 }
 
 /// What a lane of the warp has.
@@ -307,7 +302,7 @@ pub fn store_cluster_word(f: &mut Fn, at: Val, v: Val) {
     effect(f, "st.shared::cluster.b32 [$0], $1;", "r,r", &[at, v]);
 }
 
-/// First half of [`cluster_barrier`], for whole warps.
+/// First half of a [`cluster_barrier`] that whole warps come to; shared memory written before is visible after the second.
 pub fn cluster_arrive(f: &mut Fn) {
     effect(f, "barrier.cluster.arrive.release.aligned;", "", &[]);
 }

@@ -108,7 +108,7 @@ impl Emit<'_> {
         if first < count {
             most = self.larger(x, most, i32(first.into()), count - first)?;
         }
-        let most = ptx::largest_of_warp(&mut self.t.f, most);
+        let most = isa::reduce_warp(&mut self.t.f, "max", most);
         self.held.insert(r, Held::Scalar(most));
         Ok(())
     }
@@ -162,7 +162,7 @@ impl Emit<'_> {
             }
             most = self.t.f.intrinsic("smax", &[most, element]);
         }
-        let most = ptx::largest_of_warp(&mut self.t.f, most);
+        let most = isa::reduce_warp(&mut self.t.f, "max", most);
         self.t.f.br(head, &[first, most]);
         self.t.f.start(after, &[]);
         self.held.insert(r, Held::Scalar(state[1]));

@@ -20,6 +20,7 @@
 
 use super::emit::{Emit, Held};
 use super::filter::{self, Stores};
+use super::{group, ptx};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::block::Threads;
@@ -272,7 +273,8 @@ impl<'a> Emit<'a> {
     /// All threads of the cluster wait for one another; shared memory written before is visible after, in every block.
     pub fn together(&mut self) {
         if self.s.team > 1 {
-            isa::cluster_barrier(&mut self.t.f);
+            ptx::cluster_arrive(&mut self.t.f);
+            ptx::cluster_wait(&mut self.t.f);
         } else {
             self.t.barrier();
         }
@@ -293,9 +295,7 @@ impl<'a> Emit<'a> {
     pub fn key_of(&mut self, stream: &Stream, column: Val) -> Result<Val, String> {
         let within = self.enter_round(stream, column)?;
         let value = self.flat_element(stream.values, within)?;
-        let some = self.t.f.fcmp("ogt", value, crate::nvidia::lower::mlir::f32(f32::NEG_INFINITY));
-        let key = self.ordered(value);
-        Ok(self.t.f.select(some, key, i32(0)))
+        Ok(self.key(value))
     }
 
     /// The candidate number of a column of the loop's range.
@@ -478,7 +478,7 @@ impl<'a> Emit<'a> {
             }
         }
         let own = bins.iter().skip(1).fold(bins[0], |sum, &n| self.t.f.add(sum, n));
-        let upto = sum_upto(&mut self.t, own);
+        let upto = group::sum_upto(&mut self.t, own);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let warp = self.t.warp;
         let slot = self.t.f.mul(warp, i32(4));
@@ -692,18 +692,6 @@ fn stores(s: &Scheduled) -> Vec<(ValueId, &[Index], ValueId)> {
         _ => None,
     };
     s.common.insts.iter().filter_map(|i| of(&i.op)).collect()
-}
-
-/// The sum of the lanes up to this one.
-fn sum_upto(t: &mut Threads, v: Val) -> Val {
-    let mut sum = v;
-    for by in [1, 2, 4, 8, 16] {
-        let below = isa::shuffle_up(&mut t.f, sum, by);
-        let both = t.f.add(sum, below);
-        let has = t.f.cmp("sge", t.lane, i32(by.into()));
-        sum = t.f.select(has, both, sum);
-    }
-    sum
 }
 
 /// Bits of `ballot` of the lanes below this one.

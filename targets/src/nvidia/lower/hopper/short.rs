@@ -8,7 +8,7 @@
 
 use super::emit::Emit;
 use super::filter::Stores;
-use super::group::{Found, Group};
+use super::group::{self, Found, Group};
 use super::ptx;
 use super::select::{OUT, Stream, THREADS};
 use super::window::{VECTOR, Window};
@@ -150,13 +150,7 @@ impl<'a> Emit<'a> {
                 let n = self.t.f.bin("shl", n, i32((i * COUNT_BITS).into()));
                 packed = self.t.f.bin("or", packed, n);
             }
-            let mut upto = packed;
-            for by in [1, 2, 4, 8, 16] {
-                let has = self.t.f.cmp("sge", self.t.lane, i32(by.into()));
-                let below = isa::shuffle_up(&mut self.t.f, upto, by);
-                let below = self.t.f.select(has, below, i32(0));
-                upto = self.t.f.add(upto, below);
-            }
+            let upto = group::sum_upto(&mut self.t, packed);
             let before = self.t.f.sub(upto, packed);
             let all = isa::shuffle_from(&mut self.t.f, upto, i32(31));
             for i in 0..COUNTED {
