@@ -12,7 +12,8 @@
 //! waiting for it does not wait for them. The last round loads its views' first elements, which nobody reads. It costs the
 //! registers that the tiles take, of which [`Isa::ahead_bytes`](super::isa::Isa::ahead_bytes) says how many there may be.
 
-use super::emit::{Emitter, UNROLLED};
+use super::emit::Emitter;
+use super::fill::UNROLLED;
 use super::fragment::Spread;
 use super::mlir::Val;
 use dsc_ir::sched::{Atom, Block, Inst, Op, Place};
@@ -152,20 +153,20 @@ impl<'a> Emitter<'a> {
         for i in 0..rounds {
             let partial = i + 1 == rounds && !total.is_multiple_of(self.t.threads);
             let (c, _) = self.round(self.t.tid, i, partial.then_some(total));
-            let access = self.source(&fill, c).expect("loads and gathers have one");
+            let access = self.moved_from(&fill, c).expect("loads and gathers have one");
             values.extend(self.load_from(&access, true));
         }
         values
     }
 
-    /// Reads what arithmetic on fragments further down takes from global memory.
-    pub fn read_early(&mut self, insts: &'a [Inst]) {
+    /// Reads inputs of arithmetic on fragments further down, of which `now` says whether they can be; it is told what is made until then.
+    pub fn read_early(&mut self, insts: &'a [Inst], now: impl Fn(&Self, ValueId, &HashSet<ValueId>) -> bool) {
         let mut made = HashSet::new();
         for inst in insts {
             made.extend(&inst.results);
             let (Op::Tile(tile::Op::Map { inputs, .. }), [r]) = (&inst.op, &inst.results[..]) else { continue };
             let Place::Fragment(f) = self.place(*r) else { continue };
-            let lazy: Vec<ValueId> = inputs.iter().copied().filter(|&v| self.loads_only(v, &made)).collect();
+            let lazy: Vec<ValueId> = inputs.iter().copied().filter(|&v| now(self, v, &made)).collect();
             if lazy.is_empty() {
                 continue;
             }
@@ -178,7 +179,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Whether a value is a load from global memory, or a view of one, that depends on none of these.
-    fn loads_only(&self, v: ValueId, made: &HashSet<ValueId>) -> bool {
+    pub fn loads_only(&self, v: ValueId, made: &HashSet<ValueId>) -> bool {
         if made.contains(&v) || self.place(v) != &Place::Lazy {
             return false;
         }

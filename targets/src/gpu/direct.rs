@@ -17,7 +17,6 @@
 //! There a half waits for the next round's stage before it lets the other one read, so that both halves' copies are there when the first reads.
 
 use super::emit::Emitter;
-use super::fragment::Spread;
 use super::mlir::{Ty, Val, i32, i64};
 use super::ring::lane_bytes;
 use super::schedule::matrix;
@@ -142,25 +141,8 @@ impl<'a> Emitter<'a> {
         (ring.current, ring.read, ring.pending) = (ring.read, next, pending - 1);
     }
 
-    /// Reads what arithmetic on fragments further down takes from stages of rings.
-    pub fn read_slots_early(&mut self, insts: &'a [Inst]) {
-        for inst in insts {
-            let (Op::Tile(tile::Op::Map { inputs, .. }), [r]) = (&inst.op, &inst.results[..]) else { continue };
-            let Place::Fragment(f) = self.place(*r) else { continue };
-            let lazy: Vec<ValueId> = inputs.iter().copied().filter(|&v| self.reads_slot(v)).collect();
-            if lazy.is_empty() {
-                continue;
-            }
-            let (shape, spread) = (self.shape(*r), Spread::new(self, *f, self.shape(*r)));
-            for v in lazy {
-                let values = self.fragment_input(v, shape, &spread);
-                self.early.insert((*r, v), values);
-            }
-        }
-    }
-
     /// Whether evaluating a value reads a stage of a ring.
-    fn reads_slot(&self, v: ValueId) -> bool {
+    pub fn reads_slot(&self, v: ValueId) -> bool {
         match (self.place(v), self.definition(v)) {
             (Place::Slot(..), _) => true,
             (Place::Lazy, Some(op)) => tile::operands(op).into_iter().any(|x| self.reads_slot(x)),

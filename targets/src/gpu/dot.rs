@@ -111,7 +111,7 @@ impl<'a> Emitter<'a> {
     ) -> Vec<Val> {
         let arch = self.t.arch;
         // Neighbours along k in one load.
-        let n = super::emit::power_of_two_in(k).min(4);
+        let n = super::evaluate::power_of_two_in(k).min(4);
         let row_bytes = |e: &mut Self, row: Val, b: &Buffer| {
             let byte = e.t.f.mul(row, i32(b.pitch.into()));
             e.t.f.add(byte, i32(b.offset.into()))

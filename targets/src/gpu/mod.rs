@@ -4,8 +4,12 @@
 //! | file | does |
 //! |---|---|
 //! | `isa` | what the lowering must know of a chip, and the instructions it asks for |
-//! | `schedule`, `barriers` | places, buffers and barriers, for any shape and chip |
-//! | `emit` | control flow, elementwise evaluation, memory |
+//! | `schedule` | a place for every value, for any shape and chip |
+//! | `analysis` | what it goes by: uses, fragments, products and their operands |
+//! | `lifetimes`, `barriers` | where buffers lie, and where threads meet |
+//! | `emit` | instructions one by one, loops and branches |
+//! | `evaluate` | elementwise evaluation, by pieces of neighbours |
+//! | `memory`, `fill` | access to shared and global memory; tiles on their way there |
 //! | `ring`, `direct` | loops whose operands are copied to shared memory some rounds before |
 //! | `ahead` | loads a round before they are needed |
 //! | `fragment` | tiles in registers as a matrix product leaves them |
@@ -15,6 +19,7 @@
 //! | `llvm` | MLIR text to code, through the LLVM linked into this binary (feature `llvm`) |
 
 pub mod ahead;
+mod analysis;
 pub mod arith;
 pub mod barriers;
 pub mod block;
@@ -22,10 +27,14 @@ pub mod direct;
 pub mod divisor;
 pub mod dot;
 pub mod emit;
+pub mod evaluate;
+pub mod fill;
 pub mod fragment;
 pub mod isa;
+mod lifetimes;
 #[cfg(feature = "llvm")]
 pub mod llvm;
+pub mod memory;
 pub mod mlir;
 pub mod reduce;
 pub mod ring;

@@ -1,7 +1,8 @@
 //! Reductions: fragments by registers, shuffles and warps; everything else by groups of threads over chunks that are read where
 //! they lie. The order of additions is fixed by the shape and the number of threads.
 
-use super::emit::{Emitter, power_of_two_in};
+use super::emit::Emitter;
+use super::evaluate::power_of_two_in;
 use super::fragment::Spread;
 use super::isa;
 use super::mlir::{Ty, Val, f32, i32};
