@@ -9,7 +9,8 @@
 //! `expert_linear`: a block takes one expert and `tile_n` outputs, and loops over the expert's rows (none, for most experts of a
 //! decode step) by `tile_m`: gathers rows of `x` through `order` (row `order / k` where all experts of a token share its row),
 //! multiplies as [`linear`](super::linear) does, and scatters to the flat rows of the result. Each expert's weights are read
-//! once while its rows fit one tile. Floors: `2 T k N K` operations; the weights of the experts that occur.
+//! once while its rows fit one tile. Where a step has fewer rows than there are experts, a block takes a place of `order` instead of an
+//! expert, and works if a group starts there: there are as many as rows. Floors: `2 T k N K` operations; the weights of the experts that occur.
 
 use super::epilogue::Epilogue;
 use super::linear::{Contraction, LoadScales, Right, k_step, tile, weight_scales};
@@ -31,8 +32,10 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let Op::ExpertLinear { per_token } = body.dag[epilogue.product].op else {
         return Err(unsupported(graph, node, "not an expert_linear"));
     };
-    let &[x, w, order, offsets] = body.inputs(epilogue.product).as_slice() else {
-        return Err(unsupported(graph, node, "expert_linear without routing: run group_experts first"));
+    let (x, w, order, offsets, owners) = match *body.inputs(epilogue.product).as_slice() {
+        [x, w, order, offsets] => (x, w, order, offsets, None),
+        [x, w, order, offsets, owners] => (x, w, order, offsets, Some(owners)),
+        _ => return Err(unsupported(graph, node, "expert_linear without routing: run group_experts first")),
     };
     let types = [body.ty(x), body.ty(w), &graph.dag[node].outputs[0]].map(elem_name);
     let shape = &body.tensor(w).shape;
@@ -65,12 +68,15 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         None => None,
     };
     let (orders, bounds) = (e.read("order", order)?, e.read("offsets", offsets)?);
+    let owners = owners.map(|owners| e.read("owners", owners)).transpose()?;
     let y = epilogue.write(&mut e, n, &|columns| vec![flat, columns.into()])?;
 
     let b = &mut e.b;
-    let parts = if flat.eval(&class.max) > u64::from(experts * tm) { ROW_PARTS } else { 1 };
+    let most = flat.eval(&class.max);
+    let parts = if most > u64::from(experts * tm) { ROW_PARTS } else { 1 };
+    let groups = if owners.is_some() { most as u32 } else { experts };
     // Parts next to one another, so that they find the expert's weights in the cache.
-    let (place, expert) = (b.grid(n.div_ceil(tn) * parts, 1), b.grid(experts, 1));
+    let (place, group) = (b.grid(n.div_ceil(tn) * parts, 1), b.grid(groups, 1));
     let n0 = divided(b, place, parts);
     let n0 = times(b, n0, tn);
     let part = b.map(&[place], |m, v| {
@@ -78,16 +84,25 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         m.rem(v[0], parts)
     });
     // The last expert first: a shared one among them is the last, has every row, and should not be what all others wait for.
-    let expert = b.map(&[expert], |m, v| {
-        let last = m.i32(experts as i32 - 1);
+    let group = b.map(&[group], |m, v| {
+        let last = m.i32(groups as i32 - 1);
         m.sub(last, v[0])
     });
+    let expert = owners.map_or(group, |owners| b.load_scalar(owners, &[group.into()]));
     let row = times(b, expert, rows_of_w);
     let row = sum(b, row, n0);
     let first_scale = sw.map(|(_, _, rows)| times(b, expert, rows));
     let lo = b.load_scalar(bounds, &[expert.into()]);
     let next = plus(b, expert, 1);
     let hi = b.load_scalar(bounds, &[next.into()]);
+    // A place in the middle of a group has nothing to do, nor has one behind the last row, whatever its owner.
+    let lo = match owners {
+        Some(_) => b.map(&[lo, group, hi], |m, v| {
+            let starts = m.eq(v[0], v[1]);
+            m.select(starts, v[0], v[2])
+        }),
+        None => lo,
+    };
     // Blocks that take turns at an expert's tiles of rows: with many rows one expert may have them all.
     let first = times(b, part, tm);
     let lo = sum(b, lo, first);
@@ -161,9 +176,10 @@ pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
     let chunk = tile(schedule.tile_m, 64, flat.eval(&class.max));
     let ids = e.read_as("experts", ids, Part::Data, &[flat])?;
     let (order, offsets) = (e.write("order", 0, Part::Data, None)?, e.write("offsets", 1, Part::Data, None)?);
+    let owners = e.write("owners", 2, Part::Data, None)?;
 
     if schedule.tile_n > 0 {
-        route_by_experts(&mut e.b, (ids, flat, experts), (order, offsets), [schedule.tile_n, chunk]);
+        route_by_experts(&mut e.b, (ids, flat, experts), [order, offsets, owners], [schedule.tile_n, chunk]);
         return e.finish(format!("route: {flat} rows to {experts} experts"));
     }
     let b = &mut e.b;
@@ -196,6 +212,8 @@ pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
         let places = b.reshape(places, &[chunk]);
         let numbers = range(b, at, chunk);
         b.scatter(order, places, &[], numbers);
+        let experts = b.load(ids, &[at.into()], &[chunk]);
+        b.scatter(owners, places, &[], experts);
         let more = b.reduce(hot, 0, ReduceKind::Sum);
         vec![sum(b, next[0], more)]
     });
@@ -210,7 +228,7 @@ pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
 fn route_by_experts(
     b: &mut Builder,
     (ids, flat, experts): (ValueId, Extent, u32),
-    (order, offsets): (ValueId, ValueId),
+    [order, offsets, owners]: [ValueId; 3],
     [own, chunk]: [u32; 2],
 ) {
     let lines = LINES.min(chunk);
@@ -231,7 +249,7 @@ fn route_by_experts(
             let known = m.lt(v[0], experts);
             m.select(known, v[0], none)
         });
-        (b.reshape(x, &[1, lines, len]), numbers)
+        (x, b.reshape(x, &[1, lines, len]), numbers)
     };
     let hot = |b: &mut Builder, ids: ValueId| {
         b.map(&[ids, mine], |m, v| {
@@ -246,7 +264,7 @@ fn route_by_experts(
     };
     let init = [b.full_i32(0, &[own, 1, 1]), b.full_i32(0, &[1, 1, 1])];
     let counts = b.for_(0, rows, chunk, &init, |b, at, carried| {
-        let (ids, _) = load(b, at);
+        let (_, ids, _) = load(b, at);
         let here = hot(b, ids);
         let (_, here) = counted(b, here);
         let before = b.map(&[ids, first], |m, v| {
@@ -266,7 +284,7 @@ fn route_by_experts(
     let flat_starts = b.reshape(starts, &[own]);
     b.store(offsets, &[first.into()], flat_starts);
     b.for_(0, rows, chunk, &[starts], |b, at, next| {
-        let (ids, numbers) = load(b, at);
+        let (known, ids, numbers) = load(b, at);
         let here = hot(b, ids);
         let ranks = b.scan(here, 2, ReduceKind::Sum);
         let (by_line, all) = counted(b, here);
@@ -286,6 +304,7 @@ fn route_by_experts(
         let places = b.reduce(places, 0, ReduceKind::Max);
         let places = b.reshape(places, &[chunk]);
         b.scatter(order, places, &[], numbers);
+        b.scatter(owners, places, &[], known);
         vec![sum(b, next[0], all)]
     });
 }

@@ -8,8 +8,7 @@
 //! * `normalize`: divided by the row's sum, times the factor.
 //!
 //! * `append`: one more column.
-//! * `route`, where a block has all tokens: experts in chunks; in a chunk's one-hot matrix `[experts, R · k]` a running sum along
-//!   rows gives each row's rank in its expert, and a running sum over the counts where experts start.
+//! * `route`, where a block has all tokens: each row's place and each expert's start are counts of rows before them.
 //!
 //! A few thousand operations a token: the launch is the cost, and there is one.
 
@@ -114,46 +113,52 @@ pub(crate) fn append(b: &mut Builder, x: ValueId, value: f32) -> ValueId {
     b.concat(&[x, last], 1)
 }
 
-/// Experts that are ranked at a time.
-const EXPERTS: u32 = 32;
-
-/// Stores the flat rows of `ids` (i32 `[R, k]`, −1 for none) grouped by expert, and where each group starts.
-pub(crate) fn route(b: &mut Builder, ids: ValueId, experts: u32, order: ValueId, offsets: ValueId) {
+/// Stores the flat rows of `ids` (i32 `[R, k]`, −1 for none) grouped by expert, where each group starts, and the expert of each place.
+///
+/// A row comes behind those of lower experts and the earlier ones of its own, and a group behind the rows of lower experts: counts over all
+/// rows, `R · k` squared and `E · R · k` comparisons. For few rows that is less than a barrier costs.
+pub(crate) fn route(
+    b: &mut Builder,
+    ids: ValueId,
+    experts: u32,
+    [order, offsets]: [ValueId; 2],
+    owners: Option<ValueId>,
+) {
     let n = b.shape(ids).iter().product();
-    let ids = b.reshape(ids, &[1, n]);
-    let init = [b.full_i32(-1, &[1, n]), b.full_i32(0, &[1, 1])];
-    // One expert more than there are: its group is empty, and starts where the last one ends.
-    let done = b.for_(0, experts + 1, EXPERTS, &init, |b, first, carried| {
-        let (places, before) = (carried[0], carried[1]);
-        let numbers = b.iota(0, &[EXPERTS, 1]);
-        let hot = b.map(&[ids, numbers, first], |m, v| {
-            let (one, zero) = (m.i32(1), m.i32(0));
-            let expert = m.add(v[1], v[2]);
-            let here = m.eq(v[0], expert);
-            m.select(here, one, zero)
-        });
-        let ranks = b.scan(hot, 1, ReduceKind::Sum);
-        let counts = b.reduce(hot, 1, ReduceKind::Sum);
-        let ends = b.scan(counts, 0, ReduceKind::Sum);
-        let starts = b.map(&[ends, counts, before], |m, v| {
-            let start = m.sub(v[0], v[1]);
-            m.add(start, v[2])
-        });
-        let flat = b.reshape(starts, &[EXPERTS]);
-        b.store(offsets, &[first.into()], flat);
-        let here = b.map(&[hot, ranks, starts], |m, v| {
-            let (one, none) = (m.i32(1), m.i32(-1));
-            let place = m.add(v[1], v[2]);
-            let place = m.sub(place, one);
-            let hit = m.eq(v[0], one);
-            m.select(hit, place, none)
-        });
-        let here = b.reduce(here, 0, ReduceKind::Max);
-        let places = b.map(&[places, here], |m, v| m.max(v[0], v[1]));
-        let all = b.reduce(counts, 0, ReduceKind::Sum);
-        vec![places, super::view::sum(b, before, all)]
+    let across = b.reshape(ids, &[1, n]);
+    let down = b.reshape(ids, &[n, 1]);
+    let (column, row) = (b.iota(1, &[1, n]), b.iota(0, &[n, 1]));
+    let before = b.map(&[across, down, column, row], |m, v| {
+        let (one, zero) = (m.i32(1), m.i32(0));
+        let (some, lower) = (m.le(zero, v[0]), m.lt(v[0], v[1]));
+        let (same, earlier) = (m.eq(v[0], v[1]), m.lt(v[2], v[3]));
+        let tied = m.and(same, earlier);
+        let first = m.or(lower, tied);
+        let both = m.and(some, first);
+        m.select(both, one, zero)
     });
-    let places = b.reshape(done[0], &[n]);
+    let before = b.reduce(before, 1, ReduceKind::Sum);
+    let places = b.map(&[before, down], |m, v| {
+        let (none, zero) = (m.i32(-1), m.i32(0));
+        let some = m.le(zero, v[1]);
+        m.select(some, v[0], none)
+    });
+    let places = b.reshape(places, &[n]);
     let rows = b.iota(0, &[n]);
     b.scatter(order, places, &[], rows);
+    if let Some(owners) = owners {
+        let ids = b.reshape(ids, &[n]);
+        b.scatter(owners, places, &[], ids);
+    }
+    // One expert more than there are: its group is empty, and starts where the last one ends.
+    let numbers = b.iota(0, &[experts + 1, 1]);
+    let lower = b.map(&[across, numbers], |m, v| {
+        let (one, zero) = (m.i32(1), m.i32(0));
+        let (some, lower) = (m.le(zero, v[0]), m.lt(v[0], v[1]));
+        let both = m.and(some, lower);
+        m.select(both, one, zero)
+    });
+    let starts = b.reduce(lower, 1, ReduceKind::Sum);
+    let starts = b.reshape(starts, &[experts + 1]);
+    b.store(offsets, &[0.into()], starts);
 }

@@ -429,22 +429,23 @@ impl Rows<'_> {
         total.ok_or_else(|| self.e.unsupported("a sum of nothing"))
     }
 
-    /// Both results of a route of all tokens.
+    /// The results of a route of all tokens.
     fn route(&mut self, node: NodeId, experts: u32) -> Result<(), KernelError> {
         let ids = self.plain(self.body.inputs(node)[0])?;
         let output = |o: u32| self.body.outputs.iter().position(|(_, v)| *v == Value { node, output: o });
         let (Some(order), Some(offsets)) = (output(0), output(1)) else {
-            return Err(self.e.unsupported("a route of which one result is not used"));
+            return Err(self.e.unsupported("a route whose order or offsets are not used"));
         };
         let order = self.e.write("order", order as u32, Part::Data, None)?;
         let offsets = self.e.write("offsets", offsets as u32, Part::Data, None)?;
+        let owners = output(2).map(|o| self.e.write("owners", o as u32, Part::Data, None)).transpose()?;
         let rows = self.rows;
         let b = &mut self.e.b;
         let end = extent(b, rows.into());
         let shape = b.shape(ids);
         let numbers = b.iota(0, &[shape[0], 1]);
         let ids = where_below(b, ids, numbers, end);
-        gate::route(b, ids, experts, order, offsets);
+        gate::route(b, ids, experts, [order, offsets], owners);
         Ok(())
     }
 

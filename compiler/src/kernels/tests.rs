@@ -496,8 +496,8 @@ fn head_linear_both_ways() {
     }
 }
 
-/// Router to expert sum, as passes leave it.
-fn moe(lab: &mut Lab, x: Value, quant: bool, [experts, groups, keep, k]: [u32; 4], d: u32) {
+/// Router to expert sum, as passes leave it; products look for their rows by place or by expert.
+fn moe(lab: &mut Lab, x: Value, quant: bool, by_place: bool, [experts, groups, keep, k]: [u32; 4], d: u32) {
     let router = lab.weight(f32s(dims![experts, d]));
     let bias = lab.weight(f32s(dims![experts]));
     let logits = lab.op(Op::Linear, &[x, router], f32s(dims![T, experts]));
@@ -510,9 +510,9 @@ fn moe(lab: &mut Lab, x: Value, quant: bool, [experts, groups, keep, k]: [u32; 4
         vec![ids, w]
     });
     let ints = |shape: &[Extent]| ValueType::Tensor(plain(DType::I32, shape));
-    let types = vec![ints(&[Extent::from(T).times(k)]), ints(dims![experts + 1])];
+    let types = vec![ints(&[Extent::from(T).times(k)]), ints(dims![experts + 1]), ints(&[Extent::from(T).times(k)])];
     let route = lab.g.add("route", Op::Route { experts }, &[gate[0]], types);
-    let (order, offsets) = (Value { node: route, output: 0 }, Value { node: route, output: 1 });
+    let [order, offsets, owners] = [0, 1, 2].map(|output| Value { node: route, output });
     let inner = 72;
     let weight = |lab: &mut Lab, n: u32, k: u32| {
         lab.weight(if quant { TensorType::quant(BLOCKS, dims![experts, n, k]) } else { f32s(dims![experts, n, k]) })
@@ -522,14 +522,15 @@ fn moe(lab: &mut Lab, x: Value, quant: bool, [experts, groups, keep, k]: [u32; 4
     if quant {
         h_in = lab.quantized(x, ROWS);
     }
-    let h = lab.op(Op::ExpertLinear { per_token: k }, &[h_in, up, order, offsets], f32s(dims![T, k, inner]));
+    let routed = &[order, offsets, owners][..if by_place { 3 } else { 2 }];
+    let h = lab.op(Op::ExpertLinear { per_token: k }, &[&[h_in, up], routed].concat(), f32s(dims![T, k, inner]));
     let mut act = lab.op(Op::SwiGlu, &[h, h], f32s(dims![T, k, inner]));
     if quant {
         act = lab.quantized(act, ROWS);
     }
-    let y = lab.op(Op::ExpertLinear { per_token: k }, &[act, down, order, offsets], f32s(dims![T, k, d]));
+    let y = lab.op(Op::ExpertLinear { per_token: k }, &[&[act, down], routed].concat(), f32s(dims![T, k, d]));
     let total = lab.op(Op::WeightedSum, &[y, gate[1]], f32s(dims![T, d]));
-    for v in [gate[0], gate[1], order, offsets, h, total] {
+    for v in [gate[0], gate[1], order, offsets, owners, h, total] {
         lab.out(v);
     }
 }
@@ -537,18 +538,19 @@ fn moe(lab: &mut Lab, x: Value, quant: bool, [experts, groups, keep, k]: [u32; 4
 #[test]
 fn experts_gate_and_route() {
     // The tiles of the last two make routes of blocks: by lines of three rows, and of 21; of few experts, and of more than there are.
-    for (quant, sizes, [tile_m, tile_n]) in [
-        (false, [12, 3, 2, 4], [4, 0]),
-        (true, [12, 3, 1, 3], [4, 16]),
-        (false, [8, 1, 1, 2], [4, 16]),
-        (false, [8, 8, 3, 2], [96, 3]),
-        (false, [12, 4, 4, 3], [700, 16]),
+    for ((quant, by_place), sizes, [tile_m, tile_n]) in [
+        ((false, false), [12, 3, 2, 4], [4, 0]),
+        ((true, true), [12, 3, 1, 3], [4, 16]),
+        ((false, true), [8, 1, 1, 2], [4, 0]),
+        ((false, false), [8, 1, 1, 2], [4, 16]),
+        ((false, true), [8, 8, 3, 2], [96, 3]),
+        ((false, false), [12, 4, 4, 3], [700, 16]),
     ] {
         let mut lab = Lab::new(4);
         (lab.schedule.tile_m, lab.schedule.tile_n) = (tile_m, tile_n);
         let d = if quant { 160 } else { 40 };
         let x = lab.act(DType::F32, &[d]);
-        moe(&mut lab, x, quant, sizes, d);
+        moe(&mut lab, x, quant, by_place, sizes, d);
         lab.check(&[sequence(1, 0), sequence(9, 0), sequence(40, 0)]);
     }
 }

@@ -76,7 +76,8 @@ pub fn arity(op: &Op) -> (usize, usize) {
         | Op::WeightedSum => (2, 2),
         Op::LayerNorm { .. } | Op::Rope { .. } | Op::MqaCombine => (3, 3),
         Op::TopK { .. } => (1, 3),
-        Op::CacheWrite | Op::ExpertLinear { .. } => (3, 4),
+        Op::CacheWrite => (3, 4),
+        Op::ExpertLinear { .. } => (3, 5),
         Op::Sample => (4, 4),
         Op::MhaAttention { .. } => (5, 5),
         Op::IndexerLogits => (5, 6),
@@ -197,10 +198,8 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
             let per_token = ids.shape[1].constant().ok_or("the experts of a token must be constant in number")?;
             let ints = Elems::Is(Elem::Plain(DType::I32));
             let offsets = experts.checked_add(1).ok_or("too many experts")?;
-            Ok(vec![
-                Rule::Tensor(vec![times(ids.shape[0], per_token)?], ints),
-                Rule::Tensor(vec![offsets.into()], ints),
-            ])
+            let rows = || Ok::<_, String>(Rule::Tensor(vec![times(ids.shape[0], per_token)?], ints));
+            Ok(vec![rows()?, Rule::Tensor(vec![offsets.into()], ints), rows()?])
         }
         Op::AllReduce { ranks } => {
             positive("ranks", *ranks)?;
@@ -614,6 +613,9 @@ impl<'a> Inputs<'a> {
             let offsets = constant(e, "experts")?.checked_add(1).ok_or("too many experts")?;
             self.shaped(2, "order", DType::I32, &[times(t, per_token)?])?;
             self.shaped(3, "offsets", DType::I32, &[offsets.into()])?;
+            if self.0.len() > 4 {
+                self.shaped(4, "owners", DType::I32, &[times(t, per_token)?])?;
+            }
         }
         Ok(vec![Rule::Tensor(vec![t, per_token.into(), n], Elems::Float)])
     }

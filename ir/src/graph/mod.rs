@@ -404,13 +404,14 @@ pub enum Op {
         by_sum: bool,
     },
     /// `(x, w [E, N, K], experts [T, k])` with x `[T, K]` or `[T, k, K]`: `[T, k, N]`: row `(t, j)` times expert `experts[t, j]`'s
-    /// transposed matrix, rounds. After `group_experts` it takes `(x, w, order [T·k], offsets [E + 1])` instead.
+    /// transposed matrix, rounds. After `group_experts` it takes `(x, w, order [T·k], offsets [E + 1])` instead, and `owners [T·k]` where
+    /// a step has fewer rows than there are experts.
     ExpertLinear {
         /// k: experts a token.
         per_token: u32,
     },
     /// `(experts [T, k])`: `order` i32 `[T·k]`: the flat rows `t·k + j` grouped by expert, in ascending order within one; and
-    /// `offsets` i32 `[E + 1]`: where each expert's group starts.
+    /// `offsets` i32 `[E + 1]`: where each expert's group starts; and `owners` i32 `[T·k]`: the expert of each place of `order`.
     Route {
         /// E.
         experts: u32,

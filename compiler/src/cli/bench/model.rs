@@ -90,8 +90,8 @@ pub fn run(bundle: &BundleArgs, args: &LoadArgs) -> Outcome {
     let mut session = model.session()?;
     let session_s = started.elapsed().as_secs_f64() - opened_s;
     let first_s = first_token(&mut session)?;
-    let prefill = time_prefill(&mut session, &load, facts.vocab)?.report(&mut session, "prefill");
-    let decode = time_decode(&mut session, &load, facts.vocab)?.report(&mut session, "decode");
+    let prefill = report("prefill", &mut session, &load, |s, profile| time_prefill(s, &load, facts.vocab, profile))?;
+    let decode = report("decode", &mut session, &load, |s, profile| time_decode(s, &load, facts.vocab, profile))?;
     let per_s = |timed: &Report, tokens: usize| tokens as f64 / timed.times.median_us * 1e6;
     let (prefill_rate, decode_rate) = (per_s(&prefill, load.prefill), per_s(&decode, load.batch));
     if bundle.json {
@@ -200,9 +200,31 @@ fn tokens(n: usize, salt: u64, vocab: u32) -> Vec<u32> {
     (0..n as u64).map(|i| mix(i + salt * 1_000_003)).collect()
 }
 
-fn time_prefill(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed, Box<dyn std::error::Error>> {
+/// Times requests, and, if asked for, splits others like them by kernel: launches that are timed one by one do not overlap.
+fn report(
+    name: &'static str,
+    session: &mut Session,
+    load: &Load,
+    time: impl Fn(&mut Session, bool) -> Result<Timed, Box<dyn std::error::Error>>,
+) -> Result<Report, Box<dyn std::error::Error>> {
+    let mut report = time(session, false)?.report(session, name);
+    if load.profile {
+        report.shares = time(session, true)?.report(session, name).shares;
+    }
+    Ok(report)
+}
+
+fn time_prefill(
+    session: &mut Session,
+    load: &Load,
+    vocab: u32,
+    profile: bool,
+) -> Result<Timed, Box<dyn std::error::Error>> {
     let mut timed = Timed::default();
-    for round in 0..=load.repeat {
+    if profile {
+        session.start_profile();
+    }
+    for round in usize::from(profile)..=load.repeat {
         let ids = tokens(load.prefill, round as u64, vocab);
         let seq = session.add_sequence();
         let start = Instant::now();
@@ -211,15 +233,17 @@ fn time_prefill(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed,
         session.remove_sequence(seq);
         if round == 0 {
             timed = Timed::default(); // the first touches memory for the first time
-            if load.profile {
-                session.start_profile();
-            }
         }
     }
     Ok(timed)
 }
 
-fn time_decode(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed, Box<dyn std::error::Error>> {
+fn time_decode(
+    session: &mut Session,
+    load: &Load,
+    vocab: u32,
+    profile: bool,
+) -> Result<Timed, Box<dyn std::error::Error>> {
     // All sequences have the same past, each a copy of its own; what is decoded differs.
     let first = session.add_sequence();
     let ids = tokens(load.context, 0, vocab);
@@ -230,7 +254,7 @@ fn time_decode(session: &mut Session, load: &Load, vocab: u32) -> Result<Timed, 
     }
     let mut timed = Timed::default();
     for step in 0..load.steps + WARM_UP {
-        if step == WARM_UP && load.profile {
+        if step == WARM_UP && profile {
             session.start_profile();
         }
         let ids = tokens(load.batch, step as u64 + 77, vocab);

@@ -200,7 +200,7 @@ fn the_mha_class_selects_in_a_node_of_its_own() {
 
 #[test]
 fn gates_and_routes() {
-    let cx = cx(Numerics::Exact, false, false);
+    let mut cx = cx(Numerics::Exact, false, false);
     let graph = after(Mini::model(Numerics::Exact), &cx, &[fuse_gate, group_experts]);
     let gates: Vec<_> = bodies(&graph).into_iter().filter(|f| f.kind == FusedKind::Gate).collect();
     assert_eq!(gates.len(), 1);
@@ -208,6 +208,12 @@ fn gates_and_routes() {
     assert_eq!(find(&graph, "Route").len(), 1);
     for n in find(&graph, "ExpertLinear") {
         assert_eq!(graph.inputs(n).len(), 4);
+    }
+    // One token has fewer experts than there are: products look for their rows by place.
+    cx.class.max = cx.class.max.with(Sym::T, 1);
+    let graph = after(Mini::model(Numerics::Exact), &cx, &[fuse_gate, group_experts]);
+    for n in find(&graph, "ExpertLinear") {
+        assert_eq!(graph.inputs(n)[4], Value { node: find(&graph, "Route")[0], output: 2 });
     }
 }
 

@@ -100,7 +100,8 @@ impl<F: Real> Eval<F> {
             offsets.push(order.len() as i32);
         }
         let tensor = |data: Vec<i32>| StepValue::Tensor(Arc::new(TensorData::int(vec![data.len()], data)));
-        Ok(vec![tensor(order), tensor(offsets)])
+        let owners = order.iter().map(|&row| ids[row as usize]).collect();
+        Ok(vec![tensor(order), tensor(offsets), tensor(owners)])
     }
 
     pub(super) fn weighted_sum(&self) -> Made<F> {

@@ -188,7 +188,10 @@ fn experts() {
     let y = run(op.clone(), &[x.clone(), w.clone(), ids.clone()], F32, &[2, 2, 1]);
     close(y.values(), &[10., 3., 7., 30.]);
     let (order, offsets) = (i(&[4], &[1, 2, 0, 3]), i(&[3], &[0, 2, 4]));
-    assert_eq!(run(Op::Route { experts: 2 }, &[ids], I32, &[4]).ints(), order.ints());
+    let routed = all(Op::Route { experts: 2 }, &[ids], I32, &[4]);
+    let owners = i(&[4], &[0, 0, 1, 1]);
+    assert_eq!([0, 1, 2].map(|o| routed[o].ints()), [order.ints(), offsets.ints(), owners.ints()]);
+    close(&floats(op.clone(), &[x.clone(), w.clone(), order.clone(), offsets.clone(), owners], &[2, 2, 1]), y.values());
     close(&floats(op, &[x, w, order, offsets], &[2, 2, 1]), y.values());
     close(&floats(Op::WeightedSum, &[y, r(&[2, 2], &[0.5, 1., 2., 0.1])], &[2, 1]), &[8., 17.]);
 }
