@@ -8,6 +8,7 @@
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
+//! | `skip` | tiles with an empty loop cost their bounds only |
 //! | `select`, `window`, `short`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
 //! | `emit`, `loops`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `store` | that to MLIR |
@@ -37,6 +38,7 @@ mod ring;
 mod scores;
 mod select;
 mod short;
+mod skip;
 mod store;
 mod stream;
 mod sums;
@@ -61,7 +63,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
         return None;
     }
     plan::plan(kernel, arch)
-        .or_else(|| scores::plan(&kernel.program, arch))
+        .or_else(|| scores::plan(&kernel.program, arch).map(skip::empty_tiles))
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(kernel, arch))
 }

@@ -1,0 +1,77 @@
+//! Tiles with nothing to do, skipped.
+//!
+//! A loop over keys ends where a row's keys end, and grids are as large as the longest row could be. So most tiles of short rows in a wide page
+//! table have an empty loop; but what stands around it, copies and barriers for operands that all its rounds share, would still be
+//! run. Behind a loop of one round or none it is not:
+//!
+//! ```text
+//! acquire, copy q, commit           for once = 0 to (lo < hi ? 1 : 0)
+//! for k = lo to hi {..}                 acquire, copy q, commit
+//!                                       for k = lo to hi {..}
+//! ```
+
+use dsc_ir::DType;
+use dsc_ir::sched::{Block, Inst, Op, Place, Scheduled};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Scalar, ScalarOp, TileType, Type, ValueId};
+
+/// The kernel with such loops around what its roles do, if what each of them does is one loop whose bounds are known in front of it, and
+/// what that loop shares.
+pub fn empty_tiles(mut s: Scheduled) -> Scheduled {
+    let bounds: Option<Vec<(ValueId, ValueId)>> = s.roles.iter().map(|r| bounds(&r.body, &s.places)).collect();
+    let Some(bounds) = bounds else { return s };
+    let places = s.places.clone();
+    let mut fresh = |place: Place| {
+        s.types.push(Type::Tile(TileType::scalar(DType::I32)));
+        s.places.push(place);
+        ValueId(s.types.len() as u32 - 1)
+    };
+    for (role, (lo, hi)) in s.roles.iter_mut().zip(bounds) {
+        let (rounds, counter) = (fresh(Place::Uniform), fresh(Place::Uniform));
+        let insts = std::mem::take(&mut role.body.insts);
+        let at = insts.iter().position(is_loop).unwrap_or(0);
+        let (mut before, mut within) = (Vec::new(), Vec::new());
+        for (number, inst) in insts.into_iter().enumerate() {
+            let known = number < at && is_uniform(&inst, &places);
+            if known { before.push(inst) } else { within.push(inst) }
+        }
+        before.push(Inst { results: vec![rounds], op: Op::Tile(one_if_less(lo, hi)), scratch: None });
+        let body = Block { args: vec![counter], insts: within, yields: Vec::new() };
+        let op = Op::For { lo: Index::Const(0), hi: Index::Value(rounds), step: 1, init: Vec::new(), body };
+        before.push(Inst { results: Vec::new(), op, scratch: None });
+        role.body.insts = before;
+    }
+    s
+}
+
+fn is_loop(inst: &Inst) -> bool {
+    matches!(inst.op, Op::For { .. })
+}
+
+/// Whether every thread has all results.
+fn is_uniform(inst: &Inst, places: &[Place]) -> bool {
+    matches!(inst.op, Op::Tile(_))
+        && !inst.results.is_empty()
+        && inst.results.iter().all(|v| places[v.0 as usize] == Place::Uniform)
+}
+
+/// The bounds of a body's only loop, which carries nothing; of a body that does nothing behind it but give back stages.
+fn bounds(body: &Block, places: &[Place]) -> Option<(ValueId, ValueId)> {
+    let at = body.insts.iter().position(is_loop)?;
+    let Op::For { lo: Index::Value(lo), hi: Index::Value(hi), init, .. } = &body.insts[at].op else { return None };
+    let uniform = |v: &ValueId| places[v.0 as usize] == Place::Uniform;
+    let ends = body.insts[at + 1..].iter().all(|i| matches!(i.op, Op::Release { .. }));
+    let shares = body.insts[..at].iter().any(|i| matches!(i.op, Op::Acquire(_) | Op::Wait(_)));
+    (init.is_empty() && ends && shares && uniform(lo) && uniform(hi)).then_some((*lo, *hi))
+}
+
+/// `lo < hi ? 1 : 0`.
+fn one_if_less(lo: ValueId, hi: ValueId) -> tile::Op {
+    let constant = |n| MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() };
+    let insts = vec![
+        MapInst { op: ScalarOp::Lt, args: vec![MapArg::Input(0), MapArg::Input(1)] },
+        constant(1),
+        constant(0),
+        MapInst { op: ScalarOp::Select, args: vec![MapArg::Inst(0), MapArg::Inst(1), MapArg::Inst(2)] },
+    ];
+    tile::Op::Map { inputs: vec![lo, hi], body: MapFn { insts, result: MapArg::Inst(3) } }
+}
