@@ -102,7 +102,34 @@ pub struct Trial {
     pub us: Option<f64>,
     /// Why it was not timed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub why: Option<String>,
+    pub why: Option<Untimed>,
+}
+
+/// Why a candidate was not timed.
+#[derive(Clone, Debug)]
+pub enum Untimed {
+    /// The search had to end.
+    Late,
+    /// It has a change that alone was slow.
+    SlowPart,
+    /// It writes something else than the target's own.
+    Wrong(String),
+}
+
+impl std::fmt::Display for Untimed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Untimed::Late => f.write_str("the time was up"),
+            Untimed::SlowPart => f.write_str("a part of it is slow"),
+            Untimed::Wrong(what) => write!(f, "wrong: {what}"),
+        }
+    }
+}
+
+impl Serialize for Untimed {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
 }
 
 /// What a search found.
@@ -143,18 +170,18 @@ pub fn search(
     for i in 0..trials.len() {
         if i > 0 && Instant::now() > first_end {
             complete = false;
-            trials[i].1.why = Some("the time was up".into());
+            trials[i].1.why = Some(Untimed::Late);
             continue;
         }
         if has_slow_part(&trials, i) {
-            trials[i].1.why = Some("a part of it is slow".into());
+            trials[i].1.why = Some(Untimed::SlowPart);
             continue;
         }
         let (path, trial) = &mut trials[i];
         let artifact = Artifact::open(path)?;
         let results = results(&artifact, open)?;
         match difference(&artifact, &results, own.get_or_insert_with(|| results.clone())) {
-            Some(why) => trial.why = Some(format!("wrong: {why}")),
+            Some(what) => trial.why = Some(Untimed::Wrong(what)),
             None => trial.us = Some(time(&artifact, open, PATIENCE[0])?),
         }
         progress(i + 1);

@@ -5,7 +5,7 @@ mod kernel;
 mod model;
 mod report;
 
-use super::{BundleArgs, Failure, Outcome, WeightsArg, print, print_json, table, weights_arg};
+use super::{BundleArgs, DeviceArgs, Failure, Outcome, WeightsArg, print, print_json, table, weights_arg};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -28,12 +28,8 @@ pub struct Args {
     /// What to compile the kernel for (`dsc targets`)
     #[arg(long, default_value = "cpu", value_name = "NAME", requires = "kernel", conflicts_with = "bundle")]
     target: String,
-    /// Worker threads [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
-    /// Number of the GPU, for what runs on one
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    device: u32,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -46,7 +42,7 @@ pub fn run(args: Args) -> Outcome {
     let (Some(bundle), Some(weights)) = (args.bundle, args.weights) else {
         unreachable!("clap requires a bundle and weights where there is no kernel")
     };
-    let bundle = BundleArgs { bundle, weights, threads: args.threads, device: args.device, json: args.json };
+    let bundle = BundleArgs { bundle, weights, device: args.device, json: args.json };
     model::run(&bundle, &args.load)
 }
 

@@ -1,7 +1,7 @@
 //! `dsc check`.
 
-use super::{Outcome, print, print_json, progress, table};
-use dsc_runtime::{Artifact, device, verify_kernels};
+use super::{DeviceArgs, Outcome, print, print_json, progress, table};
+use dsc_runtime::{Artifact, verify_kernels};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -12,12 +12,8 @@ pub struct Args {
     /// Only kernels whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]
     kernel: String,
-    /// Worker threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    threads: u16,
-    /// Number of the GPU, for artifacts that run on one
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    device: u32,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -25,7 +21,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Outcome {
     let artifact = Artifact::open(&args.bundle)?;
-    let mut device = device::open(&artifact.header().target, args.threads.into(), args.device)?;
+    let mut device = args.device.open(&artifact.header().target)?;
     let bar = progress::bar("Checking", artifact.header().kernels.len() as u64);
     let reports = verify_kernels(&artifact, &mut *device, &args.kernel, &|done, all, _| {
         bar.set_length(all as u64);

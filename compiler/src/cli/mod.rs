@@ -23,7 +23,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{CommandFactory, Parser, Subcommand};
 use dsc_ir::artifact::ModelFacts;
 use dsc_runtime::tokenizer::TokenizerError;
-use dsc_runtime::{Artifact, Model, Options, RequestError, Tokenizer, WeightsFrom};
+use dsc_runtime::{Artifact, Device, DeviceError, Model, Options, RequestError, Tokenizer, WeightsFrom, device};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -76,15 +76,34 @@ struct BundleArgs {
     /// The model folder with the original weights; or random:SEED, made-up ones, to measure speed
     #[arg(long, value_name = "MODEL_DIR|random:SEED", value_parser = weights_arg())]
     weights: WeightsArg,
-    /// Worker threads [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
-    /// Number of the GPU, for artifacts that run on one
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    device: u32,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
+}
+
+/// What runs an artifact.
+#[derive(clap::Args)]
+struct DeviceArgs {
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Number of the GPU, for what runs on one
+    #[arg(long = "device", value_name = "N", default_value_t = 0)]
+    number: u32,
+}
+
+impl DeviceArgs {
+    /// Worker threads; 0: one a core.
+    fn threads(&self) -> usize {
+        self.threads.unwrap_or(0).into()
+    }
+
+    /// Opens the device for artifacts of that target.
+    fn open(&self, target: &str) -> Result<Box<dyn Device>, DeviceError> {
+        device::open(target, self.threads(), self.number)
+    }
 }
 
 /// Where weights come from.
@@ -163,9 +182,9 @@ impl BundleArgs {
         let tokens = tokens.clamp(1, (facts.max_context as usize).max(1));
         let capacity = tokens.next_multiple_of(page).saturating_mul(sequences);
         let options = Options {
-            threads: self.threads.unwrap_or(0).into(),
+            threads: self.device.threads(),
             context_tokens: Some(u32::try_from(capacity).unwrap_or(u32::MAX)),
-            device: self.device,
+            device: self.device.number,
         };
         let bar = progress::bar("Loading", 1);
         let weights = match &self.weights {

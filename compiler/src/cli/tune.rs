@@ -1,8 +1,9 @@
 //! `dsc tune`.
 
-use super::{Failure, Outcome, check_destination, print, print_json, progress, table, tell, write_atomically};
-use crate::tune::{self, Candidates, Found};
-use dsc_runtime::device;
+use super::{
+    DeviceArgs, Failure, Outcome, check_destination, print, print_json, progress, table, tell, write_atomically,
+};
+use crate::tune::{self, Candidates, Found, Trial, Untimed};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -32,12 +33,8 @@ pub struct Args {
     /// Only time what `--save` wrote; needs no compiler
     #[arg(long, value_name = "DIR")]
     from: Option<PathBuf>,
-    /// Worker threads [default: one a core]
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    threads: u16,
-    /// Number of the GPU, for targets that run on one
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    device: u32,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -96,7 +93,7 @@ fn compile(_: &Args, _: &Path, _: Instant) -> Result<Candidates, Box<dyn std::er
 
 fn search(args: &Args, folder: &Path, all: &Candidates, end: Instant) -> Outcome {
     let bar = progress::bar("Timing", all.candidates.len() as u64);
-    let open = |target: &str| device::open(target, args.threads.into(), args.device);
+    let open = |target: &str| args.device.open(target);
     let found = tune::search(folder, all, &open, end, &|done| bar.set_position(done as u64));
     bar.finish_and_clear();
     let found = found?;
@@ -118,16 +115,16 @@ fn search(args: &Args, folder: &Path, all: &Candidates, end: Instant) -> Outcome
 
 fn show(all: &Candidates, found: &Found) -> Result<(), Box<dyn std::error::Error>> {
     let mut rows = Vec::new();
-    for trial in
-        found.trials.iter().filter(|t| t.us.is_some() || t.why.as_ref().is_some_and(|why| why.starts_with("wrong")))
-    {
+    let told = |t: &&Trial| t.us.is_some() || matches!(t.why, Some(Untimed::Wrong(_)));
+    for trial in found.trials.iter().filter(told) {
         let schedule = match trial.rule.schedule.is_empty() {
             true => "the target's own".into(),
             false => serde_json::to_string(&trial.rule.schedule)?,
         };
         let us = trial.us.map_or("-".into(), |us| format!("{us:.2}"));
         let share = trial.us.map_or(String::new(), |us| format!("{:.2}", us / found.own_us));
-        rows.push(vec![schedule, us, share, trial.why.clone().unwrap_or_default()]);
+        let why = trial.why.as_ref().map_or(String::new(), Untimed::to_string);
+        rows.push(vec![schedule, us, share, why]);
     }
     let timed = rows.len();
     let mut text = format!("{} {}, for {}\n", all.kernel, all.shape, all.target);

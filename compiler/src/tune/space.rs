@@ -40,13 +40,16 @@ pub fn compile(
     };
     let mut seen = HashSet::new();
     let space = near(&chosen);
+    let mut own = Some(own);
     for (i, schedule) in space.iter().enumerate() {
         if i > 0 && Instant::now() > end {
             break;
         }
         progress(i, space.len());
         let rule = Rule::of(&shape, tokens, &chosen, schedule);
-        let Ok(bench) = microbench::prepare(choice.clone(), target, std::slice::from_ref(&rule)) else {
+        let compiled = || microbench::prepare(choice.clone(), target, std::slice::from_ref(&rule)).ok();
+        // The first is the target's own.
+        let Some(bench) = own.take().or_else(compiled) else {
             all.dropped += 1;
             continue;
         };
@@ -76,17 +79,27 @@ fn shape_of_kernel(bench: &Bench) -> Result<(KernelShape, u32), String> {
     Ok((shape, class.max.get(Sym::T)))
 }
 
+/// A field of a schedule, the values that it may take beside multiples of its own, each with how far it is, and whether those are for a
+/// field that is left to the target only.
+struct Field {
+    of: fn(&mut Schedule) -> &mut u32,
+    named: &'static [(u32, u32)],
+    if_free: bool,
+}
+
+const FIELDS: [Field; 7] = [
+    Field { of: |s| &mut s.tile_m, named: &[], if_free: true },
+    Field { of: |s| &mut s.tile_n, named: &[], if_free: true },
+    Field { of: |s| &mut s.tile_k, named: &[], if_free: true },
+    Field { of: |s| &mut s.tile_h, named: &[], if_free: true },
+    Field { of: |s| &mut s.cluster, named: &[(1, 1), (1, 2), (2, 4), (3, 8)], if_free: false },
+    Field { of: |s| &mut s.threads, named: &[(2, 128), (2, 256), (3, 512)], if_free: true },
+    Field { of: |s| &mut s.sharing, named: &[(1, 1), (1, 2)], if_free: false },
+];
+
 /// The schedule and those that differ in at most [`CHANGES`] fields, each a few steps away; the nearest first.
 fn near(own: &Schedule) -> Vec<Schedule> {
-    let fields: [fn(&mut Schedule) -> &mut u32; 7] = [
-        |s| &mut s.tile_m,
-        |s| &mut s.tile_n,
-        |s| &mut s.tile_k,
-        |s| &mut s.tile_h,
-        |s| &mut s.cluster,
-        |s| &mut s.threads,
-        |s| &mut s.sharing,
-    ];
+    let of = |field: &Field, s: &Schedule| *(field.of)(&mut s.clone());
     let mut all: Vec<(u32, Schedule)> = vec![(0, own.clone())];
     let mut from = 0;
     for _ in 0..CHANGES {
@@ -94,11 +107,11 @@ fn near(own: &Schedule) -> Vec<Schedule> {
         for i in from..until {
             let (distance, base) = all[i].clone();
             // Fields before the last changed one are changed elsewhere.
-            let first = fields.iter().rposition(|f| *f(&mut base.clone()) != *f(&mut own.clone())).map_or(0, |f| f + 1);
-            for (number, field) in fields.iter().enumerate().skip(first) {
-                for (steps, value) in values(number, *field(&mut own.clone())) {
+            let first = FIELDS.iter().rposition(|f| of(f, &base) != of(f, own)).map_or(0, |f| f + 1);
+            for field in &FIELDS[first..] {
+                for (steps, value) in values(field, of(field, own)) {
                     let mut changed = base.clone();
-                    *field(&mut changed) = value;
+                    *(field.of)(&mut changed) = value;
                     all.push((distance + steps, changed));
                 }
             }
@@ -110,22 +123,16 @@ fn near(own: &Schedule) -> Vec<Schedule> {
 }
 
 /// Other values of a field, and how far each is from its own.
-fn values(field: usize, own: u32) -> Vec<(u32, u32)> {
-    match (field, own) {
-        // Blocks together, threads, blocks on a processor: 0 leaves them to the target.
-        (4, _) => [(1, 1), (1, 2), (2, 4), (3, 8)].into_iter().filter(|&(_, n)| n != own).collect(),
-        (5, 0) => vec![(2, 128), (2, 256), (3, 512)],
-        (6, _) => [1, 2].into_iter().filter(|&n| n != own).map(|n| (1, n)).collect(),
-        (_, 0) => Vec::new(),
-        _ => {
-            let steps = [(1, 1, 2), (1, 2, 1), (2, 1, 4), (2, 4, 1), (2, 3, 2), (2, 3, 4)];
-            let value = |(distance, times, over): (u32, u32, u32)| {
-                let value = own.checked_mul(times)?;
-                (value % over == 0 && (1..=LARGEST).contains(&(value / over))).then_some((distance, value / over))
-            };
-            steps.into_iter().filter_map(value).collect()
-        }
+fn values(field: &Field, own: u32) -> Vec<(u32, u32)> {
+    if !field.if_free || own == 0 {
+        return field.named.iter().copied().filter(|&(_, n)| n != own).collect();
     }
+    let steps = [(1, 1, 2), (1, 2, 1), (2, 1, 4), (2, 4, 1), (2, 3, 2), (2, 3, 4)];
+    let value = |(distance, times, over): (u32, u32, u32)| {
+        let value = own.checked_mul(times)?;
+        (value % over == 0 && (1..=LARGEST).contains(&(value / over))).then_some((distance, value / over))
+    };
+    steps.into_iter().filter_map(value).collect()
 }
 
 #[cfg(test)]

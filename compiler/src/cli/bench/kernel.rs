@@ -4,7 +4,7 @@ use super::report::{Achieved, HEADER, Summary, Tally, limits_line};
 use super::{Args, Outcome, print, print_json, table};
 use crate::microbench::{self, Bench, Choice, FAMILIES, Timing};
 use dsc_ir::work::Cost;
-use dsc_runtime::{Limits, device};
+use dsc_runtime::Limits;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub fn run(args: &Args) -> Outcome {
     let choice = Choice::parse(name, &args.shape)?;
     let target = dsc_targets::target(&args.target, false)?;
     let bench = microbench::prepare(choice, &*target, &[])?;
-    let mut device = device::open(&bench.compiled.header.target, args.threads.unwrap_or(0).into(), args.device)?;
+    let mut device = args.device.open(&bench.compiled.header.target)?;
     let timing = microbench::time(&bench.compiled.header, bench.code(), &mut *device, PATIENCE, ROTATE)?;
     let limits = device.limits((timing.cost.bytes * timing.copies as f64) as u64);
     show(&bench, &timing, limits.as_ref(), &device.describe(), args.json)
