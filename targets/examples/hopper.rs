@@ -45,6 +45,7 @@ fn products() -> Vec<(Linear, u32, Rows)> {
         }
         for cluster in [1, 2] {
             all.push((fp8(n, k, [256, 128]), cluster, &[4096]));
+            all.push((fp8(n, k, [192, 128]), cluster, &[4096]));
         }
         all.push((fp8(n, k, [16, 64]), 1, &[1, 16]));
         all.push((fp8(n, k, [32, 64]), 1, &[32]));
@@ -85,6 +86,9 @@ fn experts() -> Vec<(Experts, Rows)> {
         let many = of(32, [128, 128], 4);
         all.push((many, &[4096, 32768]));
         all.push((of(32, [128, 128], 1), &[2048, 4096]));
+        all.push((of(32, [192, 128], 1), &[32768]));
+        all.push((of(32, [192, 128], 3), &[32768]));
+        all.push((of(256, [192, 128], 1), &[32768]));
         all.push((of(32, [64, 128], 1), &[1000, 2048]));
         all.push((of(32, [32, 64], 1), &[512]));
         all.push((of(32, [16, 64], 1), &[8, 128]));

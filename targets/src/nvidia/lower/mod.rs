@@ -16,7 +16,7 @@ mod mma;
 
 use super::arch::Arch;
 use crate::gpu::{self, Lowered, emit, schedule};
-use crate::nvidia::tiles::TALL;
+use crate::nvidia::tiles::is_tall;
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
 use std::fmt::Write;
@@ -26,7 +26,7 @@ pub use crate::gpu::{arith, block, mlir};
 /// Whether a block of the kernel has room on that architecture: shared memory, and registers for its accumulators.
 pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
     // Tall tiles are chosen for what the Hopper path makes of them.
-    let plain = kernel.schedule.tile_m != TALL && gpu::fits(kernel, arch);
+    let plain = !is_tall(kernel.schedule.tile_m) && gpu::fits(kernel, arch);
     hopper::compile(kernel, arch, mlir::Ty::Global).is_some() || plain
 }
 

@@ -12,6 +12,8 @@ pub const ROWS: u32 = 64;
 const MOST_COLUMNS: u32 = 256;
 /// Registers of a thread that accumulators and products in flight may take.
 const MOST_REGISTERS: u32 = 192;
+/// The same of three consumer warpgroups.
+const MOST_REGISTERS_OF_THREE: u32 = 128;
 /// Registers of accumulators up to which products are so short that more of them have to be in flight.
 const FEW_REGISTERS: u32 = 16;
 /// Rows of a tile from which its columns, not its rows, are the instruction's columns.
@@ -41,8 +43,10 @@ pub struct Config {
     pub stages: u32,
     /// Bytes of a stage's left operand, and of each right one.
     pub slot_bytes: [u32; 2],
-    /// Bytes of staging for the result, over all warpgroups.
+    /// Bytes of staging for a result, over all warpgroups.
     pub staging_bytes: u32,
+    /// How many results can be staged at a time.
+    pub staged: u32,
     /// Warps that have a part of each row, and so of its maximum; 0 without maxima, 1 if each row is in one warp.
     pub row_parts: u32,
 }
@@ -70,6 +74,7 @@ impl Config {
         let groups = match (long / ROWS, short) {
             _ if !long.is_multiple_of(ROWS) => return None,
             (n, _) if n.is_multiple_of(2) => [2, 1],
+            (3, _) if !transposed => [3, 1],
             (1, n) if !transposed && n.is_multiple_of(2 * ROWS) => [1, 2],
             _ => [1, 1],
         };
@@ -80,13 +85,14 @@ impl Config {
         }
         let product = long / groups[0] / ROWS * padded / 2;
         let accumulators = product * c.dots.len() as u32;
+        let most = if groups[0] * groups[1] > 2 { MOST_REGISTERS_OF_THREE } else { MOST_REGISTERS };
         let partials = match () {
             () if c.direct => 0,
             () if accumulators <= FEW_REGISTERS && c.rounds.is_some_and(|n| n > 3) => 4,
-            () if accumulators + 2 * product <= MOST_REGISTERS && c.rounds.is_some_and(|n| n > 1) => 2,
+            () if accumulators + 2 * product <= most && c.rounds.is_some_and(|n| n > 1) => 2,
             () => 1,
         };
-        if accumulators + product * partials > MOST_REGISTERS {
+        if accumulators + product * partials > most {
             return None;
         }
         let warpgroups = groups[0] * groups[1];
@@ -102,7 +108,9 @@ impl Config {
         let stage = slot_bytes[0] * c.lefts.len() as u32 + slot_bytes[1] * c.rights.len() as u32;
         // Small tiles wait for memory, not for the multiplier: two blocks a multiprocessor overlap one's end with the other's start.
         let limit = if transposed { arch.shared_per_sm / 2 - Arch::SHARED_RESERVED } else { arch.shared_per_block };
-        let beside = staging_bytes + part_bytes(row_parts, rows);
+        // The lower half of the rows does not wait for the upper one to be stored.
+        let staged = if staging_bytes > 0 { c.lefts.len() as u32 } else { 0 };
+        let beside = staged * staging_bytes + part_bytes(row_parts, rows);
         let stages = ((limit - beside.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
         let parts = c.step / c.stage_k();
         let partials = partials.min(stages / parts).max(partials.min(1));
@@ -128,6 +136,7 @@ impl Config {
             stages,
             slot_bytes,
             staging_bytes,
+            staged,
             row_parts,
         })
     }

@@ -267,6 +267,7 @@ impl<'a> Emit<'a> {
         if self.cluster > 1 {
             self.rank = isa::sreg(&mut self.t.f, "cluster.ctarank");
         }
+        self.fetch_maps()?;
         self.init_barriers();
         self.start();
         let sign = self.t.f.bin("lshr", self.syms[0], i32(31));
@@ -634,7 +635,8 @@ impl<'a> Emit<'a> {
         }
     }
 
-    fn uniform(&mut self, v: ValueId) -> Result<Val, String> {
+    /// A value that is the same everywhere.
+    pub fn uniform(&mut self, v: ValueId) -> Result<Val, String> {
         self.hand_out(v);
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => Ok(*x),

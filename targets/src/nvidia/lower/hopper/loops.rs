@@ -48,21 +48,60 @@ impl<'a> Emit<'a> {
         let tiles = self.t.f.mul(sizes[0], sizes[1]);
         let tiles = self.t.f.mul(tiles, sizes[2]);
         let band = self.s.persistent.unwrap_or(1);
-        let state: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
+        let mut state: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
+        let counters = state.len();
+        let front = self.front(body);
+        let mut widths = Vec::new();
+        if let Some(front) = front {
+            let block = self.tile_or_first(first, tiles, sizes, band);
+            let loaded = self.run_front(front, block)?;
+            widths = loaded.iter().map(Vec::len).collect();
+            state.extend(loaded.into_iter().flatten());
+        }
         let end = self.counted((first, tiles, blocks), &state, |e, tile, state| {
-            e.resume(state);
-            e.block = e.coordinates(tile, sizes, band);
-            if let Some(cluster) = e.s.cluster {
-                let at = &mut e.block[cluster.axis as usize];
-                let first = e.t.f.mul(*at, i32(cluster.blocks.into()));
-                *at = e.t.f.add(first, e.rank);
+            let (rings, mut loaded) = state.split_at(counters);
+            e.resume(rings);
+            e.block = e.tile_at(tile, sizes, band);
+            let mut made = Vec::new();
+            match front {
+                Some(front) => {
+                    let mut each = Vec::new();
+                    for &n in &widths {
+                        let (here, after) = loaded.split_at(n);
+                        each.push(here.to_vec());
+                        loaded = after;
+                    }
+                    let next = e.t.f.add(tile, blocks);
+                    let next = e.tile_or_first(next, tiles, sizes, band);
+                    made = e.block_behind_front(front, &each, next)?;
+                }
+                None => e.block(body)?,
             }
-            e.block(body)?;
             e.settle_all();
-            Ok(e.rings.iter().flat_map(|r| r.state()).collect())
+            let counters = e.rings.iter().flat_map(|r| r.state());
+            Ok(counters.chain(made.into_iter().flatten()).collect())
         })?;
-        self.resume(&end);
+        let end = &end[..counters];
+        self.resume(end);
         Ok(())
+    }
+
+    /// Coordinates of the tile of this block in the cluster's tile of that number.
+    fn tile_at(&mut self, tile: Val, sizes: [Val; 3], band: u32) -> [Val; 3] {
+        let mut block = self.coordinates(tile, sizes, band);
+        if let Some(cluster) = self.s.cluster {
+            let at = &mut block[cluster.axis as usize];
+            let first = self.t.f.mul(*at, i32(cluster.blocks.into()));
+            *at = self.t.f.add(first, self.rank);
+        }
+        block
+    }
+
+    /// The same of the first tile if there are not so many: a front may run for a tile that nobody has.
+    fn tile_or_first(&mut self, tile: Val, tiles: Val, sizes: [Val; 3], band: u32) -> [Val; 3] {
+        let there = self.t.f.cmp("ult", tile, tiles);
+        let tile = self.t.f.select(there, tile, i32(0));
+        self.tile_at(tile, sizes, band)
     }
 
     /// Coordinates of a tile by its number: planes of axis 2; in a plane bands of so many tiles of axis 0; in a band, axis 0 fastest.

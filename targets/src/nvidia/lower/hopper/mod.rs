@@ -25,6 +25,7 @@ mod emit;
 mod fill;
 mod filter;
 mod fragment;
+mod front;
 mod gather;
 mod group;
 mod halves;

@@ -29,6 +29,8 @@ const BAND: u32 = 16;
 const REGISTERS: [u32; 2] = [24, 240];
 /// The same where the producer's threads gather rows.
 const GATHERING_REGISTERS: [u32; 2] = [40, 232];
+/// Registers where there are three.
+const REGISTERS_OF_THREE: [u32; 2] = [32, 160];
 /// The only channel.
 const RING: ChannelId = ChannelId(0);
 
@@ -318,14 +320,19 @@ impl<'a> Planner<'a> {
         let consumer = self.consumer(&self.program.body, &mut names)?;
         let warps = self.config.warpgroups() * WARPGROUP / Arch::WARP;
         let gathers = self.gathers();
-        let redistributed = self.config.warpgroups() == 2 && !self.config.transposed;
+        let groups = self.config.warpgroups();
+        let redistributed = groups >= 2 && !self.config.transposed;
         // Registers move between whole warpgroups; without that, one warp is enough to drive the copy engine.
         let (produces, consumes) = match (redistributed, gathers) {
             (true, _) => ([0, 4], [4, 4 + warps]),
             (false, true) => ([warps, warps + 4], [0, warps]),
             (false, false) => ([warps, warps + 1], [0, warps]),
         };
-        let registers = if gathers { GATHERING_REGISTERS } else { REGISTERS };
+        let registers = match (groups, gathers) {
+            (3, _) => REGISTERS_OF_THREE,
+            (_, true) => GATHERING_REGISTERS,
+            (_, false) => REGISTERS,
+        };
         let role = |name: &str, warps, registers, elected, insts| Role {
             name: name.into(),
             warps,
@@ -378,7 +385,7 @@ impl<'a> Planner<'a> {
             buffers.push(slot(name, bytes, end));
             end += bytes * self.config.stages;
         }
-        if self.config.staging_bytes > 0 {
+        for _ in 0..self.config.staged {
             let mut staging = slot("result", self.config.staging_bytes, end);
             (staging.dtype, staging.copies) = (DType::Bf16, 1);
             staging.shape[1] = STEP_BYTES / 2;
@@ -484,6 +491,7 @@ impl<'a> Planner<'a> {
     /// A region as the consumers run it.
     fn consumer(&mut self, region: &'a Region, names: &mut Names) -> Option<Vec<Inst>> {
         let mut out = Vec::new();
+        let mut stores = 0_u32;
         for inst in &region.insts {
             if inst.results == self.c.k_loop.results {
                 let totals = if self.c.direct { self.sum(names, &mut out)? } else { self.scaled_sum(names, &mut out)? };
@@ -495,9 +503,10 @@ impl<'a> Planner<'a> {
             } else if let tile::Op::Store { value, .. } | tile::Op::Scatter { value, .. } = &inst.op {
                 self.storable(self.tile(*value)?).then_some(())?;
                 let mut store = self.values.copied(inst, Place::Lazy, names)?;
-                if self.config.staging_bytes > 0 {
-                    store.scratch = Some(BufferId(self.c.operands().len() as u32));
+                if let Some(number) = stores.checked_rem(self.config.staged) {
+                    store.scratch = Some(BufferId(self.c.operands().len() as u32 + number));
                 }
+                stores += 1;
                 out.push(store);
             } else if inst.results.first().is_some_and(|r| self.consumed.contains(r)) {
                 let place = self.place(inst)?;
@@ -535,7 +544,7 @@ impl<'a> Planner<'a> {
         if self.config.row_parts > 1 {
             // Some thread may still read the maxima of the tile before.
             out.push(plain(Op::Barrier));
-            scratch = Some(BufferId(self.c.operands().len() as u32 + u32::from(self.config.staging_bytes > 0)));
+            scratch = Some(BufferId(self.c.operands().len() as u32 + self.config.staged));
         }
         out.push(Inst { results: vec![result], op: Op::Tile(op), scratch });
         Some(out)

@@ -94,6 +94,11 @@ pub fn set_registers(f: &mut Fn, kind: &str, count: u32) {
     effect(f, &format!("setmaxnreg.{kind}.sync.aligned.u32 {count};"), "", &[]);
 }
 
+/// Has the copy engine fetch a map, of which it wants copies soon.
+pub fn fetch_map(f: &mut Fn, map: Val) {
+    effect(f, "prefetch.tensormap [$0];", "l", &[map]);
+}
+
 /// Copies a box of a tensor to shared memory; the barrier gets its bytes. `coordinates` innermost first. With `blocks`, to the same place
 /// and barrier of so many blocks of the cluster.
 pub fn copy_box(f: &mut Fn, to: Val, map: Val, barrier: Val, coordinates: &[Val], blocks: Option<u32>) {
@@ -128,9 +133,9 @@ pub fn stores_commit(f: &mut Fn) {
     effect(f, "cp.async.bulk.commit_group;", "", &[]);
 }
 
-/// Waits until what this thread's stores read may be overwritten.
-pub fn stores_wait(f: &mut Fn) {
-    effect(f, "cp.async.bulk.wait_group.read 0;", "", &[]);
+/// Waits until what this thread's stores read, but those of the last `but` groups, may be overwritten.
+pub fn stores_wait(f: &mut Fn, but: u32) {
+    effect(f, &format!("cp.async.bulk.wait_group.read {but};"), "", &[]);
 }
 
 /// Orders this thread's accesses to shared memory before those of the copy engine and of [`wgmma`].
@@ -178,8 +183,8 @@ pub enum Onto<'a> {
     /// Nothing.
     Zero,
     /// Nothing, but it is made in the registers of these values, which are used no more. The assembler takes a product that is added to nothing out
-    /// of their order, and then runs out of registers; that the number is zero, so that nothing is added, it must not know.
-    Over(&'a [Val], Val),
+    /// of the order of what uses those registers, if it is free to choose others, and then runs out of them.
+    Over(&'a [Val]),
 }
 
 /// One matrix product of a warpgroup, in flight: `d = a · bᵀ`, plus what it is added to. 64 x `n` results of 32 bytes of `k`.
@@ -194,10 +199,10 @@ pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, onto: Onto<'_>, [a, b]: [Val; 2],
     };
     let d: Vec<String> = (0..count).map(|i| format!("${i}")).collect();
     let first = 2 * count;
-    let (keep, values, never) = match onto {
-        Onto::Sum(values) => ("1".to_owned(), values.to_vec(), None),
-        Onto::Zero => ("0".to_owned(), vec![f32(0.0); count], None),
-        Onto::Over(values, never) => (format!("${}", first + 2), values.to_vec(), Some(never)),
+    let (keep, values) = match onto {
+        Onto::Sum(values) => (1, values.to_vec()),
+        Onto::Zero => (0, vec![f32(0.0); count]),
+        Onto::Over(values) => (0, values.to_vec()),
     };
     let text = format!(
         "{{\n.reg .pred p;\nsetp.ne.b32 p, {keep}, 0;\nwgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{ty}.{ty} {{{}}}, ${first}, ${}, p, 1, 1{tail};\n}}",
@@ -205,9 +210,8 @@ pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, onto: Onto<'_>, [a, b]: [Val; 2],
         first + 1
     );
     let tied: Vec<String> = (0..count).map(|i| i.to_string()).collect();
-    let more = if never.is_some() { ",r" } else { "" };
-    let constraints = format!("{},{},l,l{more}", vec!["=f"; count].join(","), tied.join(","));
-    let args: Vec<Val> = values.into_iter().chain([a, b]).chain(never).collect();
+    let constraints = format!("{},{},l,l", vec!["=f"; count].join(","), tied.join(","));
+    let args: Vec<Val> = values.into_iter().chain([a, b]).collect();
     f.asm(&text, &constraints, &args, &vec![Ty::F32; count], true, true)
 }
 
@@ -363,6 +367,13 @@ pub fn load_f32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     let c = f.cast("zext", c, Ty::I32);
     let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}";
     f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], false, true)[0]
+}
+
+/// The same of memory that a wait may order: the assembler leaves it between the waits where it is written.
+pub fn load_f32_here_if(f: &mut Fn, c: Val, at: Val) -> Val {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.b32 $0, [$1];\n}";
+    f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], true, true)[0]
 }
 
 /// Four neighbouring f32 of memory that no one writes meanwhile, at a multiple of 16 bytes, or −inf where `c` does not hold.

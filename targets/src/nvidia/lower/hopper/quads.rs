@@ -4,7 +4,9 @@
 //! quads for words of eight lines, which takes as long as eight reads of shared memory do, and those are what products wait for. Loads of four
 //! neighbours along an axis become one instead: lane `q` of each quad loads the `q`-th of them and gives it to the others when it is wanted.
 
+use super::config::ROWS;
 use super::emit::{Emit, Held};
+use super::fragment::Register;
 use super::ptx;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::DType;
@@ -142,29 +144,32 @@ impl<'a> Emit<'a> {
         if r == share.leader {
             let mut start = load.index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
             let quad = self.t.f.rem(self.t.lane, QUAD);
-            start[share.axis] = self.t.f.add(start[share.axis], quad);
-            let places = match load.rows {
-                _ if !by_row => vec![start],
+            let moving = std::mem::replace(&mut start[share.axis], quad);
+            let axis = share.axis + usize::from(load.rows.is_some());
+            let places: Vec<(Vec<Val>, u32)> = match load.rows {
+                _ if !by_row => vec![(start, 0)],
                 Some(rows) => {
                     let numbers = self.gathered_numbers(rows)?;
-                    numbers.into_iter().map(|number| [&[number], start.as_slice()].concat()).collect()
+                    numbers.into_iter().map(|number| ([&[number], start.as_slice()].concat(), 0)).collect()
                 }
                 None => {
                     let geometry = self.the_geometry()?;
-                    let mut places = Vec::new();
-                    for register in geometry.varying(true, false) {
-                        let [row, _] = geometry.coordinates(&mut self.t, register);
-                        let mut at = start.clone();
-                        at[0] = self.t.f.add(at[0], row);
-                        places.push(at);
-                    }
-                    places
+                    // Rows of a thread lie apart by what is known, those of the halves of a tile too: one address for all.
+                    let (first, by) = match self.sum(load.index[0]) {
+                        Some((first, by)) => (self.uniform(first)?, by),
+                        None => (start[0], 0),
+                    };
+                    let [own, _] = geometry.coordinates(&mut self.t, Register { sub: 0, j: 0, h: 0, e: 0 });
+                    start[0] = self.t.f.add(first, own);
+                    let behind = |r: Register| by + ROWS * r.sub + 8 * r.h;
+                    geometry.varying(true, false).into_iter().map(|r| (start.clone(), behind(r))).collect()
                 }
             };
             let mut values = Vec::new();
-            for at in places {
-                let (at, inside) = self.element_at(load.view, &at);
-                values.push(ptx::load_f32_if(&mut self.t.f, inside, at));
+            for (at, behind) in places {
+                let (at, inside) = self.element_from(load.view, &at, Some((axis, moving)), (0, behind));
+                // Left to itself, the assembler loads as late as it can, between products.
+                values.push(ptx::load_f32_here_if(&mut self.t.f, inside, at));
             }
             self.shared_out.insert(r, values);
         }

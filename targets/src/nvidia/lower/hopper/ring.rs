@@ -113,6 +113,12 @@ impl Ring {
     }
 }
 
+/// The axis along which blocks share a copy.
+fn shared_axis(shape: &[u32]) -> Result<usize, String> {
+    let axis = shape.iter().rev().skip(1).position(|&n| n > 1).ok_or("a shared copy of one row")?;
+    Ok(shape.len() - 2 - axis)
+}
+
 impl<'a> Emit<'a> {
     pub fn barrier_at(&mut self, channel: ChannelId, empty: bool, stage: Val) -> Val {
         let ring = &self.rings[channel.0 as usize];
@@ -167,6 +173,48 @@ impl<'a> Emit<'a> {
         Val::Arg((first + number) as u32, Ty::Generic)
     }
 
+    /// The number of the map that a copy of the engine goes by, and the box that it brings: a panel of what this block copies.
+    fn copy_map(
+        &mut self,
+        (channel, slot): (ChannelId, u32),
+        view: ValueId,
+        shape: &[u32],
+        shared: bool,
+    ) -> Result<(usize, Vec<u32>), String> {
+        let s = self.s;
+        let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
+        let mut part = shape.to_vec();
+        if shared {
+            part[shared_axis(shape)?] /= self.cluster;
+        }
+        *part.last_mut().ok_or("a copy of a scalar")? /= buffer.panels();
+        let number = self.maps.number(s, view, &part, buffer.swizzle).ok_or("a copy from what is no parameter")?;
+        Ok((number, part))
+    }
+
+    /// Has the copy engine fetch its maps before the launches before this one have ended: they are parameters.
+    pub fn fetch_maps(&mut self) -> Result<(), String> {
+        let s = self.s;
+        let mut pending: Vec<&Block> = s.roles.iter().map(|r| &r.body).collect();
+        let mut numbers = Vec::new();
+        while let Some(block) = pending.pop() {
+            for inst in &block.insts {
+                match &inst.op {
+                    Op::Copy { channel, slot, view, rows: None, shape, shared, .. } => {
+                        numbers.push(self.copy_map((*channel, *slot), *view, shape, *shared)?.0);
+                    }
+                    op => pending.extend(op.blocks()),
+                }
+            }
+        }
+        numbers.sort_unstable();
+        numbers.dedup();
+        let maps: Vec<Val> = numbers.into_iter().map(|n| self.map(n)).collect();
+        let one = self.t.f.cmp("eq", self.t.tid, i32(0));
+        self.t.when(one, |t| maps.iter().for_each(|&map| ptx::fetch_map(&mut t.f, map)));
+        Ok(())
+    }
+
     /// Starts a copy into the acquired stage; of one that a cluster shares, this block's part, to the same place in every block.
     pub fn copy(
         &mut self,
@@ -184,22 +232,16 @@ impl<'a> Emit<'a> {
         let offset = self.t.f.mul(stage, i32(buffer.copy_bytes().into()));
         let mut to = self.t.f.add(base, offset);
         let mut coordinates = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
-        let mut part = shape.to_vec();
+        let (number, part) = self.copy_map((channel, slot), view, shape, shared)?;
         if shared {
-            let axis = shape.iter().rev().skip(1).position(|&n| n > 1).ok_or("a shared copy of one row")?;
-            let axis = shape.len() - 2 - axis;
-            part[axis] /= self.cluster;
+            let axis = shared_axis(shape)?;
             let first = self.t.f.mul(self.rank, i32(part[axis].into()));
             coordinates[axis] = self.t.f.add(coordinates[axis], first);
             let bytes = self.t.f.mul(first, i32(buffer.pitch.into()));
             to = self.t.f.add(to, bytes);
         }
-        // A panel is a box.
         let panels = buffer.panels();
-        let last = part.last_mut().ok_or("a copy of a scalar")?;
-        *last /= panels;
-        let columns = *last;
-        let number = self.maps.number(s, view, &part, buffer.swizzle).ok_or("a copy from what is no parameter")?;
+        let columns = *part.last().ok_or("a copy of a scalar")?;
         let map = self.map(number);
         coordinates.reverse();
         let drives = self.drives();

@@ -87,7 +87,7 @@ impl Emit<'_> {
                 self.boxes(&geometry, &target, value, buffer)?;
                 self.t.f.br(after, &[]);
                 self.t.f.start(pieces, &[]);
-                self.stores_waited();
+                self.stores_waited(0);
                 self.staged(&geometry, &target, value, buffer)?;
                 self.t.f.br(after, &[]);
                 self.t.f.start(after, &[]);
@@ -201,15 +201,22 @@ impl Emit<'_> {
     pub fn end_stores(&mut self) {
         if self.stores_boxes {
             let drives = self.drives_stores();
-            self.t.when(drives, |t| ptx::stores_wait(&mut t.f));
+            self.t.when(drives, |t| ptx::stores_wait(&mut t.f, 0));
         }
     }
 
-    /// The warpgroup's last boxes have been read.
-    fn stores_waited(&mut self) {
+    /// The warpgroup's boxes, but those of the last `but` stores, have been read.
+    fn stores_waited(&mut self, but: u32) {
         let drives = self.drives_stores();
-        self.t.when(drives, |t| ptx::stores_wait(&mut t.f));
+        self.t.when(drives, |t| ptx::stores_wait(&mut t.f, but));
         self.group_waits();
+    }
+
+    /// Buffers in which results are staged.
+    fn staging_buffers(&self) -> u32 {
+        let slots = self.s.channels.iter().map(|c| c.slots.len()).sum::<usize>();
+        let staged = self.s.buffers.iter().skip(slots).filter(|b| b.dtype.bytes() == 2).count();
+        u32::try_from(staged).unwrap_or(1).max(1)
     }
 
     /// Whether this thread drives the copy engine for its warpgroup.
@@ -244,11 +251,14 @@ impl Emit<'_> {
             .collect();
         let drives = self.drives_stores();
         self.stores_boxes = true;
+        // Stores take turns at the buffers that there are, one group each; after one in pieces there are fewer groups, and none that it left.
+        let once = g.subs == 1 && g.wide / BOX <= together;
+        let others = if once { self.staging_buffers() - 1 } else { 0 };
         let mut seen = HashMap::new();
         for sub in 0..g.subs {
             for first in (0..g.wide / BOX).step_by(together as usize) {
                 let panels = (g.wide / BOX - first).min(together);
-                self.stores_waited();
+                self.stores_waited(others);
                 for (panel, j) in (0..panels).flat_map(|p| (0..BOX / 8).step_by(2).map(move |j| (p, j))) {
                     let mut words = Vec::new();
                     for (j, h) in [(j, 0), (j, 1), (j + 1, 0), (j + 1, 1)] {

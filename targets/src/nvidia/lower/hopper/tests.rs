@@ -176,6 +176,18 @@ fn tall_tiles_are_made_in_halves() {
 }
 
 #[test]
+fn three_warpgroups_share_a_tile() {
+    let three = Linear { tile: [192, 128], ..FP8 };
+    let roles = scheduled(three.program("linear")).roles;
+    assert_eq!(roles.iter().map(|r| r.warps).collect::<Vec<_>>(), [[0, 4], [4, 16]]);
+    three.check(384);
+    // The last warpgroup's rows are cut, or there are none.
+    three.check(340);
+    Linear { n: 136, k: 384, ..three }.check(130);
+    Linear { out: DType::E4m3, k: 128, ..three }.check(200);
+}
+
+#[test]
 fn parts_of_the_sum() {
     Linear { part: Some(256), out: DType::F32, tile: [16, 64], ..FP8 }.check(7);
     // The last part is short.
@@ -191,6 +203,7 @@ fn gathered_rows() {
     Experts { tile: [16, 64], k: 384, ..experts }.check(9, &[0, 17, 1]);
     Experts { tile: [8, 64], ..experts }.check(4, &[1, 1, 6]);
     Experts { parts: 4, ..experts }.check(41, &[70, 0, 12]);
+    Experts { tile: [192, 64], ..experts }.check(101, &[200, 1, 0]);
     Experts { glu: true, parts: 2, k: 1024, ..experts }.check(71, &[130, 3, 8]);
 }
 

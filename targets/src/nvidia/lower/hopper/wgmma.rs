@@ -219,7 +219,7 @@ impl<'a> Emit<'a> {
                     let own = (piece * wide / 2) as usize..((piece + 1) * wide / 2) as usize;
                     let onto = match (sum.as_ref(), &spare) {
                         (Some(sum), _) => ptx::Onto::Sum(&sum[own]),
-                        (None, Some(spare)) => ptx::Onto::Over(&spare[sub * per_sub..][own], self.never),
+                        (None, Some(spare)) => ptx::Onto::Over(&spare[sub * per_sub..][own]),
                         (None, None) => ptx::Onto::Zero,
                     };
                     all.extend(ptx::wgmma(&mut self.t.f, dtype, wide, onto, [left, right], across));
