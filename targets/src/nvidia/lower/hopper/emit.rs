@@ -117,6 +117,8 @@ pub struct Emit<'a> {
     pub settled: Option<Val>,
     /// Loads that lanes of a quad share out.
     pub shares: HashMap<ValueId, Share>,
+    /// Where those loads start in the loop at hand, by the first of them.
+    pub anchors: HashMap<ValueId, Val>,
     /// What was loaded for several, by the first of them.
     pub shared_out: HashMap<ValueId, Vec<Val>>,
     /// Numbers of those rows, by the first of the rows that threads bring together.
@@ -184,6 +186,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         never: i32(0),
         settled: None,
         shares: HashMap::new(),
+        anchors: HashMap::new(),
         shared_out: HashMap::new(),
     };
     s.roles.iter().map(|r| &r.body).chain([&s.common]).for_each(|b| define(b, &mut e.defs));
@@ -348,6 +351,7 @@ impl<'a> Emit<'a> {
         self.split.clear();
         self.others.clear();
         self.shares.clear();
+        self.anchors.clear();
         self.spare.clear();
         self.shared_out.clear();
         self.settled = None;

@@ -227,6 +227,7 @@ impl<'a> Emit<'a> {
             self.settle_all();
         }
         self.prepare_rows(body, false)?;
+        self.anchor_loads(body)?;
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
         let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
         let counters = carried.len();

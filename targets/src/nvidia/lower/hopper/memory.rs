@@ -21,16 +21,17 @@ impl Emit<'_> {
 
     /// Address of the element at `at`, and whether it is inside the view.
     pub fn element_at(&mut self, view: ValueId, at: &[Val]) -> (Val, Val) {
-        self.element_from(view, at, None, (0, 0))
+        self.element_from(view, at, None, None, (0, 0))
     }
 
     /// The same so many places behind `at` along an axis, and with `moving`, an axis and what is added to the coordinate along it, which changes from
     /// round to round while `at` stays. These are added to the address last: what stays is computed once, and what multiplies to 64 bits would wait
-    /// long for registers that products use too.
+    /// long for registers that products use too. `anchor` is where `at` is, if that is known.
     pub fn element_from(
         &mut self,
         view: ValueId,
         at: &[Val],
+        anchor: Option<Val>,
         moving: Option<(usize, Val)>,
         (axis, behind): (usize, u32),
     ) -> (Val, Val) {
@@ -55,9 +56,14 @@ impl Emit<'_> {
             let most = extent.int().and_then(|n| n.checked_mul(stride.int()?));
             let narrow = most.is_some_and(|n| (0..1 << 31).contains(&n));
             let c = match by {
-                Some(by) if narrow => {
-                    let part = self.t.f.mul(by, i32(bytes));
-                    moved = Some(self.t.f.cast("zext", part, Ty::I64));
+                Some(by) if narrow || anchor.is_some() => {
+                    moved = Some(if narrow {
+                        let part = self.t.f.mul(by, i32(bytes));
+                        self.t.f.cast("zext", part, Ty::I64)
+                    } else {
+                        let by = self.t.f.cast("sext", by, Ty::I64);
+                        self.t.f.mul(by, stride)
+                    });
                     near
                 }
                 None if constant > 0 && stride.int().is_some() => {
@@ -71,7 +77,7 @@ impl Emit<'_> {
             offset = self.t.f.add(offset, part);
         }
         let base = self.param(view);
-        let address = self.t.f.offset(base, offset);
+        let address = anchor.unwrap_or_else(|| self.t.f.offset(base, offset));
         let address = moved.map_or(address, |bytes| self.t.f.offset(address, bytes));
         (self.t.f.offset(address, i64(apart)), inside)
     }

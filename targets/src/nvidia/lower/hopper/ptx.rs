@@ -89,6 +89,14 @@ pub fn from_lane(f: &mut Fn, v: Val, lane: Val) -> Val {
     f.asm(text, &format!("={class},{class},r"), &[v, lane], &[v.ty()], false, true)[0]
 }
 
+/// The lane's own address, as it has exchanged it with itself.
+pub fn own_address(f: &mut Fn, at: Val, lane: Val) -> Val {
+    let half = |x: char| format!("shfl.sync.idx.b32 {x}, {x}, $2, 0x1f, 0xffffffff;\n");
+    let text =
+        format!("{{\n.reg .b32 l, h;\nmov.b64 {{l, h}}, $1;\n{}{}mov.b64 $0, {{l, h}};\n}}", half('l'), half('h'));
+    f.asm(&text, "=l,l,r", &[at, lane], &[at.ty()], false, true)[0]
+}
+
 /// Gives registers back (`dec`) or takes them (`inc`); first instruction of a warpgroup's code.
 pub fn set_registers(f: &mut Fn, kind: &str, count: u32) {
     effect(f, &format!("setmaxnreg.{kind}.sync.aligned.u32 {count};"), "", &[]);

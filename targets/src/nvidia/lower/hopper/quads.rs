@@ -8,6 +8,8 @@ use super::config::ROWS;
 use super::emit::{Emit, Held};
 use super::fragment::Register;
 use super::ptx;
+use super::tensor_map::view_type;
+use crate::nvidia::lower::arith;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Inst, Op, Place};
@@ -159,7 +161,7 @@ impl<'a> Emit<'a> {
                         Some((first, by)) => (self.uniform(first)?, by),
                         None => (start[0], 0),
                     };
-                    let [own, _] = geometry.coordinates(&mut self.t, Register { sub: 0, j: 0, h: 0, e: 0 });
+                    let own = self.first_row()?;
                     start[0] = self.t.f.add(first, own);
                     let behind = |r: Register| by + ROWS * r.sub + 8 * r.h;
                     geometry.varying(true, false).into_iter().map(|r| (start.clone(), behind(r))).collect()
@@ -167,7 +169,8 @@ impl<'a> Emit<'a> {
             };
             let mut values = Vec::new();
             for (at, behind) in places {
-                let (at, inside) = self.element_from(load.view, &at, Some((axis, moving)), (0, behind));
+                let anchor = self.anchors.get(&r).copied();
+                let (at, inside) = self.element_from(load.view, &at, anchor, Some((axis, moving)), (0, behind));
                 // Left to itself, the assembler loads as late as it can, between products.
                 values.push(ptx::load_f32_here_if(&mut self.t.f, inside, at));
             }
@@ -176,6 +179,75 @@ impl<'a> Emit<'a> {
         let values = self.shared_out.get(&share.leader).cloned().ok_or("a load before the one it is part of")?;
         self.held.insert(r, Held::Shared(values, [by_row, false], share.lane));
         Ok(())
+    }
+
+    /// Finds, in front of a loop, where its shared loads of rows or of one element start, but for what its counter adds. The assembler would compute that again in
+    /// every turn, to save the register, in the middle of a product; what lanes exchange it cannot.
+    pub fn anchor_loads(&mut self, body: &'a Block) -> Result<(), String> {
+        self.anchors.clear();
+        // Where rows are gathered, each has an address of its own, and no register is left.
+        if body.insts.iter().any(|i| Source::of(&i.op).is_some_and(|load| load.rows.is_some())) {
+            return Ok(());
+        }
+        let mut made: Vec<(ValueId, Vec<Val>, Val)> = Vec::new();
+        for inst in &body.insts {
+            let r = inst.results.first().copied();
+            let share = r.and_then(|r| self.shares.get(&r).copied().filter(|s| s.leader == r));
+            let (Some(r), Some(share), Some(load)) = (r, share, Source::of(&inst.op)) else { continue };
+            let by_row = self.s.places[r.0 as usize] != Place::Uniform;
+            let mut start = Vec::new();
+            for (axis, &index) in load.index.iter().enumerate() {
+                let first =
+                    if axis == 0 && by_row { self.sum(index).map(|(first, _)| Index::Value(first)) } else { None };
+                let stays = if axis == share.axis { Some(i32(0)) } else { self.before(first.unwrap_or(index), body)? };
+                start.extend(stays);
+            }
+            let fixed = view_type(&self.s.types, load.view).is_some_and(|t| t.strides.iter().all(|s| s.sym.is_none()));
+            if start.len() < load.index.len() || !fixed {
+                continue;
+            }
+            let known = made.iter().find(|m| m.0 == load.view && m.1 == start).map(|m| m.2);
+            let anchor = match known {
+                Some(known) => known,
+                None => {
+                    let mut at = start.clone();
+                    at[share.axis] = self.t.f.rem(self.t.lane, QUAD);
+                    if by_row {
+                        let own = self.first_row()?;
+                        at[0] = self.t.f.add(at[0], own);
+                    }
+                    let (address, _) = self.element_at(load.view, &at);
+                    let lane = self.t.lane;
+                    ptx::own_address(&mut self.t.f, address, lane)
+                }
+            };
+            made.push((load.view, start, anchor));
+            self.anchors.insert(r, anchor);
+        }
+        Ok(())
+    }
+
+    /// A scalar of a loop's body that its counter is no part of, as it is in front of the loop.
+    fn before(&mut self, index: Index, body: &'a Block) -> Result<Option<Val>, String> {
+        let Index::Value(v) = index else { return self.index(index).map(Some) };
+        if let Some(Held::Scalar(x)) = self.held.get(&v) {
+            return Ok(Some(*x));
+        }
+        let inst = body.insts.iter().find(|i| i.results.contains(&v));
+        let Some(Op::Tile(tile::Op::Map { inputs, body: map })) = inst.map(|i| &i.op) else { return Ok(None) };
+        let mut args = Vec::new();
+        for &input in inputs {
+            let Some(x) = self.before(Index::Value(input), body)? else { return Ok(None) };
+            args.push((x, self.dtype(input)));
+        }
+        Ok(Some(arith::apply(&mut self.t.f, self.t.arch, map, &args).0))
+    }
+
+    /// The first of the running thread's rows in the tile.
+    fn first_row(&mut self) -> Result<Val, String> {
+        let geometry = self.the_geometry()?;
+        let [own, _] = geometry.coordinates(&mut self.t, Register { sub: 0, j: 0, h: 0, e: 0 });
+        Ok(own)
     }
 
     /// Gives every lane what the quad's lanes have loaded for it.
