@@ -43,6 +43,9 @@ fn described() -> Vec<(Program, Schedule, String)> {
     for pages in [1, 2, 4, 8, 16] {
         scores(Scores { pages, ..DECODE });
     }
+    for pages in [1, 2, 4, 8, 16] {
+        scores(Scores { rows: 2, pages, ..DECODE });
+    }
     scores(Scores { pages: 4, fill: true, ..DECODE });
     scores(Scores { heads: 32, pages: 4, ..DECODE });
     for rows in [4, 8] {

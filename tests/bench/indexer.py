@@ -150,19 +150,20 @@ def relative(got, want):
 
 
 def decode_sets(kernel, pool, contexts, sms, width=0):
-    """Calls with different pages, and the first one's inputs."""
-    batch, longest = len(contexts), max(max(contexts), width)
+    """Calls with different pages, and the first one's inputs. Of several tokens of a sequence the last sees all of its context."""
+    batch, longest, each = len(contexts), max(max(contexts), width), kernel.rows
     pages = -(-max(contexts) // PAGE)
     sets = max(1, min(64, CACHE_BYTES // (batch * pages * PAGE_BYTES) + 1, pool.order.numel() // (batch * pages)))
     calls, first = [], None
-    positions = torch.tensor([c - 1 for c in contexts], dtype=torch.int32, device=DEV)
-    seqs = torch.arange(batch, dtype=torch.int32, device=DEV)
-    y = torch.full((batch + 1, longest), float("nan"), device=DEV)
+    positions = torch.tensor([c - each + i for c in contexts for i in range(each)], dtype=torch.int32, device=DEV)
+    tokens = batch * each
+    seqs = torch.arange(tokens, dtype=torch.int32, device=DEV) // each
+    y = torch.full((tokens + 1, longest), float("nan"), device=DEV)
     for i in range(sets):
         table = pool.order[i * batch * pages:(i + 1) * batch * pages].view(batch, pages).contiguous()
-        q, w = codes((batch, kernel.heads, DIM)), torch.randn(batch, kernel.heads, device=DEV) * 0.01
-        tensors = dict(q=q, weights=w, keys=pool.keys, scales=pool.scales, positions=positions, seqs=seqs, pages=table, y=y[:batch])
-        syms = [batch, batch, pages, batch, pool.keys.shape[0], longest]
+        q, w = codes((tokens, kernel.heads, DIM)), torch.randn(tokens, kernel.heads, device=DEV) * 0.01
+        tensors = dict(q=q, weights=w, keys=pool.keys, scales=pool.scales, positions=positions, seqs=seqs, pages=table, y=y[:tokens])
+        syms = [tokens, batch, pages, tokens, pool.keys.shape[0], longest]
         tiles = -(-longest // (PAGE * kernel.pages)) * batch
         calls.append(kernel.bind(tensors, syms, tiles, sms))
         first = first or (q, w, table, y)
@@ -175,18 +176,20 @@ def check_decode(kernel, pool, contexts, sms):
     calls[0]()
     torch.cuda.synchronize()
     worst, bad = 0.0, 0
-    for b, context in enumerate(contexts):
+    for t in range(len(contexts) * kernel.rows):
+        b, late = divmod(t, kernel.rows)
+        context = max(contexts[b] - kernel.rows + late + 1, 0)
         keys = pool.keys[table[b].long()].reshape(-1, DIM)[:context]
         scales = pool.scales[table[b].long()].reshape(-1)[:context]
-        want = reference(q[b:b + 1], w[b:b + 1], keys, scales)[0]
-        bad += int(y[b, :context].isnan().sum())
-        worst = max(worst, relative(y[b, :context], want))
-        rest = y[b, context:]
+        want = reference(q[t:t + 1], w[t:t + 1], keys, scales)[0]
+        bad += int(y[t, :context].isnan().sum())
+        worst = max(worst, relative(y[t, :context], want)) if context else worst
+        rest = y[t, context:]
         bad += int((rest != float("-inf")).sum()) if kernel.fill else int((~rest[63:].isnan() & (rest[63:] != float("-inf"))).sum())
     again = y.clone()
     calls[0]()
     same = torch.equal(again.view(torch.int32), y.view(torch.int32))
-    outside = int((~y[len(contexts):].isnan()).sum())
+    outside = int((~y[len(contexts) * kernel.rows:].isnan()).sum())
     return dict(name=kernel.name, contexts=contexts, error=worst, bad=bad, outside=outside, same=same)
 
 
@@ -344,7 +347,7 @@ def main():
                     us = timed(calls)
                     note(dict(name=k.name, batch=batch, context=context, us=round(us, 2), gbs=round(batch * context * 132 / us / 1e3)))
         elif k.kind in ("scores", "best") and not k.paged:
-            for context in (32768, 131072):
+            for context in (8192, 32768, 131072):
                 note(prefill(k, 4096, context, sms, False))
                 torch.cuda.empty_cache()
         elif k.kind == "select":

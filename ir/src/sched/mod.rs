@@ -51,6 +51,9 @@ pub struct Scheduled {
     /// A block goes on to further tiles of the grid: it runs the roles' bodies once a tile, and channels go on from one to the
     /// next. Tiles are taken down axis 0 in bands of this many, so that those which run together share operands. None: a tile a block.
     pub persistent: Option<u32>,
+    /// The turns of a persistent kernel's blocks go back and forth over the tiles, and those begin at the end of the last axis: where tiles have
+    /// the more work the further along they are, all blocks then have about as much, and the last turn has little.
+    pub folded: bool,
     /// Blocks that run together, if they share copies. Such a kernel is persistent; where the grid ends within a cluster, the blocks
     /// beyond do the same with tiles that are outside of every view.
     pub cluster: Option<Cluster>,

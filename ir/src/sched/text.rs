@@ -132,6 +132,9 @@ impl fmt::Display for Scheduled {
         if let Some(band) = kernel.persistent {
             write!(f, "persistent {band} ")?;
         }
+        if kernel.folded {
+            write!(f, "folded ")?;
+        }
         if let Some(Cluster { axis, blocks }) = kernel.cluster {
             write!(f, "cluster {blocks} along {axis} ")?;
         }
@@ -383,6 +386,7 @@ impl<'a> BlockParser<'a> {
         let name = self.p.word("the kernel's name")?.to_owned();
         let grid = self.p.grid()?;
         let persistent = if self.p.eat("persistent") { Some(self.p.integer()?) } else { None };
+        let folded = self.p.eat("folded");
         let cluster = if self.p.eat("cluster") {
             let blocks = self.p.integer()?;
             Some(Cluster { blocks, axis: field(&mut self.p, "along", true)? })
@@ -415,6 +419,7 @@ impl<'a> BlockParser<'a> {
             name,
             grid,
             persistent,
+            folded,
             cluster,
             team,
             alternate,
@@ -708,6 +713,7 @@ role consumer warps 1..2 {
             persistent: bytes.first().filter(|&&n| n > 100).map(|&n| n.into()),
             cluster: bytes.first().filter(|&&n| n > 140).map(|&n| Cluster { axis: u32::from(n) % 2, blocks: n.into() }),
             team: bytes.first().map_or(1, |&n| u32::from(n) % 3 + 1),
+            folded: bytes.len() % 5 > 2,
             alternate: bytes.len().is_multiple_of(2),
             dies: bytes.len() as u32 % 3 + 1,
             params: program.params.clone(),

@@ -115,6 +115,7 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How) -> Result<Scheduled, Targe
         persistent: None,
         cluster: None,
         team: 1,
+        folded: false,
         alternate: kernel.schedule.alternate && !s.channels.is_empty(),
         dies: kernel.schedule.dies.max(1),
         params: program.params.clone(),

@@ -74,15 +74,17 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
                 3..=8 => 2,
                 9..=24 => 4,
                 25..=128 => 8,
+                // Many sequences, perhaps with several tokens each; of more tokens a block takes several.
+                129..=2048 => 16,
                 _ => 64,
             };
             Some(Schedule { tile_m: scored(shape, tokens), tile_n: 64 * pages, ..Schedule::default() })
         }
         "top_k" => {
-            // The largest clusters leave some multiprocessors out.
+            // Large clusters leave some multiprocessors out, and what their blocks read of each other takes its time.
             let cluster = match tokens {
                 _ if tokens * 2 * TEAM <= sms => TEAM,
-                _ if tokens * 4 <= sms => 4,
+                _ if tokens * TEAM <= sms => 4,
                 _ if tokens * 2 <= sms => 2,
                 _ => 1,
             };
@@ -184,7 +186,7 @@ mod tests {
     fn few_rows_are_selected_from_by_many_blocks() {
         let shape = KernelShape { op: "top_k", m: Extent::from(Sym::T), m_max: 1, n: 1, k: 1, heads: 1, products: 1 };
         let cluster = |tokens| choose(&shape, tokens, 132).expect("a selection").cluster;
-        assert_eq!([1, 4, 16, 64, 128, 16384].map(cluster), [8, 8, 4, 2, 1, 1]);
+        assert_eq!([1, 8, 16, 32, 64, 128, 16384].map(cluster), [8, 8, 4, 2, 2, 1, 1]);
     }
 
     #[test]

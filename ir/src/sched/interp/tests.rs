@@ -192,6 +192,7 @@ impl Plain<'_> {
             persistent: None,
             cluster: None,
             team: 1,
+            folded: false,
             alternate: false,
             dies: 1,
             params: program.params.clone(),

@@ -191,6 +191,7 @@ impl<'a> Planner<'a> {
             persistent: Some(BAND),
             cluster: self.cluster,
             team: 1,
+            folded: false,
             alternate: false,
             dies: 1,
             params: self.values.params,

@@ -6,7 +6,7 @@
 //!    Warps take turns along the row, so that what is large in one stretch of it is spread over all.
 //! 3. The first block finds the best of the lists exactly and puts them in order ([`super::group`]).
 //!
-//! A row that one block can take in its registers needs no sample ([`super::short`]). If the lists have too few candidates, or more than there is
+//! A row that one block, or all of a cluster, can take in registers needs no sample ([`super::short`], [`super::spread`]). If the lists have too few candidates, or more than there is
 //! room for (no sample can say much of rows of equal values), all blocks know and the row is counted instead ([`super::select`]). A
 //! sample therefore decides how long a selection takes, never what it is.
 //!
@@ -23,7 +23,8 @@ use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::tile::{Index, ValueId};
 
-/// Vectors of a thread of a block that takes a row in its registers: as few as the row needs; only the first where blocks share a multiprocessor.
+/// Vectors of a thread of a block that takes a row, or its part of one, in its registers: as few as the row needs; only the first where blocks share a
+/// multiprocessor, and where a cluster could do the rest.
 const VECTORS: [u32; 3] = [4, 8, 16];
 /// Most candidates of a row.
 const LIST: u32 = 8192;
@@ -41,7 +42,7 @@ const TOGETHER: u32 = 4;
 /// Bytes of a candidate: value and column.
 const CANDIDATE: u32 = 8;
 /// Where lists and then the group's memory lie; what counting a row uses lies there too.
-const WORK: u32 = LIST * CANDIDATE;
+pub const WORK: u32 = LIST * CANDIDATE;
 /// Bytes of both.
 pub const BYTES: u32 = WORK + group::bytes(THREADS);
 
@@ -72,15 +73,23 @@ impl<'a> Emit<'a> {
         let leads = self.t.f.cmp("eq", rank, i32(0));
         let join = self.t.f.label();
         self.group_clear(&g);
-        let sizes = if self.sharing > 1 { &VECTORS[..1] } else { &VECTORS };
-        for &vectors in sizes {
+        let team = self.s.team;
+        let alone = if team > 1 || self.sharing > 1 { &VECTORS[..1] } else { &VECTORS };
+        // With more columns a thread, a sample is faster.
+        let together = if team > 1 && self.sharing == 1 { &VECTORS[..2] } else { &[] };
+        let all = alone.iter().map(|&n| (n, 1)).chain(together.iter().map(|&n| (n, team)));
+        for (vectors, blocks) in all {
             let (short, long) = (self.t.f.label(), self.t.f.label());
-            let few = self.t.f.cmp("sle", w.vectors, i32((short::capacity(vectors) / VECTOR).into()));
+            let few = self.t.f.cmp("sle", w.vectors, i32((blocks * short::capacity(vectors) / VECTOR).into()));
             self.t.f.cond_br(few, (short, &[]), (long, &[]));
             self.t.f.start(short, &[]);
-            let after = self.t.f.open_if(leads);
-            self.short_row(stream, &g, (w, vectors), numbers, stores)?;
-            self.t.f.close_if(after);
+            if blocks > 1 {
+                self.spread_row(stream, &g, (w, vectors), rank, numbers, stores)?;
+            } else {
+                let after = self.t.f.open_if(leads);
+                self.short_row(stream, &g, (w, vectors), numbers, stores)?;
+                self.t.f.close_if(after);
+            }
             self.t.f.br(join, &[i32(1)]);
             self.t.f.start(long, &[]);
         }

@@ -39,7 +39,7 @@ const MOST: u32 = SCAN + 128;
 const HISTOGRAM: u32 = MOST + 128;
 
 /// Bins of a histogram.
-const fn bins(threads: u32) -> u32 {
+pub const fn bins(threads: u32) -> u32 {
     if threads < 256 { 1024 } else { 2048 }
 }
 
@@ -60,11 +60,11 @@ pub const fn bytes(threads: u32) -> u32 {
 /// What a pass of a search counts: words from `low` on, up to `last` larger, by their distance from it without the last `shift` bits.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass {
-    low: Val,
-    last: Val,
-    shift: Val,
+    pub low: Val,
+    pub last: Val,
+    pub shift: Val,
     /// Address of the histogram.
-    histogram: Val,
+    pub histogram: Val,
 }
 
 /// A search's result: words above `low + last` are in, and `ties` of those from `low` on: all of them if `done`.
@@ -241,27 +241,39 @@ impl<'a> Emit<'a> {
         self.store_zeros(own, each);
         let sum = own_bins.iter().skip(1).fold(own_bins[0], |sum, &n| self.t.f.add(sum, n));
         let (above, all) = self.group_scan(g, sum);
+        let next = self.narrowed(g, &counted, (first, above), &own_bins, [all, wanted, slack]);
+        self.t.f.br(head, &[next.low, next.last, shift, next.ties, next.done]);
+        self.t.f.start(end, &[]);
+        Found { low: state[0], last: state[1], ties: state[3], done: state[4] }
+    }
+
+    /// What a pass has found, once each thread has counts of its own bins, from `low` on, with so many in higher ones; `all`: of all bins. A barrier is within.
+    pub fn narrowed(
+        &mut self,
+        g: &Group,
+        pass: &Pass,
+        (low, above): (Val, Val),
+        own: &[Val],
+        [all, wanted, slack]: [Val; 3],
+    ) -> Found {
         let found = self.t.f.add(g.base, i32(FOUND.into()));
-        self.note_digit(wanted, (first, above), &own_bins, found);
+        self.note_digit(wanted, (low, above), own, found);
         self.group_wait(g);
         let v = self.t.load_shared(found, Ty::I32, 4);
         let some = self.t.f.cmp("sge", all, wanted);
         let [digit, rest, n] = [0, 1, 2].map(|i| self.t.f.select(some, v[i], i32(0)));
         let f = &mut self.t.f;
-        let far = f.bin("shl", digit, shift);
-        let low = f.add(low, far);
-        let span = f.bin("shl", i32(1), shift);
+        let far = f.bin("shl", digit, pass.shift);
+        let low = f.add(pass.low, far);
+        let span = f.bin("shl", i32(1), pass.shift);
         let last = f.sub(span, i32(1));
         let over = f.sub(n, rest);
         let done = f.cmp("sle", over, slack);
-        let done = f.cast("zext", done, Ty::I32);
-        f.br(head, &[low, last, shift, rest, done]);
-        f.start(end, &[]);
-        Found { low: state[0], last: state[1], ties: state[3], done: state[4] }
+        Found { low, last, ties: rest, done: f.cast("zext", done, Ty::I32) }
     }
 
     /// Counts a word if the pass is about it.
-    fn tally(&mut self, pass: &Pass, word: Val) {
+    pub fn tally(&mut self, pass: &Pass, word: Val) {
         let far = self.t.f.sub(word, pass.low);
         let counts = self.t.f.cmp("ule", far, pass.last);
         let bin = self.t.f.bin("lshr", far, pass.shift);

@@ -53,7 +53,7 @@ impl<'a> Emit<'a> {
         let front = self.front(body);
         let mut widths = Vec::new();
         if let Some(front) = front {
-            let block = self.tile_or_first(first, tiles, sizes, band);
+            let block = self.tile_or_first(first, [tiles, blocks], sizes, band);
             let loaded = self.run_front(front, block)?;
             widths = loaded.iter().map(Vec::len).collect();
             state.extend(loaded.into_iter().flatten());
@@ -61,7 +61,7 @@ impl<'a> Emit<'a> {
         let end = self.counted((first, tiles, blocks), &state, |e, tile, state| {
             let (rings, mut loaded) = state.split_at(counters);
             e.resume(rings);
-            e.block = e.tile_at(tile, sizes, band);
+            e.block = e.tile_at(tile, [tiles, blocks], sizes, band);
             let mut made = Vec::new();
             match front {
                 Some(front) => {
@@ -72,7 +72,7 @@ impl<'a> Emit<'a> {
                         loaded = after;
                     }
                     let next = e.t.f.add(tile, blocks);
-                    let next = e.tile_or_first(next, tiles, sizes, band);
+                    let next = e.tile_or_first(next, [tiles, blocks], sizes, band);
                     made = e.block_behind_front(front, &each, next)?;
                 }
                 None => e.block(body)?,
@@ -86,9 +86,15 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
-    /// Coordinates of the tile of this block in the cluster's tile of that number.
-    fn tile_at(&mut self, tile: Val, sizes: [Val; 3], band: u32) -> [Val; 3] {
+    /// Coordinates of the tile of this block in the cluster's tile of that number; `dealt`: how many tiles to how many blocks or clusters.
+    fn tile_at(&mut self, tile: Val, dealt: [Val; 2], sizes: [Val; 3], band: u32) -> [Val; 3] {
+        let tile = if self.s.folded { self.folded(tile, dealt) } else { tile };
         let mut block = self.coordinates(tile, sizes, band);
+        if self.s.folded {
+            let last = self.s.grid.len() - 1;
+            let end = self.t.f.sub(sizes[last], i32(1));
+            block[last] = self.t.f.sub(end, block[last]);
+        }
         if let Some(cluster) = self.s.cluster {
             let at = &mut block[cluster.axis as usize];
             let first = self.t.f.mul(*at, i32(cluster.blocks.into()));
@@ -98,10 +104,26 @@ impl<'a> Emit<'a> {
     }
 
     /// The same of the first tile if there are not so many: a front may run for a tile that nobody has.
-    fn tile_or_first(&mut self, tile: Val, tiles: Val, sizes: [Val; 3], band: u32) -> [Val; 3] {
-        let there = self.t.f.cmp("ult", tile, tiles);
+    fn tile_or_first(&mut self, tile: Val, dealt: [Val; 2], sizes: [Val; 3], band: u32) -> [Val; 3] {
+        let there = self.t.f.cmp("ult", tile, dealt[0]);
         let tile = self.t.f.select(there, tile, i32(0));
-        self.tile_at(tile, sizes, band)
+        self.tile_at(tile, dealt, sizes, band)
+    }
+
+    /// The tile that stands there if every second turn of all blocks, as far as turns are whole, goes backwards: of so many tiles, by so many blocks.
+    fn folded(&mut self, tile: Val, [tiles, blocks]: [Val; 2]) -> Val {
+        let f = &mut self.t.f;
+        let turn = f.bin("udiv", tile, blocks);
+        let first = f.mul(turn, blocks);
+        let next = f.add(first, blocks);
+        let whole = f.cmp("sle", next, tiles);
+        let odd = f.bin("and", turn, i32(1));
+        let odd = f.cmp("ne", odd, i32(0));
+        let back = f.bin("and", whole, odd);
+        let both = f.add(first, next);
+        let both = f.sub(both, i32(1));
+        let mirrored = f.sub(both, tile);
+        f.select(back, mirrored, tile)
     }
 
     /// Coordinates of a tile by its number: planes of axis 2; in a plane bands of so many tiles of axis 0; in a band, axis 0 fastest.

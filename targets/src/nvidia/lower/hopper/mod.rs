@@ -9,7 +9,7 @@
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
 //! | `skip` | tiles with an empty loop cost their bounds only |
-//! | `select`, `window`, `short`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers, by a sample |
+//! | `select`, `window`, `short`, `spread`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
 //! | `emit`, `loops`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
@@ -40,6 +40,7 @@ mod scores;
 mod select;
 mod short;
 mod skip;
+mod spread;
 mod store;
 mod stream;
 mod sums;

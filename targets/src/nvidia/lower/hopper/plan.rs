@@ -351,6 +351,7 @@ impl<'a> Planner<'a> {
             persistent: Some(BAND),
             cluster: self.cluster.map(|c| c.0),
             team: 1,
+            folded: false,
             alternate: false,
             dies: 1,
             params: self.values.params,

@@ -309,6 +309,21 @@ pub fn address_in(f: &mut Fn, at: Val, rank: Val) -> Val {
     f.asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", &[at, rank], &[Ty::I32], false, false)[0]
 }
 
+/// Four words at such an address, zeros where `c` does not hold.
+pub fn load_cluster_words_if(f: &mut Fn, c: Val, at: Val) -> Vec<Val> {
+    let c = f.cast("zext", c, Ty::I32);
+    let none: String = (0..4).map(|i| format!("mov.b32 ${i}, 0;\n")).collect();
+    let text = format!(
+        "{{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n{none}@p ld.shared::cluster.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}"
+    );
+    f.asm(&text, "=&r,=&r,=&r,=&r,r,r", &[at, c], &[Ty::I32; 4], true, true)
+}
+
+/// A word at such an address.
+pub fn load_cluster_word(f: &mut Fn, at: Val) -> Val {
+    f.asm("ld.shared::cluster.b32 $0, [$1];", "=r,r", &[at], &[Ty::I32], true, true)[0]
+}
+
 /// Writes a word at such an address.
 pub fn store_cluster_word(f: &mut Fn, at: Val, v: Val) {
     effect(f, "st.shared::cluster.b32 [$0], $1;", "r,r", &[at, v]);

@@ -42,8 +42,8 @@ const MOST_SUMS: u32 = 4;
 const REGISTERS: [u32; 2] = [40, 232];
 /// Deepest ring, and least.
 const STAGES: [u32; 2] = [2, 8];
-/// Blocks that share a multiprocessor where one has a single consumer warpgroup with few rows.
-const SHARING: u32 = 4;
+/// Blocks that share a multiprocessor where one has a single consumer warpgroup with at most 64 rows, or 128.
+const SHARING: [u32; 2] = [4, 3];
 /// Tiles of axis 0 that are walked together: all that there may be, so that neighbours share the resident operand.
 const BAND: u32 = 4096;
 /// Alignment of operands.
@@ -244,8 +244,9 @@ impl Config {
         let (resident, streamed, vectors) =
             (rows * STEP_BYTES, ROWS * STEP_BYTES, ROWS * 4 * (p.streamed.len() as u32 - 1));
         let limit = match rows * warpgroups {
-            0..=64 => arch.shared_per_sm / SHARING - Arch::SHARED_RESERVED,
-            65..=256 => arch.shared_per_sm / 2 - Arch::SHARED_RESERVED,
+            0..=64 => arch.shared_per_sm / SHARING[0] - Arch::SHARED_RESERVED,
+            65..=128 => arch.shared_per_sm / SHARING[1] - Arch::SHARED_RESERVED,
+            129..=256 => arch.shared_per_sm / 2 - Arch::SHARED_RESERVED,
             _ => arch.shared_per_block,
         };
         let lists = if p.selects { warpgroups * super::stream::SHARED } else { 0 };
@@ -628,6 +629,8 @@ impl<'a> Planner<'a> {
         let consumer = self.role(&self.program.body, false, &mut names)?;
         let warps = self.config.warpgroups * WARPGROUP / Arch::WARP;
         let redistributed = self.config.warpgroups == 2;
+        // Of many tokens the later see more columns; few are of many sequences, which see whatever they have.
+        let folded = redistributed && self.program.grid.len() == 2;
         let (produces, consumes) =
             if redistributed { ([0, 4], [4, 4 + warps]) } else { ([warps, warps + 1], [0, warps]) };
         let role = |name: &str, warps, registers, elected, insts| Role {
@@ -646,7 +649,8 @@ impl<'a> Planner<'a> {
         Some(Scheduled {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),
-            persistent: Some(BAND),
+            persistent: Some(if folded { 1 } else { BAND }),
+            folded,
             cluster: None,
             team: 1,
             alternate: false,

@@ -674,8 +674,34 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
+    /// The same for a part of the selection: the columns at [`OUT`], so many, belong to the places from `start` on.
+    pub fn deliver_part(
+        &mut self,
+        k: u32,
+        (start, count): (Val, Val),
+        numbers: ValueId,
+        stores: Stores<'_, 'a>,
+    ) -> Result<(), String> {
+        let each = k.div_ceil(THREADS).min(DELIVERED);
+        let l = self.t.f.open_loop(i32(0), count, &[]);
+        let mut given = Vec::new();
+        for i in 0..each {
+            let own = self.t.f.add(l.args[0], self.t.tid);
+            let own = self.t.f.add(own, i32((i * THREADS).into()));
+            let wanted = self.t.f.cmp("slt", own, count);
+            let own = self.t.f.select(wanted, own, i32(0));
+            let byte = self.t.f.mul(own, i32(4));
+            let at = self.t.f.add(byte, i32(OUT.into()));
+            let column = self.t.load_shared(at, Ty::I32, 1)[0];
+            given.push((column, self.t.f.add(start, own), wanted));
+        }
+        self.put_all(numbers, &given, stores)?;
+        self.t.f.close_loop(&l, i32((each * THREADS).into()), &[]);
+        Ok(())
+    }
+
     /// Writes −1 to the places behind so many.
-    fn fill_up(&mut self, k: u32, count: Val, numbers: ValueId, stores: Stores<'_, 'a>) -> Result<(), String> {
+    pub fn fill_up(&mut self, k: u32, count: Val, numbers: ValueId, stores: Stores<'_, 'a>) -> Result<(), String> {
         let from = self.t.f.intrinsic("smin", &[count, i32(k.into())]);
         let from = self.t.f.add(from, self.t.tid);
         let l = self.t.f.open_loop(from, i32(k.into()), &[]);

@@ -40,12 +40,7 @@ impl<'a> Emit<'a> {
     ) -> Result<(), String> {
         let first = self.t.f.mul(self.t.warp, i32((32 * vectors).into()));
         let first = self.t.f.add(first, self.t.lane);
-        let mut keys = Vec::new();
-        for batch in (0..vectors).step_by(COUNTED as usize) {
-            let own: Vec<Val> = (batch..batch + COUNTED).map(|i| self.t.f.add(first, i32((32 * i).into()))).collect();
-            keys.extend(self.vectors(w, &own));
-        }
-        let keys: Vec<Val> = keys.into_iter().map(|v| self.key(v)).collect();
+        let keys = self.keys_of(w, first, vectors);
         // Where no more are offered than wanted there is nothing to find.
         let offered = self.t.f.sub(w.to, w.from);
         let many = self.t.f.cmp("sgt", offered, i32(stream.k.into()));
@@ -57,15 +52,34 @@ impl<'a> Emit<'a> {
             self.search(g, (i32(1), i32(-2), i32(32)), wanted, &mut |e, count| keys.iter().for_each(|&k| count(e, k)));
         self.t.f.close_loop(&found, i32(1), &[best.low, best.last, best.ties, best.done]);
         let [low, last, ties, done] = [1, 2, 3, 4].map(|i| found.args[i]);
-        let masks = self.members(g, &Found { low, last, ties, done }, &keys);
+        let best = Found { low, last, ties, done };
+        let sure = self.sure(&best, &keys);
+        let masks = self.with_ties(g, &best, &keys, sure, i32(0));
         let (places, total) = self.places(g, &masks, vectors);
         let column = self.column_of(w, first);
+        self.list_members(&masks, &places, column);
+        self.group_wait(g);
+        self.deliver(stream.k, total, numbers, stores)
+    }
+
+    /// Keys of so many vectors of the running thread, every 32nd from `first` on.
+    pub fn keys_of(&mut self, w: &Window, first: Val, vectors: u32) -> Vec<Val> {
+        let mut keys = Vec::new();
+        for batch in (0..vectors).step_by(COUNTED as usize) {
+            let own: Vec<Val> = (batch..batch + COUNTED).map(|i| self.t.f.add(first, i32((32 * i).into()))).collect();
+            keys.extend(self.vectors(w, &own));
+        }
+        keys.into_iter().map(|v| self.key(v)).collect()
+    }
+
+    /// Writes the columns of members, of which the first vector begins at `column`, to their vectors' places.
+    pub fn list_members(&mut self, masks: &[Val], places: &[Val], column: Val) {
         for (i, &place) in places.iter().enumerate() {
             let byte = self.t.f.mul(place, i32(4));
             let at = self.t.f.add(byte, i32(OUT.into()));
             let mut at = self.t.f.add(self.t.shared32, at);
             for j in 0..VECTOR {
-                let bit = self.bit(&masks, i as u32 * VECTOR + j);
+                let bit = self.bit(masks, i as u32 * VECTOR + j);
                 let chosen = self.t.f.cmp("ne", bit, i32(0));
                 let number = self.t.f.add(column, i32((32 * VECTOR * i as u32 + j).into()));
                 ptx::store_shared_word_if(&mut self.t.f, chosen, at, number);
@@ -73,27 +87,34 @@ impl<'a> Emit<'a> {
                 at = self.t.f.add(at, bytes);
             }
         }
-        self.group_wait(g);
-        self.deliver(stream.k, total, numbers, stores)
     }
 
-    /// Which of the running thread's keys are in, as bits.
-    fn members(&mut self, g: &Group, best: &Found, keys: &[Val]) -> Vec<Val> {
+    /// Which of the running thread's keys are in whatever is taken of those that tie, as bits.
+    pub fn sure(&mut self, best: &Found, keys: &[Val]) -> Vec<Val> {
         let done = self.t.f.cmp("ne", best.done, i32(0));
         let beyond = self.t.f.add(best.low, best.last);
         let beyond = self.t.f.add(beyond, i32(1));
         let least = self.t.f.select(done, best.low, beyond);
-        let sure = self.bits(keys, &mut |e, key| e.t.f.cmp("uge", key, least));
-        let open = self.t.f.bin("xor", best.done, i32(1));
-        let tied = self.t.f.open_loop(i32(0), open, &sure);
-        let equal = self.bits(keys, &mut |e, key| {
+        self.bits(keys, &mut |e, key| e.t.f.cmp("uge", key, least))
+    }
+
+    /// Which of them tie with the last.
+    pub fn tied(&mut self, best: &Found, keys: &[Val]) -> Vec<Val> {
+        self.bits(keys, &mut |e, key| {
             let far = e.t.f.sub(key, best.low);
             e.t.f.cmp("ule", far, best.last)
-        });
+        })
+    }
+
+    /// Those that are sure and, of those that tie, as many as there are places for, `before` of which are other blocks'.
+    pub fn with_ties(&mut self, g: &Group, best: &Found, keys: &[Val], sure: Vec<Val>, before: Val) -> Vec<Val> {
+        let open = self.t.f.bin("xor", best.done, i32(1));
+        let tied = self.t.f.open_loop(i32(0), open, &sure);
+        let equal = self.tied(best, keys);
         let (places, _) = self.places(g, &equal, keys.len() as u32 / VECTOR);
         let mut masks = sure;
         for (i, &first) in places.iter().enumerate() {
-            let mut place = first;
+            let mut place = self.t.f.add(first, before);
             for j in 0..VECTOR {
                 let number = i as u32 * VECTOR + j;
                 let bit = self.bit(&equal, number);
@@ -131,10 +152,15 @@ impl<'a> Emit<'a> {
         self.t.f.bin("and", bit, i32(1))
     }
 
-    /// Of members that each vector of the running thread has: the place of the first of each, and how many all threads have.
-    fn places(&mut self, g: &Group, masks: &[Val], vectors: u32) -> (Vec<Val>, Val) {
+    /// How many bits are set.
+    pub fn popcount(&mut self, masks: &[Val]) -> Val {
         let own = masks.iter().map(|&m| isa::popcount(&mut self.t.f, m)).collect::<Vec<_>>();
-        let own = own.iter().skip(1).fold(own[0], |sum, &n| self.t.f.add(sum, n));
+        own.iter().skip(1).fold(own[0], |sum, &n| self.t.f.add(sum, n))
+    }
+
+    /// Of members that each vector of the running thread has: the place of the first of each, and how many all threads have.
+    pub fn places(&mut self, g: &Group, masks: &[Val], vectors: u32) -> (Vec<Val>, Val) {
+        let own = self.popcount(masks);
         let (before, all) = self.group_scan(g, own);
         // No lane of the warp is before its first.
         let mut warp = isa::shuffle_from(&mut self.t.f, before, i32(0));

@@ -13,13 +13,13 @@
 use dsc_ir::DType;
 use dsc_ir::sched::{Block, Inst, Op, Place, Scheduled};
 use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Scalar, ScalarOp, TileType, Type, ValueId};
+use std::collections::{HashMap, HashSet};
 
 /// The kernel with such loops around what its roles do, if what each of them does is one loop whose bounds are known in front of it, and
 /// what that loop shares.
 pub fn empty_tiles(mut s: Scheduled) -> Scheduled {
     let bounds: Option<Vec<(ValueId, ValueId)>> = s.roles.iter().map(|r| bounds(&r.body, &s.places)).collect();
     let Some(bounds) = bounds else { return s };
-    let places = s.places.clone();
     let mut fresh = |place: Place| {
         s.types.push(Type::Tile(TileType::scalar(DType::I32)));
         s.places.push(place);
@@ -28,12 +28,9 @@ pub fn empty_tiles(mut s: Scheduled) -> Scheduled {
     for (role, (lo, hi)) in s.roles.iter_mut().zip(bounds) {
         let (rounds, counter) = (fresh(Place::Uniform), fresh(Place::Uniform));
         let insts = std::mem::take(&mut role.body.insts);
-        let at = insts.iter().position(is_loop).unwrap_or(0);
-        let (mut before, mut within) = (Vec::new(), Vec::new());
-        for (number, inst) in insts.into_iter().enumerate() {
-            let known = number < at && is_uniform(&inst, &places);
-            if known { before.push(inst) } else { within.push(inst) }
-        }
+        let needed = sources(&insts, vec![lo, hi]);
+        let (mut before, within): (Vec<Inst>, Vec<Inst>) =
+            insts.into_iter().partition(|i| i.results.iter().any(|r| needed.contains(r)));
         before.push(Inst { results: vec![rounds], op: Op::Tile(one_if_less(lo, hi)), scratch: None });
         let body = Block { args: vec![counter], insts: within, yields: Vec::new() };
         let op = Op::For { lo: Index::Const(0), hi: Index::Value(rounds), step: 1, init: Vec::new(), body };
@@ -47,11 +44,18 @@ fn is_loop(inst: &Inst) -> bool {
     matches!(inst.op, Op::For { .. })
 }
 
-/// Whether every thread has all results.
-fn is_uniform(inst: &Inst, places: &[Place]) -> bool {
-    matches!(inst.op, Op::Tile(_))
-        && !inst.results.is_empty()
-        && inst.results.iter().all(|v| places[v.0 as usize] == Place::Uniform)
+/// These values and all that they are computed from.
+fn sources(insts: &[Inst], mut pending: Vec<ValueId>) -> HashSet<ValueId> {
+    let made: HashMap<ValueId, &Inst> = insts.iter().flat_map(|i| i.results.iter().map(move |&r| (r, i))).collect();
+    let mut all = HashSet::new();
+    while let Some(v) = pending.pop() {
+        if let Some(Inst { op: Op::Tile(op), .. }) = made.get(&v)
+            && all.insert(v)
+        {
+            pending.extend(tile::operands(op));
+        }
+    }
+    all
 }
 
 /// The bounds of a body's only loop, which carries nothing; of a body that does nothing behind it but give back stages.

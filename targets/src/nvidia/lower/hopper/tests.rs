@@ -440,6 +440,8 @@ const SCORES: Scores = Scores { heads: 64, rows: 1, pages: 2, paged: true, scale
 fn scores_of_a_token_each() {
     SCORES.check(&[1, 64, 65, 300, 129]);
     Scores { heads: 32, pages: 1, scaled: false, ..SCORES }.check(&[200, 70]);
+    // Tiles that nobody sees anything of.
+    Scores { fill: false, pages: 1, ..SCORES }.check(&[1, 300, 64]);
 }
 
 #[test]
@@ -447,6 +449,18 @@ fn scores_of_several_tokens() {
     Scores { rows: 8, pages: 4, ..SCORES }.check(&(300..311).collect::<Vec<_>>());
     Scores { rows: 4, paged: false, scaled: false, ..SCORES }.check(&[130, 131, 132, 133, 134]);
     Scores { rows: 2, paged: false, ..SCORES }.check(&[63, 64, 65]);
+    Scores { rows: 8, pages: 1, paged: false, fill: false, ..SCORES }.check(&(60..76).collect::<Vec<_>>());
+}
+
+#[test]
+fn tiles_of_many_tokens_are_dealt_back_and_forth() {
+    let turns = |s: Scores| {
+        let scheduled = clustered(s.program("scores"), 0);
+        (scheduled.persistent, scheduled.folded)
+    };
+    assert_eq!(turns(Scores { rows: 8, paged: false, ..SCORES }), (Some(1), true));
+    assert!(!turns(Scores { rows: 2, ..SCORES }).1);
+    assert!(!turns(Scores { rows: 8, select: Some(64), ..SCORES }).1);
 }
 
 #[test]
