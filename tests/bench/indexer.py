@@ -2,7 +2,7 @@
 """The lightning indexer on a Hopper GPU: scores and selection, checked and timed.
 
     cargo run --release -p dsc-targets --features nvidia --example indexer DIR
-    python3 tests/bench/indexer.py DIR [--quick] [--out FILE.json]
+    python3 tests/bench/indexer.py DIR [--quick | --between] [--out FILE.json]
 
 Needs torch and the driver. Scores are compared with f32 arithmetic on the same codes (norm of the difference over norm), selections
 with a stable sort, exactly. Times are medians of replays of a CUDA graph whose launches take turns with inputs beyond the cache.
@@ -300,11 +300,47 @@ def time_select_prefill(kernel, rows, n, sms):
     return dict(name=kernel.name, rows=rows, columns=n, causal=True, us=round(us, 1), gbs=round(sum(lengths) * 4 / us / 1e3))
 
 
+def between(kernels, pool, sms, note):
+    """Batches and contexts between those of the tables, with the tiles and clusters that the compiler takes for them."""
+    kernels = {k.name: k for k in kernels}
+
+    def scores(contexts, width=0, tag=""):
+        for rows in (1, 2):
+            tokens = len(contexts) * rows
+            pages = next(p for most, p in ((2, 1), (8, 2), (24, 4), (128, 8), (2048, 16)) if tokens <= most)
+            kernel = kernels.get(f"decode_h64_r{rows}_p{pages}")
+            if kernel:
+                us = timed(decode_sets(kernel, pool, contexts, sms, width)[0], rounds=5)
+                note(dict(name=kernel.name, batch=len(contexts), context=max(contexts), keys=sum(contexts), tag=tag, us=round(us, 2)))
+
+    for batch in (1, 3, 16, 48, 64, 96, 128):
+        for context in (5000, 8192, 20480, 32768, 65536, 100000, 131072):
+            if batch * -(-context // PAGE) <= pool.order.numel():
+                scores([context] * batch)
+        scores([8192] * batch, 131072, "wide")
+        if batch > 16 and batch < 128:
+            generator = torch.Generator().manual_seed(4)
+            scores(torch.randint(1000, 100001, (batch,), generator=generator).tolist(), tag="ragged")
+    for rows in (1, 3, 4, 8, 16, 32, 48, 64, 96, 128):
+        cluster = 8 if rows <= 8 else 4 if rows <= 16 else 2 if rows <= 66 else 1
+        for k in (2048, 1024, 512):
+            kernel = kernels.get(f"select{k}_c{cluster}")
+            for n in (5000, 8192, 20480, 32768, 65536, 100000, 131072):
+                if kernel:
+                    note(time_select(kernel, rows, n, sms))
+    for name in ("prefill_h64_r8_p64", "best2048_h64_r8_p64"):
+        for context in (5000, 8192, 20480, 32768, 65536, 100000, 131072):
+            if name in kernels:
+                note(prefill(kernels[name], 4096, context, sms, False))
+                torch.cuda.empty_cache()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--quick", action="store_true", help="checks, and few times")
+    parser.add_argument("--between", action="store_true", help="checks, and times of batches and contexts between the usual ones")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     torch.manual_seed(1)
@@ -327,7 +363,7 @@ def main():
     pool = Pool(65536 if options.quick else 262144)
     for k in kernels:
         if k.kind == "scores" and k.paged:
-            note(check_decode(k, pool, [8192, 5000, 1, 64, 65, 2049], sms))
+            note(check_decode(k, pool, [8192, 5000, 2, 64, 65, 66, 2049], sms))
         elif k.kind in ("scores", "best"):
             note(prefill(k, 256, 5000, sms, True))
             note(prefill(k, 77, 20480, sms, True))
@@ -335,8 +371,12 @@ def main():
             note(check_select(k, 3, 8192, [8192, 5000, 100], sms))
             note(check_select(k, 4, 20003, [20003, 8193, 2049, 9001], sms))
             note(check_select(k, 3, 32768, [32768, 12345, 32767], sms))
+            note(check_select(k, 3, 65539, [65539, 65537, 33001], sms))
             note(check_select(k, 2, 131072, [131072, 100001], sms))
+            note(check_select(k, 2, 163840, [163840, 131077], sms))
             note(check_select(k, 1, 400000, [400000], sms))
+    if options.between:
+        return between(kernels, pool, sms, note)
     for k in kernels:
         if k.kind == "scores" and k.paged and not k.fill and k.heads == 64:
             for batch in (1, 4, 16, 64, 128):
