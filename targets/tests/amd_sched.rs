@@ -1,7 +1,10 @@
-//! Schedules with rings for AMD chips: they verify within each chip's budget, and on the interpreter of scheduled kernels, with copies that
+//! Schedules with rings and with loads ahead for AMD chips: they verify within each chip's budget, and on the interpreter of scheduled kernels, with copies that
 //! arrive at any time, they leave what the tile program leaves.
 #![cfg(feature = "emulate")]
 
+#[path = "support/attention.rs"]
+#[allow(dead_code)]
+mod attention;
 #[path = "support/experts.rs"]
 #[allow(dead_code)]
 mod experts;
@@ -9,6 +12,7 @@ mod experts;
 #[allow(dead_code)]
 mod linear;
 
+use attention::Attention;
 use dsc_ir::sched::{self, Budget, Scheduled};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{self, Program, interp};
@@ -68,8 +72,20 @@ fn differs(program: &Program, scheduled: &Scheduled) -> Option<String> {
 /// Integers that are experts' rows, in order or thereabouts; other bytes such that numbers of every type are tame.
 fn bytes(program: &Program, param: &tile::Param) -> Vec<u8> {
     let view = program.view(param.value).expect("a parameter is a view");
-    let elements: u64 = view.shape.iter().map(|e| e.eval(&SYMS)).product();
+    // From the buffer's first byte to the view's last.
+    let last: u64 = view
+        .shape
+        .iter()
+        .zip(&view.strides)
+        .map(|(e, s)| (e.eval(&SYMS) - 1) * s.bytes as u64 * s.sym.map_or(1, |sym| u64::from(SYMS.get(sym))))
+        .sum();
+    let elements = (view.offset + last) / view.dtype.bytes() as u64 + 1;
     match view.dtype {
+        // Numbers of rows in no order, some of which there are not.
+        DType::I32 if param.name == "indices" => {
+            (0..elements as i32).flat_map(|i| ((i * 7 + i / 3) % 29 - 4).to_le_bytes()).collect()
+        }
+        DType::I32 if param.name == "lengths" => (0..elements as i32).flat_map(|i| (i * 9).to_le_bytes()).collect(),
         DType::I32 if param.name == "offsets" => (0..elements as i32).flat_map(|i| (i * 7).to_le_bytes()).collect(),
         DType::I32 => (0..elements as i32).flat_map(i32::to_le_bytes).collect(),
         DType::F32 => (0..elements).flat_map(|i| (1.0 + (i % 5) as f32 / 8.0).to_le_bytes()).collect(),
@@ -93,6 +109,55 @@ fn rings_are_sound_and_change_nothing() {
             }
             let parsed = sched::parse(&lowered.sched).unwrap_or_else(|e| panic!("{e}\n{}", lowered.sched));
             for scheduled in parsed {
+                let found = sched::verify(&scheduled, &budget(arch));
+                problems.extend(found.iter().map(|d| format!("{name}: {d}\n{scheduled}")));
+                problems.extend(differs(&program, &scheduled).map(|e| format!("{name}: {e}\n{scheduled}")));
+            }
+        }
+    }
+    assert!(problems.is_empty(), "{} problems\n{}", problems.len(), problems.join("\n"));
+}
+
+/// Loops that load ahead: keys of a selection, two loads deep, and operands that gfx942 converts.
+#[test]
+fn loads_ahead_are_sound_and_change_nothing() {
+    let attention = Attention {
+        heads: 16,
+        tile: 16,
+        latent: 128,
+        rope: 32,
+        k: 160,
+        keys: 32,
+        fp8: true,
+        parts: None,
+        searched: false,
+    };
+    let fp8 = Linear {
+        dtype: DType::E4m3,
+        n: 64,
+        k: 384,
+        tile: [16, 32],
+        step: 128,
+        out: DType::F32,
+        glu: false,
+        part: None,
+    };
+    let cases = [
+        (attention.program("selected"), ARCHS),
+        (Attention { parts: Some(3), searched: true, ..attention }.program("parts"), ARCHS),
+        (Attention { fp8: false, ..attention }.program("plain_keys"), ARCHS),
+        (fp8.program("converted"), &ARCHS[..1]),
+    ];
+    let mut problems = Vec::new();
+    for (program, archs) in cases {
+        for arch in archs {
+            let kernel = Kernel { program: program.clone(), schedule: Schedule::default() };
+            let lowered = lower(&kernel, arch).unwrap_or_else(|e| panic!("{}: {e}", program.name));
+            let name = format!("{} on {}", program.name, arch.name);
+            if !lowered.sched.contains("@held") {
+                problems.push(format!("{name}: nothing is loaded ahead\n{}", lowered.sched));
+            }
+            for scheduled in sched::parse(&lowered.sched).unwrap_or_else(|e| panic!("{e}\n{}", lowered.sched)) {
                 let found = sched::verify(&scheduled, &budget(arch));
                 problems.extend(found.iter().map(|d| format!("{name}: {d}\n{scheduled}")));
                 problems.extend(differs(&program, &scheduled).map(|e| format!("{name}: {e}\n{scheduled}")));

@@ -1,6 +1,8 @@
 //! Every kernel of some models, compiled to code objects for AMD GPUs, run on an interpreter of their instructions (`dsc-cdna`) and
 //! compared with the tile interpreter on the same random memory. Not hardware; but waits, barriers, LDS and bounds are checked as none does.
 
+#[path = "../../targets/tests/support/attention.rs"]
+mod attention;
 #[path = "executed/device.rs"]
 mod device;
 #[path = "executed/hot.rs"]
@@ -264,6 +266,21 @@ fn glm_tiny_exact_gfx942() {
 #[test]
 fn glm_tiny_deployed_gfx950() {
     check_model("golden/glm-tiny", Numerics::Deployed, "gfx950");
+}
+
+#[test]
+fn glm_odd_deployed_gfx942() {
+    check_model("golden/glm-odd", Numerics::Deployed, "gfx942");
+}
+
+#[test]
+fn glm_odd_exact_gfx942() {
+    check_model("golden/glm-odd", Numerics::Exact, "gfx942");
+}
+
+#[test]
+fn glm_odd_deployed_gfx950() {
+    check_model("golden/glm-odd", Numerics::Deployed, "gfx950");
 }
 
 #[test]

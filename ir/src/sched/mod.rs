@@ -171,6 +171,9 @@ pub enum Place {
     Uniform,
     /// Nowhere: computed where it is used, element by element.
     Lazy,
+    /// In registers, on its way: what a load or gather brings, or a loop carries of it, until it is put down in shared memory. Each thread has what
+    /// it needs for its part of the tile that reads it there, and nothing else reads it but where further such loads come from.
+    Held,
     /// In shared memory, elements in row-major order over the buffer's rows.
     Shared(BufferId),
     /// A slot of the stage taken last.
@@ -201,8 +204,10 @@ pub enum Atom {
     WgmmaTransposed,
     /// 16x16 results of 64 threads: thread `t`, register `e` holds row `t mod 16`, column `4 (t / 16) + e`.
     Mfma16x16,
-    /// 16x64 results of 64 threads: thread `t`, register `e` holds row `t mod 16`, column `16 (t / 16) + e`.
+    /// 16x64 results of 64 threads: thread `t` holds row `t mod 16`, the 16 columns from `16 (t / 16)`.
     Mfma16x64,
+    /// 16x128 results of 64 threads: thread `t` holds row `t mod 16`, the 32 columns from `32 (t / 16)`.
+    Mfma16x128,
     /// What sums over equal groups of rows of an [`Atom::WgmmaTransposed`] tile leave: 1, 2 or 4 rows a warpgroup, 64 columns. The lanes of
     /// a quad, `q = t mod 4`, divide rows and column halves `c = 16 (t / 32) + (t mod 32) / 4 + 8h` between them: of 4 rows lane `q` has row
     /// `q`, both `h`; of 2 row `q mod 2`, `h = q / 2`; of 1 `h = q mod 2`, twice.

@@ -88,12 +88,13 @@ impl fmt::Display for ChannelId {
     }
 }
 
-const ATOMS: [(Atom, &str); 7] = [
+const ATOMS: [(Atom, &str); 8] = [
     (Atom::Mma16x8, "mma16x8"),
     (Atom::Wgmma, "wgmma"),
     (Atom::WgmmaTransposed, "wgmma_t"),
     (Atom::Mfma16x16, "mfma16x16"),
     (Atom::Mfma16x64, "mfma16x64"),
+    (Atom::Mfma16x128, "mfma16x128"),
     (Atom::WgmmaSums, "wgmma_sums"),
     (Atom::Fma, "fma"),
 ];
@@ -104,6 +105,7 @@ impl fmt::Display for Place {
             Place::View => write!(f, "@view"),
             Place::Uniform => write!(f, "@uniform"),
             Place::Lazy => write!(f, "@lazy"),
+            Place::Held => write!(f, "@held"),
             Place::Shared(b) => write!(f, "@shared({b})"),
             Place::Slot(c, slot) => write!(f, "@slot({c}, {slot})"),
             Place::Fragment(Fragment { atom, warps: [rows, columns] }) => {
@@ -342,6 +344,7 @@ fn place(p: &mut Parser<'_>) -> Parsed<Place> {
         "view" => Some(Place::View),
         "uniform" => Some(Place::Uniform),
         "lazy" => Some(Place::Lazy),
+        "held" => Some(Place::Held),
         _ => None,
     };
     if let Some(place) = simple {
@@ -701,10 +704,12 @@ role consumer warps 1..2 {
             (Type::View(_), _) => Place::View,
             (_, n @ 0..50) => Place::Shared(BufferId(n.into())),
             (_, n @ 50..100) => Place::Slot(ChannelId(n.into()), 1),
-            (_, n @ 100..200) => {
-                Place::Fragment(Fragment { atom: ATOMS[n as usize % 7].0, warps: [n.into(), u32::from(n) % 3] })
-            }
+            (_, n @ 100..200) => Place::Fragment(Fragment {
+                atom: ATOMS[n as usize % ATOMS.len()].0,
+                warps: [n.into(), u32::from(n) % 3],
+            }),
             (_, 200..228) => Place::Lazy,
+            (_, 228..236) => Place::Held,
             _ => Place::Uniform,
         };
         let mut kernel = Scheduled {

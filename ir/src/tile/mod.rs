@@ -22,7 +22,7 @@ pub mod verify;
 pub use build::{Builder, Ix, MapBuilder, MapVal};
 pub use infer::infer;
 pub use text::{canonical, parse};
-pub use verify::{Diagnostic, operands, verify};
+pub use verify::{Diagnostic, for_each_operand, operands, verify};
 
 use crate::dtype::DType;
 use crate::extent::{Extent, GridDim, Sym};

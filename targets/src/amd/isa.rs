@@ -81,7 +81,9 @@ impl Isa for Arch {
     }
 
     fn columns_atom(&self, dtype: DType, n: u32) -> Option<Atom> {
-        (dtype.bytes() == 2 && n.is_multiple_of(64)).then_some(Atom::Mfma16x64)
+        // Four waves side by side have 128 columns each of 512.
+        let atom = if n.is_multiple_of(512) { Atom::Mfma16x128 } else { Atom::Mfma16x64 };
+        (dtype.bytes() == 2 && n.is_multiple_of(64)).then_some(atom)
     }
 
     fn matrix_step(&self, dtype: DType) -> u32 {
@@ -138,7 +140,23 @@ impl Isa for Arch {
         if v.int().is_some() {
             return v;
         }
+        if ty == Ty::I1 {
+            let word = f.cast("zext", v, Ty::I32);
+            let word = self.uniform(f, word);
+            return f.cmp("ne", word, i32(0));
+        }
         call(f, &format!("llvm.amdgcn.readfirstlane.{}", ty.name()), &[v], ty)
+    }
+
+    fn moved(&self, f: &mut Fn, v: Val) -> Val {
+        if v.ty().bytes() != 4 {
+            return v;
+        }
+        f.asm("v_mov_b32 $0, $1", "=v,v", &[v], &[v.ty()], false, false)[0]
+    }
+
+    fn keeps_quads(&self, atom: Atom) -> bool {
+        atom != Atom::Fma
     }
 
     fn pairs(&self) -> bool {
@@ -205,6 +223,10 @@ impl Isa for Arch {
     fn turn_behind_reads(&self, f: &mut Fn) {
         f.raw("rocdl.sched.barrier 0");
         self.barrier(f);
+        f.raw("rocdl.sched.barrier 0");
+    }
+
+    fn keep_order(&self, f: &mut Fn) {
         f.raw("rocdl.sched.barrier 0");
     }
 

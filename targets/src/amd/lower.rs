@@ -34,7 +34,9 @@ pub const NO_ACCUMULATORS: &str = "[\"amdgpu-agpr-alloc\", \"0\"], ";
 /// [`TargetError::Unsupported`] if the tiles do not fit its LDS.
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let scheduled = schedule::schedule(kernel, arch)?;
-    let mut threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    let mut function = mlir::Fn::default();
+    function.asks_last = true;
+    let mut threads = block::Threads::new(function, arch, scheduled.threads);
     if kernel.schedule.symbols_by_value {
         threads.symbols = mlir::Ty::Constant;
     }

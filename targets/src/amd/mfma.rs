@@ -9,8 +9,8 @@
 //!
 //! CDNA 4 multiplies 128 elements of e4m3 in one instruction, at twice the rate of 32: there two steps of a lane are one operand.
 //!
-//! A right operand that lies as it is multiplied has a lane's `k` in eight rows. A lane reads four neighbours of each, which are four
-//! columns of four instructions; its 16 columns of their results are neighbours too ([`Atom::Mfma16x64`]).
+//! A right operand that lies as it is multiplied has a lane's `k` in eight rows. A lane reads four or eight neighbours of each, which are
+//! columns of as many instructions; its 16 or 32 columns of their results are neighbours too ([`Atom::Mfma16x64`], [`Atom::Mfma16x128`]).
 
 use super::arch::Arch;
 use super::isa::call;
@@ -24,10 +24,13 @@ use dsc_ir::sched::{Atom, Buffer};
 /// Bytes of a row that a step contracts: 16 in each of the four lanes of a row.
 pub const STEP_BYTES: u32 = 64;
 
+/// Steps of a product that are written out: a loop of them would wait for its operands in every round.
+const STRAIGHT: u32 = 16;
+
 /// 16 bytes of an operand in registers, as SSA names of what an instruction takes.
 type Operand = Vec<String>;
 
-/// `acc + a · b`, for a spread of [`Atom::Mfma16x16`] or [`Atom::Mfma16x64`].
+/// `acc + a · b`, for a spread of an atom of 16 rows.
 pub fn product(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
     // Products of FNUZ operands are a fourth, so they are summed by themselves.
     let apart = arch.converts(p.dtype);
@@ -142,7 +145,7 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
         e.end_product();
         return acc;
     }
-    e.steps(steps / unit, acc, |e, acc, at| {
+    e.steps((steps / unit, STRAIGHT), p.atom, acc, |e, acc, at| {
         let (lefts, rights) = (both(e, &left, at), both(e, &right, at));
         rights.iter().enumerate().for_each(|right| multiply(e, acc, &lefts, right));
     })
@@ -154,10 +157,14 @@ fn sums_across(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, left: &Lin
     let bytes = dtype.bytes() as u32;
     let step = STEP_BYTES / bytes;
     let (in_row, chunk) = (e.t.f.rem(s.lane, 16), e.t.f.div(s.lane, 16));
-    let wide = p.atom == Atom::Mfma16x64;
+    // Neighbours that a lane reads of a row, and columns of a block.
+    let (each, unit) = match p.atom {
+        Atom::Mfma16x128 => (8, 128),
+        Atom::Mfma16x64 => (4, 64),
+        _ => (1, 16),
+    };
     // First byte of this lane's column, in its first row of a step.
     let first = e.t.f.mul(s.warp[1], i32(s.block[1].into()));
-    let (unit, each) = if wide { (64, 4) } else { (16, 1) };
     let own = e.t.f.mul(in_row, i32(each.into()));
     let column = e.t.f.add(first, own);
     let row = e.t.f.mul(chunk, i32((16 / bytes * b.pitch).into()));
@@ -170,16 +177,16 @@ fn sums_across(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, left: &Lin
             e.t.f.add(byte, i32(b.offset.into()))
         })
         .collect();
-    e.steps(p.k.div_ceil(step), acc, |e, acc, at| {
+    e.steps((p.k.div_ceil(step), STRAIGHT), p.atom, acc, |e, acc, at| {
         let lefts = left.read(arch, e, dtype, at);
         let b_at = e.t.f.mul(at, i32((step * b.pitch).into()));
         for (gi, &column) in columns.iter().enumerate() {
             let byte = e.t.f.add(column, b_at);
-            if wide {
-                let rights = read_patch(arch, e, dtype, byte, b.pitch);
+            if each > 1 {
+                let rights = read_patch(arch, e, dtype, byte, (b.pitch, each));
                 for (ri, left) in lefts.iter().enumerate() {
                     for (j, right) in rights.iter().enumerate() {
-                        let registers = [0, 4, 8, 12].map(|r| s.register(ri, gi, r + j as u32));
+                        let registers = [0, 1, 2, 3].map(|i| s.register(ri, gi, i * each + j as u32));
                         accumulate(arch, e, dtype, (right, left), acc, registers);
                     }
                 }
@@ -233,20 +240,20 @@ fn accumulate(
     }
 }
 
-/// Eight rows of four 16-bit elements: for each of the four columns the lane's neighbours along `k`. One read a row, and the columns are
+/// Eight rows of four or eight 16-bit elements: for each of the columns the lane's neighbours along `k`. One read a row, and the columns are
 /// put together from their halves of words.
-fn read_patch(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val, pitch: u32) -> Vec<Operand> {
+fn read_patch(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val, (pitch, columns): (u32, u32)) -> Vec<Operand> {
     // Bytes 0-3 of a selector's numbers are the second operand's, 4-7 the first's.
     const HALVES: [i64; 2] = [0x0504_0100, 0x0706_0302];
     let rows: Vec<Vec<Val>> = (0..8)
         .map(|i| {
             let byte = e.t.f.add(byte, i32((i * pitch).into()));
-            e.t.load_shared(byte, Ty::I32, 2)
+            e.t.load_shared(byte, Ty::I32, columns / 2)
         })
         .collect();
     let ty = operand_type(arch, dtype);
     let words = if arch.cdna4 { 4 } else { 2 };
-    (0..4)
+    (0..columns as usize)
         .map(|column| {
             let pairs: Vec<Val> = rows
                 .chunks(2)

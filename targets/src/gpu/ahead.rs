@@ -1,194 +1,581 @@
-//! Loads a round ahead. What a loop moves from global to shared memory and multiplies there is loaded into registers one round before it
-//! is stored, so that a round's products run while the next round's bytes are on their way:
+//! Loads some rounds ahead. What a loop of products brings from global to shared memory by registers is loaded a round before it is put down, so
+//! that the round's products run while the next one's bytes are on their way:
 //!
 //! ```text
-//! load a, b of the first round
-//! for ..:  store a, b to shared memory; barrier
-//!          read what is added to the products; load a, b of the next round
-//!          products from shared memory; barrier
+//! for j ..:                                     load a, b of round 0
+//!   a = load ..            (to shared memory)   for j ..: (carrying a, b)
+//!   b = gather [rows c]                           put a down; load a of round j + 1
+//!   products                           ──▶        put b down
+//!                                                 c of round j + 1; load b of round j + 1
+//!                                                 products
 //! ```
 //!
-//! Loads are answered in order, so what the round itself still needs of global memory (scales) is read before those of the next one:
-//! waiting for it does not wait for them. The last round loads its views' first elements, which nobody reads. It costs the
-//! registers that the tiles take, of which [`Isa::ahead_bytes`](super::isa::Isa::ahead_bytes) says how many there may be.
+//! Where rows are chosen by what is loaded itself, that is put down a round before, and loaded another one: a selection of keys by positions,
+//! whose pages are in a table, is three loads deep. A thread's wait for a load so never is for the last one that it issued.
+//!
+//! Rounds beyond the last are loaded for nothing; bounds hold for them as for all. It costs the registers that the tiles take, of which
+//! [`Isa::ahead_bytes`](super::isa::Isa::ahead_bytes) says how many there may be.
 
-use super::emit::Emitter;
-use super::fill::UNROLLED;
-use super::fragment::Spread;
-use super::mlir::Val;
+use super::ring::made_in;
+use super::schedule::Scheduler;
 use dsc_ir::sched::{Atom, Block, Inst, Op, Place};
-use dsc_ir::tile::{self, Access, Index, ValueId};
-use std::collections::{HashMap, HashSet};
+use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, ValueId};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-/// A tile whose next round is loaded ahead.
-pub struct Load<'a> {
-    /// The tile.
-    pub result: ValueId,
-    op: &'a tile::Op,
+/// A tile that a loop puts down in shared memory from loads that can be made ahead.
+struct Fill {
+    result: ValueId,
+    op: tile::Op,
+    /// Rounds that it is put down ahead: 0, unless it says where further loads come from.
+    lead: u32,
+    /// What is loaded for it, in order of issue.
+    leaves: Vec<Leaf>,
 }
 
-/// What a loop loads ahead.
-#[derive(Default)]
-pub struct Ahead<'a> {
-    /// The tiles.
-    pub loads: Vec<Load<'a>>,
-    /// The instruction of the body before which the next round is loaded.
-    pub before: Option<usize>,
-    /// Whether it reads shared memory that was written before the loop.
-    pub behind_barrier: bool,
+/// A load or gather for a fill.
+struct Leaf {
+    load: ValueId,
+    /// Rounds that it is issued ahead.
+    lead: u32,
+    /// What a round finds of it, of the round that the fill is for first; made when the loop is rewritten.
+    carried: Vec<ValueId>,
 }
 
-/// What the body of a loop can load ahead: nothing, if it multiplies nothing by matrix instructions.
-pub fn find<'a>(e: &Emitter<'a>, body: &'a Block) -> Ahead<'a> {
-    let product = |inst: &Inst| match (&inst.op, inst.results.first()) {
-        (Op::Tile(tile::Op::Dot { .. }), Some(&r)) => {
-            matches!(e.place(r), Place::Fragment(f) if f.atom != Atom::Fma)
+/// A round from which an instruction is, as the code of another one sees it.
+struct Round {
+    /// Names there of what the body makes, the counter among them.
+    renamed: HashMap<ValueId, ValueId>,
+    /// Whether it is the round whose code it is in.
+    same: bool,
+}
+
+/// What rewriting a loop goes by.
+struct Rewriting {
+    /// Values that the body makes.
+    made: HashSet<ValueId>,
+    /// The loop's counter.
+    counter: ValueId,
+}
+
+impl Scheduler<'_> {
+    /// Makes loops of products load ahead, with at most so many bytes of a thread's registers. Whether any does.
+    pub(super) fn load_ahead(&mut self, block: &mut Block, room: u32) -> bool {
+        let mut any = false;
+        let mut out = Vec::with_capacity(block.insts.len());
+        for mut inst in std::mem::take(&mut block.insts) {
+            match &mut inst.op {
+                Op::For { body, .. } if self.multiplies(body) => {
+                    if room > 0 {
+                        self.separate(body);
+                    }
+                    let fills = self.fills(body, room);
+                    if !fills.is_empty() {
+                        self.hold(inst, fills, &mut out);
+                        any = true;
+                        continue;
+                    }
+                }
+                Op::For { body, .. } => any |= self.load_ahead(body, room),
+                Op::If { then, otherwise, .. } => {
+                    any |= self.load_ahead(then, room);
+                    any |= self.load_ahead(otherwise, room);
+                }
+                _ => {}
+            }
+            out.push(inst);
         }
-        _ => false,
-    };
-    let Some(before) = body.insts.iter().position(product) else { return Ahead::default() };
-    let mut made = HashSet::new();
-    results(body, &mut made);
-    let again: HashSet<ValueId> = steps(e, body).flat_map(|inst| &inst.results).copied().collect();
-    // Known before the round begins, or made again from the loop's counter.
-    let known = |v: &ValueId| !made.contains(v) || again.contains(v) || *v == body.args[0];
-    let fixed = |index: &[Index]| {
-        index.iter().all(|i| matches!(i, Index::Const(_)) || matches!(i, Index::Value(v) if known(v)))
-    };
-    let read_only = |view: &ValueId| e.s.params.iter().any(|p| p.value == *view && p.access == Access::Read);
-    let mut room = e.t.arch.ahead_bytes();
-    let mut loads = Vec::new();
-    for inst in &body.insts {
-        let (Op::Tile(op), Some(&r)) = (&inst.op, inst.results.first()) else { continue };
-        let Place::Shared(b) = e.place(r) else { continue };
-        let movable = match op {
-            tile::Op::Load { view, index, .. } => read_only(view) && fixed(index),
-            tile::Op::Gather { view, rows, index, .. } => read_only(view) && fixed(index) && !depends(e, *rows, &made),
+        block.insts = out;
+        any
+    }
+
+    /// Whether a body multiplies by matrix instructions, and waits for no ring.
+    fn multiplies(&self, body: &Block) -> bool {
+        let product = |inst: &Inst| match (&inst.op, inst.results.first()) {
+            (Op::Tile(tile::Op::Dot { .. }), Some(&r)) => {
+                matches!(self.place(r), Place::Fragment(f) if f.atom != Atom::Fma)
+            }
             _ => false,
         };
-        if !movable {
-            continue;
-        }
-        let fill = e.fill(op, r, e.buffer(*b));
-        let rounds = fill.rounds(e.t.threads);
-        let bytes = rounds * e.buffer(*b).bytes().div_ceil(fill.chunks().max(1));
-        if rounds <= UNROLLED && bytes <= room {
-            room -= bytes;
-            loads.push(Load { result: r, op });
-        }
+        body.insts.iter().any(product) && !body.insts.iter().any(|i| matches!(i.op, Op::Wait(_)))
     }
-    let before = (!loads.is_empty()).then_some(before);
-    let uniform = |v: &ValueId| e.place(*v) == &Place::Uniform;
-    let reads = steps(e, body).any(|inst| matches!(&inst.op, Op::Tile(op) if !tile::operands(op).iter().all(uniform)));
-    let behind_barrier = !loads.is_empty() && (reads || loads.iter().any(|l| matches!(l.op, tile::Op::Gather { .. })));
-    Ahead { loads, before, behind_barrier }
-}
 
-/// Values made in a block, blocks inside and arguments included.
-fn results(block: &Block, into: &mut HashSet<ValueId>) {
-    into.extend(&block.args);
-    for inst in &block.insts {
-        into.extend(&inst.results);
-        match &inst.op {
-            Op::For { body, .. } => results(body, into),
-            Op::If { then, otherwise, .. } => {
-                results(then, into);
-                results(otherwise, into);
+    /// What says which rows are gathered, and is read for something else too, is evaluated there once more.
+    fn separate(&mut self, body: &mut Block) {
+        let how = Rewriting { made: made_in(body), counter: body.args[0] };
+        let shared = |s: &Self, i: &Inst| matches!((&i.op, &i.results[..]), (Op::Tile(tile::Op::Map { .. }), [r]) if matches!(s.place(*r), Place::Shared(_)));
+        let mut rows_of = BTreeSet::new();
+        for inst in &body.insts {
+            if let Op::Tile(tile::Op::Gather { rows, .. }) = &inst.op {
+                self.sources(*rows, &[], &mut rows_of);
             }
-            _ => {}
         }
-    }
-}
-
-/// Whether reading a value reads one of these.
-fn depends(e: &Emitter, v: ValueId, made: &HashSet<ValueId>) -> bool {
-    made.contains(&v) || e.definition(v).is_some_and(|op| tile::operands(op).into_iter().any(|x| depends(e, x, made)))
-}
-
-/// The instructions of a body that make single integers from its counter and from what is known outside.
-fn steps<'b, 'a: 'b>(e: &'b Emitter<'a>, body: &'a Block) -> impl Iterator<Item = &'a Inst> + 'b {
-    let mut made = HashSet::new();
-    results(body, &mut made);
-    made.remove(&body.args[0]);
-    body.insts.iter().filter(move |inst| {
-        let (Op::Tile(op), [r]) = (&inst.op, &inst.results[..]) else { return false };
-        let plain = matches!(op, tile::Op::Map { .. } | tile::Op::Full { .. } | tile::Op::Reshape { .. });
-        let again = plain && e.place(*r) == &Place::Uniform && !tile::operands(op).iter().any(|v| made.contains(v));
-        if again {
-            made.remove(r);
+        let says = |s: &Self, v: &ValueId| {
+            let loads = s.defs.get(v).is_some_and(|op| !s.loads_of(*v, op).is_empty());
+            rows_of.contains(v) && loads && body.insts.iter().any(|i| i.results.contains(v) && shared(s, i))
+        };
+        let rows: BTreeSet<ValueId> = rows_of.iter().copied().filter(|v| says(self, v)).collect();
+        let mut out = Vec::with_capacity(body.insts.len());
+        for mut inst in std::mem::take(&mut body.insts) {
+            if let Op::Tile(op) = &inst.op
+                && shared(self, &inst)
+                && !rows.contains(&inst.results[0])
+            {
+                let (op, mut read) = (op.clone(), BTreeSet::new());
+                tile::operands(&op).into_iter().for_each(|v| self.directly(v, &mut read));
+                let mut round = Round { renamed: HashMap::new(), same: true };
+                for v in read.intersection(&rows) {
+                    let again = self.fresh(self.types[v.0 as usize].clone(), Place::Lazy);
+                    self.emit(again, self.defs[v].clone(), &mut out);
+                    round.renamed.insert(*v, again);
+                }
+                if !round.renamed.is_empty() {
+                    let op = self.op_in(&op, &how, (&mut round, &HashMap::new()), &mut out);
+                    self.defs.insert(inst.results[0], op.clone());
+                    inst.op = Op::Tile(op);
+                }
+            }
+            out.push(inst);
         }
-        again
-    })
-}
-
-impl<'a> Emitter<'a> {
-    /// Loads the round of a loop that begins at `at`, if that is before its end.
-    pub fn load_ahead(&mut self, ahead: &Ahead<'a>, body: &'a Block, at: Val, end: Val) -> Vec<Vec<Val>> {
-        if ahead.loads.is_empty() {
-            return Vec::new();
-        }
-        let again: Vec<&'a Inst> = steps(self, body).collect();
-        let changed = again.iter().map(|inst| inst.results[0]).chain([body.args[0]]);
-        let before: HashMap<ValueId, Option<Val>> = changed.map(|v| (v, self.uniform.get(&v).copied())).collect();
-        self.uniform.insert(body.args[0], at);
-        again.iter().for_each(|inst| self.inst(inst));
-        let reading = self.t.f.cmp("slt", at, end);
-        let outer = std::mem::replace(&mut self.reading, reading);
-        let loaded = ahead.loads.iter().map(|load| self.load_tile(load)).collect();
-        self.reading = outer;
-        for (v, value) in before {
-            match value {
-                Some(value) => self.uniform.insert(v, value),
-                None => self.uniform.remove(&v),
-            };
-        }
-        loaded
+        body.insts = out;
     }
 
-    fn load_tile(&mut self, load: &Load<'a>) -> Vec<Val> {
-        let Place::Shared(b) = self.place(load.result) else { unreachable!("it was found there") };
-        let fill = self.fill(load.op, load.result, self.buffer(*b));
-        let (total, rounds) = (fill.chunks(), fill.rounds(self.t.threads));
-        let mut values = Vec::new();
-        for i in 0..rounds {
-            let partial = i + 1 == rounds && !total.is_multiple_of(self.t.threads);
-            let (c, _) = self.round(self.t.tid, i, partial.then_some(total));
-            let access = self.moved_from(&fill, c).expect("loads and gathers have one");
-            values.extend(self.load_from(&access, true));
+    /// What evaluating a value reads, which rows are gathered aside.
+    fn directly(&self, v: ValueId, into: &mut BTreeSet<ValueId>) {
+        match self.defs.get(&v) {
+            Some(tile::Op::Gather { .. }) if self.place(v) == &Place::Lazy => {}
+            Some(op) if self.place(v) == &Place::Lazy => {
+                tile::operands(op).into_iter().for_each(|x| self.directly(x, into));
+            }
+            _ => {
+                into.insert(v);
+            }
         }
-        values
     }
 
-    /// Reads inputs of arithmetic on fragments further down, of which `now` says whether they can be; it is told what is made until then.
-    pub fn read_early(&mut self, insts: &'a [Inst], now: impl Fn(&Self, ValueId, &HashSet<ValueId>) -> bool) {
-        let mut made = HashSet::new();
-        for inst in insts {
-            made.extend(&inst.results);
-            let (Op::Tile(tile::Op::Map { inputs, .. }), [r]) = (&inst.op, &inst.results[..]) else { continue };
-            let Place::Fragment(f) = self.place(*r) else { continue };
-            let lazy: Vec<ValueId> = inputs.iter().copied().filter(|&v| now(self, v, &made)).collect();
-            if lazy.is_empty() {
+    /// What a body can bring ahead, in its order.
+    fn fills(&self, body: &Block, room: u32) -> Vec<Fill> {
+        let how = Rewriting { made: made_in(body), counter: body.args[0] };
+        let mut found: BTreeMap<usize, Fill> = BTreeMap::new();
+        for (at, inst) in body.insts.iter().enumerate() {
+            let (Op::Tile(op), [r]) = (&inst.op, &inst.results[..]) else { continue };
+            let elementwise = matches!(op, tile::Op::Load { .. } | tile::Op::Gather { .. } | tile::Op::Map { .. });
+            if !elementwise || !matches!(self.place(*r), Place::Shared(_)) {
                 continue;
             }
-            let (shape, spread) = (self.shape(*r), Spread::new(self, *f, self.shape(*r)));
-            for v in lazy {
-                let values = self.fragment_input(v, shape, &spread);
-                self.early.insert((*r, v), values);
+            let loads = self.loads_of(*r, op);
+            if !loads.is_empty() {
+                let leaves = loads.into_iter().map(|load| Leaf { load, lead: 1, carried: Vec::new() }).collect();
+                found.insert(at, Fill { result: *r, op: op.clone(), lead: 0, leaves });
+            }
+        }
+        // What says where others come from is as good as they are, and the other way round.
+        loop {
+            let early = self.read_as_rows(body, &found);
+            let bad = found.iter().find(|(_, f)| !self.can_be_early(f, &how, &early)).map(|(&at, _)| at);
+            match bad {
+                Some(at) => found.remove(&at),
+                None => break,
+            };
+        }
+        let mut fills: Vec<Fill> = found.into_values().collect();
+        self.set_leads(&mut fills);
+        let bytes: u32 = fills.iter().map(|f| self.bytes_of(f)).sum();
+        if bytes > room { Vec::new() } else { fills }
+    }
+
+    /// Loads and gathers that evaluating a tile reads, further ones that say where these come from first.
+    fn loads_of(&self, r: ValueId, op: &tile::Op) -> Vec<ValueId> {
+        let mut found = Vec::new();
+        if matches!(op, tile::Op::Load { .. } | tile::Op::Gather { .. }) {
+            found.push(r);
+        } else {
+            for v in tile::operands(op) {
+                self.find_loads(v, &mut found);
+            }
+        }
+        // Deeper ones first.
+        let depth = |v: &ValueId| self.depth(*v, &found);
+        let mut order: Vec<(u32, ValueId)> = found.iter().map(|v| (depth(v), *v)).collect();
+        order.sort_by_key(|o| std::cmp::Reverse(o.0));
+        order.into_iter().map(|o| o.1).collect()
+    }
+
+    fn find_loads(&self, v: ValueId, found: &mut Vec<ValueId>) {
+        if self.place(v) != &Place::Lazy {
+            return;
+        }
+        let Some(op) = self.defs.get(&v) else { return };
+        if let tile::Op::Load { .. } | tile::Op::Gather { .. } = op
+            && !found.contains(&v)
+        {
+            found.push(v);
+        }
+        if !matches!(op, tile::Op::Gather { .. }) {
+            tile::operands(op).into_iter().for_each(|x| self.find_loads(x, found));
+        }
+    }
+
+    /// How many of `all`, at most, wait for one another behind a load.
+    fn depth(&self, v: ValueId, all: &[ValueId]) -> u32 {
+        let reads = |x: &ValueId| {
+            *x != v && matches!(self.defs.get(x), Some(tile::Op::Gather { rows, .. }) if self.reaches(*rows, v))
+        };
+        all.iter().filter(|x| reads(x)).map(|x| 1 + self.depth(*x, all)).max().unwrap_or(0)
+    }
+
+    /// Whether evaluating `v` evaluates `x`.
+    fn reaches(&self, v: ValueId, x: ValueId) -> bool {
+        v == x
+            || self.place(v) == &Place::Lazy
+                && self.defs.get(&v).is_some_and(|op| tile::operands(op).into_iter().any(|y| self.reaches(y, x)))
+    }
+
+    /// What evaluating a value reads that lies somewhere, through lazies that are not in `stop`.
+    fn sources(&self, v: ValueId, stop: &[ValueId], into: &mut BTreeSet<ValueId>) {
+        match self.defs.get(&v) {
+            Some(op) if self.place(v) == &Place::Lazy && !stop.contains(&v) => {
+                tile::operands(op).into_iter().for_each(|x| self.sources(x, stop, into));
+            }
+            _ => {
+                into.insert(v);
             }
         }
     }
 
-    /// Whether a value is a load from global memory, or a view of one, that depends on none of these.
-    pub fn loads_only(&self, v: ValueId, made: &HashSet<ValueId>) -> bool {
-        if made.contains(&v) || self.place(v) != &Place::Lazy {
-            return false;
-        }
-        match self.definition(v) {
-            Some(tile::Op::Load { index, .. }) => {
-                !index.iter().any(|i| matches!(i, Index::Value(v) if made.contains(v)))
+    /// Which fills only say which rows fills gather, and nothing else reads.
+    fn read_as_rows(&self, body: &Block, found: &BTreeMap<usize, Fill>) -> BTreeSet<ValueId> {
+        let mut other = BTreeSet::new();
+        let mut rows_of = BTreeSet::new();
+        for (at, inst) in body.insts.iter().enumerate() {
+            let lazy = |r: &ValueId| self.place(*r) == &Place::Lazy;
+            if !inst.results.is_empty() && inst.results.iter().all(lazy) {
+                continue;
             }
-            Some(tile::Op::Reshape { x, .. }) => self.loads_only(*x, made),
-            _ => false,
+            match (&inst.op, found.get(&at)) {
+                (_, Some(f)) => {
+                    let loads: Vec<ValueId> = f.leaves.iter().map(|l| l.load).collect();
+                    for leaf in &loads {
+                        if let Some(tile::Op::Gather { rows, .. }) = self.op_of(f, *leaf) {
+                            self.sources(*rows, &loads, &mut rows_of);
+                        }
+                    }
+                    if !loads.contains(&f.result) {
+                        tile::operands(&f.op).into_iter().for_each(|v| self.sources(v, &loads, &mut other));
+                    }
+                }
+                (Op::Tile(op), None) => tile::operands(op).into_iter().for_each(|v| self.sources(v, &[], &mut other)),
+                (op, None) => dsc_ir::sched::operands(op).into_iter().for_each(|v| self.sources(v, &[], &mut other)),
+            }
+            if let Op::For { .. } | Op::If { .. } = &inst.op {
+                self.read_inside(inst, &mut other);
+            }
         }
+        body.yields.iter().for_each(|&v| self.sources(v, &[], &mut other));
+        let results = found.values().map(|f| f.result);
+        results.filter(|r| rows_of.contains(r) && !other.contains(r)).collect()
+    }
+
+    fn read_inside(&self, inst: &Inst, into: &mut BTreeSet<ValueId>) {
+        for block in inst.op.blocks() {
+            for inside in &block.insts {
+                dsc_ir::sched::operands(&inside.op).into_iter().for_each(|v| self.sources(v, &[], into));
+                self.read_inside(inside, into);
+            }
+            block.yields.iter().for_each(|&v| self.sources(v, &[], into));
+        }
+    }
+
+    /// The load or gather of a fill: the fill itself, or a lazy value.
+    fn op_of<'b>(&'b self, f: &'b Fill, load: ValueId) -> Option<&'b tile::Op> {
+        if load == f.result { Some(&f.op) } else { self.defs.get(&load) }
+    }
+
+    /// Whether all that a fill reads is known ahead: `early` are those fills that are put down ahead.
+    fn can_be_early(&self, f: &Fill, how: &Rewriting, early: &BTreeSet<ValueId>) -> bool {
+        let known = |v: ValueId| self.is_known(v, how);
+        let loads: Vec<ValueId> = f.leaves.iter().map(|l| l.load).collect();
+        let mut read = BTreeSet::new();
+        if !loads.contains(&f.result) {
+            tile::operands(&f.op).into_iter().for_each(|v| self.sources(v, &loads, &mut read));
+        }
+        let put_down = read.iter().all(|v| loads.contains(v) || known(*v));
+        let leaf = |&load: &ValueId| {
+            let (view, rows, index) = match self.op_of(f, load) {
+                Some(tile::Op::Load { view, index, .. }) => (view, None, index),
+                Some(tile::Op::Gather { view, rows, index, .. }) => (view, Some(*rows), index),
+                _ => return false,
+            };
+            let fixed = index.iter().all(|i| !matches!(i, Index::Value(v) if !known(*v)));
+            let mut from = BTreeSet::new();
+            rows.into_iter().for_each(|v| self.sources(v, &loads, &mut from));
+            // What says where another load comes from is read where the tile is put down, too: that is how a thread knows its part.
+            let said = |v: &ValueId| loads.contains(v) && read.contains(v);
+            self.only_reads(*view) && fixed && from.iter().all(|v| known(*v) || early.contains(v) || said(v))
+        };
+        put_down && loads.iter().all(leaf)
+    }
+
+    /// Rounds ahead: what says where others come from a round before them.
+    fn set_leads(&self, fills: &mut [Fill]) {
+        for i in (0..fills.len()).rev() {
+            let (f, loads) = (&fills[i], fills[i].leaves.iter().map(|l| l.load).collect::<Vec<_>>());
+            let leads: Vec<u32> = loads.iter().map(|&load| f.lead + 1 + self.depth(load, &loads)).collect();
+            let mut from = Vec::new();
+            for (&load, &lead) in loads.iter().zip(&leads) {
+                let mut rows_of = BTreeSet::new();
+                if let Some(tile::Op::Gather { rows, .. }) = self.op_of(f, load) {
+                    self.sources(*rows, &loads, &mut rows_of);
+                }
+                from.push((rows_of, lead));
+            }
+            for (leaf, lead) in fills[i].leaves.iter_mut().zip(leads) {
+                leaf.lead = lead;
+            }
+            for (rows_of, lead) in from {
+                for g in fills[..i].iter_mut().filter(|g| rows_of.contains(&g.result)) {
+                    g.lead = g.lead.max(lead);
+                }
+            }
+        }
+    }
+
+    /// Bytes of a thread's registers that a fill's loads take, about.
+    fn bytes_of(&self, f: &Fill) -> u32 {
+        let whole = self.elements(f.result);
+        let leaf = |l: &Leaf| {
+            let bytes = match &self.types[l.load.0 as usize] {
+                tile::Type::Tile(t) => t.dtype.bytes() as u32,
+                _ => 4,
+            };
+            let pieces = whole.div_ceil(16 * self.threads);
+            let own = (self.elements(l.load) * bytes).div_ceil(self.threads).max(4 * pieces);
+            (own.next_multiple_of(4) + 4 * pieces) * (l.lead - f.lead)
+        };
+        f.leaves.iter().map(leaf).sum()
+    }
+
+    fn elements(&self, v: ValueId) -> u32 {
+        match &self.types[v.0 as usize] {
+            tile::Type::Tile(t) => t.elements() as u32,
+            _ => 1,
+        }
+    }
+
+    /// Rewrites a loop.
+    fn hold(&mut self, mut inst: Inst, mut fills: Vec<Fill>, out: &mut Vec<Inst>) {
+        let Op::For { lo, step, init, body, .. } = &mut inst.op else { unreachable!("a loop") };
+        let (counter, step) = (body.args[0], *step);
+        let how = Rewriting { made: made_in(body), counter };
+        for f in &mut fills {
+            for leaf in &mut f.leaves {
+                let ty = self.types[leaf.load.0 as usize].clone();
+                leaf.carried = (f.lead..leaf.lead).map(|_| self.fresh(ty.clone(), Place::Held)).collect();
+            }
+        }
+        let first = self.bound(*lo, out);
+        let begun = self.begin(&fills, &how, (first, step), out);
+        // What is single and known goes first: loads come from there.
+        let put: HashSet<ValueId> = fills.iter().map(|f| f.result).collect();
+        let rest = std::mem::take(&mut body.insts).into_iter().filter(|i| !i.results.iter().any(|r| put.contains(r)));
+        let known = |i: &Inst| !i.results.is_empty() && i.results.iter().all(|&r| self.is_known(r, &how));
+        let (mut insts, rest): (Vec<Inst>, Vec<Inst>) = rest.partition(known);
+        let next = self.round(&fills, &how, step, &mut insts);
+        insts.extend(rest);
+        body.insts = insts;
+        for (leaf, next) in fills.iter().flat_map(|f| &f.leaves).zip(next) {
+            for (age, &v) in leaf.carried.iter().enumerate() {
+                body.args.push(v);
+                init.push(begun[&v]);
+                body.yields.push(leaf.carried.get(age + 1).copied().unwrap_or(next));
+                let done = self.fresh(self.types[leaf.load.0 as usize].clone(), Place::Held);
+                inst.results.push(done);
+            }
+        }
+        // What the first round puts down again has been read.
+        if fills.iter().any(|f| f.lead > 0) {
+            out.push(Inst { results: Vec::new(), op: Op::Barrier, scratch: None });
+        }
+        out.push(inst);
+    }
+
+    /// In front of a loop: what its first round finds, by what carries it.
+    fn begin(
+        &mut self,
+        fills: &[Fill],
+        how: &Rewriting,
+        (first, step): (ValueId, u32),
+        out: &mut Vec<Inst>,
+    ) -> HashMap<ValueId, ValueId> {
+        let rounds = fills.iter().flat_map(|f| f.leaves.iter().map(|l| l.lead)).max().unwrap_or(0);
+        let mut begun = HashMap::new();
+        for ahead in 0..rounds {
+            let at = self.plus(first, i64::from(ahead * step), out);
+            let mut round = Round { renamed: HashMap::from([(how.counter, at)]), same: false };
+            for f in fills {
+                let mut own = HashMap::new();
+                for leaf in f.leaves.iter().filter(|l| ahead < l.lead) {
+                    let v = self.issue(f, leaf, how, (&mut round, &own), out);
+                    own.insert(leaf.load, v);
+                    if let Some(&carried) = ahead.checked_sub(f.lead).and_then(|age| leaf.carried.get(age as usize)) {
+                        begun.insert(carried, v);
+                    }
+                }
+                if ahead < f.lead {
+                    let r = self.fresh(self.types[f.result.0 as usize].clone(), self.place(f.result).clone());
+                    self.put_down(f, r, how, (&mut round, &own), out);
+                    round.renamed.insert(f.result, r);
+                }
+            }
+        }
+        begun
+    }
+
+    /// The beginning of a body: puts tiles down, and issues loads. Gives what these are, in the order of fills and their leaves.
+    fn round(&mut self, fills: &[Fill], how: &Rewriting, step: u32, insts: &mut Vec<Inst>) -> Vec<ValueId> {
+        let mut rounds: BTreeMap<u32, Round> = BTreeMap::new();
+        let leads: BTreeSet<u32> = fills.iter().flat_map(|f| f.leaves.iter().map(|l| l.lead).chain([f.lead])).collect();
+        for ahead in leads {
+            let at = self.plus(how.counter, i64::from(ahead * step), insts);
+            rounds.insert(ahead, Round { renamed: HashMap::from([(how.counter, at)]), same: ahead == 0 });
+        }
+        let early: BTreeSet<ValueId> = fills.iter().filter(|f| f.lead > 0).map(|f| f.result).collect();
+        let mut next: BTreeMap<(usize, usize), ValueId> = BTreeMap::new();
+        let mut late: Vec<(usize, usize)> = Vec::new();
+        let mut order: Vec<usize> = (0..fills.len()).collect();
+        order.sort_by_key(|&i| fills[i].lead);
+        for i in order {
+            let f = &fills[i];
+            let own = f.leaves.iter().map(|l| (l.load, l.carried[0])).collect();
+            let Some(round) = rounds.get_mut(&f.lead) else { continue };
+            self.put_down(f, f.result, how, (round, &own), insts);
+            for (l, leaf) in f.leaves.iter().enumerate() {
+                // What comes from where this round's fills say has to wait for them; so does what says where they come from.
+                if f.lead > 0 || self.rows_of(f, leaf).iter().any(|v| early.contains(v) || own.contains_key(v)) {
+                    late.push((i, l));
+                } else if let Some(round) = rounds.get_mut(&leaf.lead) {
+                    next.insert((i, l), self.issue(f, leaf, how, (round, &HashMap::new()), insts));
+                }
+            }
+        }
+        // What is issued last is waited for last.
+        late.sort_by_key(|&(i, l)| fills[i].leaves[l].lead);
+        for (i, l) in late {
+            let (f, leaf) = (&fills[i], &fills[i].leaves[l]);
+            let age = (leaf.lead - f.lead) as usize;
+            let own = f.leaves.iter().filter_map(|o| Some((o.load, *o.carried.get(age)?))).collect();
+            if let Some(round) = rounds.get_mut(&leaf.lead) {
+                next.insert((i, l), self.issue(f, leaf, how, (round, &own), insts));
+            }
+        }
+        next.into_values().collect()
+    }
+
+    /// What says where a leaf comes from, besides its index.
+    fn rows_of(&self, f: &Fill, leaf: &Leaf) -> BTreeSet<ValueId> {
+        let loads: Vec<ValueId> = f.leaves.iter().map(|l| l.load).collect();
+        let mut from = BTreeSet::new();
+        if let Some(tile::Op::Gather { rows, .. }) = self.op_of(f, leaf.load) {
+            self.sources(*rows, &loads, &mut from);
+        }
+        from
+    }
+
+    /// Puts a fill down as `r`, from `own` by load.
+    fn put_down(
+        &mut self,
+        f: &Fill,
+        r: ValueId,
+        how: &Rewriting,
+        (round, own): (&mut Round, &HashMap<ValueId, ValueId>),
+        out: &mut Vec<Inst>,
+    ) {
+        let op = match own.get(&f.result) {
+            Some(&held) => {
+                tile::Op::Map { inputs: vec![held], body: MapFn { insts: Vec::new(), result: MapArg::Input(0) } }
+            }
+            None => self.op_in(&f.op, how, (round, own), out),
+        };
+        self.emit(r, op, out);
+    }
+
+    /// Issues a load for a round; `own` are others of the same fill.
+    fn issue(
+        &mut self,
+        f: &Fill,
+        leaf: &Leaf,
+        how: &Rewriting,
+        (round, own): (&mut Round, &HashMap<ValueId, ValueId>),
+        out: &mut Vec<Inst>,
+    ) -> ValueId {
+        let op = self.op_of(f, leaf.load).cloned().expect("it is a load");
+        let op = self.op_in(&op, how, (round, own), out);
+        let v = self.fresh(self.types[leaf.load.0 as usize].clone(), Place::Held);
+        self.emit(v, op, out);
+        v
+    }
+
+    /// An op on what its operands are in a round.
+    fn op_in(
+        &mut self,
+        op: &tile::Op,
+        how: &Rewriting,
+        (round, own): (&mut Round, &HashMap<ValueId, ValueId>),
+        out: &mut Vec<Inst>,
+    ) -> tile::Op {
+        let mut op = op.clone();
+        let mut again = HashMap::new();
+        for v in tile::operands(&op) {
+            again.insert(v, self.in_round(v, how, (round, own), out));
+        }
+        tile::for_each_operand(&mut op, &mut |v| *v = again.get(v).copied().unwrap_or(*v));
+        op
+    }
+
+    /// What a value is in a round: single ones and lazy ones are made anew.
+    fn in_round(
+        &mut self,
+        v: ValueId,
+        how: &Rewriting,
+        (round, own): (&mut Round, &HashMap<ValueId, ValueId>),
+        out: &mut Vec<Inst>,
+    ) -> ValueId {
+        if let Some(&v) = own.get(&v).or_else(|| round.renamed.get(&v)) {
+            return v;
+        }
+        let single = self.place(v) == &Place::Uniform;
+        let lazy = self.place(v) == &Place::Lazy;
+        let Some(op) = self.defs.get(&v).cloned().filter(|_| how.made.contains(&v) && (lazy || single && !round.same))
+        else {
+            return v;
+        };
+        let op = self.op_in(&op, how, (round, own), out);
+        let again = self.fresh(self.types[v.0 as usize].clone(), self.place(v).clone());
+        self.emit(again, op, out);
+        if single {
+            round.renamed.insert(v, again);
+        }
+        again
+    }
+
+    /// Whether a single value of a body is known from the counter, from outside, and from memory that nobody writes.
+    fn is_known(&self, v: ValueId, how: &Rewriting) -> bool {
+        if v == how.counter || !how.made.contains(&v) {
+            return true;
+        }
+        let Some(op) = self.defs.get(&v).filter(|_| self.place(v) == &Place::Uniform) else { return false };
+        let again = match op {
+            tile::Op::Map { .. } | tile::Op::Full { .. } | tile::Op::Reshape { .. } => true,
+            tile::Op::Load { view, .. } => self.only_reads(*view),
+            _ => false,
+        };
+        again && tile::operands(op).into_iter().all(|x| self.is_view(x) || self.is_known(x, how))
+    }
+
+    fn is_view(&self, v: ValueId) -> bool {
+        self.place(v) == &Place::View
+    }
+
+    fn only_reads(&self, view: ValueId) -> bool {
+        self.program.params.iter().any(|p| p.value == view && p.access == Access::Read)
     }
 }

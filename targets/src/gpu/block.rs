@@ -106,6 +106,6 @@ impl<'a> Threads<'a> {
         let l = self.f.open_loop(lo, hi, carried);
         let next = body(self, l.args[0], &l.args[1..]);
         self.f.close_loop(&l, step, &next);
-        l.args[1..].to_vec()
+        l.done[1..].to_vec()
     }
 }

@@ -34,7 +34,7 @@ impl<'a> Emitter<'a> {
                 self.t.arch.product(self, &s, &p, acc)
             }
         };
-        self.fragments.insert(r, values);
+        self.set_registers(r, &values);
     }
 
     /// Buffers that hold what matrix instructions take, where these take other bits than memory holds: filled from memory or by
@@ -153,7 +153,7 @@ impl<'a> Emitter<'a> {
             out
         };
         let (a_bytes, b_bytes) = (a_type.bytes() as i64, b_type.bytes() as i64);
-        self.steps(k / n, acc, |e, acc, at| {
+        self.steps((k / n, 0), Atom::Fma, acc, |e, acc, at| {
             let a_at = e.t.f.mul(at, i32(i64::from(n) * a_bytes));
             let lefts: Vec<Vec<Val>> = a_rows
                 .iter()
@@ -194,29 +194,32 @@ impl<'a> Emitter<'a> {
         if needed { self.t.f.intrinsic("smin", &[v, i32(limit.into())]) } else { v }
     }
 
-    /// Runs `body` for steps `0..count` on the accumulators: written out if few, else looped over.
+    /// Runs `body` for steps `0..count` on the accumulators: written out if few, or no more than `straight`, else looped over.
     pub fn steps(
         &mut self,
-        count: u32,
+        (count, straight): (u32, u32),
+        atom: Atom,
         mut acc: Vec<Val>,
         mut body: impl FnMut(&mut Self, &mut [Val], Val),
     ) -> Vec<Val> {
         let unrolled = if acc.len() > 64 { STEPS / 2 } else { STEPS };
-        if count <= 2 * unrolled {
+        if count <= straight.max(2 * unrolled) {
             for i in 0..count {
                 body(self, &mut acc, i32(i.into()));
             }
             return acc;
         }
         let looped = count / unrolled * unrolled;
-        let l = self.t.f.open_loop(i32(0), i32(looped.into()), &acc);
-        acc = l.args[1..].to_vec();
+        let kept = self.together(atom, &acc);
+        let l = self.t.f.open_loop(i32(0), i32(looped.into()), &kept);
+        acc = self.apart(&l.args[1..]);
         for i in 0..unrolled {
             let at = self.t.f.add(l.args[0], i32(i.into()));
             body(self, &mut acc, at);
         }
-        self.t.f.close_loop(&l, i32(unrolled.into()), &acc);
-        acc = l.args[1..].to_vec();
+        let kept = self.together(atom, &acc);
+        self.t.f.close_loop(&l, i32(unrolled.into()), &kept);
+        acc = self.apart(&l.done[1..]);
         for i in looped..count {
             body(self, &mut acc, i32(i.into()));
         }

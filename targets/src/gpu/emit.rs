@@ -3,6 +3,7 @@
 use super::block::Threads;
 use super::direct::{Ring, rings_in};
 use super::fragment::Spread;
+use super::held::Held;
 use super::isa;
 use super::mlir::{Ty, Val, i32, i64};
 use super::schedule::shared_bytes;
@@ -26,12 +27,10 @@ pub struct Emitter<'a> {
     pub fragments: HashMap<ValueId, Vec<Val>>,
     /// Buffers whose elements are as [`super::isa::Isa::operand_word`] makes them.
     pub ready: HashSet<BufferId>,
-    /// Loads that were made a round ahead, by the tile they are of: see [`super::ahead`].
-    pub ahead: HashMap<ValueId, Vec<Val>>,
+    /// Loads on their way.
+    pub held: Held<'a>,
     /// Inputs of arithmetic on fragments that were read before its turn, by result and input.
     pub early: HashMap<(ValueId, ValueId), Vec<Val>>,
-    /// Whether global memory is read at all: where this does not hold, a load's address is its view's first element.
-    pub reading: Val,
     /// By channel.
     pub rings: Vec<Ring>,
     /// What lies in a stage of a ring: the stage's first byte behind its buffer's.
@@ -60,9 +59,8 @@ impl<'a> Emitter<'a> {
             uniform: HashMap::new(),
             fragments: HashMap::new(),
             ready: HashSet::new(),
-            ahead: HashMap::new(),
+            held: Held::default(),
             early: HashMap::new(),
-            reading: Val::Int(1, Ty::I1),
             rings: s.channels.iter().map(|_| Ring::default()).collect(),
             taken: HashMap::new(),
             alternating: None,
@@ -73,6 +71,7 @@ impl<'a> Emitter<'a> {
             fault: None,
         };
         definitions(&s.common, &mut e.defs);
+        e.find_readers(&s.common);
         e.ready = e.only_multiplied();
         for (i, p) in s.params.iter().enumerate() {
             e.params.insert(p.value, Val::Arg(i as u32, Ty::Global));
@@ -267,8 +266,10 @@ impl<'a> Emitter<'a> {
             }
             Place::Fragment(f) => {
                 let spread = Spread::new(self, *f, self.shape(like));
-                self.fragment(v, &spread)
+                let values = self.fragment(v, &spread);
+                self.together(f.atom, &values)
             }
+            Place::Held => self.held_registers(v),
             _ => Vec::new(),
         }
     }
@@ -280,7 +281,8 @@ impl<'a> Emitter<'a> {
                 1
             }
             Place::Fragment(f) => {
-                let n = Spread::count(*f, self.shape(v));
+                let fours = values.first().is_some_and(|v| v.ty() == Ty::Quad);
+                let n = Spread::count(*f, self.shape(v)) / if fours { 4 } else { 1 };
                 self.fragments.insert(v, values[..n].to_vec());
                 n
             }
@@ -290,18 +292,16 @@ impl<'a> Emitter<'a> {
 
     fn for_loop(&mut self, inst: &'a Inst, (lo, hi, step): (Index, Index, u32), init: &[ValueId], body: &'a Block) {
         let d = divisor::gcd(self.divisor(lo), step.into());
-        let (lo, hi) = (self.index(lo), self.index(hi));
+        // All threads go round together, and the compiler is to know it.
+        let [lo, hi] = [lo, hi].map(|i| {
+            let i = self.index(i);
+            self.t.arch.uniform(&mut self.t.f, i)
+        });
         let mut carried = Vec::new();
         for (i, &v) in init.iter().enumerate() {
             carried.extend(self.registers(v, body.args[i + 1]));
         }
         self.divisors.insert(body.args[0], d);
-        let ahead = super::ahead::find(self, body);
-        if ahead.behind_barrier {
-            self.t.barrier();
-        }
-        let first = self.load_ahead(&ahead, body, lo, hi);
-        carried.extend(first.iter().flatten());
         let mut rings = Vec::new();
         rings_in(body, &mut rings);
         self.begin_alternation(body);
@@ -311,25 +311,24 @@ impl<'a> Emitter<'a> {
         let l = self.t.f.open_loop(lo, hi, &carried);
         self.uniform.insert(body.args[0], l.args[0]);
         let mut at = 1;
-        for &arg in &body.args[1..] {
-            at += self.define(arg, &l.args[at..]);
-        }
-        for (load, values) in ahead.loads.iter().zip(&first) {
-            self.ahead.insert(load.result, l.args[at..at + values.len()].to_vec());
-            at += values.len();
+        for (&arg, &given) in body.args[1..].iter().zip(init) {
+            at += match self.place(arg) {
+                Place::Held => self.hold_argument(arg, given, &l.args[at..]),
+                _ => self.define(arg, &l.args[at..]),
+            };
         }
         self.set_ring_state(&rings, &l.args[at..]);
-        let mut loaded = Vec::new();
         let product = |inst: &Inst| matches!(inst.op, Op::Tile(tile::Op::Dot { .. }));
         let first_product = body.insts.iter().position(product).filter(|_| !rings.is_empty());
+        let held = |inst: &Inst| inst.results.iter().any(|r| self.place(*r) == &Place::Held);
+        let first_held = body.insts.iter().position(held);
         for (i, inst) in body.insts.iter().enumerate() {
             if first_product == Some(i) {
                 self.read_early(&body.insts[i..], |e, v, _| e.reads_slot(v));
             }
-            if ahead.before == Some(i) {
+            // Loads are answered in order: what this round still needs goes before those of further ones.
+            if first_held == Some(i) {
                 self.read_early(&body.insts[i..], Emitter::loads_only);
-                let next = self.t.f.add(l.args[0], i32(step.into()));
-                loaded = self.load_ahead(&ahead, body, next, hi);
             }
             self.inst(inst);
         }
@@ -337,22 +336,22 @@ impl<'a> Emitter<'a> {
         for (i, &v) in body.yields.iter().enumerate() {
             next.extend(self.registers(v, body.args[i + 1]));
         }
-        next.extend(loaded.iter().flatten());
         next.extend(self.ring_state(&rings));
         if self.under_way(&rings) != under_way {
             self.fault = Some("a round leaves other copies under way than it found".into());
         }
         self.t.f.close_loop(&l, i32(step.into()), &next);
-        self.set_ring_state(&rings, &l.args[l.args.len() - stages.len()..]);
+        self.set_ring_state(&rings, &l.done[l.done.len() - stages.len()..]);
         self.end_alternation(body);
         let mut at = 1;
         for &r in &inst.results {
-            at += self.define(r, &l.args[at..]);
+            at += self.define(r, &l.done[at..]);
         }
     }
 
     fn branch(&mut self, inst: &'a Inst, cond: ValueId, then: &'a Block, otherwise: &'a Block) {
         let c = self.chunk(cond, &[], 1)[0];
+        let c = self.t.arch.uniform(&mut self.t.f, c);
         let (yes, no, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
         self.t.f.cond_br(c, (yes, &[]), (no, &[]));
         let mut types = Vec::new();
@@ -415,6 +414,7 @@ impl<'a> Emitter<'a> {
         let r = inst.results[0];
         match self.place(r) {
             Place::Lazy | Place::View => {}
+            Place::Held => self.hold(r, op),
             Place::Uniform => {
                 let at = vec![i32(0); self.shape(r).len()];
                 // What no kernel writes while this one reads it may be loaded once for all lanes.
@@ -429,7 +429,7 @@ impl<'a> Emitter<'a> {
             Place::Fragment(f) => {
                 let spread = Spread::new(self, *f, self.shape(r));
                 let values = self.fragment_of(op, r, &spread);
-                self.fragments.insert(r, values);
+                self.set_registers(r, &values);
             }
             Place::Shared(b) => match op {
                 tile::Op::Map { inputs, body } if body.insts.is_empty() && self.is_fragment(inputs[0]) => {

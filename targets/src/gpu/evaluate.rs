@@ -49,12 +49,15 @@ impl<'a> Emitter<'a> {
     /// `n` neighbours along the last axis of a tile, from these coordinates; as they are stored ([`isa::stored`]).
     pub fn chunk(&mut self, v: ValueId, at: &[Val], n: u32) -> Vec<Val> {
         match self.place(v) {
+            // Where only loads are asked for, the rest may be of another round.
+            Place::Uniform if self.is_collecting() && !self.uniform.contains_key(&v) => self.nothing(v, n),
             Place::Uniform => vec![self.uniform[&v]; n as usize],
             Place::Shared(b) => self.load_buffer(self.buffer(*b), i32(0), self.dtype(v), (self.shape(v), at), n),
             Place::Slot(c, slot) => {
                 let (b, stage) = (self.slot_buffer(*c, *slot), self.stage_byte(v));
                 self.load_buffer(b, stage, self.dtype(v), (self.shape(v), at), n)
             }
+            Place::Held => self.held_chunk(v, at, n),
             Place::Lazy => match self.defs.get(&v) {
                 Some(&op) => self.evaluate(op, v, at, n),
                 None => unreachable!("lazy %{} has a definition", v.0),
@@ -188,7 +191,15 @@ impl<'a> Emitter<'a> {
     /// Neighbours of a tile that is read from memory as f32, by words; none if the chip or the tile has no such way.
     pub fn widened(&mut self, v: ValueId, at: &[Val], n: u32) -> Option<Vec<Val>> {
         let (dtype, arch) = (self.dtype(v), self.t.arch);
-        if !arch.widens_words(dtype) || !(n * dtype.bytes() as u32).is_multiple_of(4) || self.place(v) != &Place::Lazy {
+        if !arch.widens_words(dtype) || !(n * dtype.bytes() as u32).is_multiple_of(4) {
+            return None;
+        }
+        if self.place(v) == &Place::Held {
+            let words = self.held_words(v, at, n)?;
+            let wide = words.into_iter().map(|word| arch.widen_word(&mut self.t.f, word, dtype));
+            return Some(wide.collect::<Option<Vec<_>>>()?.concat());
+        }
+        if self.place(v) != &Place::Lazy {
             return None;
         }
         let access = self.source(self.definition(v)?, at, n)?;

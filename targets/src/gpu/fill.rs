@@ -2,7 +2,6 @@
 
 use super::emit::Emitter;
 use super::evaluate::power_of_two_in;
-use super::memory::Access;
 use super::mlir::{Ty, Val, f32, i32};
 use super::schedule::matrix;
 use dsc_ir::sched::{Buffer, Place};
@@ -71,7 +70,7 @@ impl<'a> Emitter<'a> {
         let l = self.t.f.open_loop(tid, i32((looped * threads).into()), &[]);
         group(self, l.args[0], IN_FLIGHT, false);
         self.t.f.close_loop(&l, i32((IN_FLIGHT * threads).into()), &[]);
-        group(self, l.args[0], rounds - looped, true);
+        group(self, l.done[0], rounds - looped, true);
     }
 
     /// The chunk of a round, and whether there is one: of `total`, if this thread may be beyond them.
@@ -94,7 +93,7 @@ impl<'a> Emitter<'a> {
 
     /// Row and column of a chunk of the buffer; where to read it from, which is its place or the tile's beginning; and whether that
     /// is inside the tile.
-    fn place_of(&mut self, fill: &Fill, c: Val) -> ([Val; 2], [Val; 2], Val) {
+    pub fn place_of(&mut self, fill: &Fill, c: Val) -> ([Val; 2], [Val; 2], Val) {
         let [rows, cols] = matrix(self.shape(fill.r));
         let [all_rows, all_cols] = fill.b.shape;
         let per_row = all_cols / fill.n;
@@ -116,37 +115,32 @@ impl<'a> Emitter<'a> {
         ([row, col], [from_row, from_col], ok)
     }
 
-    /// Where a chunk of a tile that is moved from global memory as it is comes from; none for others.
-    pub fn moved_from(&mut self, fill: &Fill<'a>, c: Val) -> Option<Access> {
-        if !self.t.arch.moves_words() {
-            return None;
-        }
+    /// A piece of a tile, as its op makes it: by words, where it only moves and that can be.
+    pub fn evaluate_fill(&mut self, fill: &Fill<'a>, c: Val) -> Vec<Val> {
         let (_, [row, col], _) = self.place_of(fill, c);
         let shape = self.shape(fill.r);
         let mut at = self.delinear(row, &shape[..shape.len().saturating_sub(1)]);
         if !shape.is_empty() {
             at.push(col);
         }
-        self.source(fill.op, &at, fill.n)
+        let held = match fill.op {
+            tile::Op::Map { inputs, body } if body.insts.is_empty() && self.place(inputs[0]) == &Place::Held => {
+                self.held_words(inputs[0], &at, fill.n)
+            }
+            _ => None,
+        };
+        if let Some(words) = held {
+            return words;
+        }
+        let moved = if self.t.arch.moves_words() { self.source(fill.op, &at, fill.n) } else { None };
+        let Some(access) = moved else { return self.evaluate(fill.op, fill.r, &at, fill.n) };
+        let words = self.load_from(&access, true);
+        self.masked(&access, words)
     }
 
-    /// A chunk of a tile as its buffer holds it: `loaded` as [`Emitter::load_from`] gave it, or evaluated.
-    fn chunk_of(&mut self, fill: &Fill<'a>, c: Val, loaded: Option<Vec<Val>>) -> Vec<Val> {
-        let values = match self.moved_from(fill, c) {
-            Some(access) => {
-                let loaded = loaded.unwrap_or_else(|| self.load_from(&access, true));
-                self.masked(&access, loaded)
-            }
-            None => {
-                let (_, [row, col], _) = self.place_of(fill, c);
-                let shape = self.shape(fill.r);
-                let mut at = self.delinear(row, &shape[..shape.len().saturating_sub(1)]);
-                if !shape.is_empty() {
-                    at.push(col);
-                }
-                self.evaluate(fill.op, fill.r, &at, fill.n)
-            }
-        };
+    /// A chunk of a tile as its buffer holds it.
+    pub fn chunk_of(&mut self, fill: &Fill<'a>, c: Val) -> Vec<Val> {
+        let values = self.evaluate_fill(fill, c);
         let values = if fill.ready { self.operand(self.dtype(fill.r), &values) } else { values };
         let (.., ok) = self.place_of(fill, c);
         let zero = if values[0].ty() == Ty::F32 { f32(0.0) } else { Val::Int(0, values[0].ty()) };
@@ -156,19 +150,12 @@ impl<'a> Emitter<'a> {
     /// Evaluates a tile into its buffer; padding is zero.
     pub fn materialise(&mut self, op: &'a tile::Op, r: ValueId, b: &'a Buffer) {
         let fill = self.fill(op, r, b);
-        let ahead = self.ahead.remove(&r);
-        let mut at = 0;
+        if self.is_put_down(r) {
+            return self.put_down(&fill);
+        }
         self.each_chunk(
             fill.chunks(),
-            |e, c| {
-                // All rounds of what is loaded ahead are written out, with as many values each.
-                let loaded = ahead.as_ref().map(|values| {
-                    let count = values.len() / fill.rounds(e.t.threads) as usize;
-                    at += count;
-                    values[at - count..at].to_vec()
-                });
-                e.chunk_of(&fill, c, loaded)
-            },
+            |e, c| e.chunk_of(&fill, c),
             |e, c, values, ok| {
                 let ([row, col], ..) = e.place_of(&fill, c);
                 let dtype = e.dtype(r);

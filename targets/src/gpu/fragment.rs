@@ -18,7 +18,7 @@ pub struct Spread {
     pub rows: Vec<(Val, Val)>,
     /// First columns of the groups, clamped, and whether they exist.
     pub groups: Vec<(Val, Val)>,
-    /// Columns of a group.
+    /// Columns of a group. They lie by fours in registers, each four every `width / 4`-th column, where there are more than that.
     pub width: u32,
     /// Rows and columns of the tile.
     pub shape: [u32; 2],
@@ -64,6 +64,9 @@ impl Layout {
             }
             Atom::Mfma16x64 => {
                 Layout { lanes: 64, unit: [16, 64], width: 16, row_steps: &[0], ..one([1, 16, 1], [16, 4, 16]) }
+            }
+            Atom::Mfma16x128 => {
+                Layout { lanes: 64, unit: [16, 128], width: 32, row_steps: &[0], ..one([1, 16, 1], [16, 4, 32]) }
             }
             _ => one([4, 8, 1], [1, 4, 2]),
         }
@@ -123,9 +126,21 @@ impl Spread {
         Spread { rows, groups, width, shape, column_lanes, row_lanes, lane, warp, warps: f.warps, block }
     }
 
-    /// Number of a register.
+    /// Number of the register of a row's column `e` of a group.
     pub fn register(&self, row: usize, group: usize, e: u32) -> usize {
-        (row * self.groups.len() + group) * self.width as usize + e as usize
+        let fours = (self.width / 4).max(1);
+        (row * self.groups.len() + group) * self.width as usize + (e % fours * 4 + e / fours) as usize
+    }
+
+    /// A group's registers in the order of its columns.
+    fn columns(&self, row: usize, group: usize, values: &[Val]) -> Vec<Val> {
+        (0..self.width).map(|e| values[self.register(row, group, e)]).collect()
+    }
+
+    /// A group's columns in the order of its registers.
+    fn in_registers(&self, columns: &[Val]) -> Vec<Val> {
+        let fours = (self.width / 4).max(1);
+        (0..self.width).map(|r| columns[(r % 4 * fours + r / 4) as usize]).collect()
     }
 
     /// Whether every group of columns is whole.
@@ -159,9 +174,33 @@ impl<'a> Emitter<'a> {
     /// A value's registers: its own, or read at the coordinates of the spread.
     pub fn fragment(&mut self, v: ValueId, s: &Spread) -> Vec<Val> {
         if self.is_fragment(v) {
-            return self.fragments[&v].clone();
+            return self.registers_of(v);
         }
         self.fragment_input(v, self.shape(v), s)
+    }
+
+    /// The registers of a fragment.
+    pub fn registers_of(&mut self, v: ValueId) -> Vec<Val> {
+        let kept = self.fragments[&v].clone();
+        self.apart(&kept)
+    }
+
+    /// Sets the registers of a fragment.
+    pub fn set_registers(&mut self, v: ValueId, values: &[Val]) {
+        let Place::Fragment(f) = self.place(v) else { unreachable!("a fragment") };
+        let kept = self.together(f.atom, values);
+        self.fragments.insert(v, kept);
+    }
+
+    /// Registers as they go from block to block.
+    pub fn together(&mut self, atom: Atom, values: &[Val]) -> Vec<Val> {
+        let floats = values.len().is_multiple_of(4) && values.iter().all(|v| v.ty() == Ty::F32);
+        if floats && self.t.arch.keeps_quads(atom) { self.t.f.quads(values) } else { values.to_vec() }
+    }
+
+    /// The same back.
+    pub fn apart(&mut self, kept: &[Val]) -> Vec<Val> {
+        if kept.iter().all(|v| v.ty() == Ty::Quad) { self.t.f.of_quads(kept) } else { kept.to_vec() }
     }
 
     /// `v`, broadcast to a result of `shape`, at the coordinates of the spread.
@@ -195,6 +234,7 @@ impl<'a> Emitter<'a> {
                         })
                         .collect()
                 };
+                let values = if s.width > 4 { s.in_registers(&values) } else { values };
                 out.extend(values.iter().copied());
                 seen.insert(key, values);
             }
@@ -211,7 +251,7 @@ impl<'a> Emitter<'a> {
                 for &i in inputs {
                     args.push(match self.early.remove(&(r, i)) {
                         Some(values) => values,
-                        None if self.is_fragment(i) => self.fragments[&i].clone(),
+                        None if self.is_fragment(i) => self.registers_of(i),
                         None => self.fragment_input(i, shape, s),
                     });
                 }
@@ -230,7 +270,7 @@ impl<'a> Emitter<'a> {
                 let arch = self.t.arch;
                 arith::apply_each(&mut self.t.f, arch, body, &args, count)
             }
-            tile::Op::Reshape { x, .. } => self.fragments[x].clone(),
+            tile::Op::Reshape { x, .. } => self.registers_of(*x),
             _ => unreachable!("{op:?} does not make fragments"),
         }
     }
@@ -240,15 +280,14 @@ impl<'a> Emitter<'a> {
         let Place::Fragment(f) = self.place(v) else { unreachable!("a fragment") };
         let s = Spread::new(self, *f, self.shape(v));
         let dtype = self.dtype(v);
-        let values = self.fragments[&v].clone();
+        let values = self.registers_of(v);
         if b.shape != s.shape {
             self.zero_buffer(b);
             self.t.barrier();
         }
         for (ri, &(row, row_ok)) in s.rows.iter().enumerate() {
             for (gi, &(col, col_ok)) in s.groups.iter().enumerate() {
-                let first = s.register(ri, gi, 0);
-                let group = &values[first..first + s.width as usize];
+                let group = &s.columns(ri, gi, &values)[..];
                 if s.even() {
                     let ok = self.t.f.bin("and", row_ok, col_ok);
                     self.guarded(ok, |e| e.store_buffer(b, dtype, row, col, group));
@@ -282,14 +321,13 @@ impl<'a> Emitter<'a> {
         let Place::Fragment(f) = self.place(v) else { unreachable!("a fragment") };
         let s = Spread::new(self, *f, self.shape(v));
         let leading = &self.shape(v)[..self.shape(v).len() - 1];
-        let values = self.fragments[&v].clone();
+        let values = self.registers_of(v);
         for (ri, &(row, row_ok)) in s.rows.iter().enumerate() {
             let mut at = self.delinear(row, leading);
             at.push(i32(0));
             let last = at.len() - 1;
             for (gi, &(col, col_ok)) in s.groups.iter().enumerate() {
-                let first = s.register(ri, gi, 0);
-                let group = &values[first..first + s.width as usize];
+                let group = &s.columns(ri, gi, &values)[..];
                 if s.even() {
                     at[last] = col;
                     let ok = self.t.f.bin("and", row_ok, col_ok);

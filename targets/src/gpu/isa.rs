@@ -123,6 +123,18 @@ pub trait Isa: Sync {
         false
     }
 
+    /// The value in a register of its own, where the compiler is not to know that it is the same.
+    fn moved(&self, f: &mut Fn, v: Val) -> Val {
+        let _ = f;
+        v
+    }
+
+    /// Whether registers of fragments stay together by fours from block to block: what the instruction leaves and takes.
+    fn keeps_quads(&self, atom: Atom) -> bool {
+        let _ = atom;
+        false
+    }
+
     /// Whether sums and products of two f32 beside each other are one instruction.
     fn pairs(&self) -> bool {
         false
@@ -164,6 +176,11 @@ pub trait Isa: Sync {
     /// The same when what was read from shared memory is there.
     fn turn_behind_reads(&self, f: &mut Fn) {
         self.barrier(f);
+    }
+
+    /// No instruction moves across.
+    fn keep_order(&self, f: &mut Fn) {
+        let _ = f;
     }
 
     /// Whether these threads go first where several could issue.

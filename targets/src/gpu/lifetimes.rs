@@ -4,11 +4,17 @@ use super::barriers::Reads;
 use dsc_ir::sched::{Block, Buffer, BufferId, Op};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Gives every buffer an offset: buffers that live at once do not overlap.
-pub fn allocate(buffers: &mut [Buffer], block: &Block, reads: &Reads) {
+/// Gives every buffer an offset: buffers that live at once do not overlap, and those of at most `own` bytes never do, so that nobody waits for others
+/// who still read what was there.
+pub fn allocate(buffers: &mut [Buffer], block: &Block, reads: &Reads, own: u32) {
     let mut lives: BTreeMap<BufferId, [u32; 2]> = BTreeMap::new();
     let mut at = 0;
     lifetimes(block, reads, &mut at, &mut lives, &mut Vec::new());
+    for (id, life) in &mut lives {
+        if buffers[id.0 as usize].bytes() <= own {
+            *life = [0, u32::MAX];
+        }
+    }
     let mut order: Vec<BufferId> = lives.keys().copied().collect();
     order.sort_by_key(|b| (std::cmp::Reverse(buffers[b.0 as usize].bytes()), *b));
     let mut placed: Vec<(BufferId, [u32; 2])> = Vec::new();

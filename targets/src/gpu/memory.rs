@@ -22,7 +22,7 @@ pub struct Access {
     /// Whether all elements may be moved at once.
     pub whole: bool,
     /// Whether the elements are inside the view: one for all if `whole`, else one each.
-    inside: Vec<Val>,
+    pub inside: Vec<Val>,
     /// Bytes from element to element.
     step: Val,
 }
@@ -172,8 +172,7 @@ impl<'a> Emitter<'a> {
         }
         let mut values = Vec::new();
         if a.whole {
-            let inside = self.t.f.bin("and", self.reading, a.inside[0]);
-            let from = self.t.f.select(inside, a.at, a.first);
+            let from = self.t.f.select(a.inside[0], a.at, a.first);
             let most = (16 / ty.bytes()).min(n);
             for i in (0..n).step_by(most as usize) {
                 let from = self.t.f.offset(from, i64((i * ty.bytes()).into()));
@@ -183,7 +182,6 @@ impl<'a> Emitter<'a> {
         }
         let mut element = a.at;
         for &inside in &a.inside {
-            let inside = self.t.f.bin("and", self.reading, inside);
             let from = self.t.f.select(inside, element, a.first);
             values.push(self.t.f.load(from, ty, 1)[0]);
             element = self.t.f.offset(element, a.step);

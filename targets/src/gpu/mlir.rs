@@ -21,6 +21,8 @@ pub enum Ty {
     I64,
     /// Float.
     F32,
+    /// Four floats in registers beside each other.
+    Quad,
     /// Address in global memory.
     Global,
     /// Address in shared memory.
@@ -41,6 +43,7 @@ impl Ty {
             Ty::I32 => "i32",
             Ty::I64 => "i64",
             Ty::F32 => "f32",
+            Ty::Quad => "vector<4xf32>",
             Ty::Global => "!llvm.ptr<1>",
             Ty::Shared => "!llvm.ptr<3>",
             Ty::Generic => "!llvm.ptr",
@@ -55,6 +58,7 @@ impl Ty {
             Ty::I16 => 2,
             Ty::I32 | Ty::F32 => 4,
             Ty::I64 | Ty::Global | Ty::Shared | Ty::Generic | Ty::Constant => 8,
+            Ty::Quad => 16,
         }
     }
 }
@@ -111,8 +115,11 @@ pub struct Label(u32);
 
 /// A loop that is open.
 pub struct Loop {
-    /// The counter, then what is carried: in the body of this round, after the loop of the last.
+    /// The counter, then what is carried, in the body.
     pub args: Vec<Val>,
+    /// The same after the loop.
+    pub done: Vec<Val>,
+    hi: Val,
     head: Label,
     after: Label,
 }
@@ -125,6 +132,8 @@ pub struct Fn {
     text: String,
     /// Whether loads of global memory are of what nobody writes meanwhile.
     pub constant: bool,
+    /// Whether loops ask at the end of a round whether there is another one, as some compilers take loops best.
+    pub asks_last: bool,
 }
 
 impl Fn {
@@ -420,10 +429,15 @@ impl Fn {
     /// Starts a block with arguments of these types.
     pub fn start(&mut self, label: Label, args: &[Ty]) -> Vec<Val> {
         let values: Vec<Val> = args.iter().map(|&t| self.fresh(t)).collect();
+        self.begin(label, &values);
+        values
+    }
+
+    /// Starts a block with arguments of these names.
+    fn begin(&mut self, label: Label, values: &[Val]) {
         let list: Vec<String> = values.iter().map(|&v| format!("{}: {}", self.name(v), v.ty().name())).collect();
         let list = if list.is_empty() { String::new() } else { format!("({})", list.join(", ")) };
         let _ = writeln!(self.text, "  ^bb{}{list}:", label.0);
-        values
     }
 
     fn target(&mut self, label: Label, args: &[Val]) -> String {
@@ -441,20 +455,58 @@ impl Fn {
         let mut args = vec![lo];
         args.extend_from_slice(carried);
         let types: Vec<Ty> = args.iter().map(|a| a.ty()).collect();
+        if self.asks_last {
+            let more = self.cmp("slt", lo, hi);
+            self.cond_br(more, (head, &args), (after, &args));
+            let args = self.start(head, &types);
+            let done = types.iter().map(|&t| self.fresh(t)).collect();
+            return Loop { args, done, hi, head, after };
+        }
         self.br(head, &args);
         let args = self.start(head, &types);
         let more = self.cmp("slt", args[0], hi);
         self.cond_br(more, (inside, &[]), (after, &[]));
         self.start(inside, &[]);
-        Loop { args, head, after }
+        Loop { done: args.clone(), args, hi, head, after }
     }
 
-    /// Ends a loop's body: the counter grows by `step`, `next` is carried on. [`Loop::args`] then hold what the last round left.
+    /// Ends a loop's body: the counter grows by `step`, `next` is carried on. [`Loop::done`] is what the last round left.
     pub fn close_loop(&mut self, l: &Loop, step: Val, next: &[Val]) {
         let mut args = vec![self.add(l.args[0], step)];
         args.extend_from_slice(next);
+        if self.asks_last {
+            let more = self.cmp("slt", args[0], l.hi);
+            self.cond_br(more, (l.head, &args), (l.after, &args));
+            return self.begin(l.after, &l.done);
+        }
         self.br(l.head, &args);
         self.start(l.after, &[]);
+    }
+
+    /// Floats by fours, each four one value.
+    pub fn quads(&mut self, values: &[Val]) -> Vec<Val> {
+        let one = |four: &[Val]| {
+            let mut built = self.op(&format!("llvm.mlir.undef : {}", Ty::Quad.name()), Ty::Quad);
+            for (i, &v) in four.iter().enumerate() {
+                let (v, i, before) = (self.name(v), self.name(i32(i as i64)), self.name(built));
+                built =
+                    self.op(&format!("llvm.insertelement {v}, {before}[{i} : i32] : {}", Ty::Quad.name()), Ty::Quad);
+            }
+            built
+        };
+        values.chunks(4).map(one).collect()
+    }
+
+    /// The floats of fours.
+    pub fn of_quads(&mut self, quads: &[Val]) -> Vec<Val> {
+        let one = |&quad: &Val| {
+            let quad = self.name(quad);
+            [0, 1, 2, 3].map(|i| {
+                let i = self.name(i32(i));
+                self.op(&format!("llvm.extractelement {quad}[{i} : i32] : {}", Ty::Quad.name()), Ty::F32)
+            })
+        };
+        quads.iter().flat_map(one).collect()
     }
 
     /// Opens a branch taken where `c` holds: what is written next is inside, up to [`Fn::close_if`] of the label.

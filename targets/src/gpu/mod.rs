@@ -11,14 +11,14 @@
 //! | `evaluate` | elementwise evaluation, by pieces of neighbours |
 //! | `memory`, `fill` | access to shared and global memory; tiles on their way there |
 //! | `ring`, `direct` | loops whose operands are copied to shared memory some rounds before |
-//! | `ahead` | loads a round before they are needed |
+//! | `ahead`, `held` | loops whose operands are loaded to registers rounds before; these loads |
 //! | `fragment` | tiles in registers as a matrix product leaves them |
 //! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
 //! | `arith` | scalar arithmetic of maps |
 //! | `mlir`, `block` | text of the dialects, and the running threads |
 //! | `llvm` | MLIR text to code, through the LLVM linked into this binary (feature `llvm`) |
 
-pub mod ahead;
+mod ahead;
 mod analysis;
 pub mod arith;
 pub mod barriers;
@@ -30,6 +30,7 @@ pub mod emit;
 pub mod evaluate;
 pub mod fill;
 pub mod fragment;
+pub mod held;
 pub mod isa;
 mod lifetimes;
 #[cfg(feature = "llvm")]

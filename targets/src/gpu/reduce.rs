@@ -101,7 +101,7 @@ impl<'a> Emitter<'a> {
         scratch: Option<u32>,
         to: Option<&'a Buffer>,
     ) -> Option<Val> {
-        let values = self.fragments[&x].clone();
+        let values = self.registers_of(x);
         let ty = values[0].ty();
         let none = identity(kind, ty);
         let (warps, outputs) = (s.warps[axis], s.shape[1 - axis]);
@@ -209,7 +209,7 @@ impl<'a> Emitter<'a> {
             carried = body(self, at, &carried);
         }
         self.t.f.close_loop(&l, i32(4), &carried);
-        carried = l.args[1..].to_vec();
+        carried = l.done[1..].to_vec();
         for i in looped..count {
             carried = body(self, i32(i.into()), &carried);
         }

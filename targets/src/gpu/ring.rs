@@ -239,7 +239,7 @@ impl Scheduler<'_> {
     }
 
     /// A new value.
-    fn fresh(&mut self, ty: Type, place: Place) -> ValueId {
+    pub(super) fn fresh(&mut self, ty: Type, place: Place) -> ValueId {
         self.types.push(ty);
         self.places.push(place);
         ValueId(self.types.len() as u32 - 1)
@@ -253,13 +253,13 @@ impl Scheduler<'_> {
         v
     }
 
-    fn emit(&mut self, v: ValueId, op: tile::Op, out: &mut Vec<Inst>) {
+    pub(super) fn emit(&mut self, v: ValueId, op: tile::Op, out: &mut Vec<Inst>) {
         self.defs.insert(v, op.clone());
         out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
     }
 
     /// A loop's bound as a value.
-    fn bound(&mut self, i: Index, out: &mut Vec<Inst>) -> ValueId {
+    pub(super) fn bound(&mut self, i: Index, out: &mut Vec<Inst>) -> ValueId {
         match i {
             Index::Value(v) => v,
             Index::Const(n) => {
@@ -327,7 +327,7 @@ impl Scheduler<'_> {
         }
     }
 
-    fn plus(&mut self, v: ValueId, n: i64, out: &mut Vec<Inst>) -> ValueId {
+    pub(super) fn plus(&mut self, v: ValueId, n: i64, out: &mut Vec<Inst>) -> ValueId {
         if n == 0 {
             return v;
         }
@@ -482,7 +482,7 @@ pub fn lane_bytes(b: &Buffer, operand: u32) -> u32 {
 }
 
 /// Values that a loop's body makes itself.
-fn made_in(body: &Block) -> HashSet<ValueId> {
+pub(super) fn made_in(body: &Block) -> HashSet<ValueId> {
     body.args.iter().chain(body.insts.iter().flat_map(|i| &i.results)).copied().collect()
 }
 

@@ -8,7 +8,8 @@
 //! * operands of products, reductions, concatenations, selections and whatever is read more than once are [`Place::Shared`];
 //! * the rest is [`Place::Lazy`]: views of other tiles, counters, and loads and arithmetic with one use, which fuse into it.
 //!
-//! Loops of products may get a ring of operands that are copied ahead ([`super::ring`]): [`Place::Slot`].
+//! Loops of products may get a ring of operands that are copied ahead ([`super::ring`]): [`Place::Slot`]; or load them ahead
+//! ([`super::ahead`]): [`Place::Held`].
 //!
 //! Then buffers get offsets by their lifetimes (`allocate`) and barriers go where a thread may meet another's write
 //! (`place_barriers`).
@@ -27,6 +28,9 @@ use super::lifetimes::allocate;
 use super::ring::Ring;
 use super::topk;
 
+/// Bytes of buffers that share their place with no others, where loops load ahead: statistics of rows.
+const SMALL: u32 = 1024;
+
 /// Applies a kernel's schedule on that architecture.
 ///
 /// # Errors
@@ -35,11 +39,14 @@ pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetErro
     if let Some(scheduled) = with_ring(kernel, arch) {
         return Ok(scheduled);
     }
-    let (scheduled, error) = match attempt(kernel, arch, How::Plain) {
+    let room = arch.ahead_bytes();
+    // What is put down ahead takes shared memory a little longer.
+    let error = match attempt(kernel, arch, How::Plain, room) {
         Ok(scheduled) => return Ok(scheduled),
-        Err(error) => (attempt(kernel, arch, How::Lean), error),
+        Err(error) => error,
     };
-    scheduled.map_err(|_| error)
+    let others = [(How::Plain, 0), (How::Lean, room), (How::Lean, 0)];
+    others.into_iter().find_map(|(how, room)| attempt(kernel, arch, how, room).ok()).ok_or(error)
 }
 
 /// With loops that copy rounds ahead, if there are such: as deep as is asked for, else four rounds if two blocks have room for them, or three.
@@ -52,8 +59,13 @@ fn with_ring(kernel: &Kernel, arch: &dyn Isa) -> Option<Scheduled> {
         n => &[(n, whole)],
     };
     let mut tries = depths.iter().filter_map(|&(stages, most)| {
-        let scheduled =
-            attempt(kernel, arch, How::Ring(Ring { lane_bytes, stages, near: kernel.schedule.near })).ok()?;
+        let scheduled = attempt(
+            kernel,
+            arch,
+            How::Ring(Ring { lane_bytes, stages, near: kernel.schedule.near }),
+            arch.ahead_bytes(),
+        )
+        .ok()?;
         (shared_bytes(&scheduled) <= most).then_some(scheduled)
     });
     tries.next()
@@ -70,7 +82,8 @@ enum How {
     Ring(Ring),
 }
 
-fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How) -> Result<Scheduled, TargetError> {
+/// `room`: bytes of a thread's registers for loads ahead.
+fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: u32) -> Result<Scheduled, TargetError> {
     let program = &kernel.program;
     let threads = threads(kernel);
     let analysis = Analysis::of(program, arch);
@@ -89,6 +102,7 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How) -> Result<Scheduled, Targe
         channels: Vec::new(),
         converts: [DType::E4m3, DType::Bf16, DType::F16].into_iter().filter(|&t| arch.converts(t)).collect(),
         lean: how == How::Lean,
+        in_place: room > 0,
         spilled: HashMap::new(),
         updated: program.params.iter().filter(|p| p.access == Access::ReadWrite).map(|p| p.value).collect(),
     };
@@ -106,8 +120,19 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How) -> Result<Scheduled, Targe
         }
         s.drop_unused_buffers(&mut common);
     }
+    let ahead = s.load_ahead(&mut common, room);
     let reads = Reads { defs: &s.defs, places: &s.places, channels: &s.channels };
-    allocate(&mut s.buffers, &common, &reads);
+    // Only pushes to selections ask whether something holds in any thread.
+    let mut pushes = false;
+    each(&program.body, &mut |inst| pushes |= matches!(inst.op, tile::Op::TopkPush { .. }));
+    let limit = arch.shared_per_block() - if pushes { arch.meeting_bytes() } else { 0 };
+    let small = if ahead { SMALL } else { 0 };
+    for own in [small, 0] {
+        allocate(&mut s.buffers, &common, &reads, own);
+        if bytes_of(&s.buffers) <= limit {
+            break;
+        }
+    }
     place_barriers(&mut common, &reads, &s.buffers, &s.updated);
     let scheduled = Scheduled {
         name: program.name.clone(),
@@ -128,10 +153,6 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How) -> Result<Scheduled, Targe
         roles: Vec::new(),
     };
     let bytes = shared_bytes(&scheduled);
-    // Only pushes to selections ask whether something holds in any thread.
-    let mut pushes = false;
-    each(&program.body, &mut |inst| pushes |= matches!(inst.op, tile::Op::TopkPush { .. }));
-    let limit = arch.shared_per_block() - if pushes { arch.meeting_bytes() } else { 0 };
     if bytes > limit {
         return Err(TargetError::Unsupported {
             kernel: program.name.clone(),
@@ -149,7 +170,11 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How) -> Result<Scheduled, Targe
 
 /// Bytes of shared memory of a block.
 pub fn shared_bytes(s: &Scheduled) -> u32 {
-    s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0)
+    bytes_of(&s.buffers)
+}
+
+fn bytes_of(buffers: &[Buffer]) -> u32 {
+    buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0)
 }
 
 fn table(buffers: &[Buffer]) -> String {
@@ -205,6 +230,8 @@ pub(super) struct Scheduler<'a> {
     pub(super) channels: Vec<Channel>,
     /// Types of which matrix instructions take other bits than memory holds.
     pub(super) converts: Vec<DType>,
+    /// Whether carried tiles are overwritten where they are read, if that can be.
+    in_place: bool,
     /// Whether what can be read again from global memory is not kept in shared memory.
     lean: bool,
     /// Shared copies of fragments, valid in the block being written.
@@ -297,12 +324,30 @@ impl Scheduler<'_> {
             }
             if there {
                 block.yields[i] = self.copy(v, target.clone(), &mut block.insts);
-            } else if !matches!(self.place(v), Place::Shared(_)) {
+            } else if !matches!(self.place(v), Place::Shared(_)) && !self.stays_in_place(v, target, targets) {
                 block.yields[i] = self.spill(v, &mut block.insts);
             }
         }
         self.spilled = spilled;
         block
+    }
+
+    /// Whether what goes to `target` is computed element by element from what is there and in no other of the targets: then each thread may
+    /// overwrite what it read. The chips that load ahead count barriers.
+    fn stays_in_place(&self, v: ValueId, target: &Place, targets: &[Place]) -> bool {
+        let Some(tile::Op::Map { inputs, .. }) = self.defs.get(&v).filter(|_| self.place(v) == &Place::Lazy) else {
+            return false;
+        };
+        self.in_place
+            && inputs.iter().all(|&x| {
+                let same = self.tile(x).shape == self.tile(v).shape;
+                match self.place(x) {
+                    Place::Uniform => true,
+                    Place::Shared(_) if self.place(x) == target => same,
+                    Place::Shared(_) => same && !targets.contains(self.place(x)),
+                    _ => same && self.stays_in_place(x, target, targets),
+                }
+            })
     }
 
     fn is_state(&self, v: ValueId) -> bool {

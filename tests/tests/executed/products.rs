@@ -2,6 +2,7 @@
 //! narrow for them.
 
 use super::Executed;
+use super::attention::Attention;
 use super::launches::Launch;
 use super::linear::Linear;
 use dsc_ir::schedule::Schedule;
@@ -12,6 +13,8 @@ use dsc_targets::{Kernel, Level, Target};
 
 /// Rows: ragged in every tile.
 const ROWS: u32 = 300;
+/// Tokens of attention, and rows that they choose of.
+const TOKENS: u32 = 5;
 
 /// A product, its schedule, and on which chips its loop copies its operands.
 struct Case {
@@ -52,9 +55,29 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// Attention over several rounds of keys, with and without codes; the columns of real models, and few.
+fn attention() -> Vec<Attention> {
+    let real = Attention {
+        heads: 16,
+        tile: 16,
+        latent: 512,
+        rope: 64,
+        k: 160,
+        keys: 32,
+        fp8: true,
+        parts: None,
+        searched: false,
+    };
+    vec![
+        real,
+        Attention { latent: 128, heads: 8, tile: 8, parts: Some(2), searched: true, ..real },
+        Attention { latent: 64, fp8: false, ..real },
+    ]
+}
+
 /// Random contents: factors near one, codes and numbers that are no NaN.
-fn launch(program: &Program) -> Launch<'_> {
-    let syms = SymValues([ROWS; 6]);
+fn launch(program: &Program, rows: u32) -> Launch<'_> {
+    let syms = SymValues([rows; 6]);
     let mut state = 1u64;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -62,11 +85,15 @@ fn launch(program: &Program) -> Launch<'_> {
     };
     let buffers = program.params.iter().map(|p| {
         let view = program.view(p.value).expect("a parameter is a view");
-        let elements: u64 = view.shape.iter().map(|e| e.eval(&syms)).product();
+        let last: u64 = view.shape.iter().zip(&view.strides).map(|(e, s)| (e.eval(&syms) - 1) * s.bytes as u64).sum();
+        let elements = (view.offset + last) / view.dtype.bytes() as u64 + 1;
         let mut bytes = Vec::new();
         for _ in 0..elements {
             let n = next();
             match view.dtype {
+                // Numbers of rows, some of which there are not, and how many a token has.
+                DType::I32 if p.name == "indices" => bytes.extend((n as i32 % (rows as i32 + 6) - 3).to_le_bytes()),
+                DType::I32 => bytes.extend((n as i32 % 200).to_le_bytes()),
                 DType::F32 => bytes.extend((0.5 + (n % 1000) as f32 / 1000.0).to_le_bytes()),
                 DType::Bf16 => bytes.extend(((n & 0x81ff | 0x3e00) as u16).to_le_bytes()),
                 _ => bytes.push((n & 0x80 | (0x20 + n % 32)) as u8),
@@ -82,22 +109,34 @@ fn launch(program: &Program) -> Launch<'_> {
 fn check(chip: &str) {
     let target = Executed::keeping(chip, vec![Level::Sched]);
     let cases = cases();
-    let kernels: Vec<Kernel> = cases
-        .iter()
-        .enumerate()
+    let products = cases.iter().enumerate();
+    let mut kernels: Vec<Kernel> = products
         .map(|(i, c)| Kernel { program: c.linear.program(&format!("product{i}")), schedule: c.schedule.clone() })
         .collect();
+    let attention = attention().into_iter().enumerate();
+    kernels.extend(
+        attention.map(|(i, a)| Kernel { program: a.program(&format!("attention{i}")), schedule: Schedule::default() }),
+    );
     let module = target.compile(&kernels).unwrap_or_else(|e| panic!("{chip}: {e}"));
     let mut failures = Vec::new();
-    for (i, (case, kernel)) in cases.iter().zip(&kernels).enumerate() {
-        let sched = &module.listings[i].text;
-        let (copies, alternates) = (sched.contains("copy c0.0"), sched.contains(" alternate "));
-        let expected = case.copies.contains(&chip);
-        if copies != expected || alternates != (expected && case.schedule.alternate) {
-            failures.push(format!("product{i}: copies: {copies}, alternates: {alternates}"));
+    for (i, kernel) in kernels.iter().enumerate() {
+        let (sched, name) = (&module.listings[i].text, &kernel.program.name);
+        match cases.get(i) {
+            Some(case) => {
+                let (copies, alternates) = (sched.contains("copy c0.0"), sched.contains(" alternate "));
+                let expected = case.copies.contains(&chip);
+                if copies != expected || alternates != (expected && case.schedule.alternate) {
+                    failures.push(format!("{name}: copies: {copies}, alternates: {alternates}"));
+                }
+            }
+            None if !sched.contains("= gather %latent") || !sched.contains("@held") => {
+                failures.push(format!("{name} gathers nothing ahead"));
+            }
+            None => {}
         }
-        match target.check(i, &launch(&kernel.program)) {
-            Err(e) => failures.push(format!("product{i}: {e}")),
+        let rows = if i < cases.len() { ROWS } else { TOKENS };
+        match target.check(i, &launch(&kernel.program, rows)) {
+            Err(e) => failures.push(format!("{name}: {e}")),
             Ok(errors) => {
                 for (dtype, worst) in errors {
                     let most = match dtype {
@@ -106,7 +145,7 @@ fn check(chip: &str) {
                         _ => 0.13,
                     };
                     if worst.error > most {
-                        failures.push(format!("product{i}, {dtype}: {:.1e}: {}", worst.error, worst.what));
+                        failures.push(format!("{name}, {dtype}: {:.1e}: {}", worst.error, worst.what));
                     }
                 }
             }

@@ -131,6 +131,11 @@ impl Walk<'_> {
     fn registers(&self, v: ValueId) -> u64 {
         match (self.definitions.place(v), self.kernel.types.get(v.0 as usize)) {
             (Some(Place::Uniform), _) => 1,
+            // About: a thread has whole pieces.
+            (Some(Place::Held), Some(ty @ Type::Tile(t))) => {
+                let [rows, columns] = matrix(ty);
+                (rows * columns * t.dtype.bytes() as u64).div_ceil(4 * u64::from(self.kernel.threads).max(1)) + 1
+            }
             (Some(Place::Fragment(f)), Some(ty @ Type::Tile(t))) => {
                 (fragment_elements(*f, matrix(ty)) * t.dtype.bytes() as u64).div_ceil(4)
             }
@@ -147,6 +152,7 @@ fn fragment_elements(f: Fragment, shape: [u64; 2]) -> u64 {
         Atom::WgmmaTransposed => ([8, 64], 128),
         Atom::Mfma16x16 => ([16, 16], 64),
         Atom::Mfma16x64 => ([16, 64], 64),
+        Atom::Mfma16x128 => ([16, 128], 64),
         Atom::WgmmaSums => return 1,
         Atom::Fma => ([16, 32], 32),
     };

@@ -272,7 +272,7 @@ impl Places<'_, '_, '_> {
     fn value(&self, v: ValueId, inst: &Inst) -> Option<String> {
         let (ty, place) = (&self.kernel.types[v.0 as usize], self.place(v));
         let (name, one) = (format!("%{}, {ty},", v.0), matches!(ty, Type::Tile(t) if t.elements() == 1));
-        if self.elected() && matches!(place, Place::Shared(_) | Place::Fragment(_)) {
+        if self.elected() && matches!(place, Place::Held | Place::Shared(_) | Place::Fragment(_)) {
             return Some(format!("{name} is {place}, but a single thread has values of its own only"));
         }
         match place {
@@ -280,6 +280,9 @@ impl Places<'_, '_, '_> {
             Place::Uniform if !one => Some(format!("{name} is no single element, so it is not @uniform")),
             Place::Lazy if !may_be_lazy(&inst.op) || !matches!(ty, Type::Tile(_)) => {
                 Some(format!("{name} is @lazy, but only elementwise operations, loads and changes of shape are"))
+            }
+            Place::Held if !may_be_held(&inst.op) || !matches!(ty, Type::Tile(_)) => {
+                Some(format!("{name} is @held, but only what loads, gathers and loops give is"))
             }
             Place::Shared(b) => self.owned(*b).or_else(|| self.fits(ty, *b).map(|problem| format!("{name} {problem}"))),
             Place::Slot(c, slot) => match inst.op {
@@ -328,7 +331,7 @@ impl Places<'_, '_, '_> {
             }
             owners /= 4;
         }
-        if matches!(f.atom, Atom::Mfma16x16 | Atom::Mfma16x64) {
+        if matches!(f.atom, Atom::Mfma16x16 | Atom::Mfma16x64 | Atom::Mfma16x128) {
             // Their waves are two warps each.
             if !owners.is_multiple_of(2) {
                 return Some(format!("is by pairs of warps, but there are {owners}"));
@@ -375,6 +378,10 @@ impl Places<'_, '_, '_> {
 }
 
 /// Whether an operation can be evaluated one element at a time where it is used.
+fn may_be_held(op: &Op) -> bool {
+    matches!(op, Op::Tile(tile::Op::Load { .. } | tile::Op::Gather { .. }) | Op::For { .. })
+}
+
 fn may_be_lazy(op: &Op) -> bool {
     matches!(
         op,

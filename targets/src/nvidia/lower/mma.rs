@@ -87,7 +87,7 @@ pub fn product(e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<V
             }
         }
     };
-    e.steps(k.div_ceil(step), acc, |e, acc, at| {
+    e.steps((k.div_ceil(step), 0), p.atom, acc, |e, acc, at| {
         let (a_at, b_at) = (e.t.f.mul(at, i32(32)), e.t.f.mul(at, i32(b_step.into())));
         one(e, acc, a_at, b_at);
     })
