@@ -31,12 +31,13 @@ pub struct Group {
     pub barrier: Option<Val>,
 }
 
-/// Bytes of the group's memory where things start: what a pass finds, totals of warps, largest of warps, a histogram, which is zero
+/// Bytes of the group's memory where things start: what a pass finds, totals of warps, largest of warps, a word a lane that no one reads, a histogram, which is zero
 /// but in a pass, then bits, and counts before each two words of them.
 const FOUND: u32 = 0;
 const SCAN: u32 = 16;
 const MOST: u32 = SCAN + 128;
-const HISTOGRAM: u32 = MOST + 128;
+const OTHERS: u32 = MOST + 128;
+const HISTOGRAM: u32 = OTHERS + 4 * Arch::WARP;
 
 /// Bins of a histogram.
 pub const fn bins(threads: u32) -> u32 {
@@ -65,6 +66,8 @@ pub struct Pass {
     pub shift: Val,
     /// Address of the histogram.
     pub histogram: Val,
+    /// Address of where the running lane counts all others.
+    pub others: Val,
 }
 
 /// A search's result: words above `low + last` are in, and `ties` of those from `low` on: all of them if `done`.
@@ -214,6 +217,7 @@ impl<'a> Emit<'a> {
         let digit = bins.ilog2();
         let histogram = self.group_word(g, HISTOGRAM, i32(0));
         let histogram = self.t.f.add(self.t.shared32, histogram);
+        let others = self.counted_nowhere(g);
         let per = self.t.f.mul(g.tid, i32(each.into()));
         let first = self.t.f.sub(i32(i64::from(bins - each)), per);
         let own = self.group_word(g, HISTOGRAM, first);
@@ -228,7 +232,7 @@ impl<'a> Emit<'a> {
         self.t.f.start(pass, &[]);
         let shift = self.t.f.sub(bits, i32(digit.into()));
         let shift = self.t.f.intrinsic("smax", &[shift, i32(0)]);
-        let counted = Pass { low, last, shift, histogram };
+        let counted = Pass { low, last, shift, histogram, others };
         words(self, &mut |e, word| e.tally(&counted, word));
         self.group_wait(g);
         // A thread's bins, the first thread's the highest.
@@ -272,14 +276,22 @@ impl<'a> Emit<'a> {
         Found { low, last, ties: rest, done: f.cast("zext", done, Ty::I32) }
     }
 
-    /// Counts a word if the pass is about it.
+    /// Where the running lane counts what a pass is not about.
+    pub fn counted_nowhere(&mut self, g: &Group) -> Val {
+        let lane = self.t.lane;
+        let at = self.group_word(g, OTHERS, lane);
+        self.t.f.add(self.t.shared32, at)
+    }
+
+    /// Counts a word if the pass is about it. All lanes count something: no branch, for which they would wait for one another.
     pub fn tally(&mut self, pass: &Pass, word: Val) {
         let far = self.t.f.sub(word, pass.low);
         let counts = self.t.f.cmp("ule", far, pass.last);
         let bin = self.t.f.bin("lshr", far, pass.shift);
         let byte = self.t.f.mul(bin, i32(4));
         let at = self.t.f.add(pass.histogram, byte);
-        ptx::shared_count_if(&mut self.t.f, counts, at);
+        let at = self.t.f.select(counts, at, pass.others);
+        ptx::shared_count(&mut self.t.f, at);
     }
 
     /// The largest of the words that all threads have. Two barriers come before the next such question.

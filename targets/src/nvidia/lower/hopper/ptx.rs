@@ -339,10 +339,9 @@ pub fn cluster_wait(f: &mut Fn) {
     effect(f, "barrier.cluster.wait.acquire.aligned;", "", &[]);
 }
 
-/// Adds one to a word of shared memory where `c` holds.
-pub fn shared_count_if(f: &mut Fn, c: Val, at: Val) {
-    let c = f.cast("zext", c, Ty::I32);
-    effect(f, "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p red.shared.add.u32 [$1], 1;\n}", "r,r", &[c, at]);
+/// Adds one to a word of shared memory. (Where some lanes should not, the assembler would branch around it.)
+pub fn shared_count(f: &mut Fn, at: Val) {
+    effect(f, "red.shared.add.u32 [$0], 1;", "r", &[at]);
 }
 
 /// Makes a word of shared memory, of any block of the cluster if `cluster`, at least `v` where `c` holds.

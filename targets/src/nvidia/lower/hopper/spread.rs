@@ -89,6 +89,7 @@ impl<'a> Emit<'a> {
         let per = self.t.f.mul(self.t.tid, i32(OWN.into()));
         let first = self.t.f.sub(i32(i64::from(BINS - OWN)), per);
         let own = self.t.f.mul(first, i32(4));
+        let others = self.counted_nowhere(g);
         let [head, pass, end] = [0; 3].map(|_| self.t.f.label());
         self.t.f.br(head, &[i32(1), i32(-2), i32(32), wanted, i32(0), i32(0)]);
         let state = self.t.f.start(head, &[Ty::I32; 6]);
@@ -101,7 +102,7 @@ impl<'a> Emit<'a> {
         let shift = self.t.f.sub(bits, i32(BINS.ilog2().into()));
         let shift = self.t.f.intrinsic("smax", &[shift, i32(0)]);
         let histogram = self.t.f.add(self.t.shared32, byte);
-        let counted = Pass { low, last, shift, histogram };
+        let counted = Pass { low, last, shift, histogram, others };
         keys.iter().for_each(|&key| self.tally(&counted, key));
         let bins = self.bins_of_all(g, rank, byte, own);
         let sum = bins[1..].iter().fold(bins[0], |sum, &n| self.t.f.add(sum, n));
