@@ -23,7 +23,7 @@ pub fn run_blocks(
 ) -> Result<(), String> {
     // Shared memory starts as what no kernel should let through: NaN, of any type.
     let shared = vec![0xff; lowered.gpu.shared_bytes as usize];
-    let mut m = Machine { shared, seed, ..Machine::default() };
+    let mut m = Machine { shared, seed, team: lowered.gpu.cluster, ..Machine::default() };
     let place = |m: &mut Machine, bytes: &[u8]| {
         let at = (m.global.len() + ALIGN).next_multiple_of(ALIGN);
         m.global.resize(at, 0xa5);

@@ -5,6 +5,8 @@
 //! threads at the same barrier, accesses must be aligned and inside their memory, no shift may be as wide as its type, and two
 //! threads that touch a byte between two barriers, one of them writing, are a race unless both are atomic.
 //!
+//! The blocks of a cluster run together. A barrier of any of them counts for all, so races of two blocks may go unseen.
+//!
 //! | file | does |
 //! |---|---|
 //! | `parse` | text to instructions |
@@ -26,8 +28,10 @@ use warp::Lanes;
 /// The memory a block sees, and what running it took.
 #[derive(Debug, Default)]
 pub struct Machine {
-    /// Shared memory; what the kernel has not written is whatever the caller left.
+    /// Shared memory of a block; what the kernel has not written is whatever the caller left.
     pub shared: Vec<u8>,
+    /// Blocks of a cluster; 0 is 1.
+    pub team: u32,
     /// Global memory: an address is an offset.
     pub global: Vec<u8>,
     /// The only parts of global memory that may be touched, if there are any.
@@ -80,6 +84,9 @@ enum How {
 struct Run<'a> {
     m: &'a mut Machine,
     p: &'a Body,
+    /// Threads of a block, and bytes of its shared memory.
+    threads: u32,
+    size: u64,
     block: [u32; 3],
     epoch: u32,
     touched_shared: Vec<Touch>,
@@ -102,10 +109,21 @@ impl Machine {
     pub fn run_grid(&mut self, text: &str, threads: u32, blocks: &[[u32; 3]]) -> Result<(), String> {
         let p = parse::parse(text)?;
         (self.steps, self.barriers) = (0, 0);
+        let (team, size) = (self.team.max(1), self.shared.len() as u64);
+        self.shared = self.shared.repeat(team as usize);
         let (shared, global) = (vec![Touch::default(); self.shared.len()], vec![Touch::default(); self.global.len()]);
         let fresh = self.shared.clone();
-        let mut warps: Vec<Warp> = (0..threads as usize / 32).map(|n| Warp::new(n, &p, &self.args)).collect();
-        let mut run = Run { m: self, p: &p, block: [0; 3], epoch: 0, touched_shared: shared, touched_global: global };
+        let mut warps: Vec<Warp> = (0..(threads * team) as usize / 32).map(|n| Warp::new(n, &p, &self.args)).collect();
+        let mut run = Run {
+            m: self,
+            p: &p,
+            threads,
+            size,
+            block: [0; 3],
+            epoch: 0,
+            touched_shared: shared,
+            touched_global: global,
+        };
         let mut random = run.m.seed;
         for (i, &block) in blocks.iter().enumerate() {
             if i > 0 {
@@ -177,7 +195,19 @@ impl Run<'_> {
             if warps.iter().all(|w| w.at == [At::Done; 32]) {
                 return Ok(());
             }
-            self.barrier(warps)?;
+            // Blocks pass their own barriers; where none can, they wait for one another.
+            let mut passed = false;
+            for own in warps.chunks_mut(self.threads as usize / 32) {
+                let waits =
+                    |w: &Warp| w.at == [At::Barrier; 32] && matches!(self.p.insts[w.pc[0]].code, Code::Barrier { .. });
+                if own.iter().any(waits) {
+                    self.barrier(own)?;
+                    passed = true;
+                }
+            }
+            if !passed {
+                self.barrier(warps)?;
+            }
         }
     }
 
@@ -280,7 +310,7 @@ impl Run<'_> {
                     w.park(lanes, pc, At::Warp);
                     return Ok(());
                 }
-                Code::Barrier { .. } => {
+                Code::Barrier { .. } | Code::Cluster => {
                     w.park(lanes, pc, At::Barrier);
                     return Ok(());
                 }
@@ -347,7 +377,11 @@ impl Run<'_> {
                 }
                 w.slots[inst.dst[0] as usize] = out;
             }
-            Code::Thread => each(lanes).for_each(|l| w.slots[inst.dst[0] as usize][l] = (w.number * 32 + l) as u64),
+            Code::Thread => {
+                let first = w.number * 32 % self.threads as usize;
+                each(lanes).for_each(|l| w.slots[inst.dst[0] as usize][l] = (first + l) as u64);
+            }
+            Code::Rank => w.slots[inst.dst[0] as usize] = [(w.number * 32 / self.threads as usize) as u64; 32],
             Code::Block(axis) => w.slots[inst.dst[0] as usize] = [self.block[*axis].into(); 32],
             Code::Load { shared, bytes, align } => {
                 for lane in each(lanes) {
@@ -389,14 +423,24 @@ impl Run<'_> {
 
     /// The range of an access, after checks.
     fn touch(&mut self, shared: bool, at: u64, n: u64, align: u64, how: How, me: u32) -> Result<Range<usize>, String> {
-        let size = if shared { self.m.shared.len() } else { self.m.global.len() } as u64;
+        let size = if shared { self.size } else { self.m.global.len() as u64 };
+        // Shared memory of this block, or of the one that the address names.
+        let (at, rank) = match at.checked_shr(parse::RANK_SHIFT) {
+            Some(0) | None if shared => (at, u64::from((me - 1) / self.threads)),
+            Some(rank) if shared => (at & ((1 << parse::RANK_SHIFT) - 1), rank - 1),
+            _ => (at, 0),
+        };
+        if rank >= u64::from(self.m.team.max(1)) {
+            return Err(format!("block {rank} of a cluster of {}", self.m.team.max(1)));
+        }
         let end = at.checked_add(n).filter(|&end| end <= size && at.is_multiple_of(align));
         let Some(end) = end else { return Err(format!("{n} bytes at {at} of {size}, align {align}")) };
         let buffers = &self.m.buffers;
         if !shared && !buffers.is_empty() && !buffers.iter().any(|b| b.start <= at && end <= b.end) {
             return Err(format!("{n} bytes at {at}, outside of all buffers"));
         }
-        let range = at as usize..end as usize;
+        let first = if shared { rank * size } else { 0 };
+        let range = (first + at) as usize..(first + end) as usize;
         let touched = if shared { &mut self.touched_shared } else { &mut self.touched_global };
         for seen in &mut touched[range.clone()] {
             if seen.epoch != self.epoch {

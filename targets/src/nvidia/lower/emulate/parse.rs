@@ -10,6 +10,9 @@ use std::collections::HashMap;
 /// Number of a slot.
 pub type Slot = u32;
 
+/// Where an address of shared memory has its block's number in the cluster, counted from 1; 0: the own block's.
+pub const RANK_SHIFT: u32 = 24;
+
 /// What an instruction does. Operands and results are slots of its [`Inst`].
 #[derive(Clone, Debug)]
 pub enum Code {
@@ -29,8 +32,12 @@ pub enum Code {
     Multiply(Product),
     /// All threads meet; whether the operand holds in any.
     Barrier { any: bool },
+    /// All threads of the cluster meet.
+    Cluster,
     /// This thread's number.
     Thread,
+    /// Its block's in the cluster.
+    Rank,
     /// This block's number along an axis.
     Block(usize),
     /// To a block.
@@ -339,7 +346,8 @@ impl Reader {
             "vote.sync" => (Code::Warp("ballot".into()), vec![args[1], args[1]]),
             "shfl.sync" => (Code::Warp(format!("shfl {how}")), vec![args[1], args[2]]),
             "read.ptx.sreg.tid.x" => (Code::Thread, vec![]),
-            "read.ptx.sreg.ctaid.x" => (Code::Block(0), vec![]),
+            "read.ptx.sreg.ctaid.x" | "read.ptx.sreg.clusterid.x" => (Code::Block(0), vec![]),
+            "read.ptx.sreg.cluster.ctarank" => (Code::Rank, vec![]),
             "read.ptx.sreg.ctaid.y" => (Code::Block(1), vec![]),
             "read.ptx.sreg.ctaid.z" => (Code::Block(2), vec![]),
             _ => return None,
@@ -377,6 +385,14 @@ impl Reader {
             if statement.starts_with("griddepcontrol.") {
                 continue;
             }
+            // Blocks meet where they wait.
+            if statement.starts_with("barrier.cluster.arrive") {
+                continue;
+            }
+            if statement.starts_with("barrier.cluster.wait") {
+                self.push(Code::Cluster, vec![], vec![]);
+                continue;
+            }
             let (name, list) = statement.split_once(' ')?;
             let mut slots = Vec::new();
             for word in list.split([',', ' ', '{', '}', '[', ']']).filter(|w| !w.is_empty()) {
@@ -406,7 +422,7 @@ impl Reader {
                 let (bytes, n) = (bits / 8, slots.len() as u64 - 1);
                 self.push(Code::Store { shared: false, bytes, align: bytes * n }, slots, vec![]);
             }
-            ["st", "shared", how @ ..] => {
+            ["st", "shared" | "shared::cluster", how @ ..] => {
                 let bits: u64 = how.last()?.strip_prefix('b')?.parse().ok()?;
                 let (bytes, n) = (bits / 8, slots.len() as u64 - 1);
                 self.push(Code::Store { shared: true, bytes, align: bytes * n }, slots, vec![]);
@@ -418,7 +434,19 @@ impl Reader {
             ["ld", "global", "nc", "v4", "b32"] => {
                 self.push(Code::Load { shared: false, bytes: 4, align: 16 }, slots[4..].to_vec(), slots[..4].to_vec());
             }
-            ["red", "shared", how, "u32" | "b32"] => {
+            ["ld", "shared::cluster", how @ ..] => {
+                let n = slots.len() - 1;
+                let align = match how {
+                    ["b32"] | ["v2" | "v4", "b32"] => 4 * n as u64,
+                    _ => return None,
+                };
+                self.push(Code::Load { shared: true, bytes: 4, align }, slots[n..].to_vec(), slots[..n].to_vec());
+            }
+            ["mapa", "shared::cluster", "u32"] => {
+                let address: Scalar = |[at, rank, _], _, _| Some((rank + 1) << RANK_SHIFT | at);
+                self.push(Code::Scalar(address, 32, 32), slots[1..].to_vec(), slots[..1].to_vec());
+            }
+            ["red", "shared" | "shared::cluster", how, "u32" | "b32"] => {
                 let combine: fn(u32, u32) -> u32 = match *how {
                     "add" => u32::wrapping_add,
                     "or" => |a, b| a | b,

@@ -475,15 +475,16 @@ impl Select {
     fn check(self, lengths: &[u32], value: impl Fn(u32) -> f32) {
         // Where blocks share a multiprocessor, fewer columns are short.
         for sharing in [1, 2] {
-            self.check_shared(sharing, lengths, &value);
+            self.check_blocks((1, sharing), lengths, &value);
         }
     }
 
-    fn check_shared(self, sharing: u32, lengths: &[u32], value: &dyn Fn(u32) -> f32) {
+    /// By clusters of so many blocks, of which a multiprocessor has so many.
+    fn check_blocks(self, (cluster, sharing): (u32, u32), lengths: &[u32], value: &dyn Fn(u32) -> f32) {
         let longest = lengths.iter().copied().max().unwrap_or(1);
         let (rows, pages) = (lengths.len() as u32, longest.div_ceil(64));
         let syms = SymValues([rows; 6]).with(Sym::P, pages).with(Sym::N, rows * pages).with(Sym::C, longest);
-        let schedule = Schedule { cluster: 1, sharing, ..Schedule::default() };
+        let schedule = Schedule { cluster, sharing, ..Schedule::default() };
         let kernel = Kernel { program: self.program("select"), schedule };
         let lowered = crate::nvidia::lower::lower(&kernel, hopper()).expect("lowers");
         assert!(lowered.sched.contains("threads 512"), "a row is selected from at once");
@@ -530,6 +531,25 @@ fn samples_find_the_best_of_long_rows() {
     SELECT.check(&[40003], scattered);
     SELECT.check(&[10000], |i| (i % 3) as f32);
     Select { k: 2048, step: 512, ..SELECT }.check(&[16500], |i| scattered(i) / scattered(i + 1));
+}
+
+#[test]
+fn rows_are_spread_over_the_blocks_of_a_cluster() {
+    for cluster in [2, 8] {
+        let check = |select: Select, lengths: &[u32], value: &dyn Fn(u32) -> f32| {
+            select.check_blocks((cluster, 1), lengths, value);
+        };
+        check(SELECT, &[20001, 8193, 8190, 50], &scattered);
+        // Of equal ones the first, which are the first block's, or all of a block's and some of the next.
+        check(SELECT, &[9003], &|_| 1.5);
+        check(Select { k: 2048, step: 512, ..SELECT }, &[9003, 10001], &|i| {
+            if i % 9 == 0 { 2.0 } else { (i % 4) as f32 }
+        });
+        check(SELECT, &[9001], &|i| if i % 1013 == 0 { scattered(i) } else { f32::NEG_INFINITY });
+        check(Select { slots: true, ..SELECT }, &[10002, 8700], &|i| f32::from_bits(0x3f80_0000 + i % 700));
+    }
+    // More columns a thread, and a sample.
+    SELECT.check_blocks((2, 1), &[32001, 33001], &scattered);
 }
 
 #[test]
