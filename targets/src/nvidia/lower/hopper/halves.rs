@@ -13,10 +13,9 @@
 //! from and used for. A program that does with rows what halves cannot do each by itself is left alone.
 
 use super::plan::for_each;
+use super::values::plus;
 use dsc_ir::DType;
-use dsc_ir::tile::{
-    Index, Inst, MapArg, MapFn, MapInst, Op, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId, operands,
-};
+use dsc_ir::tile::{Index, Inst, Op, Program, Region, TileType, Type, ValueId, operands};
 use std::collections::HashMap;
 
 /// The same program with tiles of half as many rows, twice; none if it cannot be split.
@@ -270,10 +269,6 @@ impl Split {
 
     /// `v` and a half's rows.
     fn plus(&self, v: ValueId) -> Op {
-        let insts = vec![
-            MapInst { op: ScalarOp::Const(Scalar::I32(self.half as i32)), args: Vec::new() },
-            MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Inst(0)] },
-        ];
-        Op::Map { inputs: vec![v], body: MapFn { insts, result: MapArg::Inst(1) } }
+        Op::Map { inputs: vec![v], body: plus(self.half as i32) }
     }
 }

@@ -65,9 +65,9 @@ impl Ring {
 
     /// Back to the start.
     pub fn restart(&mut self) {
-        let shared = self.shared;
-        *self = Ring::new(self.stages, self.barriers, self.delivery, self.all_arrive);
-        self.shared = shared;
+        self.stage = i32(0);
+        self.phase = i32(0);
+        self.recent.clear();
     }
 
     /// Goes to the next stage.

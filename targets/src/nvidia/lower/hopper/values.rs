@@ -1,7 +1,7 @@
 //! The values of a schedule in the making, and instructions of the program under their names: what every plan is built with.
 
 use dsc_ir::sched::{Inst, Op, Place};
-use dsc_ir::tile::{self, Index, Program, Type, ValueId};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Program, Scalar, ScalarOp, Type, ValueId};
 use std::collections::{HashMap, HashSet};
 
 /// Values of the schedule by those of the program.
@@ -93,6 +93,15 @@ pub fn rename_index(i: Index, names: &Names) -> Option<Index> {
         Index::Value(v) => Index::Value(*names.get(&v)?),
         Index::Const(_) => i,
     })
+}
+
+/// Adding a constant to an i32.
+pub fn plus(n: i32) -> MapFn {
+    let insts = vec![
+        MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() },
+        MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Inst(0)] },
+    ];
+    MapFn { insts, result: MapArg::Inst(1) }
 }
 
 /// An operation that roles may run, with its operands renamed.

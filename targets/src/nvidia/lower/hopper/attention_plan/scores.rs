@@ -1,0 +1,216 @@
+//! The role that scores: products of queries and keys, softmax, and whatever needs no accumulator.
+
+use super::*;
+
+impl<'a> Planner<'a> {
+    /// Where a value of the scores' role lies.
+    pub(super) fn score_place(&self, inst: &tile::Inst) -> Option<Place> {
+        let t = self.tile(inst.results[0])?;
+        let [heads, keys, _] = self.a.shape;
+        let uses = |v: ValueId| {
+            let mut count = 0;
+            for_each(&self.program.body, &mut |i| count += tile::operands(&i.op).iter().filter(|&&o| o == v).count());
+            count
+        };
+        let beside = |v: ValueId| {
+            let mut found = false;
+            for_each(&self.program.body, &mut |i| {
+                let matrix = i.results.first().and_then(|&r| self.tile(r)).is_some_and(|t| t.shape == [heads, keys]);
+                found |= matrix && tile::operands(&i.op).contains(&v);
+            });
+            found
+        };
+        Some(match &inst.op {
+            _ if t.elements() == 1 => Place::Uniform,
+            tile::Op::Reduce { .. } if t.shape == [heads, 1] => self.fragment(),
+            tile::Op::Map { .. } if t.shape == [heads, 1] => self.fragment(),
+            tile::Op::Map { .. } if t.shape == [heads, keys] && uses(inst.results[0]) > 1 => self.fragment(),
+            tile::Op::Load { .. } | tile::Op::Map { .. } | tile::Op::Reshape { .. }
+                if t.shape == [1, keys] && beside(inst.results[0]) =>
+            {
+                self.fragment()
+            }
+            _ => Place::Lazy,
+        })
+    }
+
+    /// An instruction of the scores' role.
+    pub(super) fn score_inst(
+        &mut self,
+        inst: &tile::Inst,
+        scratch: Option<u32>,
+        names: &mut Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<()> {
+        let place = self.score_place(inst)?;
+        let mut new = self.copied(inst, place, names)?;
+        if let (tile::Op::Reduce { kind, .. }, Some(first)) = (&inst.op, scratch)
+            && self.tile(inst.results[0])?.elements() > 1
+        {
+            // Some thread may still read what was exchanged before.
+            out.push(plain(Op::Barrier));
+            new.scratch = Some(BufferId(first + u32::from(*kind == tile::ReduceKind::Sum)));
+        }
+        out.push(new);
+        Some(())
+    }
+
+    /// Scores, softmax, and whatever needs no accumulator.
+    pub(super) fn scores(&mut self, split: &Split, scratch: Option<u32>, names: &mut Names) -> Option<Vec<Inst>> {
+        let carried: Vec<usize> = (0..self.a.body.yields.len()).filter(|&i| i != self.a.acc).collect();
+        let tile::Op::For { init, .. } = &self.a.key_loop.op else { return None };
+        let mut roots = self.bounds();
+        roots.extend(carried.iter().map(|&i| init[i]));
+        roots.extend(split.weighing.iter().chain(&split.carrying));
+        let after = self.after(&split.totals, false);
+        roots.extend(&after);
+        roots.extend(self.a.scores.iter().flat_map(|s| s.queries.index.iter().filter_map(|&i| value_of(i))));
+        let mut out = self.before(roots, names)?;
+        self.queries(names, &mut out)?;
+        out.push(plain(Op::Wait(QUERIES)));
+        let mut queries = Vec::new();
+        for (slot, part) in self.parts.clone().into_iter().enumerate() {
+            let shape = [self.a.shape[0], part.columns[1]];
+            queries.push(self.take(QUERIES, slot as u32, self.a.dtype, &shape, &mut out));
+        }
+        let rows = self.rows_ahead(split);
+        let first = self.first_round(names, &mut out)?;
+        let known = self.known_in(split, first, names, &mut out)?;
+        let others: Vec<(ValueId, ValueId)> =
+            rows.into_iter().map(|r| Some((r, *known.get(&r)?))).collect::<Option<_>>()?;
+        let mut all = self.carried(&carried, names)?;
+        // Behind the loop nothing reads what a next round would know.
+        all.extend(others.iter().map(|&(v, first)| Carried { inside: v, first, behind: v }));
+        let range = self.range(names)?;
+        let round = self.rounds(range, &all, names, |p, names| {
+            p.score_round(split, (&carried, &others), &queries, scratch, names)
+        })?;
+        out.push(round);
+        out.push(plain(Op::Release { channel: QUERIES, lag: 0 }));
+        for inst in self.behind() {
+            let stores = matches!(&inst.op, tile::Op::Store { value, .. } if !self.of_acc(*value));
+            if stores || inst.results.first().is_some_and(|r| after.contains(r)) {
+                if stores {
+                    let new = self.copied(inst, Place::Lazy, names)?;
+                    out.push(new);
+                } else {
+                    self.score_inst(inst, scratch, names, &mut out)?;
+                }
+            }
+        }
+        if !split.totals.is_empty() {
+            let channel = self.total_channel();
+            out.push(plain(Op::Acquire(channel)));
+            for (slot, v) in split.totals.iter().enumerate() {
+                out.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
+            }
+            out.push(plain(Op::Commit(channel)));
+        }
+        Some(out)
+    }
+
+    /// What scores are combined with and a round knows from its number alone, such as who is selected: threads have it a round ahead. A fence
+    /// between what others wrote and products waits for loads.
+    pub(super) fn rows_ahead(&self, split: &Split) -> Vec<ValueId> {
+        let results = self.a.body.insts.iter().filter_map(|i| Some((i, *i.results.first()?)));
+        let fragment = |i: &tile::Inst| matches!(self.score_place(i), Some(Place::Fragment(_)));
+        let ahead = results.filter(|(i, r)| self.known_ahead(split, *r) && fragment(i));
+        ahead.map(|(_, r)| r).collect()
+    }
+
+    pub(super) fn known_ahead(&self, split: &Split, r: ValueId) -> bool {
+        (split.weighing.contains(&r) || split.carrying.contains(&r)) && !self.a.is_product(r) && !self.of_rows(r)
+    }
+
+    /// The number of the first round.
+    pub(super) fn first_round(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<ValueId> {
+        let at = match self.a.range.0 {
+            Index::Value(v) => return names.get(&v).copied(),
+            Index::Const(at) => tile::Scalar::I32(i32::try_from(at).ok()?),
+        };
+        let v = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
+        out.push(Inst {
+            results: vec![v],
+            op: Op::Tile(tile::Op::Full { value: at, shape: Vec::new() }),
+            scratch: None,
+        });
+        Some(v)
+    }
+
+    /// Computes what the round of that number knows from its number alone; gives the names.
+    pub(super) fn known_in(
+        &mut self,
+        split: &Split,
+        round: ValueId,
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<Names> {
+        let body: &'a Region = self.a.body;
+        let mut known = names.clone();
+        known.insert(body.args[0], round);
+        for inst in &body.insts {
+            if inst.results.first().is_some_and(|&r| self.known_ahead(split, r)) {
+                self.score_inst(inst, None, &mut known, out)?;
+            }
+        }
+        Some(known)
+    }
+
+    /// One round of the scores' role.
+    pub(super) fn score_round(
+        &mut self,
+        split: &Split,
+        (carried, others): (&[usize], &[(ValueId, ValueId)]),
+        queries: &[ValueId],
+        scratch: Option<u32>,
+        names: &mut Names,
+    ) -> Option<(Vec<Inst>, Vec<ValueId>)> {
+        let body: &'a Region = self.a.body;
+        let [heads, keys, _] = self.a.shape;
+        let mut insts = Vec::new();
+        let mut done: HashSet<ValueId> = HashSet::new();
+        let parts = self.parts.clone();
+        // Products of the first columns run while the last are on their way.
+        let mut sum = None;
+        for (i, part) in parts.iter().enumerate() {
+            insts.push(plain(Op::Wait(self.key_channel(i))));
+            let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], &mut insts);
+            let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
+            let result = self.values.fresh(Type::Tile(ty), self.fragment());
+            let op = tile::Op::Dot { a: queries[i], b, acc: sum, trans_b: true };
+            insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
+            sum = Some(result);
+        }
+        names.insert(self.a.scores.last()?.dot.results[0], sum?);
+        // While the products run: what the next round knows already.
+        let counter = *names.get(&body.args[0])?;
+        let next = self.values.fresh(self.values.types[counter.0 as usize].clone(), Place::Uniform);
+        let op = tile::Op::Map { inputs: vec![counter], body: plus(self.a.range.2 as i32) };
+        insts.push(Inst { results: vec![next], op: Op::Tile(op), scratch: None });
+        let known = self.known_in(split, next, names, &mut insts)?;
+        insts.extend((0..parts.len()).map(|i| plain(Op::Release { channel: self.key_channel(i), lag: 0 })));
+        for inst in &body.insts {
+            let Some(&r) = inst.results.first() else { continue };
+            if split.weighing.contains(&r) && !self.a.is_product(r) && !others.iter().any(|o| o.0 == r) {
+                self.score_inst(inst, scratch, names, &mut insts)?;
+                done.insert(r);
+            }
+        }
+        let channel = self.weight_channel();
+        insts.push(plain(Op::Acquire(channel)));
+        for (slot, v) in [self.a.weights].iter().chain(&split.factors).enumerate() {
+            insts.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
+        }
+        insts.push(plain(Op::Commit(channel)));
+        for inst in &body.insts {
+            let Some(&r) = inst.results.first() else { continue };
+            let ahead = others.iter().any(|o| o.0 == r);
+            if split.carrying.contains(&r) && !self.a.is_product(r) && !done.contains(&r) && !ahead {
+                self.score_inst(inst, scratch, names, &mut insts)?;
+            }
+        }
+        let rows = others.iter().map(|o| known.get(&o.0).copied());
+        let yields = carried.iter().map(|&i| names.get(&body.yields[i]).copied()).chain(rows);
+        Some((insts, yields.collect::<Option<_>>()?))
+    }
+}
