@@ -7,7 +7,7 @@
 use super::fragment::{Geometry, Register, varies};
 use super::ptx;
 use super::quads::Share;
-use super::ring::{Delivery, Ring};
+use super::ring::{Delivery, Ring, share_phases};
 use super::select;
 use super::stream::{self, Lists};
 use super::sums::Sums;
@@ -23,7 +23,7 @@ use dsc_ir::artifact::GpuKernel;
 use dsc_ir::sched::verify::registers;
 use dsc_ir::sched::{Atom, Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
 use dsc_ir::tile::{self, Index, MapArg, Type, ValueId};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::config::{MANY_REGISTERS, WARPGROUP};
 
@@ -49,6 +49,8 @@ pub enum Held {
     Registers(Vec<Val>, [bool; 2]),
     /// A row whose columns are spread over the lanes of each warp: lane `l` has columns `l`, `l + 32`, and so on.
     Lanes(Vec<Val>),
+    /// A 16-bit tile as the left operand of a product that comes from registers: two neighbours a word, in order of their registers.
+    Packed(Vec<Val>),
     /// A buffer's copy of that number.
     Stage(BufferId, Val),
     /// This thread's part of a tile of sums.
@@ -74,10 +76,14 @@ pub struct Emit<'a> {
     pub maps: Maps,
     /// This role's counters, by channel.
     pub rings: Vec<Ring>,
+    /// Parities of the rounds of many rings, a bit each.
+    pub phases: Val,
     /// Products in flight.
     pub flight: Flight,
     /// Starts of whole buffers in descriptors, by buffer and whether it is the instruction's second operand.
     pub descriptors: HashMap<(BufferId, bool), Val>,
+    /// Left operands of products that come from registers.
+    pub lefts: HashSet<ValueId>,
     /// Values of the symbols.
     pub syms: [Val; 6],
     /// Blocks that run together; 1 if each is by itself.
@@ -149,10 +155,12 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         // Threads that read a slot themselves give it back themselves.
         let all_arrive = channel.slots.iter().any(|b| s.buffers[b.0 as usize].swizzle == 0);
         let mut ring = Ring::new(channel.stages, barriers, delivery(s, number), all_arrive);
+        ring.warps_arrive = s.roles.iter().any(|r| passes_by(&r.body, number));
         ring.shared = s.roles.iter().any(|r| any(&r.body, &|op| is_shared(op, number)));
         rings.push(ring);
         barriers += 2 * 8 * channel.stages;
     }
+    share_phases(s, &mut rings);
     let mut e = Emit {
         t,
         s,
@@ -160,8 +168,10 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         held: HashMap::new(),
         maps: Maps::default(),
         rings,
+        phases: i32(0),
         flight: Flight::default(),
         descriptors: HashMap::new(),
+        lefts: HashSet::new(),
         syms: [i32(0); 6],
         cluster: s.cluster.map_or(1, |c| c.blocks),
         rank: i32(0),
@@ -318,7 +328,7 @@ impl<'a> Emit<'a> {
             for (number, ring) in rings.iter().enumerate() {
                 let consumers = s.roles.iter().filter(|r| waits(&r.body, ChannelId(number as u32)));
                 let consumers: u32 =
-                    consumers.map(|r| if ring.all_arrive { threads(r) } else { threads(r) / WARPGROUP }).sum();
+                    consumers.map(|r| if ring.all_arrive { threads(r) } else { threads(r) / ring.arriving() }).sum();
                 // A stage that others fill too is free when it is free in all of them.
                 let consumers = if ring.shared { consumers * cluster } else { consumers };
                 for stage in 0..ring.stages {
@@ -340,12 +350,14 @@ impl<'a> Emit<'a> {
     fn role(&mut self, role: &'a Role) -> Result<(), String> {
         self.held.clear();
         self.descriptors.clear();
+        self.lefts.clear();
         self.geometries.clear();
         self.sources.clear();
         self.stores_boxes = false;
         self.numbers.clear();
         self.flight = Flight::default();
         self.rings.iter_mut().for_each(Ring::restart);
+        self.phases = i32(0);
         self.elected = role.elected;
         self.own.clear();
         self.split.clear();
@@ -409,6 +421,9 @@ impl<'a> Emit<'a> {
         for inst in &block.insts {
             if let Op::Tile(tile::Op::Dot { a, b, trans_b, .. }) = &inst.op {
                 let geometry = self.geometry(inst.results[0])?;
+                if matches!(self.s.places[a.0 as usize], Place::Fragment(_)) {
+                    self.lefts.insert(*a);
+                }
                 self.prepare_descriptors(geometry, [*a, *b], *trans_b)?;
             }
             for inner in inst.op.blocks() {
@@ -448,9 +463,24 @@ impl<'a> Emit<'a> {
         }
     }
 
+    /// The geometry that a tile is seen in: of products with as many rows and columns, where it has more than one of them.
+    pub fn seen_in(&self, v: ValueId) -> Result<Geometry, String> {
+        if self.geometries.len() < 2 {
+            return self.the_geometry();
+        }
+        let shape = self.shape(self.before_reshapes(v));
+        let (&columns, rows) = shape.split_last().unwrap_or((&1, &[]));
+        let fits =
+            |g: &&Geometry| [rows.iter().product(), columns].iter().zip(g.shape).all(|(&n, all)| n == 1 || n == all);
+        // What fits several is a column or a row, which is alike in all of them.
+        let all = self.geometries.values().filter(fits).min_by_key(|g| g.shape);
+        all.copied().ok_or_else(|| format!("%{} is like none of the role's products", v.0))
+    }
+
     /// Along which axes the registers of a tile vary: a matrix as products leave it has padding too.
     pub fn spread(&self, v: ValueId) -> Result<[bool; 2], String> {
-        let whole = self.shape(v) == self.the_geometry()?.shape;
+        self.geometries.values().next().ok_or("a role with no product")?;
+        let whole = self.geometries.values().any(|g| self.shape(v) == g.shape);
         Ok(if whole { [true, true] } else { varies(self.shape(v)) })
     }
 
@@ -579,8 +609,9 @@ impl<'a> Emit<'a> {
                 self.held.insert(r, Held::Registers(values, [true, false]));
                 Ok(())
             }
+            (Place::Fragment(_), _) if self.lefts.contains(&r) => self.hold_packed(r),
             (Place::Fragment(_), tile::Op::Map { .. }) => {
-                let geometry = self.the_geometry()?;
+                let geometry = self.seen_in(r)?;
                 let mut seen = HashMap::new();
                 let own = self.spread(r)?;
                 let registers = geometry.varying(own[0], own[1]);
@@ -596,7 +627,7 @@ impl<'a> Emit<'a> {
 
     /// Computes a row: what a thread's columns are, or, where they are many, some each lane, which the others ask for where they use it.
     fn hold_row(&mut self, r: ValueId) -> Result<(), String> {
-        let geometry = self.the_geometry()?;
+        let geometry = self.seen_in(r)?;
         let registers = geometry.varying(false, true);
         let columns = geometry.shape[1];
         let lanes = columns.is_multiple_of(Arch::WARP) && columns / Arch::WARP < registers.len() as u32;
@@ -615,6 +646,21 @@ impl<'a> Emit<'a> {
             values.push(self.row_element(r, column)?);
         }
         self.held.insert(r, Held::Registers(values, [false, true]));
+        Ok(())
+    }
+
+    /// Computes the left operand of a product, as the instruction takes it from registers.
+    fn hold_packed(&mut self, r: ValueId) -> Result<(), String> {
+        let geometry = self.geometry(r)?;
+        if geometry.transposed || geometry.subs != 1 || self.dtype(r).bytes() != 2 {
+            return Err(format!("%{} is no left operand of a product of one warpgroup", r.0));
+        }
+        let mut seen = HashMap::new();
+        let mut words = Vec::new();
+        for (j, h) in (0..geometry.wide / 8).flat_map(|j| [(j, 0), (j, 1)]) {
+            words.push(self.packed(r, [0, 1].map(|e| Register { sub: 0, j, h, e }), &mut seen)?);
+        }
+        self.held.insert(r, Held::Packed(words));
         Ok(())
     }
 
@@ -695,7 +741,7 @@ impl<'a> Emit<'a> {
 
     /// A row or a column that the tile's elements are combined with.
     fn load_fragment(&mut self, r: ValueId, view: ValueId, index: &[Index]) -> Result<(), String> {
-        let geometry = self.the_geometry()?;
+        let geometry = self.seen_in(r)?;
         let shape = self.shape(r);
         let Some(axis) = shape.iter().position(|&n| n > 1) else { return Err("a fragment of one element".into()) };
         let columns = axis + 1 == shape.len();
@@ -727,11 +773,11 @@ impl<'a> Emit<'a> {
         match self.held.get(&v) {
             Some(Held::Scalar(x)) => return Ok(*x),
             Some(Held::Registers(values, [rows, columns])) => {
-                let position = self.the_geometry()?.position(at, *rows, *columns);
+                let position = self.seen_in(v)?.position(at, *rows, *columns);
                 return values.get(position).copied().ok_or_else(|| format!("%{} has no register {position}", v.0));
             }
             Some(Held::Lanes(values)) => {
-                let (values, geometry) = (values.clone(), self.the_geometry()?);
+                let (values, geometry) = (values.clone(), self.seen_in(v)?);
                 let key = (v, geometry.position(at, false, true));
                 if let Some(&known) = seen.get(&key) {
                     return Ok(known);
@@ -745,7 +791,7 @@ impl<'a> Emit<'a> {
             }
             _ => {}
         }
-        let geometry = self.the_geometry()?;
+        let geometry = self.seen_in(v)?;
         if let Place::Shared(buffer) = self.s.places[v.0 as usize] {
             let key = (v, geometry.position(at, true, false));
             if let Some(&known) = seen.get(&key) {
@@ -804,6 +850,9 @@ impl<'a> Emit<'a> {
         seen: &mut HashMap<(ValueId, usize), Val>,
     ) -> Result<Val, String> {
         let dtype = self.dtype(v);
+        if let Some(Held::Packed(words)) = self.held.get(&v) {
+            return words.get((2 * at[0].j + at[0].h) as usize).copied().ok_or_else(|| format!("%{} is narrower", v.0));
+        }
         let root = self.before_reshapes(v);
         // The usual end of a kernel is a rounding: then one instruction rounds both.
         if let Some(Op::Tile(tile::Op::Map { inputs, body })) = self.defs.get(&root).map(|i| &i.op)
@@ -852,6 +901,20 @@ fn adds_apart(block: &Block, in_loop: bool) -> bool {
 /// Whether a block waits for stages of a channel.
 fn waits(block: &Block, number: ChannelId) -> bool {
     any(block, &|op| matches!(op, Op::Wait(c) if *c == number))
+}
+
+/// Whether a block waits for stages of a channel and takes nothing from some of them.
+fn passes_by(block: &Block, number: ChannelId) -> bool {
+    let last = |i: &Inst| matches!(&i.op, Op::Wait(c) | Op::Release { channel: c, .. } if *c == number);
+    let mut ends =
+        block.insts.iter().filter(|i| last(i) || matches!(&i.op, Op::Take { channel, .. } if *channel == number));
+    let mut waited = false;
+    let here = ends.any(|i| {
+        let passed = waited && matches!(i.op, Op::Release { .. });
+        waited = matches!(i.op, Op::Wait(_));
+        passed
+    });
+    here || block.insts.iter().any(|i| i.op.blocks().into_iter().any(|b| passes_by(b, number)))
 }
 
 /// How stages of a channel become full.

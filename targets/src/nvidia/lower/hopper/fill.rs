@@ -101,7 +101,7 @@ impl<'a> Emit<'a> {
         let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
         let stage = self.rings[channel.0 as usize].stage;
         let base = self.slot_at(channel, slot, stage);
-        let geometry = self.the_geometry()?;
+        let geometry = self.seen_in(value)?;
         match (buffer.swizzle, geometry.transposed) {
             (0, _) => self.fill_rows(&geometry, value, buffer, base),
             (_, false) => self.fill_matrix(&geometry, value, buffer, base),
@@ -219,7 +219,7 @@ impl<'a> Emit<'a> {
         for &fill in &fills[1..ahead] {
             self.load_rows(fill, &numbers, &mut loaded)?;
         }
-        let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
+        let mut carried: Vec<Val> = self.ring_state();
         let counters = carried.len();
         let keys = loaded.keys();
         carried.extend(loaded.values(&keys));
@@ -263,7 +263,7 @@ impl<'a> Emit<'a> {
             }
             let after = e.t.f.add(next, step);
             let listed = e.read_lists(body, after)?;
-            let mut out: Vec<Val> = e.rings.iter().flat_map(|r| r.state()).collect();
+            let mut out: Vec<Val> = e.ring_state();
             out.extend(loaded.values(&keys));
             out.extend(next_numbers.iter().chain(&listed).map(|n| n.1));
             Ok(out)

@@ -200,7 +200,7 @@ impl<'a> Emit<'a> {
             Delivery::Engine => {}
         }
         if !self.own.contains(&channel) {
-            self.rings[channel.0 as usize].advance(&mut self.t.f);
+            self.advance(channel);
         }
         Ok(())
     }

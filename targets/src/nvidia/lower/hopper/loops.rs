@@ -1,7 +1,6 @@
 //! Loops: over the tiles of a block, and those of the kernel.
 
 use super::emit::{Emit, Held};
-use super::ring::RING_STATE;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::sched::{Block, Inst, Place};
@@ -48,7 +47,7 @@ impl<'a> Emit<'a> {
         let tiles = self.t.f.mul(sizes[0], sizes[1]);
         let tiles = self.t.f.mul(tiles, sizes[2]);
         let band = self.s.persistent.unwrap_or(1);
-        let mut state: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
+        let mut state: Vec<Val> = self.ring_state();
         let counters = state.len();
         let front = self.front(body);
         let mut widths = Vec::new();
@@ -78,8 +77,7 @@ impl<'a> Emit<'a> {
                 None => e.block(body)?,
             }
             e.settle_all();
-            let counters = e.rings.iter().flat_map(|r| r.state());
-            Ok(counters.chain(made.into_iter().flatten()).collect())
+            Ok(e.ring_state().into_iter().chain(made.into_iter().flatten()).collect())
         })?;
         let end = &end[..counters];
         self.resume(end);
@@ -146,12 +144,6 @@ impl<'a> Emit<'a> {
         [f.add(first, row), f.bin("udiv", within, rows), z]
     }
 
-    pub fn resume(&mut self, state: &[Val]) {
-        for (ring, state) in self.rings.iter_mut().zip(state.chunks(RING_STATE)) {
-            ring.resume(state);
-        }
-    }
-
     /// `for i in lo..hi step step`, tested first; what it carries at its end.
     pub fn counted(
         &mut self,
@@ -189,7 +181,7 @@ impl<'a> Emit<'a> {
         }
         let mut seen = HashMap::new();
         let [rows, columns] = self.spread(v)?;
-        let registers = self.the_geometry()?.varying(rows, columns);
+        let registers = self.seen_in(v)?.varying(rows, columns);
         registers.into_iter().map(|at| self.element(v, at, &mut seen)).collect()
     }
 
@@ -251,7 +243,7 @@ impl<'a> Emit<'a> {
         self.prepare_rows(body, false)?;
         self.anchor_loads(body)?;
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
-        let mut carried: Vec<Val> = self.rings.iter().flat_map(|r| r.state()).collect();
+        let mut carried: Vec<Val> = self.ring_state();
         let counters = carried.len();
         let (mut carries, mut widths, mut varies) = (Vec::new(), Vec::new(), Vec::new());
         for (number, &v) in init.iter().enumerate() {
@@ -320,7 +312,7 @@ impl<'a> Emit<'a> {
             if e.flight.renamed(&body.yields, &body.args[1..]) != at_entry {
                 e.settle_all();
             }
-            let mut next: Vec<Val> = e.rings.iter().flat_map(|r| r.state()).collect();
+            let mut next: Vec<Val> = e.ring_state();
             for (&v, carry) in body.yields.iter().zip(&carries) {
                 match carry {
                     Carry::With(_) => {}

@@ -195,11 +195,27 @@ pub enum Onto<'a> {
     Over(&'a [Val]),
 }
 
+/// The left operand of a product.
+#[derive(Clone, Copy)]
+pub enum Left<'a> {
+    /// A descriptor.
+    Shared(Val),
+    /// Four words of registers: 16-bit elements as a product's results lie, 16 of `k`.
+    Registers(&'a [Val]),
+}
+
 /// One matrix product of a warpgroup, in flight: `d = a · bᵀ`, plus what it is added to. 64 x `n` results of 32 bytes of `k`.
-/// `across`: rows of `a`, of `b` run across `k` (16-bit types only).
-pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, onto: Onto<'_>, [a, b]: [Val; 2], across: [bool; 2]) -> Vec<Val> {
+/// `across`: rows of `a`, of `b` run across `k` (16-bit types only; not of registers).
+pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, onto: Onto<'_>, (a, b): (Left<'_>, Val), across: [bool; 2]) -> Vec<Val> {
     let count = n as usize / 2;
-    let turned = format!(", {}, {}", u32::from(across[0]), u32::from(across[1]));
+    let (left, classes) = match a {
+        Left::Shared(a) => (vec![a], "l".to_owned()),
+        Left::Registers(words) => (words.to_vec(), vec!["r"; words.len()].join(",")),
+    };
+    let turned = match a {
+        Left::Shared(_) => format!(", {}, {}", u32::from(across[0]), u32::from(across[1])),
+        Left::Registers(_) => format!(", {}", u32::from(across[1])),
+    };
     let (k, ty, tail) = match dtype {
         DType::E4m3 => (32, "e4m3", String::new()),
         DType::F16 => (16, "f16", turned),
@@ -207,19 +223,26 @@ pub fn wgmma(f: &mut Fn, dtype: DType, n: u32, onto: Onto<'_>, [a, b]: [Val; 2],
     };
     let d: Vec<String> = (0..count).map(|i| format!("${i}")).collect();
     let first = 2 * count;
+    let behind = first + left.len();
     let (keep, values) = match onto {
         Onto::Sum(values) => (1, values.to_vec()),
         Onto::Zero => (0, vec![f32(0.0); count]),
         Onto::Over(values) => (0, values.to_vec()),
     };
+    let from = match a {
+        Left::Shared(_) => format!("${first}"),
+        Left::Registers(_) => {
+            let words: Vec<String> = (first..behind).map(|i| format!("${i}")).collect();
+            format!("{{{}}}", words.join(", "))
+        }
+    };
     let text = format!(
-        "{{\n.reg .pred p;\nsetp.ne.b32 p, {keep}, 0;\nwgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{ty}.{ty} {{{}}}, ${first}, ${}, p, 1, 1{tail};\n}}",
-        d.join(", "),
-        first + 1
+        "{{\n.reg .pred p;\nsetp.ne.b32 p, {keep}, 0;\nwgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{ty}.{ty} {{{}}}, {from}, ${behind}, p, 1, 1{tail};\n}}",
+        d.join(", ")
     );
     let tied: Vec<String> = (0..count).map(|i| i.to_string()).collect();
-    let constraints = format!("{},{},l,l", vec!["=f"; count].join(","), tied.join(","));
-    let args: Vec<Val> = values.into_iter().chain([a, b]).collect();
+    let constraints = format!("{},{},{classes},l", vec!["=f"; count].join(","), tied.join(","));
+    let args: Vec<Val> = values.into_iter().chain(left).chain([b]).collect();
     f.asm(&text, &constraints, &args, &vec![Ty::F32; count], true, true)
 }
 

@@ -35,7 +35,7 @@ impl Emit<'_> {
         kind: ReduceKind,
         scratch: Option<BufferId>,
     ) -> Result<(), String> {
-        let g = self.the_geometry()?;
+        let g = self.seen_in(x)?;
         // Lanes with the same rows: of a quad, or those at the same place in every quad.
         let lanes: &[u32] = if g.transposed { &[4, 8, 16] } else { &[1, 2] };
         let mut seen = HashMap::new();

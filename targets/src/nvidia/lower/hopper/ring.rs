@@ -2,14 +2,19 @@
 
 use super::emit::{Emit, Held};
 use super::ptx;
+use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::{Fn, Ty, Val, i32};
-use dsc_ir::sched::{Block, ChannelId, Op};
+use dsc_ir::sched::{Block, ChannelId, Op, Scheduled};
 use dsc_ir::tile::{Index, ValueId};
 
 use super::config::WARPGROUP;
 
-/// Values that a loop carries for a ring.
-pub const RING_STATE: usize = 2;
+/// Rings from which on, and registers of a role's threads from which on, parities of all rings are bits of one register.
+const MANY_RINGS: usize = 5;
+const MANY_REGISTERS: u32 = 192;
+
+/// A bit of the parities that no ring has.
+const SPARE_BIT: u32 = 31;
 
 /// One channel as a role sees it.
 #[derive(Clone, Debug)]
@@ -20,13 +25,18 @@ pub struct Ring {
     pub barriers: u32,
     /// Number of the next stage.
     pub stage: Val,
-    /// Parity of its round.
+    /// Parity of its round, unless it is a bit of [`Emit::phases`].
     pub phase: Val,
+    /// Which.
+    bit: Option<u32>,
     /// How a stage becomes full.
     pub delivery: Delivery,
     /// Whether all threads of its consumers arrive when they give a stage back: those that read it themselves. Else one a
     /// warpgroup does, whose products have ended.
     pub all_arrive: bool,
+    /// Whether one of each warp does, as some consumer gives stages back of which it reads nothing: its other warps may not have seen them yet,
+    /// and no product brings them together.
+    pub warps_arrive: bool,
     /// Whether blocks of a cluster fill each other's stages: one is free when it is free in all of them.
     pub shared: bool,
     /// Stages waited for, the newest first, as far as this stretch of code knows.
@@ -60,7 +70,19 @@ impl Delivery {
 impl Ring {
     /// A ring at its start.
     pub fn new(stages: u32, barriers: u32, delivery: Delivery, all_arrive: bool) -> Ring {
-        Ring { stages, barriers, stage: i32(0), phase: i32(0), delivery, all_arrive, shared: false, recent: Vec::new() }
+        let (stage, phase) = (i32(0), i32(0));
+        Ring {
+            stages,
+            barriers,
+            stage,
+            phase,
+            bit: None,
+            delivery,
+            all_arrive,
+            warps_arrive: false,
+            shared: false,
+            recent: Vec::new(),
+        }
     }
 
     /// Back to the start.
@@ -70,32 +92,14 @@ impl Ring {
         self.recent.clear();
     }
 
-    /// Goes to the next stage.
-    pub fn advance(&mut self, f: &mut Fn) {
-        if self.stages == 1 {
-            self.phase = f.bin("xor", self.phase, i32(1));
-            return;
-        }
-        let next = f.add(self.stage, i32(1));
-        let wrapped = f.cmp("eq", next, i32(self.stages.into()));
-        self.stage = f.select(wrapped, i32(0), next);
-        let turn = f.cast("zext", wrapped, Ty::I32);
-        self.phase = f.bin("xor", self.phase, turn);
+    /// Threads of a consumer of which one arrives when it gives a stage back, where not all do.
+    pub fn arriving(&self) -> u32 {
+        if self.warps_arrive { Arch::WARP } else { WARPGROUP }
     }
 
-    /// What a loop carries.
-    pub fn state(&self) -> [Val; RING_STATE] {
-        [self.stage, self.phase]
-    }
-
-    /// Takes up what a loop carries.
-    pub fn resume(&mut self, state: &[Val]) {
-        // The only stage stays the constant that it was.
-        if self.stages > 1 {
-            self.stage = state[0];
-        }
-        self.phase = state[1];
-        self.recent.clear();
+    /// How many waits ago a stage was waited for.
+    pub fn waits_since(&self, stage: Val) -> u32 {
+        self.recent.iter().position(|&s| s == stage).unwrap_or(0) as u32
     }
 
     /// The stage waited for `lag` waits before the last.
@@ -119,7 +123,82 @@ fn shared_axis(shape: &[u32]) -> Result<usize, String> {
     Ok(shape.len() - 2 - axis)
 }
 
+/// Puts the parities of rings into one register, if there are many and some role has few registers to spare.
+pub fn share_phases(s: &Scheduled, rings: &mut [Ring]) {
+    let full = s.roles.iter().any(|r| r.registers.is_some_and(|n| n >= MANY_REGISTERS));
+    if full && rings.len() >= MANY_RINGS {
+        rings.iter_mut().zip(0..SPARE_BIT).for_each(|(ring, bit)| ring.bit = Some(bit));
+    }
+}
+
 impl<'a> Emit<'a> {
+    /// What loops carry for the rings.
+    pub fn ring_state(&self) -> Vec<Val> {
+        let mut state = Vec::new();
+        for ring in &self.rings {
+            // The only stage stays the constant that it was.
+            state.extend((ring.stages > 1 || ring.bit.is_none()).then_some(ring.stage));
+            state.extend(ring.bit.is_none().then_some(ring.phase));
+        }
+        state.extend(self.rings.iter().any(|r| r.bit.is_some()).then_some(self.phases));
+        state
+    }
+
+    /// Takes up what a loop carries.
+    pub fn resume(&mut self, state: &[Val]) {
+        let mut state = state.iter().copied();
+        for ring in &mut self.rings {
+            if ring.stages > 1 {
+                ring.stage = state.next().unwrap_or(ring.stage);
+            } else if ring.bit.is_none() {
+                state.next();
+            }
+            if ring.bit.is_none() {
+                ring.phase = state.next().unwrap_or(ring.phase);
+            }
+            ring.recent.clear();
+        }
+        self.phases = state.next().unwrap_or(self.phases);
+    }
+
+    /// The next stage of a ring, and the parity of its round.
+    fn next_stage(&mut self, channel: ChannelId) -> [Val; 2] {
+        let ring = &self.rings[channel.0 as usize];
+        let (stage, phase) = (ring.stage, ring.phase);
+        let Some(bit) = ring.bit else { return [stage, phase] };
+        let phase = self.t.f.bin("lshr", self.phases, i32(bit.into()));
+        [stage, self.t.f.bin("and", phase, i32(1))]
+    }
+
+    /// The same, where there are many rings, as the assembler does not know: what follows from a constant it would compute once and keep in
+    /// registers through all rounds.
+    pub fn anew(&mut self, v: Val) -> Val {
+        if self.rings.iter().all(|r| r.bit.is_none()) {
+            return v;
+        }
+        let zero = self.t.f.bin("lshr", self.phases, i32(SPARE_BIT.into()));
+        self.t.f.add(v, zero)
+    }
+
+    /// Goes to a ring's next stage.
+    pub fn advance(&mut self, channel: ChannelId) {
+        let (f, ring) = (&mut self.t.f, &mut self.rings[channel.0 as usize]);
+        let mut turn = i32(1);
+        if ring.stages > 1 {
+            let next = f.add(ring.stage, i32(1));
+            let wrapped = f.cmp("eq", next, i32(ring.stages.into()));
+            ring.stage = f.select(wrapped, i32(0), next);
+            turn = f.cast("zext", wrapped, Ty::I32);
+        }
+        match ring.bit {
+            None => ring.phase = f.bin("xor", ring.phase, turn),
+            Some(bit) => {
+                let turn = f.bin("shl", turn, i32(bit.into()));
+                self.phases = f.bin("xor", self.phases, turn);
+            }
+        }
+    }
+
     pub fn barrier_at(&mut self, channel: ChannelId, empty: bool, stage: Val) -> Val {
         let ring = &self.rings[channel.0 as usize];
         let first = ring.barriers + if empty { 8 * ring.stages } else { 0 };
@@ -130,7 +209,7 @@ impl<'a> Emit<'a> {
 
     /// Waits until the next stage is free and announces its bytes.
     pub fn acquire(&mut self, channel: ChannelId) -> Result<(), String> {
-        let [stage, phase] = self.rings[channel.0 as usize].state();
+        let [stage, phase] = self.next_stage(channel);
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
         ptx::barrier_wait(&mut self.t.f, empty, parity);
@@ -257,16 +336,11 @@ impl<'a> Emit<'a> {
 
     /// Waits until the next stage is full.
     pub fn wait(&mut self, channel: ChannelId) -> Result<(), String> {
-        let [stage, phase] = self.rings[channel.0 as usize].state();
+        let [stage, phase] = self.next_stage(channel);
         let full = self.barrier_at(channel, false, stage);
         ptx::barrier_wait(&mut self.t.f, full, phase);
-        if self.rings[channel.0 as usize].delivery != Delivery::Engine {
-            // What other threads wrote is ordered before this thread by the barrier, and before its products by a fence.
-            self.unfenced = true;
-        }
-        let ring = &mut self.rings[channel.0 as usize];
-        ring.recent.insert(0, stage);
-        ring.advance(&mut self.t.f);
+        self.rings[channel.0 as usize].recent.insert(0, stage);
+        self.advance(channel);
         self.flight.waited(channel);
         Ok(())
     }
@@ -285,6 +359,8 @@ impl<'a> Emit<'a> {
         let stage = self.rings[channel.0 as usize].back(&mut self.t.f, 0);
         let data = &self.s.buffers[buffer.0 as usize];
         if data.swizzle > 0 || data.shape[1] != 1 {
+            // What other threads wrote is ordered before this thread by the barrier, and before its products by a fence.
+            self.unfenced |= self.rings[channel.0 as usize].delivery != Delivery::Engine;
             self.held.insert(result, Held::Stage(buffer, stage));
             return Ok(());
         }
@@ -292,7 +368,7 @@ impl<'a> Emit<'a> {
         if data.dtype != dsc_ir::DType::F32 {
             return Err(format!("{} is read by threads and is no column of f32", data.name));
         }
-        let geometry = self.the_geometry()?;
+        let geometry = self.seen_in(result)?;
         let base = self.slot_at(channel, slot, stage);
         let mut values = Vec::new();
         for register in geometry.varying(true, false) {
@@ -316,7 +392,8 @@ impl<'a> Emit<'a> {
             ptx::barrier_arrive(&mut self.t.f, empty);
             return Ok(());
         }
-        let within = self.t.f.rem(self.role_tid, WARPGROUP);
+        let each = self.rings[channel.0 as usize].arriving();
+        let within = self.t.f.rem(self.role_tid, each);
         if self.rings[channel.0 as usize].shared {
             // One thread for each block of the cluster.
             let mine = self.t.f.cmp("ult", within, i32(self.cluster.into()));

@@ -20,6 +20,8 @@ const PANEL: u32 = 128;
 const PIECE: u32 = 16;
 /// 16-bit elements in that.
 const PIECE_ELEMENTS: u32 = PIECE / 2;
+/// Lanes that have neighbouring columns of a row.
+const QUAD: u32 = 4;
 /// Columns of a box that the copy engine stores.
 const BOX: u32 = PANEL / 2;
 
@@ -55,7 +57,7 @@ impl Emit<'_> {
         value: ValueId,
         scratch: Option<BufferId>,
     ) -> Result<(), String> {
-        let geometry = self.the_geometry()?;
+        let geometry = self.seen_in(value)?;
         let shape = self.shape(value);
         let mut start = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
         if numbers.is_some() {
@@ -152,6 +154,9 @@ impl Emit<'_> {
             && ty.strides.last().is_some_and(|s| s.bytes == bytes && s.sym.is_none())
             && ty.offset as i64 % (2 * bytes) == 0
             && ty.shape.last().is_some_and(|n| n.factor.is_multiple_of(2));
+        if !g.transposed && g.wide.is_multiple_of(8 * QUAD) && target.rows.is_none() && in_pieces(&ty, g.wide) {
+            return self.by_quads(g, target, value);
+        }
         let (mut seen, mut rows) = (HashMap::new(), HashMap::new());
         for at in g.registers().into_iter().filter(|r| !pairs || r.e == 0) {
             let [row, column] = g.coordinates(&mut self.t, at);
@@ -171,6 +176,52 @@ impl Emit<'_> {
             isa::store_global_if(&mut self.t.f, inside, address, &words);
         }
         Ok(())
+    }
+
+    /// Straight from registers of 16-bit elements, 16 bytes a lane: of four times eight columns of a row, of which each lane of a quad has two
+    /// everywhere, it gets all of one eight.
+    fn by_quads(&mut self, g: &Geometry, target: &Target, value: ValueId) -> Result<(), String> {
+        let within = self.t.f.rem(self.t.lane, QUAD);
+        let odd = self.t.f.bin("and", within, i32(1));
+        let odd = self.t.f.cmp("ne", odd, i32(0));
+        let upper = self.t.f.cmp("uge", within, i32(2));
+        let own = self.t.f.mul(within, i32(8));
+        let mut seen = HashMap::new();
+        for (sub, h) in (0..g.subs).flat_map(|sub| [(sub, 0), (sub, 1)]) {
+            let at = Register { sub, j: 0, h, e: 0 };
+            let [row, _] = g.coordinates(&mut self.t, at);
+            let there = self.row_in_view(target, row)?;
+            for first in (0..g.wide / 8).step_by(QUAD as usize) {
+                let mut words = Vec::new();
+                for j in first..first + QUAD {
+                    words.push(self.packed(value, [0, 1].map(|e| Register { j, e, ..at }), &mut seen)?);
+                }
+                let words = self.turned_in_quad(&words, odd, upper);
+                let column = self.t.f.add(g.first[1], i32((8 * first).into()));
+                let column = self.t.f.add(column, own);
+                let (address, inside) = self.target_in(g, target, (row, there), column);
+                isa::store_global_if(&mut self.t.f, inside, address, &words);
+            }
+        }
+        Ok(())
+    }
+
+    /// Word `n` of every lane of a quad to lane `n`, in order of lanes: first among neighbours, then between pairs of them.
+    fn turned_in_quad(&mut self, words: &[Val], odd: Val, upper: Val) -> [Val; 4] {
+        let f = &mut self.t.f;
+        let mut pairs = Vec::new();
+        for pair in words.chunks(2) {
+            let given = f.select(odd, pair[0], pair[1]);
+            let got = isa::shuffle_xor(f, given, 1);
+            pairs.push([f.select(odd, got, pair[0]), f.select(odd, pair[1], got)]);
+        }
+        let mut both = [[i32(0); 2]; 2];
+        for side in 0..2 {
+            let given = f.select(upper, pairs[0][side], pairs[1][side]);
+            let got = isa::shuffle_xor(f, given, 2);
+            both[side] = [f.select(upper, got, pairs[0][side]), f.select(upper, pairs[1][side], got)];
+        }
+        [both[0][0], both[1][0], both[0][1], both[1][1]]
     }
 
     /// The warp's own part of the staging buffer as an address: rows of [`PANEL`] bytes from its group's first.

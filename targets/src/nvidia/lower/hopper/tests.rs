@@ -366,6 +366,25 @@ fn attention_over_gathered_rows() {
 }
 
 #[test]
+fn two_warpgroups_score_in_turn() {
+    let scheduled = clustered(SPARSE.program("attention"), 0);
+    let names: Vec<&str> = scheduled.roles.iter().map(|r| r.name.as_str()).collect();
+    assert_eq!(names, ["keys0", "a", "b"]);
+    // Keys that are no values have one stage, which leaves room for both ways of weights.
+    let stages = |name: &str| scheduled.channels.iter().find(|c| c.name == name).map(|c| c.stages);
+    assert_eq!(["keys0", "keys1", "keys2"].map(stages), [Some(2), Some(2), Some(1)]);
+    let (mlir, _) = lower(&scheduled, hopper(), Ty::Global, 1).expect("lowers");
+    // A stage of keys is given back by each warp: who has no use for it comes to it by no product.
+    let stage = |count: u32| mlir.matches(&format!("mbarrier.init.shared::cta.b64 [$0], {count};")).count();
+    assert_eq!((stage(8), stage(2)), (5, 1), "five stages of keys, one of queries");
+    // Own weights are multiplied from registers: four instructions where a round is scored, two loops of the first and one of the second.
+    assert_eq!(mlir.matches("m64n256k16.f32.bf16.bf16").count(), 4 * 6);
+    assert_eq!(mlir.matches("$256, $257, $258, $259}, $260, p, 1, 1, 1;").count(), 4 * 3);
+    // With none, one, an even and an odd number of rounds.
+    SPARSE.check(4, &[0, 64, 128, 192]);
+}
+
+#[test]
 fn attention_over_codes() {
     Attention { fp8: true, ..SPARSE }.check(2, &[192, 1]);
 }

@@ -60,6 +60,12 @@ impl Flight {
     }
 }
 
+/// The instruction's first operand: words of registers, or a buffer's stage from there on.
+enum Left<'a> {
+    Words(Vec<Val>),
+    Stage(&'a Buffer, Val),
+}
+
 /// The instruction's operands of a product, and whether the rows of each run across `k`.
 fn in_order(g: Geometry, [a, b]: [ValueId; 2], trans_b: bool) -> ([ValueId; 2], [bool; 2]) {
     if g.transposed { ([b, a], [!trans_b, false]) } else { ([a, b], [false, !trans_b]) }
@@ -114,7 +120,7 @@ impl<'a> Emit<'a> {
     /// Computes the descriptors of the operands of a product once, for stage 0. `trans_b` as of the product.
     pub fn prepare_descriptors(&mut self, g: Geometry, operands: [ValueId; 2], trans_b: bool) -> Result<(), String> {
         let (operands, across) = in_order(g, operands, trans_b);
-        for (number, v) in operands.into_iter().enumerate() {
+        for (number, v) in operands.into_iter().enumerate().filter(|o| !self.lefts.contains(&o.1)).collect::<Vec<_>>() {
             let second = number == 1;
             let buffer = match self.defs.get(&v).map(|i| &i.op) {
                 Some(Op::Take { channel, slot }) => self.s.channels[channel.0 as usize].slots[*slot as usize],
@@ -134,7 +140,10 @@ impl<'a> Emit<'a> {
             };
             let leading = if across[number] { data.panel_bytes() } else { ptx::DESCRIPTOR_UNIT };
             let start = ptx::descriptor_start(&mut self.t.f, at, leading);
-            self.descriptors.insert((buffer, second), start);
+            // Only rows across `k` need the step between panels, and those along `k` do not mind it.
+            if across[number] || !self.descriptors.contains_key(&(buffer, second)) {
+                self.descriptors.insert((buffer, second), start);
+            }
         }
         Ok(())
     }
@@ -146,7 +155,9 @@ impl<'a> Emit<'a> {
         let base = *self.descriptors.get(&(buffer, second)).ok_or("an operand without descriptor")?;
         let bytes = self.s.buffers[buffer.0 as usize].copy_bytes();
         let offset = self.t.f.mul(stage, i32((bytes / ptx::DESCRIPTOR_UNIT).into()));
-        Ok(self.t.f.add(base, offset))
+        let at = self.t.f.add(base, offset);
+        // Of the only stage of a ring descriptors are the same in all rounds.
+        if stage.int().is_none() { Ok(at) } else { Ok(self.anew(at)) }
     }
 
     /// The descriptor of an operand so many bytes behind a start.
@@ -177,9 +188,13 @@ impl<'a> Emit<'a> {
     ) -> Result<(), String> {
         let g = self.geometry(result)?;
         let ([first, second], across) = in_order(g, [a, b], trans_b);
-        let (left_data, right_data) = (self.buffer_of(first)?, self.buffer_of(second)?);
-        let dtype = left_data.dtype;
-        let (left, right) = (self.operand(first, false)?, self.operand(second, true)?);
+        let right_data = self.buffer_of(second)?;
+        let dtype = right_data.dtype;
+        let left = match self.held.get(&first) {
+            Some(Held::Packed(words)) => Left::Words(words.clone()),
+            _ => Left::Stage(self.buffer_of(first)?, self.operand(first, false)?),
+        };
+        let right = self.operand(second, true)?;
         let k_bytes = self.shape(a).last().copied().unwrap_or(0) * dtype.bytes() as u32;
         let per_sub = (g.wide / 2) as usize;
         let count = self.split.get(&result).copied().unwrap_or(1);
@@ -208,9 +223,14 @@ impl<'a> Emit<'a> {
         for k in 0..k_bytes / K_BYTES {
             let sums = &mut chains[k as usize % count];
             for (sub, sum) in sums.iter_mut().enumerate() {
-                let rows = if across[0] { left_data.panel_bytes() } else { ROWS * 128 };
-                let behind = step(left_data, k, across[0]) + sub as u32 * rows;
-                let left = self.described(left, behind);
+                let left = match &left {
+                    Left::Words(words) => ptx::Left::Registers(&words[4 * k as usize..][..4]),
+                    Left::Stage(data, start) => {
+                        let rows = if across[0] { data.panel_bytes() } else { ROWS * 128 };
+                        let behind = step(data, k, across[0]) + sub as u32 * rows;
+                        ptx::Left::Shared(self.described(*start, behind))
+                    }
+                };
                 let mut all = Vec::new();
                 for piece in 0..pieces {
                     let columns = if across[1] { wide / PANEL_ROWS * right_data.panel_bytes() } else { wide * 128 };
@@ -222,7 +242,7 @@ impl<'a> Emit<'a> {
                         (None, Some(spare)) => ptx::Onto::Over(&spare[sub * per_sub..][own]),
                         (None, None) => ptx::Onto::Zero,
                     };
-                    all.extend(ptx::wgmma(&mut self.t.f, dtype, wide, onto, [left, right], across));
+                    all.extend(ptx::wgmma(&mut self.t.f, dtype, wide, onto, (left, right), across));
                 }
                 *sum = Some(all);
             }
@@ -233,8 +253,10 @@ impl<'a> Emit<'a> {
         self.held.insert(result, Held::Registers(chains.remove(0), [true, true]));
         chains.retain(|c| !c.is_empty());
         self.others.insert(result, chains);
-        let stages = [a, b].into_iter().filter_map(|v| match self.defs.get(&v).map(|i| &i.op) {
-            Some(Op::Take { channel, .. }) => Some((*channel, 0)),
+        let stages = [a, b].into_iter().filter_map(|v| match (self.defs.get(&v).map(|i| &i.op), self.held.get(&v)) {
+            (Some(Op::Take { channel, .. }), Some(Held::Stage(_, stage))) => {
+                Some((*channel, self.rings[channel.0 as usize].waits_since(*stage)))
+            }
             _ => None,
         });
         let mut stages: Vec<(ChannelId, u32)> = stages.collect();

@@ -8,10 +8,14 @@ impl<'a> Planner<'a> {
         if self.transposed && self.parts.iter().any(|p| p.computed) { self.groups } else { 1 }
     }
 
-    /// Brings a tile's queries, by the role that uses them: no other has the time to wait for them.
+    /// What numbers of a tile's queries are computed from.
+    pub(super) fn query_places(&self) -> Vec<ValueId> {
+        self.a.scores.iter().flat_map(|s| s.queries.index.iter().filter_map(|&i| value_of(i))).collect()
+    }
+
+    /// Brings a tile's queries. Where one warpgroup scores, it does so itself: no other has the time to wait for it. Where two do, both
+    /// are done with them before they are done with their keys, so that who brings these brings them ahead.
     pub(super) fn queries(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<()> {
-        // All products of the tile before have read theirs.
-        out.push(plain(Op::Barrier));
         out.push(plain(Op::Acquire(QUERIES)));
         for (slot, part) in self.parts.clone().into_iter().enumerate() {
             let q = &self.a.scores[part.score].queries;
@@ -36,13 +40,20 @@ impl<'a> Planner<'a> {
     }
 
     /// A warpgroup brings these parts of the keys, round by round.
-    pub(super) fn keys(&mut self, parts: &[usize], names: &mut Names) -> Option<Vec<Inst>> {
+    pub(super) fn keys(&mut self, parts: &[usize], queries: bool, names: &mut Names) -> Option<Vec<Inst>> {
         let mut gathers = Vec::new();
         for &i in parts {
             self.gathers(self.a.scores[self.parts[i].score].keys, &mut gathers);
         }
         let needed = self.slice(gathers.iter().flat_map(|g| tile::operands(&g.op)).collect());
-        let mut out = self.before(self.bounds().into_iter().chain(needed.iter().copied()).collect(), names)?;
+        let mut roots: Vec<ValueId> = self.bounds().into_iter().chain(needed.iter().copied()).collect();
+        if queries {
+            roots.extend(self.query_places());
+        }
+        let mut out = self.before(roots, names)?;
+        if queries {
+            self.queries(names, &mut out)?;
+        }
         let range = self.range(names)?;
         out.push(self.rounds(range, &[], names, |p, names| {
             let mut insts = Vec::new();

@@ -3,12 +3,12 @@
 //! | role | does |
 //! |---|---|
 //! | `keys` | a warpgroup: gathers rows of keys, or computes them from gathered rows (dequantises); two with few heads |
-//! | `scores` | a warpgroup: brings the queries; scores, softmax; hands weights and factors on |
-//! | `values` | one or two warpgroups, each with its columns of the accumulator: rescale it, add weights · values |
+//! | `a`, `b` | a warpgroup each: score in turn, and have half of the accumulator's columns each: [`turns`] |
+//! | `scores` | where heads are few, or columns: a warpgroup that brings the queries; scores, softmax; hands weights and factors on |
+//! | `values` | there one or two warpgroups, each with its columns of the accumulator: rescale it, add weights · values |
 //!
-//! Keys lie in rings, one for each range of columns, so that each is given back as soon as its own readers are done: scores of the
-//! next round are made while this round's weights multiply values. What one role computes and another uses (weights, factors a row) goes
-//! through a channel too.
+//! Keys lie in rings, one for each range of columns, so that each is given back as soon as its own readers are done. What one role computes
+//! and another uses (weights, factors a row) goes through a channel too.
 //!
 //! With 64 heads, 64 keys a round, 512 + 64 columns: queries 72 KiB, two rounds of keys 144 KiB, weights 8 KiB. A round is
 //! 64·64·(576 + 512) multiply-adds, 2176 cycles of the multipliers; it brings 72 KiB.
@@ -16,6 +16,7 @@
 mod keys;
 mod memory;
 mod scores;
+mod turns;
 mod values;
 
 use super::attention::Attention;
@@ -24,7 +25,7 @@ use super::contraction::{STEP_BYTES, definitions};
 use super::fill::ROW_THREADS;
 use super::plan::for_each;
 use super::tensor_map::{can_describe, view_type};
-use super::values::{Names, Values, plain, rename_index, renamed, slice, value_of};
+use super::values::{Names, Values, plain, plus, rename_index, renamed, slice, value_of};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
@@ -38,12 +39,12 @@ use std::collections::{HashMap, HashSet};
 const MOST_COLUMNS: u32 = 256;
 /// Most rounds of keys in flight.
 const MOST_STAGES: u32 = 4;
-/// Registers of a thread that brings keys, that scores, and that has values: where keys are copied, where they are computed, and where two
-/// blocks compute half of them each.
-const GATHERING: [u32; 3] = [48, 144, 160];
-const COMPUTING: [u32; 3] = [112, 80, 160];
-const PAIRED: [u32; 3] = [104, 88, 160];
-/// The same for few heads, where two warpgroups compute keys.
+/// Registers of a thread that brings keys and of one that scores and has values in turn: where keys are copied, computed, and computed by
+/// two blocks. Together at most 504, three times the 168 of the launch.
+const TURNS_GATHERING: [u32; 2] = [56, 224];
+const TURNS_COMPUTING: [u32; 2] = [104, 200];
+const TURNS_PAIRED: [u32; 2] = [88, 208];
+/// Registers of a thread that brings keys, that scores, and that has values, for few heads, where two warpgroups compute keys.
 const FEW_HEADS: [u32; 3] = [104, 88, 88];
 /// Fewest heads whose rows, not columns, are the instruction's rows.
 const STRAIGHT_FROM: u32 = 64;
@@ -164,32 +165,40 @@ impl<'a> Planner<'a> {
 
     fn scheduled(mut self, arch: &Arch) -> Option<Scheduled> {
         let split = self.split()?;
-        let (buffers, channels) = self.memory(&split, arch)?;
+        let takes_turns = self.takes_turns();
+        let memory = if takes_turns { self.memory_of_turns(&split, arch) } else { self.memory(&split, arch) };
+        let (buffers, channels) = memory?;
         let scratch = (self.transposed).then(|| buffers.len() as u32 - 2);
         let mut roles: Vec<Role> = Vec::new();
-        let mut first = 0;
         let mut role = |name: String, registers: u32, insts: Vec<Inst>| {
+            let first = roles.len() as u32 * (WARPGROUP / Arch::WARP);
             let warps = [first, first + WARPGROUP / Arch::WARP];
-            first = warps[1];
             let body = Block { insts, ..Block::default() };
             roles.push(Role { name, warps, registers: (registers > 0).then_some(registers), elected: false, body });
         };
         let bringing = self.bringing();
-        let threads = (bringing + 1 + self.groups) * WARPGROUP;
-        let registers = self.registers();
+        let [bring, score, add] = self.registers();
         for n in 0..bringing {
             // Parts of the values take turns; the others go with the last.
             let of = |p: &Part| p.group.unwrap_or(bringing - 1) % bringing;
             let parts: Vec<usize> = (0..self.parts.len()).filter(|&i| of(&self.parts[i]) == n).collect();
-            let insts = self.keys(&parts, &mut self.values.names.clone())?;
-            role(format!("keys{n}"), registers[0], insts);
+            let insts = self.keys(&parts, takes_turns, &mut self.values.names.clone())?;
+            role(format!("keys{n}"), bring, insts);
         }
-        let insts = self.scores(&split, scratch, &mut self.values.names.clone())?;
-        role("scores".into(), registers[1], insts);
-        for group in 0..self.groups {
-            let insts = self.values(&split, group, &mut self.values.names.clone())?;
-            role(format!("values{group}"), registers[2], insts);
+        if takes_turns {
+            for (number, name) in ["a", "b"].into_iter().enumerate() {
+                let insts = self.turn(&split, number as u32, &mut self.values.names.clone())?;
+                role(name.into(), score, insts);
+            }
+        } else {
+            let insts = self.scores(&split, scratch, &mut self.values.names.clone())?;
+            role("scores".into(), score, insts);
+            for group in 0..self.groups {
+                let insts = self.values(&split, group, &mut self.values.names.clone())?;
+                role(format!("values{group}"), add, insts);
+            }
         }
+        let threads = roles.len() as u32 * WARPGROUP;
         Some(Scheduled {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),

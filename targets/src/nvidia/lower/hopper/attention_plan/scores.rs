@@ -64,8 +64,10 @@ impl<'a> Planner<'a> {
         roots.extend(split.weighing.iter().chain(&split.carrying));
         let after = self.after(&split.totals, false);
         roots.extend(&after);
-        roots.extend(self.a.scores.iter().flat_map(|s| s.queries.index.iter().filter_map(|&i| value_of(i))));
+        roots.extend(self.query_places());
         let mut out = self.before(roots, names)?;
+        // All products of the tile before have read theirs.
+        out.push(plain(Op::Barrier));
         self.queries(names, &mut out)?;
         out.push(plain(Op::Wait(QUERIES)));
         let mut queries = Vec::new();
@@ -87,26 +89,47 @@ impl<'a> Planner<'a> {
         })?;
         out.push(round);
         out.push(plain(Op::Release { channel: QUERIES, lag: 0 }));
-        for inst in self.behind() {
-            let stores = matches!(&inst.op, tile::Op::Store { value, .. } if !self.of_acc(*value));
-            if stores || inst.results.first().is_some_and(|r| after.contains(r)) {
-                if stores {
-                    let new = self.copied(inst, Place::Lazy, names)?;
-                    out.push(new);
-                } else {
-                    self.score_inst(inst, scratch, names, &mut out)?;
-                }
-            }
-        }
-        if !split.totals.is_empty() {
-            let channel = self.total_channel();
-            out.push(plain(Op::Acquire(channel)));
-            for (slot, v) in split.totals.iter().enumerate() {
-                out.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
-            }
-            out.push(plain(Op::Commit(channel)));
-        }
+        self.finish_rows(&after, names, scratch, &mut out)?;
+        self.hand_totals(split, self.total_channel(), names, &mut out)?;
         Some(out)
+    }
+
+    /// What stands behind the loop and needs no accumulator.
+    pub(super) fn finish_rows(
+        &mut self,
+        needed: &HashSet<ValueId>,
+        names: &mut Names,
+        scratch: Option<u32>,
+        out: &mut Vec<Inst>,
+    ) -> Option<()> {
+        for inst in self.behind() {
+            if matches!(&inst.op, tile::Op::Store { value, .. } if !self.of_acc(*value)) {
+                let new = self.copied(inst, Place::Lazy, names)?;
+                out.push(new);
+            } else if inst.results.first().is_some_and(|r| needed.contains(r)) {
+                self.score_inst(inst, scratch, names, out)?;
+            }
+        }
+        Some(())
+    }
+
+    /// Gives what is made of rows behind the loop to those who have the accumulator.
+    pub(super) fn hand_totals(
+        &mut self,
+        split: &Split,
+        channel: ChannelId,
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<()> {
+        if split.totals.is_empty() {
+            return Some(());
+        }
+        out.push(plain(Op::Acquire(channel)));
+        for (slot, v) in split.totals.iter().enumerate() {
+            out.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
+        }
+        out.push(plain(Op::Commit(channel)));
+        Some(())
     }
 
     /// What scores are combined with and a round knows from its number alone, such as who is selected: threads have it a round ahead. A fence

@@ -31,31 +31,63 @@ impl<'a> Planner<'a> {
         Some(Type::Tile(t))
     }
 
-    /// One group's columns of the accumulator.
-    pub(super) fn values(&mut self, split: &Split, group: u32, names: &mut Names) -> Option<Vec<Inst>> {
+    /// What of the values in front of the loop those who have the accumulator need.
+    pub(super) fn roots_of_values(&self) -> Vec<ValueId> {
+        let mut roots = self.bounds();
+        let other = |v: &ValueId| !self.of_acc(*v) && !self.of_rows(*v);
+        roots.extend(self.after(&[], true).into_iter().filter(other));
+        if let tile::Op::Map { inputs, .. } = &self.a.rescale.op {
+            roots.extend(inputs.iter().filter(|&&v| v != self.a.carried_acc() && !self.of_rows(v)));
+        }
+        roots
+    }
+
+    /// The empty sum that the program begins with, of this group's columns.
+    pub(super) fn no_sum(&mut self, names: &mut Names, out: &mut Vec<Inst>) -> Option<()> {
         let tile::Op::For { init, .. } = &self.a.key_loop.op else { return None };
         let zero = init[self.a.acc];
-        let after = self.after(&[], true);
-        let mut roots = self.bounds();
-        roots.extend(after.iter().filter(|&&v| !self.of_acc(v) && !self.of_rows(v)));
-        let tile::Op::Map { inputs, .. } = &self.a.rescale.op else { return None };
-        roots.extend(inputs.iter().filter(|&&v| v != self.a.carried_acc() && !self.of_rows(v)));
-        let mut out = self.before(roots, names)?;
         let Type::Tile(t) = self.narrowed(zero)? else { return None };
         let full = tile::Op::Full { value: tile::Scalar::F32(0.0), shape: t.shape.clone() };
         let first = self.values.fresh(Type::Tile(t), Place::Lazy);
         names.insert(zero, first);
         out.push(Inst { results: vec![first], op: Op::Tile(full), scratch: None });
+        Some(())
+    }
+
+    /// One group's columns of the accumulator.
+    pub(super) fn values(&mut self, split: &Split, group: u32, names: &mut Names) -> Option<Vec<Inst>> {
+        let mut out = self.before(self.roots_of_values(), names)?;
+        self.no_sum(names, &mut out)?;
         let (range, carried) = (self.range(names)?, self.carried(&[self.a.acc], names)?);
         out.push(self.rounds(range, &carried, names, |p, names| p.value_round(split, group, names))?);
-        let channel = self.total_channel();
+        self.take_totals(split, self.total_channel(), names, &mut out);
+        self.finish_values(split, group, names, &mut out)?;
         if !split.totals.is_empty() {
-            out.push(plain(Op::Wait(channel)));
-            for (slot, &v) in split.totals.iter().enumerate() {
-                let taken = self.take(channel, slot as u32, DType::F32, &[self.a.shape[0], 1], &mut out);
-                names.insert(v, taken);
-            }
+            out.push(plain(Op::Release { channel: self.total_channel(), lag: 0 }));
         }
+        Some(out)
+    }
+
+    pub(super) fn take_totals(&mut self, split: &Split, channel: ChannelId, names: &mut Names, out: &mut Vec<Inst>) {
+        if split.totals.is_empty() {
+            return;
+        }
+        out.push(plain(Op::Wait(channel)));
+        for (slot, &v) in split.totals.iter().enumerate() {
+            let taken = self.take(channel, slot as u32, DType::F32, &[self.a.shape[0], 1], out);
+            names.insert(v, taken);
+        }
+    }
+
+    /// What stands behind the loop and needs this group's columns of the accumulator.
+    pub(super) fn finish_values(
+        &mut self,
+        split: &Split,
+        group: u32,
+        names: &mut Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<()> {
+        let after = self.after(&[], true);
         for inst in self.behind() {
             let place = match &inst.op {
                 tile::Op::Store { value, .. } if self.of_acc(*value) => Place::Lazy,
@@ -68,10 +100,7 @@ impl<'a> Planner<'a> {
             self.narrow(inst, group, &mut new)?;
             out.push(new);
         }
-        if !split.totals.is_empty() {
-            out.push(plain(Op::Release { channel, lag: 0 }));
-        }
-        Some(out)
+        Some(())
     }
 
     /// Makes a copied instruction one of this group's columns.
@@ -109,22 +138,35 @@ impl<'a> Planner<'a> {
             let taken = self.take(weights, 1 + i as u32, DType::F32, &[heads, 1], &mut insts);
             names.insert(v, taken);
         }
+        let number = self.parts.iter().position(|p| p.group == Some(group))?;
+        let channel = self.key_channel(number);
+        insts.push(plain(Op::Wait(channel)));
+        let v = self.take(channel, 0, self.a.dtype, &[keys, columns / self.groups], &mut insts);
+        let result = self.add_values(group, [p, v], names, &mut insts)?;
+        insts.push(plain(Op::Release { channel: weights, lag: 0 }));
+        insts.push(plain(Op::Release { channel, lag: 0 }));
+        Some((insts, vec![result]))
+    }
+
+    /// `acc · factors + p · v`: the next accumulator, under the name of the last.
+    pub(super) fn add_values(
+        &mut self,
+        group: u32,
+        [p, v]: [ValueId; 2],
+        names: &mut Names,
+        insts: &mut Vec<Inst>,
+    ) -> Option<ValueId> {
         let rescale = self.a.rescale;
         let place = self.fragment();
         let mut scaled = self.copied(rescale, place, names)?;
         self.narrow(rescale, group, &mut scaled)?;
         let acc = scaled.results[0];
         insts.push(scaled);
-        let number = self.parts.iter().position(|p| p.group == Some(group))?;
-        let channel = self.key_channel(number);
-        insts.push(plain(Op::Wait(channel)));
-        let v = self.take(channel, 0, self.a.dtype, &[keys, columns / self.groups], &mut insts);
         let ty = self.values.types[acc.0 as usize].clone();
         let result = self.values.fresh(ty, self.fragment());
         let op = tile::Op::Dot { a: p, b: v, acc: Some(acc), trans_b: false };
         insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
-        insts.push(plain(Op::Release { channel: weights, lag: 0 }));
-        insts.push(plain(Op::Release { channel, lag: 0 }));
-        Some((insts, vec![result]))
+        names.insert(self.a.carried_acc(), result);
+        Some(result)
     }
 }

@@ -1,0 +1,433 @@
+//! Two warpgroups that score in turn, and have half of the values' columns each.
+//!
+//! Warpgroup `a` scores rounds 0, 2, 4.., `b` rounds 1, 3, 5..: one's softmax runs beside the other's products. Who scores a round multiplies
+//! its weights from registers, and hands them on for the other columns; carried rows (the running maximum, the sum) go to and fro.
+//!
+//! ```text
+//! a: scores(2i)   softmax  += w(2i) v   .. wait for b's weights ..   += w(2i+1) v
+//! b:        scores(2i+1)  .. wait for a's weights ..   += w(2i) v   softmax   += w(2i+1) v
+//! ```
+//!
+//! Every ring of keys goes through both in order, so a warpgroup also gives back what of a round it has no use for. Rounds come in pairs; `a` has
+//! the last of an odd number. Weights are added to each half in the order of rounds, as the program has it, so no result depends on who was first.
+
+use super::*;
+
+/// A warpgroup at work.
+struct Turn<'s> {
+    split: &'s Split,
+    /// 0 is `a`, 1 is `b`: whose rounds, and which columns of the values.
+    number: u32,
+    /// The queries by part.
+    queries: Vec<ValueId>,
+    /// What a round knows from its number alone.
+    ahead: Vec<ValueId>,
+}
+
+/// Values of a round that the other warpgroup scores.
+struct Others {
+    channel: ChannelId,
+    values: ValueId,
+}
+
+impl<'a> Planner<'a> {
+    fn weights_of(&self, number: u32) -> ChannelId {
+        ChannelId(1 + self.parts.len() as u32 + number)
+    }
+
+    /// The channel by which a warpgroup hands on carried rows that weights do not depend on: they need not be there as early.
+    fn late_rows_of(&self, number: u32) -> ChannelId {
+        self.weights_of(2 + number)
+    }
+
+    fn totals_of_turns(&self, split: &Split) -> ChannelId {
+        self.weights_of(if self.rows_late(split).is_empty() { 2 } else { 4 })
+    }
+
+    /// Carried rows that weights depend on.
+    pub(super) fn rows_early(&self, split: &Split) -> Vec<usize> {
+        let mut rows = self.carried_rows();
+        rows.retain(|&i| split.weighing.contains(&self.a.body.yields[i]));
+        rows
+    }
+
+    /// The others.
+    pub(super) fn rows_late(&self, split: &Split) -> Vec<usize> {
+        let mut rows = self.carried_rows();
+        rows.retain(|&i| !split.weighing.contains(&self.a.body.yields[i]));
+        rows
+    }
+
+    /// Numbers of what the loop carries besides the accumulator.
+    pub(super) fn carried_rows(&self) -> Vec<usize> {
+        (0..self.a.body.yields.len()).filter(|&i| i != self.a.acc).collect()
+    }
+
+    /// Whether two warpgroups score in turn: where heads are many and the accumulator needs two.
+    pub(super) fn takes_turns(&self) -> bool {
+        !self.transposed && self.groups == 2
+    }
+
+    /// Whether they can: each round makes the carried rows anew, and each half of the values is a part of the keys.
+    fn can_take_turns(&self) -> bool {
+        let column =
+            |v: ValueId| self.tile(v).is_some_and(|t| t.dtype == DType::F32 && t.shape == [self.a.shape[0], 1]);
+        let made = |v: ValueId| self.a.body.insts.iter().any(|inst| inst.results.first() == Some(&v));
+        let rows = |&i: &usize| column(self.a.body.args[1 + i]) && made(self.a.body.yields[i]);
+        let halves = |group: u32| self.parts.iter().filter(|p| p.group == Some(group)).count() == 1;
+        halves(0) && halves(1) && self.carried_rows().iter().all(rows)
+    }
+
+    /// One of the two warpgroups.
+    pub(super) fn turn(&mut self, split: &Split, number: u32, names: &mut Names) -> Option<Vec<Inst>> {
+        let tile::Op::For { init, .. } = &self.a.key_loop.op else { return None };
+        self.can_take_turns().then_some(())?;
+        let rows = self.carried_rows();
+        let totals = self.after(&split.totals, false);
+        let mut roots = self.roots_of_values();
+        roots.extend(self.bounds());
+        roots.extend(split.weighing.iter().chain(&split.carrying));
+        if number == 0 {
+            roots.extend(rows.iter().map(|&i| init[i]));
+            roots.extend(&totals);
+        }
+        let mut out = self.before(roots, names)?;
+        self.no_sum(names, &mut out)?;
+        out.push(plain(Op::Wait(QUERIES)));
+        let shapes: Vec<[u32; 2]> = self.parts.iter().map(|p| [self.a.shape[0], p.columns[1]]).collect();
+        let mut queries = Vec::new();
+        for (slot, shape) in shapes.iter().enumerate() {
+            queries.push(self.take(QUERIES, slot as u32, self.a.dtype, shape, &mut out));
+        }
+        let turn = Turn { split, number, queries, ahead: self.rows_ahead(split) };
+        self.pairs(&turn, names, &mut out)?;
+        if number == 0 {
+            self.finish_rows(&totals, names, None, &mut out)?;
+            self.hand_totals(split, self.totals_of_turns(split), names, &mut out)?;
+        } else {
+            self.take_totals(split, self.totals_of_turns(split), names, &mut out);
+        }
+        self.finish_values(split, number, names, &mut out)?;
+        if number == 1 && !split.totals.is_empty() {
+            out.push(plain(Op::Release { channel: self.totals_of_turns(split), lag: 0 }));
+        }
+        Some(out)
+    }
+
+    /// The loop over pairs of rounds, and the round that may be left.
+    fn pairs(&mut self, turn: &Turn<'_>, names: &mut Names, out: &mut Vec<Inst>) -> Option<()> {
+        let (lo, hi, step) = self.range(names)?;
+        let (from, to) = (self.scalar_of(lo, out)?, self.scalar_of(hi, out)?);
+        let mut numbers = vec![self.a.acc];
+        if turn.number == 0 {
+            numbers.extend(self.carried_rows());
+        }
+        let mut carried = self.carried(&numbers, names)?;
+        let own = self.moved(from, turn.number * step, out);
+        let known = self.known_in(turn.split, own, names, out)?;
+        for &v in &turn.ahead {
+            carried.push(Carried { inside: v, first: *known.get(&v)?, behind: v });
+        }
+        let behind = self.scalar(behind_pairs([from, to], step), out);
+        let body = |p: &mut Self, names: &mut Names| p.pair_of_rounds(turn, &numbers, names);
+        let pairs = self.rounds((lo, Index::Value(behind), 2 * step), &carried, names, body)?;
+        out.push(pairs);
+        let scored = plain(Op::Release { channel: QUERIES, lag: 0 });
+        carried.truncate(numbers.len());
+        self.go_on(&mut carried, names)?;
+        let body = |p: &mut Self, names: &mut Names| p.last_round(turn, &numbers, names);
+        let last = self.rounds((Index::Value(behind), hi, 2 * step), &carried, names, body)?;
+        // Queries of the next tile can come as soon as there is nothing more to score.
+        out.extend(if turn.number == 0 { [last, scored] } else { [scored, last] });
+        Some(())
+    }
+
+    /// A next loop begins with what the one before ended with.
+    fn go_on(&self, carried: &mut [Carried], names: &Names) -> Option<()> {
+        carried.iter_mut().try_for_each(|c| {
+            c.first = *names.get(&c.behind)?;
+            Some(())
+        })
+    }
+
+    fn scalar_of(&mut self, i: Index, out: &mut Vec<Inst>) -> Option<ValueId> {
+        let Index::Const(n) = i else { return value_of(i) };
+        let value = tile::Scalar::I32(i32::try_from(n).ok()?);
+        Some(self.scalar(tile::Op::Full { value, shape: Vec::new() }, out))
+    }
+
+    fn scalar(&mut self, op: tile::Op, out: &mut Vec<Inst>) -> ValueId {
+        let v = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
+        out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
+        v
+    }
+
+    /// A round so much later.
+    fn moved(&mut self, round: ValueId, by: u32, out: &mut Vec<Inst>) -> ValueId {
+        match by {
+            0 => round,
+            n => self.scalar(tile::Op::Map { inputs: vec![round], body: plus(n as i32) }, out),
+        }
+    }
+
+    /// Two rounds, one of them scored here. The other's values are added behind those of the own round, or, where the own round is the
+    /// second, while its softmax runs.
+    fn pair_of_rounds(
+        &mut self,
+        turn: &Turn<'_>,
+        carried: &[usize],
+        names: &mut Names,
+    ) -> Option<(Vec<Inst>, Vec<ValueId>)> {
+        let step = self.a.range.2;
+        let mut insts = Vec::new();
+        let first = *names.get(&self.a.body.args[0])?;
+        let own = self.moved(first, turn.number * step, &mut insts);
+        names.insert(self.a.body.args[0], own);
+        let next = self.moved(own, 2 * step, &mut insts);
+        let mut rows = Vec::new();
+        let known = if turn.number == 0 {
+            let (known, others) = self.own_round(turn, Some(next), (None, true), names, &mut insts)?;
+            let read = self.add_others(turn, &others?, 0, true, names, &mut insts)?;
+            let late = self.take_late(turn, true, names, &mut insts);
+            insts.extend(read.into_iter().chain(late));
+            for &i in &carried[1..] {
+                rows.push(*names.get(&self.a.body.args[1 + i])?);
+            }
+            known
+        } else {
+            let others = self.others_values(turn, &mut insts)?;
+            self.own_round(turn, Some(next), (Some(others), false), names, &mut insts)?.0
+        };
+        let mut yields = vec![*names.get(&self.a.carried_acc())?];
+        yields.extend(rows);
+        for v in &turn.ahead {
+            yields.push(*known.get(v)?);
+        }
+        Some((insts, yields))
+    }
+
+    /// The round behind the last pair: `a` scores it, and nothing comes from `b` any more.
+    fn last_round(
+        &mut self,
+        turn: &Turn<'_>,
+        carried: &[usize],
+        names: &mut Names,
+    ) -> Option<(Vec<Inst>, Vec<ValueId>)> {
+        let mut insts = Vec::new();
+        if turn.number == 0 {
+            self.own_round(turn, None, (None, false), names, &mut insts)?;
+        } else {
+            let others = self.others_values(turn, &mut insts)?;
+            let read = self.add_others(turn, &others, 0, false, names, &mut insts)?;
+            let late = self.take_late(turn, false, names, &mut insts);
+            insts.extend(read.into_iter().chain(late));
+        }
+        let rows = carried[1..].iter().map(|&i| names.get(&self.a.body.yields[i]).copied());
+        let yields = [names.get(&self.a.carried_acc()).copied()].into_iter().chain(rows).collect::<Option<_>>()?;
+        Some((insts, yields))
+    }
+
+    /// A row from a stage in registers of its own: it is used when the stage is given back.
+    fn kept_row(&mut self, channel: ChannelId, slot: u32, insts: &mut Vec<Inst>) -> ValueId {
+        let taken = self.take(channel, slot, DType::F32, &[self.a.shape[0], 1], insts);
+        let kept = self.values.fresh(self.values.types[taken.0 as usize].clone(), self.fragment());
+        let body = tile::MapFn { insts: Vec::new(), result: tile::MapArg::Input(0) };
+        let op = Op::Tile(tile::Op::Map { inputs: vec![taken], body });
+        insts.push(Inst { results: vec![kept], op, scratch: None });
+        kept
+    }
+
+    /// Scores a round and adds its values; `next` is the round whose rows are loaded meanwhile. The other's values of the round before, if
+    /// there are any to be added, are multiplied while the softmax runs; those of the round behind, if it comes `behind`, are waited for while the
+    /// own are multiplied.
+    fn own_round(
+        &mut self,
+        turn: &Turn<'_>,
+        next: Option<ValueId>,
+        (before, behind): (Option<Others>, bool),
+        names: &mut Names,
+        insts: &mut Vec<Inst>,
+    ) -> Option<(Names, Option<Others>)> {
+        let own = self.parts.iter().position(|p| p.group == Some(turn.number))?;
+        let keys = self.scored(turn, names, insts)?;
+        let read = match before {
+            // One more stage of the values was waited for since.
+            Some(others) => self.add_others(turn, &others, 1, true, names, insts)?,
+            None => Vec::new(),
+        };
+        // While the products run: what the next round knows already.
+        let known = match next {
+            Some(next) => self.known_in(turn.split, next, names, insts)?,
+            None => Names::new(),
+        };
+        let held = self.key_channel(own);
+        let channels = (0..self.parts.len()).map(|i| self.key_channel(i)).filter(|&c| c != held);
+        insts.extend(channels.map(|channel| plain(Op::Release { channel, lag: 0 })));
+        let mut rest: HashSet<ValueId> = turn.split.weighing.iter().copied().filter(|&v| v != self.a.weights).collect();
+        self.softmax(turn, &rest, names, insts)?;
+        // No product may be under way while the left operand of another is made in registers.
+        insts.extend(read);
+        self.softmax(turn, &HashSet::from([self.a.weights]), names, insts)?;
+        let made = |i: &usize| self.a.body.yields[*i];
+        let (early, late): (Vec<_>, Vec<_>) = (
+            self.rows_early(turn.split).iter().map(made).collect(),
+            self.rows_late(turn.split).iter().map(made).collect(),
+        );
+        let handed = [self.a.weights].into_iter().chain(turn.split.factors.iter().copied()).chain(early);
+        hand_on(self.weights_of(turn.number), handed, names, insts)?;
+        self.add_values(turn.number, [*names.get(&self.a.weights)?, keys[own]], names, insts)?;
+        // While these products run: what only the rows need.
+        rest = turn.split.carrying.difference(&turn.split.weighing).copied().collect();
+        let taken = if turn.number == 1 { self.take_late(turn, true, names, insts) } else { None };
+        self.softmax(turn, &rest, names, insts)?;
+        insts.extend(taken);
+        if !late.is_empty() {
+            hand_on(self.late_rows_of(turn.number), late, names, insts)?;
+        }
+        let others = if behind { Some(self.others_values(turn, insts)?) } else { None };
+        insts.push(plain(Op::Release { channel: held, lag: u32::from(behind) }));
+        Some((known, others))
+    }
+
+    /// Products of a round's queries and keys. Gives the keys.
+    fn scored(&mut self, turn: &Turn<'_>, names: &mut Names, insts: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
+        let [heads, keys, _] = self.a.shape;
+        // Products of the first columns run while the last are on their way.
+        let (mut sum, mut taken) = (None, Vec::new());
+        for (i, part) in self.parts.clone().iter().enumerate() {
+            insts.push(plain(Op::Wait(self.key_channel(i))));
+            let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], insts);
+            taken.push(b);
+            let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
+            let result = self.values.fresh(Type::Tile(ty), self.fragment());
+            let op = tile::Op::Dot { a: turn.queries[i], b, acc: sum, trans_b: true };
+            insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
+            sum = Some(result);
+        }
+        names.insert(self.a.scores.last()?.dot.results[0], sum?);
+        Some(taken)
+    }
+
+    /// Those of these values that a round computes from its scores.
+    fn softmax(
+        &mut self,
+        turn: &Turn<'_>,
+        wanted: &HashSet<ValueId>,
+        names: &mut Names,
+        insts: &mut Vec<Inst>,
+    ) -> Option<()> {
+        let body: &'a Region = self.a.body;
+        for inst in &body.insts {
+            let Some(&r) = inst.results.first() else { continue };
+            if !wanted.contains(&r) || self.a.is_product(r) || turn.ahead.contains(&r) {
+                continue;
+            }
+            if r == self.a.weights {
+                let new = self.copied(inst, self.fragment(), names)?;
+                insts.push(new);
+            } else {
+                self.score_inst(inst, None, names, insts)?;
+            }
+        }
+        Some(())
+    }
+
+    /// Waits for the carried rows that come late from the other warpgroup, and takes them if they are wanted. Gives what frees their stage.
+    fn take_late(&mut self, turn: &Turn<'_>, wanted: bool, names: &mut Names, insts: &mut Vec<Inst>) -> Option<Inst> {
+        let (rows, channel) = (self.rows_late(turn.split), self.late_rows_of(1 - turn.number));
+        if rows.is_empty() {
+            return None;
+        }
+        insts.push(plain(Op::Wait(channel)));
+        for (slot, i) in (0..).zip(rows).filter(|_| wanted) {
+            let row = self.kept_row(channel, slot, insts);
+            names.insert(self.a.body.args[1 + i], row);
+        }
+        Some(plain(Op::Release { channel, lag: 0 }))
+    }
+
+    /// This warpgroup's values of the round that the other scores. What else there is of that round's keys is given back.
+    fn others_values(&mut self, turn: &Turn<'_>, insts: &mut Vec<Inst>) -> Option<Others> {
+        let mut own = None;
+        for (i, part) in self.parts.clone().iter().enumerate() {
+            let channel = self.key_channel(i);
+            if part.group == Some(turn.number) {
+                own = Some((channel, part.columns[1]));
+            } else {
+                insts.extend([plain(Op::Wait(channel)), plain(Op::Release { channel, lag: 0 })]);
+            }
+        }
+        let (channel, columns) = own?;
+        insts.push(plain(Op::Wait(channel)));
+        let values = self.take(channel, 0, self.a.dtype, &[self.a.shape[1], columns], insts);
+        Some(Others { channel, values })
+    }
+
+    /// Adds them, with the other's weights, and takes the carried rows that come with these. Gives what frees the stages, that of the values so
+    /// many waits later.
+    fn add_others(
+        &mut self,
+        turn: &Turn<'_>,
+        others: &Others,
+        lag: u32,
+        rows: bool,
+        names: &mut Names,
+        insts: &mut Vec<Inst>,
+    ) -> Option<Vec<Inst>> {
+        let [heads, keys, _] = self.a.shape;
+        let weights = self.weights_of(1 - turn.number);
+        insts.push(plain(Op::Wait(weights)));
+        let p = self.take(weights, 0, self.a.dtype, &[heads, keys], insts);
+        let mut known = names.clone();
+        for (i, &v) in turn.split.factors.iter().enumerate() {
+            let taken = self.take(weights, 1 + i as u32, DType::F32, &[heads, 1], insts);
+            known.insert(v, taken);
+        }
+        let first = 1 + turn.split.factors.len() as u32;
+        for (slot, i) in (first..).zip(self.rows_early(turn.split)).filter(|_| rows) {
+            let row = self.kept_row(weights, slot, insts);
+            names.insert(self.a.body.args[1 + i], row);
+        }
+        let acc = self.add_values(turn.number, [p, others.values], &mut known, insts)?;
+        names.insert(self.a.carried_acc(), acc);
+        Some(vec![plain(Op::Release { channel: others.channel, lag }), plain(Op::Release { channel: weights, lag: 0 })])
+    }
+}
+
+/// Fills a stage of a channel with values, a slot each.
+fn hand_on(
+    channel: ChannelId,
+    values: impl IntoIterator<Item = ValueId>,
+    names: &Names,
+    insts: &mut Vec<Inst>,
+) -> Option<()> {
+    insts.push(plain(Op::Acquire(channel)));
+    for (slot, v) in (0..).zip(values) {
+        insts.push(plain(Op::Fill { channel, slot, value: *names.get(&v)?, shared: false }));
+    }
+    insts.push(plain(Op::Commit(channel)));
+    Some(())
+}
+
+/// An instruction of integer arithmetic.
+fn arithmetic(op: tile::ScalarOp, args: [tile::MapArg; 2]) -> tile::MapInst {
+    tile::MapInst { op, args: args.to_vec() }
+}
+
+fn constant(n: u32) -> tile::MapInst {
+    tile::MapInst { op: tile::ScalarOp::Const(tile::Scalar::I32(n as i32)), args: Vec::new() }
+}
+
+/// The number of the round behind the last pair of `lo..hi`: `lo + (hi − lo + step − 1) / (2 step) · 2 step`.
+fn behind_pairs(bounds: [ValueId; 2], step: u32) -> tile::Op {
+    let insts = vec![
+        arithmetic(tile::ScalarOp::Sub, [tile::MapArg::Input(1), tile::MapArg::Input(0)]),
+        constant(step - 1),
+        arithmetic(tile::ScalarOp::Add, [tile::MapArg::Inst(0), tile::MapArg::Inst(1)]),
+        constant(2 * step),
+        arithmetic(tile::ScalarOp::Div, [tile::MapArg::Inst(2), tile::MapArg::Inst(3)]),
+        arithmetic(tile::ScalarOp::Mul, [tile::MapArg::Inst(4), tile::MapArg::Inst(3)]),
+        arithmetic(tile::ScalarOp::Add, [tile::MapArg::Input(0), tile::MapArg::Inst(5)]),
+    ];
+    tile::Op::Map { inputs: bounds.to_vec(), body: tile::MapFn { insts, result: tile::MapArg::Inst(6) } }
+}
