@@ -3,6 +3,7 @@
 
     cargo run --release -p dsc-targets --features nvidia --example attention DIR
     python3 tests/bench/attention.py DIR [--only TEXT] [--out FILE.json]
+    python3 tests/bench/attention.py DIR --beside OLD --cases prefill_h128:4096,decode_h128_p1:64 [--out FILE.json]
 
 Needs torch and the driver. A figure is the median of replays of a CUDA graph of several launches; decode launches read different rows
 each, more than the cache holds. Prefill repeats one launch. Rows are uniform over the cache and unsorted.
@@ -134,15 +135,57 @@ class Case:
         return ((got - want).norm() / want.norm()).item(), int(self.y.isnan().sum()), (got - want).abs().max().item()
 
 
+def beside(folders, cases, rows, out):
+    """Kernels of several builds by name and tokens, on the same inputs: checked, then timed in turns."""
+    builds = []
+    for folder in folders:
+        kernels = {k["name"]: k for k in json.loads((folder / "manifest.json").read_text())}
+        builds.append((folder, kernels, {n: load(folder / f"{n}.cubin", n, k["shared_bytes"]) for n, k in kernels.items()}))
+    results, caches = [], {}
+    for name, tokens in cases:
+        prefill = name.startswith("prefill")
+        if prefill not in caches:
+            caches[prefill] = torch.randn(rows[prefill], LATENT + ROPE, device="cuda").bfloat16() if prefill else codes(rows[prefill])
+        running = []
+        for folder, kernels, functions in builds:
+            torch.manual_seed(1)
+            sets = 1 if prefill else max(2, min(40, (160 << 20) // (tokens * 2048 * 656)))
+            case = Case(functions, kernels, name, tokens, rows[prefill], sets, caches[prefill])
+            case.run()
+            torch.cuda.synchronize()
+            error, first = case.error(), case.y.clone()
+            case.run()
+            torch.cuda.synchronize()
+            same = bool((first.view(torch.int16) == case.y.view(torch.int16)).all())
+            calls = [call for calls in case.calls for call in calls]
+            calls *= max(1, (200 if tokens <= 256 else 2) // len(calls))
+            running.append((str(folder), case, calls, error, same, []))
+        for _ in range(4):
+            for _, case, calls, *_, times in running:
+                times.append(timed(calls, 5) * (2 if case.parts else 1))
+        for folder, _, _, error, same, times in running:
+            result = {"build": folder, "name": name, "tokens": tokens, "us": round(statistics.median(times), 2), "all": [round(t, 1) for t in sorted(times)]}
+            results.append(result | {"error": error[0], "nan": error[1], "same_bits_again": same})
+            print(json.dumps(results[-1]), flush=True)
+    if out:
+        facts = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "results": results}
+        out.write_text(json.dumps(facts, indent=1))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--quick", action="store_true", help="check, and time little")
+    parser.add_argument("--beside", type=pathlib.Path, help="the folder of another build, whose kernels take turns with these")
+    parser.add_argument("--cases", default="", help="which of them: name:tokens,..")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.empty(1, device="cuda")
+    if args.beside:
+        cases = [(name, int(tokens)) for name, tokens in (case.split(":") for case in args.cases.split(","))]
+        return beside([args.beside, args.folder], cases, {True: 32768, False: 1 << 20}, args.out)
     described = json.loads((args.folder / "manifest.json").read_text())
     kernels = {k["name"]: k for k in described}
     functions = {n: load(args.folder / f"{n}.cubin", n, k["shared_bytes"]) for n, k in kernels.items()}

@@ -126,13 +126,18 @@ impl<'a> Planner<'a> {
     /// Registers of threads that bring keys, that score, and that have values; zeros where they need not move.
     pub(super) fn registers(&self) -> [u32; 3] {
         let computed = self.parts.iter().any(|p| p.computed);
-        let [bring, score] = match (self.takes_turns(), computed, self.cluster) {
-            (false, ..) => return if self.bringing() > 1 { FEW_HEADS } else { [0; 3] },
+        match (self.takes_turns(), computed, self.cluster) {
+            (false, ..) => {
+                if self.bringing() > 1 {
+                    FEW_HEADS
+                } else {
+                    [0; 3]
+                }
+            }
             (true, false, _) => TURNS_GATHERING,
             (true, true, None) => TURNS_COMPUTING,
             (true, true, Some(_)) => TURNS_PAIRED,
-        };
-        [bring, score, score]
+        }
     }
 }
 

@@ -39,11 +39,11 @@ use std::collections::{HashMap, HashSet};
 const MOST_COLUMNS: u32 = 256;
 /// Most rounds of keys in flight.
 const MOST_STAGES: u32 = 4;
-/// Registers of a thread that brings keys and of one that scores and has values in turn: where keys are copied, computed, and computed by
-/// two blocks. Together at most 504, three times the 168 of the launch.
-const TURNS_GATHERING: [u32; 2] = [56, 224];
-const TURNS_COMPUTING: [u32; 2] = [104, 200];
-const TURNS_PAIRED: [u32; 2] = [88, 208];
+/// Registers of a thread that brings keys and of those of `a` and `b`: where keys are copied, computed, and computed by two blocks. Together at
+/// most 504, three times the 168 of the launch. `a` keeps the carried rows besides.
+const TURNS_GATHERING: [u32; 3] = [56, 224, 224];
+const TURNS_COMPUTING: [u32; 3] = [96, 208, 200];
+const TURNS_PAIRED: [u32; 3] = [88, 208, 208];
 /// Registers of a thread that brings keys, that scores, and that has values, for few heads, where two warpgroups compute keys.
 const FEW_HEADS: [u32; 3] = [104, 88, 88];
 /// Fewest heads whose rows, not columns, are the instruction's rows.
@@ -186,9 +186,9 @@ impl<'a> Planner<'a> {
             role(format!("keys{n}"), bring, insts);
         }
         if takes_turns {
-            for (number, name) in ["a", "b"].into_iter().enumerate() {
-                let insts = self.turn(&split, number as u32, &mut self.values.names.clone())?;
-                role(name.into(), score, insts);
+            for (number, name, registers) in [(0, "a", score), (1, "b", add)] {
+                let insts = self.turn(&split, number, &mut self.values.names.clone())?;
+                role(name.into(), registers, insts);
             }
         } else {
             let insts = self.scores(&split, scratch, &mut self.values.names.clone())?;
