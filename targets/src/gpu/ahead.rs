@@ -28,6 +28,8 @@ struct Fill {
     op: tile::Op,
     /// Rounds that it is put down ahead: 0, unless it says where further loads come from.
     lead: u32,
+    /// Whether it reads what its round makes: then it stays where it is, and the next round's loads are issued behind it.
+    stays: bool,
     /// What is loaded for it, in order of issue.
     leaves: Vec<Leaf>,
 }
@@ -48,6 +50,9 @@ struct Round {
     /// Whether it is the round whose code it is in.
     same: bool,
 }
+
+/// What is issued in a round for further ones, by fill and leaf.
+type Issued = BTreeMap<(usize, usize), ValueId>;
 
 /// What rewriting a loop goes by.
 struct Rewriting {
@@ -165,7 +170,7 @@ impl Scheduler<'_> {
             let loads = self.loads_of(*r, op);
             if !loads.is_empty() {
                 let leaves = loads.into_iter().map(|load| Leaf { load, lead: 1, carried: Vec::new() }).collect();
-                found.insert(at, Fill { result: *r, op: op.clone(), lead: 0, leaves });
+                found.insert(at, Fill { result: *r, op: op.clone(), lead: 0, stays: false, leaves });
             }
         }
         // What says where others come from is as good as they are, and the other way round.
@@ -176,6 +181,9 @@ impl Scheduler<'_> {
                 Some(at) => found.remove(&at),
                 None => break,
             };
+        }
+        for f in found.values_mut() {
+            f.stays = !self.is_known_whole(f, &how);
         }
         let mut fills: Vec<Fill> = found.into_values().collect();
         self.set_leads(&mut fills);
@@ -298,7 +306,12 @@ impl Scheduler<'_> {
         if !loads.contains(&f.result) {
             tile::operands(&f.op).into_iter().for_each(|v| self.sources(v, &loads, &mut read));
         }
-        let put_down = read.iter().all(|v| loads.contains(v) || known(*v));
+        // Where it reads what its round makes, by others than those who have parts of products, it can stay where it is.
+        let whole = self.is_known_whole(f, how);
+        let fragment = |v: &ValueId| matches!(self.place(*v), Place::Fragment(_));
+        if !whole && (early.contains(&f.result) || read.iter().any(fragment)) {
+            return false;
+        }
         let leaf = |&load: &ValueId| {
             let (view, rows, index) = match self.op_of(f, load) {
                 Some(tile::Op::Load { view, index, .. }) => (view, None, index),
@@ -312,7 +325,17 @@ impl Scheduler<'_> {
             let said = |v: &ValueId| loads.contains(v) && read.contains(v);
             self.only_reads(*view) && fixed && from.iter().all(|v| known(*v) || early.contains(v) || said(v))
         };
-        put_down && loads.iter().all(leaf)
+        loads.iter().all(leaf) && (whole || loads.iter().all(|&l| self.depth(l, &loads) == 0))
+    }
+
+    /// Whether all that a fill reads besides its loads is known ahead.
+    fn is_known_whole(&self, f: &Fill, how: &Rewriting) -> bool {
+        let loads: Vec<ValueId> = f.leaves.iter().map(|l| l.load).collect();
+        let mut read = BTreeSet::new();
+        if !loads.contains(&f.result) {
+            tile::operands(&f.op).into_iter().for_each(|v| self.sources(v, &loads, &mut read));
+        }
+        read.iter().all(|v| loads.contains(v) || self.is_known(*v, how))
     }
 
     /// Rounds ahead: what says where others come from a round before them.
@@ -375,14 +398,29 @@ impl Scheduler<'_> {
         let first = self.bound(*lo, out);
         let begun = self.begin(&fills, &how, (first, step), out);
         // What is single and known goes first: loads come from there.
-        let put: HashSet<ValueId> = fills.iter().map(|f| f.result).collect();
+        let put: HashSet<ValueId> = fills.iter().filter(|f| !f.stays).map(|f| f.result).collect();
         let rest = std::mem::take(&mut body.insts).into_iter().filter(|i| !i.results.iter().any(|r| put.contains(r)));
         let known = |i: &Inst| !i.results.is_empty() && i.results.iter().all(|&r| self.is_known(r, &how));
         let (mut insts, rest): (Vec<Inst>, Vec<Inst>) = rest.partition(known);
-        let next = self.round(&fills, &how, step, &mut insts);
-        insts.extend(rest);
+        let (mut next, mut rounds) = self.round(&fills, &how, step, &mut insts);
+        for inst in rest {
+            let at = fills.iter().position(|f| f.stays && inst.results.contains(&f.result));
+            let Some(i) = at else {
+                insts.push(inst);
+                continue;
+            };
+            let f = &fills[i];
+            let own = f.leaves.iter().map(|l| (l.load, l.carried[0])).collect();
+            let mut same = Round { renamed: HashMap::new(), same: true };
+            self.put_down(f, f.result, &how, (&mut same, &own), &mut insts);
+            for (l, leaf) in f.leaves.iter().enumerate() {
+                if let Some(round) = rounds.get_mut(&leaf.lead) {
+                    next.insert((i, l), self.issue(f, leaf, &how, (round, &HashMap::new()), &mut insts));
+                }
+            }
+        }
         body.insts = insts;
-        for (leaf, next) in fills.iter().flat_map(|f| &f.leaves).zip(next) {
+        for (leaf, next) in fills.iter().flat_map(|f| &f.leaves).zip(next.into_values()) {
             for (age, &v) in leaf.carried.iter().enumerate() {
                 body.args.push(v);
                 init.push(begun[&v]);
@@ -430,8 +468,14 @@ impl Scheduler<'_> {
         begun
     }
 
-    /// The beginning of a body: puts tiles down, and issues loads. Gives what these are, in the order of fills and their leaves.
-    fn round(&mut self, fills: &[Fill], how: &Rewriting, step: u32, insts: &mut Vec<Inst>) -> Vec<ValueId> {
+    /// The beginning of a body: puts tiles down, and issues loads. Gives what these are, by fill and leaf, and names of the rounds.
+    fn round(
+        &mut self,
+        fills: &[Fill],
+        how: &Rewriting,
+        step: u32,
+        insts: &mut Vec<Inst>,
+    ) -> (Issued, BTreeMap<u32, Round>) {
         let mut rounds: BTreeMap<u32, Round> = BTreeMap::new();
         let leads: BTreeSet<u32> = fills.iter().flat_map(|f| f.leaves.iter().map(|l| l.lead).chain([f.lead])).collect();
         for ahead in leads {
@@ -439,9 +483,9 @@ impl Scheduler<'_> {
             rounds.insert(ahead, Round { renamed: HashMap::from([(how.counter, at)]), same: ahead == 0 });
         }
         let early: BTreeSet<ValueId> = fills.iter().filter(|f| f.lead > 0).map(|f| f.result).collect();
-        let mut next: BTreeMap<(usize, usize), ValueId> = BTreeMap::new();
+        let mut next = Issued::new();
         let mut late: Vec<(usize, usize)> = Vec::new();
-        let mut order: Vec<usize> = (0..fills.len()).collect();
+        let mut order: Vec<usize> = (0..fills.len()).filter(|&i| !fills[i].stays).collect();
         order.sort_by_key(|&i| fills[i].lead);
         for i in order {
             let f = &fills[i];
@@ -467,7 +511,7 @@ impl Scheduler<'_> {
                 next.insert((i, l), self.issue(f, leaf, how, (round, &own), insts));
             }
         }
-        next.into_values().collect()
+        (next, rounds)
     }
 
     /// What says where a leaf comes from, besides its index.

@@ -23,7 +23,7 @@ const fn floor(kernel: &'static str, share: f64, wide: f64) -> Floor {
 }
 
 /// Kernels whose loops gather or load what they multiply.
-const AHEAD: [&str; 2] = ["dsa_mqa", "linear_fp8"];
+const AHEAD: [&str; 3] = ["dsa_mqa", "dsa_index_fp8_top", "linear_fp8"];
 
 /// What is wrong with a loop of products.
 fn faults(name: &str, l: &Loop, direct_16: bool) -> Vec<&'static str> {
