@@ -116,13 +116,13 @@ impl Schedule {
         }
     }
 
-    /// Makes the largest tile half as large: the contracted step first, then columns and heads, then rows. False if nothing is left
-    /// to halve.
+    /// Makes the largest tile the next smaller power of two: the contracted step first, then columns and heads, then rows. False if nothing is
+    /// left to make smaller.
     pub fn shrink(&mut self) -> bool {
         let least = [(&mut self.tile_k, 64), (&mut self.tile_h, 16), (&mut self.tile_n, 16), (&mut self.tile_m, 1)];
         let largest = least.into_iter().filter(|(n, least)| **n > *least).max_by_key(|(n, _)| **n);
         let Some((tile, least)) = largest else { return false };
-        *tile = (*tile / 2).max(least);
+        *tile = (tile.next_power_of_two() / 2).max(least);
         true
     }
 
@@ -159,5 +159,22 @@ impl Schedule {
             "route" => Schedule { tile_m: 64, ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_shrink_to_powers_of_two() {
+        let mut schedule = Schedule { tile_m: 192, tile_n: 128, tile_k: 100, tile_h: 16, ..Schedule::default() };
+        let mut seen = Vec::new();
+        while schedule.shrink() {
+            seen.push([schedule.tile_m, schedule.tile_n, schedule.tile_k, schedule.tile_h]);
+        }
+        assert_eq!(seen[0], [128, 128, 100, 16]);
+        assert!(seen.contains(&[64, 64, 64, 16]));
+        assert_eq!(seen.last(), Some(&[1, 16, 64, 16]));
     }
 }

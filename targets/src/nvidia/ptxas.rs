@@ -68,11 +68,22 @@ impl Ptxas {
         }
     }
 
-    /// Assembles one module with one kernel.
+    /// Assembles one module with one kernel. Where nothing says how many blocks a multiprocessor shall hold, ptxas has a number in mind, and may spill
+    /// for it: then it is asked again, for one.
     ///
     /// # Errors
     /// What ptxas said.
     pub fn assemble(&self, ptx: &str) -> Result<Cubin, String> {
+        let first = self.run(ptx)?;
+        let spills = |cubin: &Cubin| cubin.resources.spill_bytes != [0, 0];
+        if !spills(&first) {
+            return Ok(first);
+        }
+        let second = for_one_block(ptx).and_then(|ptx| self.run(&ptx).ok()).filter(|second| !spills(second));
+        Ok(second.unwrap_or(first))
+    }
+
+    fn run(&self, ptx: &str) -> Result<Cubin, String> {
         let io = |what: &str, e: std::io::Error| format!("{what}: {e}");
         // Files have the same names each time, in a folder of their own, so that no path can reach the output.
         let folder = tempfile::tempdir().map_err(|e| io("no temporary folder", e))?;
@@ -89,6 +100,12 @@ impl Ptxas {
         let bytes = fs::read(folder.path().join("kernel.cubin")).map_err(|e| io("ptxas left no file", e))?;
         Ok(Cubin { bytes, resources: resources(&report)?, remarks: remarks(&report) })
     }
+}
+
+/// The same kernel with room for one block a multiprocessor at least; none if it says itself how many.
+fn for_one_block(ptx: &str) -> Option<String> {
+    let at = ptx.find(".reqntid").filter(|_| !ptx.contains(".minnctapersm"))?;
+    Some(format!("{}.minnctapersm 1\n{}", &ptx[..at], &ptx[at..]))
 }
 
 /// Both streams: ptxas has used either.
@@ -199,6 +216,14 @@ mod tests {
         assert_eq!(remarks.len(), 1);
         assert!(remarks[0].starts_with("(C7510) Potential Performance Loss"), "{remarks:?}");
         assert!(resources("nothing").is_err());
+    }
+
+    #[test]
+    fn a_kernel_that_says_how_many_blocks_is_left_alone() {
+        let kernel = ".visible .entry k()\n.reqntid 256, 1, 1\n{ ret; }\n";
+        let one = for_one_block(kernel).expect("it does not say");
+        assert_eq!(one, ".visible .entry k()\n.minnctapersm 1\n.reqntid 256, 1, 1\n{ ret; }\n");
+        assert_eq!(for_one_block(&one), None);
     }
 
     #[test]
