@@ -83,7 +83,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         let parts = m.i32(parts as i32);
         m.rem(v[0], parts)
     });
-    // The last expert first: a shared one among them is the last, has every row, and should not be what all others wait for.
+    // From the last on: a shared expert is the last, has every row, and should not be what all others wait for.
     let group = b.map(&[group], |m, v| {
         let last = m.i32(groups as i32 - 1);
         m.sub(last, v[0])

@@ -46,7 +46,7 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    /// `n` neighbours along the last axis of a tile, from these coordinates; as they are stored ([`isa::stored`]).
+    /// `n` neighbours along the last axis of a tile, from these coordinates; as they are stored ([`super::isa::stored`]).
     pub fn chunk(&mut self, v: ValueId, at: &[Val], n: u32) -> Vec<Val> {
         match self.place(v) {
             // Where only loads are asked for, the rest may be of another round.

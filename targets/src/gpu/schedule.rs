@@ -9,7 +9,7 @@
 //! * the rest is [`Place::Lazy`]: views of other tiles, counters, and loads and arithmetic with one use, which fuse into it.
 //!
 //! Loops of products may get a ring of operands that are copied ahead ([`super::ring`]): [`Place::Slot`]; or load them ahead
-//! ([`super::ahead`]): [`Place::Held`].
+//! (`ahead`): [`Place::Held`].
 //!
 //! Then buffers get offsets by their lifetimes (`allocate`) and barriers go where a thread may meet another's write
 //! (`place_barriers`).

@@ -377,11 +377,12 @@ impl Places<'_, '_, '_> {
     }
 }
 
-/// Whether an operation can be evaluated one element at a time where it is used.
+/// Whether an operation can have its result under way in registers.
 fn may_be_held(op: &Op) -> bool {
     matches!(op, Op::Tile(tile::Op::Load { .. } | tile::Op::Gather { .. }) | Op::For { .. })
 }
 
+/// Whether an operation can be evaluated one element at a time where it is used.
 fn may_be_lazy(op: &Op) -> bool {
     matches!(
         op,

@@ -1,8 +1,9 @@
 //! Scheduled kernels with roles to MLIR.
 //!
 //! Every block walks its tiles; each role runs its body once a tile, with its counters of the rings in registers from one to the next.
-//! A stage of a ring has two barriers: `full`, on which the copies of a stage count their bytes, and `empty`, on which each
-//! consumer warpgroup arrives. Products stay in flight until something needs their end: [`super::wgmma`].
+//! A stage of a ring has two barriers: `full`, on which the copies of a stage count their bytes, and `empty`, on which consumers
+//! arrive: all threads where they read a stage themselves; else one thread of each warpgroup, where a product that read it or a barrier
+//! has brought its warps together, or of each warp. Products stay in flight until something needs their end: [`super::wgmma`].
 
 use super::fragment::{Geometry, Register, varies};
 use super::ptx;
@@ -155,7 +156,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         // Threads that read a slot themselves give it back themselves.
         let all_arrive = channel.slots.iter().any(|b| s.buffers[b.0 as usize].swizzle == 0);
         let mut ring = Ring::new(channel.stages, barriers, delivery(s, number), all_arrive);
-        ring.warps_arrive = s.roles.iter().any(|r| passes_by(&r.body, number));
+        ring.warps_arrive = s.roles.iter().any(|r| gives_back_apart(&r.body, number));
         ring.shared = s.roles.iter().any(|r| any(&r.body, &|op| is_shared(op, number)));
         rings.push(ring);
         barriers += 2 * 8 * channel.stages;
@@ -903,18 +904,21 @@ fn waits(block: &Block, number: ChannelId) -> bool {
     any(block, &|op| matches!(op, Op::Wait(c) if *c == number))
 }
 
-/// Whether a block waits for stages of a channel and takes nothing from some of them.
-fn passes_by(block: &Block, number: ChannelId) -> bool {
-    let last = |i: &Inst| matches!(&i.op, Op::Wait(c) | Op::Release { channel: c, .. } if *c == number);
-    let mut ends =
-        block.insts.iter().filter(|i| last(i) || matches!(&i.op, Op::Take { channel, .. } if *channel == number));
-    let mut waited = false;
-    let here = ends.any(|i| {
-        let passed = waited && matches!(i.op, Op::Release { .. });
-        waited = matches!(i.op, Op::Wait(_));
-        passed
-    });
-    here || block.insts.iter().any(|i| i.op.blocks().into_iter().any(|b| passes_by(b, number)))
+/// Whether a block gives back stages of a channel though nothing has brought the warps together since it waited for them: a product of its
+/// own that reads what it took (those in loops may have no round), or a barrier.
+fn gives_back_apart(block: &Block, number: ChannelId) -> bool {
+    let (mut waited, mut together, mut taken) = (false, true, Vec::new());
+    for inst in &block.insts {
+        match &inst.op {
+            Op::Wait(c) if *c == number => (waited, together) = (true, false),
+            Op::Take { channel, .. } if *channel == number => taken.extend(inst.results.iter().copied()),
+            Op::Barrier => together = true,
+            Op::Tile(tile::Op::Dot { a, b, .. }) if taken.contains(a) || taken.contains(b) => together = true,
+            Op::Release { channel, .. } if *channel == number && waited && !together => return true,
+            _ => {}
+        }
+    }
+    block.insts.iter().any(|i| i.op.blocks().into_iter().any(|b| gives_back_apart(b, number)))
 }
 
 /// How stages of a channel become full.

@@ -34,8 +34,8 @@ pub struct Ring {
     /// Whether all threads of its consumers arrive when they give a stage back: those that read it themselves. Else one a
     /// warpgroup does, whose products have ended.
     pub all_arrive: bool,
-    /// Whether one of each warp does, as some consumer gives stages back of which it reads nothing: its other warps may not have seen them yet,
-    /// and no product brings them together.
+    /// Whether one of each warp does, as some consumer gives stages back that its other warps may not have seen yet: one so late would wait
+    /// for a stage after the next.
     pub warps_arrive: bool,
     /// Whether blocks of a cluster fill each other's stages: one is free when it is free in all of them.
     pub shared: bool,
@@ -212,8 +212,15 @@ impl<'a> Emit<'a> {
         let [stage, phase] = self.next_stage(channel);
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
-        ptx::barrier_wait(&mut self.t.f, empty, parity);
-        if let Delivery::Gathered(_) | Delivery::Written(_) = self.rings[channel.0 as usize].delivery {
+        let delivery = self.rings[channel.0 as usize].delivery;
+        if delivery == Delivery::Engine {
+            // Who has nothing to bring need not wait, and could be so late that it would wait for a stage after the next.
+            let drives = self.drives();
+            self.t.when(drives, |t| ptx::barrier_wait(&mut t.f, empty, parity));
+        } else {
+            ptx::barrier_wait(&mut self.t.f, empty, parity);
+        }
+        if let Delivery::Gathered(_) | Delivery::Written(_) = delivery {
             return Ok(());
         }
         let full = self.barrier_at(channel, false, stage);

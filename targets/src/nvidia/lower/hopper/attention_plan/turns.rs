@@ -132,13 +132,16 @@ impl<'a> Planner<'a> {
         let body = |p: &mut Self, names: &mut Names| p.pair_of_rounds(turn, &numbers, names);
         let pairs = self.rounds((lo, Index::Value(behind), 2 * step), &carried, names, body)?;
         out.push(pairs);
-        let scored = plain(Op::Release { channel: QUERIES, lag: 0 });
+        // A tile may have no round, and then no product brings the warps together.
+        let scored = [Op::Barrier, Op::Release { channel: QUERIES, lag: 0 }].map(plain);
         carried.truncate(numbers.len());
         self.go_on(&mut carried, names)?;
         let body = |p: &mut Self, names: &mut Names| p.last_round(turn, &numbers, names);
         let last = self.rounds((Index::Value(behind), hi, 2 * step), &carried, names, body)?;
         // Queries of the next tile can come as soon as there is nothing more to score.
-        out.extend(if turn.number == 0 { [last, scored] } else { [scored, last] });
+        let (first, second) =
+            if turn.number == 0 { (vec![last], scored.to_vec()) } else { (scored.to_vec(), vec![last]) };
+        out.extend(first.into_iter().chain(second));
         Some(())
     }
 
