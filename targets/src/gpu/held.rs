@@ -110,11 +110,10 @@ impl<'a> Emitter<'a> {
             && let Some(pieces) = self.held.pieces.get(&older).cloned()
         {
             let (arch, f) = (self.t.arch, &mut self.t.f);
-            let copy = |p: Piece| Piece {
+            let mut copy = |p: Piece| Piece {
                 words: p.words.iter().map(|&w| arch.moved(f, w)).collect(),
                 mask: arch.moved(f, p.mask),
             };
-            let mut copy = copy;
             self.held.moved.insert(older, pieces.into_iter().map(&mut copy).collect());
         }
         let fill = self.fill(reads, fill, self.root_buffer(fill));

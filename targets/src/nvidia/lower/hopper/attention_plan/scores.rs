@@ -69,21 +69,16 @@ impl<'a> Planner<'a> {
         // All products of the tile before have read theirs.
         out.push(plain(Op::Barrier));
         self.queries(names, &mut out)?;
-        out.push(plain(Op::Wait(QUERIES)));
-        let mut queries = Vec::new();
-        for (slot, part) in self.parts.clone().into_iter().enumerate() {
-            let shape = [self.a.shape[0], part.columns[1]];
-            queries.push(self.take(QUERIES, slot as u32, self.a.dtype, &shape, &mut out));
-        }
+        let queries = self.take_queries(&mut out);
         let rows = self.rows_ahead(split);
-        let first = self.first_round(names, &mut out)?;
+        let range = self.range(names)?;
+        let first = self.scalar_of(range.0, &mut out)?;
         let known = self.known_in(split, first, names, &mut out)?;
         let others: Vec<(ValueId, ValueId)> =
             rows.into_iter().map(|r| Some((r, *known.get(&r)?))).collect::<Option<_>>()?;
         let mut all = self.carried(&carried, names)?;
         // Behind the loop nothing reads what a next round would know.
         all.extend(others.iter().map(|&(v, first)| Carried { inside: v, first, behind: v }));
-        let range = self.range(names)?;
         let round = self.rounds(range, &all, names, |p, names| {
             p.score_round(split, (&carried, &others), &queries, scratch, names)
         })?;
@@ -124,12 +119,39 @@ impl<'a> Planner<'a> {
         if split.totals.is_empty() {
             return Some(());
         }
-        out.push(plain(Op::Acquire(channel)));
-        for (slot, v) in split.totals.iter().enumerate() {
-            out.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
+        hand_on(channel, split.totals.iter().copied(), names, out)
+    }
+
+    /// Waits for a tile's queries; gives them, a value a part.
+    pub(super) fn take_queries(&mut self, out: &mut Vec<Inst>) -> Vec<ValueId> {
+        out.push(plain(Op::Wait(QUERIES)));
+        let shapes: Vec<[u32; 2]> = self.parts.iter().map(|p| [self.a.shape[0], p.columns[1]]).collect();
+        let take = |(slot, shape): (u32, &[u32; 2])| self.take(QUERIES, slot, self.a.dtype, shape, out);
+        (0..).zip(&shapes).map(take).collect()
+    }
+
+    /// Products of a round's queries and keys. Gives the keys.
+    pub(super) fn scored(
+        &mut self,
+        queries: &[ValueId],
+        names: &mut Names,
+        insts: &mut Vec<Inst>,
+    ) -> Option<Vec<ValueId>> {
+        let [heads, keys, _] = self.a.shape;
+        // Products of the first columns run while the last are on their way.
+        let (mut sum, mut taken) = (None, Vec::new());
+        for (i, part) in self.parts.clone().iter().enumerate() {
+            insts.push(plain(Op::Wait(self.key_channel(i))));
+            let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], insts);
+            taken.push(b);
+            let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
+            let result = self.values.fresh(Type::Tile(ty), self.fragment());
+            let op = tile::Op::Dot { a: queries[i], b, acc: sum, trans_b: true };
+            insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
+            sum = Some(result);
         }
-        out.push(plain(Op::Commit(channel)));
-        Some(())
+        names.insert(self.a.scores.last()?.dot.results[0], sum?);
+        Some(taken)
     }
 
     /// What scores are combined with and a round knows from its number alone, such as who is selected: threads have it a round ahead. A fence
@@ -145,19 +167,26 @@ impl<'a> Planner<'a> {
         (split.weighing.contains(&r) || split.carrying.contains(&r)) && !self.a.is_product(r) && !self.of_rows(r)
     }
 
-    /// The number of the first round.
-    pub(super) fn first_round(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<ValueId> {
-        let at = match self.a.range.0 {
-            Index::Value(v) => return names.get(&v).copied(),
-            Index::Const(at) => tile::Scalar::I32(i32::try_from(at).ok()?),
-        };
+    /// A bound of a loop as a value.
+    pub(super) fn scalar_of(&mut self, i: Index, out: &mut Vec<Inst>) -> Option<ValueId> {
+        let Index::Const(n) = i else { return value_of(i) };
+        let value = tile::Scalar::I32(i32::try_from(n).ok()?);
+        Some(self.scalar(tile::Op::Full { value, shape: Vec::new() }, out))
+    }
+
+    /// A number that every thread computes.
+    pub(super) fn scalar(&mut self, op: tile::Op, out: &mut Vec<Inst>) -> ValueId {
         let v = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
-        out.push(Inst {
-            results: vec![v],
-            op: Op::Tile(tile::Op::Full { value: at, shape: Vec::new() }),
-            scratch: None,
-        });
-        Some(v)
+        out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
+        v
+    }
+
+    /// A round so much later.
+    pub(super) fn moved(&mut self, round: ValueId, by: u32, out: &mut Vec<Inst>) -> ValueId {
+        match by {
+            0 => round,
+            n => self.scalar(tile::Op::Map { inputs: vec![round], body: plus(n as i32) }, out),
+        }
     }
 
     /// Computes what the round of that number knows from its number alone; gives the names.
@@ -189,29 +218,14 @@ impl<'a> Planner<'a> {
         names: &mut Names,
     ) -> Option<(Vec<Inst>, Vec<ValueId>)> {
         let body: &'a Region = self.a.body;
-        let [heads, keys, _] = self.a.shape;
         let mut insts = Vec::new();
         let mut done: HashSet<ValueId> = HashSet::new();
-        let parts = self.parts.clone();
-        // Products of the first columns run while the last are on their way.
-        let mut sum = None;
-        for (i, part) in parts.iter().enumerate() {
-            insts.push(plain(Op::Wait(self.key_channel(i))));
-            let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], &mut insts);
-            let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
-            let result = self.values.fresh(Type::Tile(ty), self.fragment());
-            let op = tile::Op::Dot { a: queries[i], b, acc: sum, trans_b: true };
-            insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
-            sum = Some(result);
-        }
-        names.insert(self.a.scores.last()?.dot.results[0], sum?);
+        self.scored(queries, names, &mut insts)?;
         // While the products run: what the next round knows already.
         let counter = *names.get(&body.args[0])?;
-        let next = self.values.fresh(self.values.types[counter.0 as usize].clone(), Place::Uniform);
-        let op = tile::Op::Map { inputs: vec![counter], body: plus(self.a.range.2 as i32) };
-        insts.push(Inst { results: vec![next], op: Op::Tile(op), scratch: None });
+        let next = self.moved(counter, self.a.range.2, &mut insts);
         let known = self.known_in(split, next, names, &mut insts)?;
-        insts.extend((0..parts.len()).map(|i| plain(Op::Release { channel: self.key_channel(i), lag: 0 })));
+        insts.extend((0..self.parts.len()).map(|i| plain(Op::Release { channel: self.key_channel(i), lag: 0 })));
         for inst in &body.insts {
             let Some(&r) = inst.results.first() else { continue };
             if split.weighing.contains(&r) && !self.a.is_product(r) && !others.iter().any(|o| o.0 == r) {
@@ -219,12 +233,8 @@ impl<'a> Planner<'a> {
                 done.insert(r);
             }
         }
-        let channel = self.weight_channel();
-        insts.push(plain(Op::Acquire(channel)));
-        for (slot, v) in [self.a.weights].iter().chain(&split.factors).enumerate() {
-            insts.push(plain(Op::Fill { channel, slot: slot as u32, value: *names.get(v)?, shared: false }));
-        }
-        insts.push(plain(Op::Commit(channel)));
+        let handed = [self.a.weights].into_iter().chain(split.factors.iter().copied());
+        hand_on(self.weight_channel(), handed, names, &mut insts)?;
         for inst in &body.insts {
             let Some(&r) = inst.results.first() else { continue };
             let ahead = others.iter().any(|o| o.0 == r);
@@ -236,4 +246,19 @@ impl<'a> Planner<'a> {
         let yields = carried.iter().map(|&i| names.get(&body.yields[i]).copied()).chain(rows);
         Some((insts, yields.collect::<Option<_>>()?))
     }
+}
+
+/// Fills a stage of a channel with values, a slot each.
+pub(super) fn hand_on(
+    channel: ChannelId,
+    values: impl IntoIterator<Item = ValueId>,
+    names: &Names,
+    insts: &mut Vec<Inst>,
+) -> Option<()> {
+    insts.push(plain(Op::Acquire(channel)));
+    for (slot, v) in (0..).zip(values) {
+        insts.push(plain(Op::Fill { channel, slot, value: *names.get(&v)?, shared: false }));
+    }
+    insts.push(plain(Op::Commit(channel)));
+    Some(())
 }

@@ -11,6 +11,7 @@
 //! Every ring of keys goes through both in order, so a warpgroup also gives back what of a round it has no use for. Rounds come in pairs; `a` has
 //! the last of an odd number. Weights are added to each half in the order of rounds, as the program has it, so no result depends on who was first.
 
+use super::scores::hand_on;
 use super::*;
 
 /// A warpgroup at work.
@@ -93,12 +94,7 @@ impl<'a> Planner<'a> {
         }
         let mut out = self.before(roots, names)?;
         self.no_sum(names, &mut out)?;
-        out.push(plain(Op::Wait(QUERIES)));
-        let shapes: Vec<[u32; 2]> = self.parts.iter().map(|p| [self.a.shape[0], p.columns[1]]).collect();
-        let mut queries = Vec::new();
-        for (slot, shape) in shapes.iter().enumerate() {
-            queries.push(self.take(QUERIES, slot as u32, self.a.dtype, shape, &mut out));
-        }
+        let queries = self.take_queries(&mut out);
         let turn = Turn { split, number, queries, ahead: self.rows_ahead(split) };
         self.pairs(&turn, names, &mut out)?;
         if number == 0 {
@@ -139,9 +135,9 @@ impl<'a> Planner<'a> {
         let body = |p: &mut Self, names: &mut Names| p.last_round(turn, &numbers, names);
         let last = self.rounds((Index::Value(behind), hi, 2 * step), &carried, names, body)?;
         // Queries of the next tile can come as soon as there is nothing more to score.
-        let (first, second) =
-            if turn.number == 0 { (vec![last], scored.to_vec()) } else { (scored.to_vec(), vec![last]) };
-        out.extend(first.into_iter().chain(second));
+        let at = if turn.number == 0 { out.len() } else { out.len() + scored.len() };
+        out.extend(scored);
+        out.insert(at, last);
         Some(())
     }
 
@@ -151,26 +147,6 @@ impl<'a> Planner<'a> {
             c.first = *names.get(&c.behind)?;
             Some(())
         })
-    }
-
-    fn scalar_of(&mut self, i: Index, out: &mut Vec<Inst>) -> Option<ValueId> {
-        let Index::Const(n) = i else { return value_of(i) };
-        let value = tile::Scalar::I32(i32::try_from(n).ok()?);
-        Some(self.scalar(tile::Op::Full { value, shape: Vec::new() }, out))
-    }
-
-    fn scalar(&mut self, op: tile::Op, out: &mut Vec<Inst>) -> ValueId {
-        let v = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
-        out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
-        v
-    }
-
-    /// A round so much later.
-    fn moved(&mut self, round: ValueId, by: u32, out: &mut Vec<Inst>) -> ValueId {
-        match by {
-            0 => round,
-            n => self.scalar(tile::Op::Map { inputs: vec![round], body: plus(n as i32) }, out),
-        }
     }
 
     /// Two rounds, one of them scored here. The other's values are added behind those of the own round, or, where the own round is the
@@ -252,7 +228,7 @@ impl<'a> Planner<'a> {
         insts: &mut Vec<Inst>,
     ) -> Option<(Names, Option<Others>)> {
         let own = self.parts.iter().position(|p| p.group == Some(turn.number))?;
-        let keys = self.scored(turn, names, insts)?;
+        let keys = self.scored(&turn.queries, names, insts)?;
         let read = match before {
             // One more stage of the values was waited for since.
             Some(others) => self.add_others(turn, &others, 1, true, names, insts)?,
@@ -290,25 +266,6 @@ impl<'a> Planner<'a> {
         let others = if behind { Some(self.others_values(turn, insts)?) } else { None };
         insts.push(plain(Op::Release { channel: held, lag: u32::from(behind) }));
         Some((known, others))
-    }
-
-    /// Products of a round's queries and keys. Gives the keys.
-    fn scored(&mut self, turn: &Turn<'_>, names: &mut Names, insts: &mut Vec<Inst>) -> Option<Vec<ValueId>> {
-        let [heads, keys, _] = self.a.shape;
-        // Products of the first columns run while the last are on their way.
-        let (mut sum, mut taken) = (None, Vec::new());
-        for (i, part) in self.parts.clone().iter().enumerate() {
-            insts.push(plain(Op::Wait(self.key_channel(i))));
-            let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], insts);
-            taken.push(b);
-            let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
-            let result = self.values.fresh(Type::Tile(ty), self.fragment());
-            let op = tile::Op::Dot { a: turn.queries[i], b, acc: sum, trans_b: true };
-            insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
-            sum = Some(result);
-        }
-        names.insert(self.a.scores.last()?.dot.results[0], sum?);
-        Some(taken)
     }
 
     /// Those of these values that a round computes from its scores.
@@ -395,21 +352,6 @@ impl<'a> Planner<'a> {
         names.insert(self.a.carried_acc(), acc);
         Some(vec![plain(Op::Release { channel: others.channel, lag }), plain(Op::Release { channel: weights, lag: 0 })])
     }
-}
-
-/// Fills a stage of a channel with values, a slot each.
-fn hand_on(
-    channel: ChannelId,
-    values: impl IntoIterator<Item = ValueId>,
-    names: &Names,
-    insts: &mut Vec<Inst>,
-) -> Option<()> {
-    insts.push(plain(Op::Acquire(channel)));
-    for (slot, v) in (0..).zip(values) {
-        insts.push(plain(Op::Fill { channel, slot, value: *names.get(&v)?, shared: false }));
-    }
-    insts.push(plain(Op::Commit(channel)));
-    Some(())
 }
 
 /// An instruction of integer arithmetic.
