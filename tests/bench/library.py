@@ -187,6 +187,27 @@ def section_mla():
         report("mla_prefill", (t, c), all(x[1] for x in e) and same, out=e[0][0], lse=e[1][0], max=e[2][0], same_bits=same)
 
 
+def section_short():
+    """Selections of no row, one, and of about a round of keys, many times over: a tile that has no round must neither wait for
+    one nor let a warp run ahead of the others."""
+    lengths = torch.tensor([0, 0, 0, 1, 63, 64, 65, 129, K], device=DEV)
+    pool, kv = latent_pages(80), torch.randn(3000, 1, L + R, device=DEV).bfloat16()
+    rows = latent_rows(pool)
+    for t in (5, 20, 150, 600):
+        q = torch.randn(t, H, L + R, device=DEV).bfloat16()
+        wrong = 0
+        for i in range(25):
+            n = lengths[torch.randint(0, len(lengths) if i % 5 else 3, (t,), device=DEV)]
+            idx = torch.randint(0, 3000, (t, K), device=DEV).int().masked_fill(torch.arange(K, device=DEV)[None] >= n[:, None], -1)
+            got = lib.mla_decode(q[:, None], pool, idx.view(t, 1, K)), lib.mla_prefill(q, kv, idx.view(t, 1, K))
+            torch.cuda.synchronize()
+            look = torch.randint(0, t, (5,), device=DEV)
+            for g, keys, lse in ((got[0], rows, got[0][1].view(t, H)), (got[1], kv[:, 0].float(), got[1][2])):
+                ref = attend(q[look], keys, idx[look])
+                wrong += not (close(g[0].view(t, H, L)[look], ref[0], 2e-2)[1] and close(lse[look], ref[1], 1e-4)[1])
+        report("short selections", (t,), wrong == 0, wrong=wrong)
+
+
 def section_chains():
     """Against the operations one after the other, so that no near tie is decided otherwise."""
     for s, n, ctx in ((1, 1, 5000), (3, 1, 4096), (2, 2, 3000), (20, 1, 2500), (140, 1, 2200)):
@@ -215,7 +236,7 @@ def section_chains():
         report("prefill", (t, c), ok and ok2 and same, out=e, lse=e2, same_bits=same)
 
 
-for section in (section_logits, section_topk, section_mla, section_chains):
+for section in (section_logits, section_topk, section_mla, section_short, section_chains):
     try:
         section()
     except Exception as e:      # one section's failure is no reason to know nothing of the others
