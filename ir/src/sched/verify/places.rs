@@ -33,6 +33,9 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     if kernel.persistent == Some(0) {
         report.add("", "a band of tiles has at least one");
     }
+    if kernel.folded && kernel.persistent.is_none() {
+        report.add("", "turns that go back and forth are those of a persistent kernel");
+    }
     if kernel.dies == 0 {
         report.add("", "blocks are dealt to at least one die");
     }

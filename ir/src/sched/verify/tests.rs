@@ -41,6 +41,14 @@ fn types_and_scopes_are_those_of_tile_programs() {
 }
 
 #[test]
+fn only_persistent_blocks_have_turns() {
+    check_kernel(
+        "scheduled k grid(T/1) folded threads 32 { }",
+        expect!["kernel k: turns that go back and forth are those of a persistent kernel"],
+    );
+}
+
+#[test]
 fn values_of_a_role_are_its_own() {
     let mut kernel = parse(
         "scheduled k grid(T/1) threads 64 { }
