@@ -7,6 +7,7 @@
 //! | `config` | tile, warpgroups, depth of the ring |
 //! | `tensor_map` | what the copy engine can bring |
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
+//! | `twins` | weighted sums as those of two halves, each with a product of its own |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
 //! | `skip` | tiles with an empty loop cost their bounds only |
 //! | `select`, `window`, `short`, `spread`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a sample |
@@ -49,6 +50,7 @@ mod sums;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
+mod twins;
 mod values;
 mod wgmma;
 mod window;

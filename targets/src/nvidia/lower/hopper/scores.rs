@@ -24,6 +24,7 @@
 use super::config::{ROWS, WARPGROUP};
 use super::contraction::{STEP_BYTES, definitions};
 use super::tensor_map::{can_describe, view_type};
+use super::twins::twins;
 use super::values::{Names, Values, plain, rename_index, slice};
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
@@ -51,15 +52,15 @@ const ALIGN: u32 = 1024;
 
 /// What was found in a program.
 struct Pattern<'a> {
-    /// `a · bᵀ`.
-    dot: &'a tile::Inst,
-    /// The load of `a`.
-    resident: &'a tile::Inst,
+    /// `a · bᵀ`, or of the halves of `a` one after the other.
+    dots: Vec<&'a tile::Inst>,
+    /// The load of `a`, or of each half.
+    residents: Vec<&'a tile::Inst>,
     /// The load of `b`, then those of vectors beside it.
     streamed: Vec<&'a tile::Inst>,
     /// What the products are combined with, a value a row of `a`.
     weights: Vec<ValueId>,
-    /// Groups, and rows of each.
+    /// Groups of a product, and rows of each.
     groups: [u32; 2],
     /// Whether rows of sums are selected from.
     selects: bool,
@@ -71,12 +72,13 @@ impl<'a> Pattern<'a> {
         let mut homes = HashMap::new();
         let mut insts = Vec::new();
         collect(&program.body, &mut homes, &mut insts, 0, &mut 1);
-        let only = |wanted: fn(&tile::Op) -> bool| {
-            let mut found = insts.iter().filter(|i| wanted(&i.op));
-            found.next().filter(|_| found.next().is_none()).copied()
+        let all = |wanted: fn(&tile::Op) -> bool| -> Vec<&'a tile::Inst> {
+            insts.iter().filter(|i| wanted(&i.op)).copied().collect()
         };
-        let dot = only(|op| matches!(op, tile::Op::Dot { .. }))?;
-        let sum = only(|op| matches!(op, tile::Op::Reduce { kind: ReduceKind::Sum, .. }))?;
+        let dots = all(|op| matches!(op, tile::Op::Dot { .. }));
+        let sums = all(|op| matches!(op, tile::Op::Reduce { kind: ReduceKind::Sum, .. }));
+        let (dot, sum) = (*dots.first()?, *sums.first()?);
+        (dots.len() <= 2 && dots.len() == sums.len()).then_some(())?;
         let unknown = |op: &tile::Op| {
             !matches!(
                 op,
@@ -124,10 +126,19 @@ impl<'a> Pattern<'a> {
             }
             matches!(inst.op, tile::Op::Load { .. }).then_some(inst)
         };
-        let (resident, first) = (load(a)?, load(b)?);
+        let first = load(b)?;
         let home = |i: &tile::Inst| homes.get(&i.results[0]).copied();
         let inner = home(dot)?;
-        if home(first)? != inner || home(resident)? == inner || home(sum)? != inner {
+        let mut residents = Vec::new();
+        for other in &dots {
+            let tile::Op::Dot { a: own, b: same, acc: None, trans_b: true } = other.op else { return None };
+            (same == b && program.tile(own)? == ta).then_some(())?;
+            residents.push(load(own)?);
+        }
+        let alike = |i: &&tile::Inst| matches!(i.op, tile::Op::Reduce { x, axis: 1, .. } if program.tile(x) == Some(tx));
+        let outside = residents.iter().all(|r| home(r) != Some(inner));
+        let inside = dots.iter().chain(&sums).all(|i| home(i) == Some(inner));
+        if home(first)? != inner || !outside || !inside || !sums.iter().all(alike) {
             return None;
         }
         let mut streamed = vec![first];
@@ -138,14 +149,14 @@ impl<'a> Pattern<'a> {
                 streamed.push(i);
             }
         }
-        for i in streamed.iter().chain([&resident]) {
+        for i in streamed.iter().chain(&residents) {
             let tile::Op::Load { view, .. } = &i.op else { return None };
             can_describe(view_type(&program.types, *view)?).then_some(())?;
         }
         // Everything else that is loaded, threads load.
         for i in &insts {
             if let tile::Op::Load { .. } = i.op
-                && i.results != resident.results
+                && !residents.iter().any(|r| r.results == i.results)
                 && !streamed.iter().any(|s| s.results == i.results)
             {
                 matches!(program.tile(i.results[0])?.dtype, DType::F32 | DType::I32).then_some(())?;
@@ -154,7 +165,7 @@ impl<'a> Pattern<'a> {
         let mut weights = Vec::new();
         for i in &insts {
             if let tile::Op::Map { inputs, .. } = &i.op
-                && inputs.contains(&dot.results[0])
+                && let Some(dot) = dots.iter().find(|d| inputs.contains(&d.results[0]))
             {
                 for &v in inputs.iter().filter(|&&v| v != dot.results[0]) {
                     let t = program.tile(v)?;
@@ -181,7 +192,16 @@ impl<'a> Pattern<'a> {
                 _ => {}
             }
         }
-        Some(Pattern { dot, resident, streamed, weights, groups: [outer, each], selects: selects > 0, dtype: ta.dtype })
+        let (groups, dtype) = ([outer, each], ta.dtype);
+        Some(Pattern { dots, residents, streamed, weights, groups, selects: selects > 0, dtype })
+    }
+}
+
+impl Pattern<'_> {
+    /// Whether a warpgroup has as many rows as an instruction may, and halves are whole groups: these are then made one after the other.
+    fn is_large(&self) -> bool {
+        let [groups, each] = self.groups;
+        !self.selects && groups * each == 2 * MOST_ROWS && groups.is_multiple_of(4)
     }
 }
 
@@ -214,6 +234,22 @@ pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
     let pattern = Pattern::of(program, &defs)?;
+    if pattern.is_large() {
+        let [groups, each] = pattern.groups;
+        let halves = twins(program, pattern.dots[0].results[0], [groups, groups * each]);
+        let planned = halves.as_ref().and_then(|halves| planned(halves, arch));
+        if planned.is_some() {
+            return planned;
+        }
+    }
+    planned(program, arch)
+}
+
+/// The same of a program whose groups are as they stay.
+fn planned(program: &Program, arch: &Arch) -> Option<Scheduled> {
+    let mut defs = HashMap::new();
+    definitions(&program.body, &mut defs);
+    let pattern = Pattern::of(program, &defs)?;
     let config = Config::of(&pattern, arch)?;
     Planner::new(program, pattern, config, defs).scheduled()
 }
@@ -235,7 +271,7 @@ struct Config {
 
 impl Config {
     fn of(p: &Pattern<'_>, arch: &Arch) -> Option<Config> {
-        let [sums, each] = p.groups;
+        let [sums, each] = [p.groups[0] * p.dots.len() as u32, p.groups[1]];
         let rows = sums * each;
         let warpgroups = if rows > MOST_ROWS || sums > MOST_SUMS { 2 } else { 1 };
         let own = sums / warpgroups;
@@ -292,7 +328,7 @@ impl<'a> Planner<'a> {
             values: Values::new(program),
         };
         let mut copied = me.bounds(&|inst| me.brought(inst));
-        for i in me.p.streamed.iter().chain([&me.p.resident]) {
+        for i in me.p.streamed.iter().chain(&me.p.residents) {
             copied.extend(tile::operands(&i.op));
         }
         let mut kept = me.bounds(&|inst| effect(inst) || me.brought(inst));
@@ -309,7 +345,7 @@ impl<'a> Planner<'a> {
 
     /// Whether an instruction is a load through a ring.
     fn brought(&self, inst: &tile::Inst) -> bool {
-        self.p.streamed.iter().chain([&self.p.resident]).any(|i| i.results == inst.results)
+        self.p.streamed.iter().chain(&self.p.residents).any(|i| i.results == inst.results)
     }
 
     /// Bounds of loops that hold such an instruction.
@@ -343,7 +379,7 @@ impl<'a> Planner<'a> {
 
     /// The shared memory of selections.
     fn lists(&self) -> BufferId {
-        BufferId(1 + self.p.streamed.len() as u32)
+        BufferId((self.p.residents.len() + self.p.streamed.len()) as u32)
     }
 
     /// The shared memory of the first of the weights.
@@ -409,15 +445,17 @@ impl<'a> Planner<'a> {
 
     /// What a role does where a ring brings something; whether that is so.
     fn ring(&mut self, inst: &tile::Inst, producing: bool, names: &mut Names, out: &mut Vec<Inst>) -> Option<bool> {
-        let tile::Op::Dot { a, b, .. } = self.p.dot.op else { return None };
-        if inst.results == self.p.resident.results {
+        let tile::Op::Dot { b, .. } = self.p.dots[0].op else { return None };
+        if let Some(number) = self.p.residents.iter().position(|r| r.results == inst.results) {
+            let last = self.p.residents.len() - 1;
             if producing {
-                out.push(plain(Op::Acquire(RESIDENT)));
-                out.push(self.copy(inst, (RESIDENT, 0), names)?);
-                out.push(plain(Op::Commit(RESIDENT)));
+                out.extend((number == 0).then(|| plain(Op::Acquire(RESIDENT))));
+                out.push(self.copy(inst, (RESIDENT, number as u32), names)?);
+                out.extend((number == last).then(|| plain(Op::Commit(RESIDENT))));
             } else {
-                out.push(plain(Op::Wait(RESIDENT)));
-                let v = self.take(self.program.ty(a).clone(), (RESIDENT, 0), out);
+                out.extend((number == 0).then(|| plain(Op::Wait(RESIDENT))));
+                let tile::Op::Dot { a, .. } = self.p.dots[number].op else { return None };
+                let v = self.take(self.program.ty(a).clone(), (RESIDENT, number as u32), out);
                 names.insert(a, v);
             }
             return Some(true);
@@ -461,14 +499,14 @@ impl<'a> Planner<'a> {
     /// A region as a role runs it.
     fn role(&mut self, region: &'a Region, producing: bool, names: &mut Names) -> Option<Vec<Inst>> {
         let mut out = Vec::new();
-        let tile::Op::Dot { a, b, .. } = self.p.dot.op else { return None };
+        let operands: Vec<ValueId> = self.p.dots.iter().flat_map(|d| tile::operands(&d.op)).collect();
         let mut resident = false;
-        let mut late = Vec::new();
+        let (mut late, mut dots, mut stores) = (Vec::new(), 0, 0);
         for inst in &region.insts {
             let wanted = |v: &ValueId| if producing { self.produced.contains(v) } else { self.consumed.contains(v) };
             let wanted = inst.results.first().is_some_and(wanted);
             if self.ring(inst, producing, names, &mut out)? {
-                resident |= inst.results == self.p.resident.results;
+                resident |= self.p.residents.iter().any(|r| r.results == inst.results);
                 continue;
             }
             match &inst.op {
@@ -535,6 +573,8 @@ impl<'a> Planner<'a> {
                     late.push(Inst { results, op: Op::Tile(op), scratch: None });
                 }
                 tile::Op::Store { view, index, value } if !producing => {
+                    // The second product reads the stage while sums of the first are made.
+                    stores += usize::from(dots == 2);
                     let mut value = *names.get(value)?;
                     if late.is_empty() {
                         value = self.spread(value, &mut out)?;
@@ -543,16 +583,22 @@ impl<'a> Planner<'a> {
                     let index = index.iter().map(|&i| rename_index(i, names)).collect::<Option<_>>()?;
                     let op = tile::Op::Store { view: *names.get(view)?, index, value };
                     out.push(plain(Op::Tile(op)));
+                    if stores == 1 {
+                        out.push(plain(Op::Release { channel: STREAM, lag: 0 }));
+                    }
                 }
                 // Other names of what a ring brings.
-                tile::Op::Reshape { .. } if inst.results == [a] || inst.results == [b] => {}
-                tile::Op::Dot { .. } if !producing => {
-                    let op = tile::Op::Dot { a: *names.get(&a)?, b: *names.get(&b)?, acc: None, trans_b: true };
+                tile::Op::Reshape { .. } if inst.results.iter().any(|r| operands.contains(r)) => {}
+                tile::Op::Dot { a, b, .. } if !producing => {
+                    let op = tile::Op::Dot { a: *names.get(a)?, b: *names.get(b)?, acc: None, trans_b: true };
                     let place = self.products();
                     let v = self.values.fresh(self.program.ty(inst.results[0]).clone(), place);
                     names.insert(inst.results[0], v);
                     out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
-                    out.push(plain(Op::Release { channel: STREAM, lag: 0 }));
+                    dots += 1;
+                    if self.p.dots.len() == 1 {
+                        out.push(plain(Op::Release { channel: STREAM, lag: 0 }));
+                    }
                 }
                 tile::Op::Reduce { x, axis, kind } if wanted => {
                     let place = self.place(inst, producing)?;
@@ -644,7 +690,7 @@ impl<'a> Planner<'a> {
             role("producer", produces, REGISTERS[0], true, producer),
             role("consumer", consumes, REGISTERS[1], false, consumer),
         ];
-        let (buffers, slots) = self.buffers();
+        let (buffers, [residents, slots]) = self.buffers();
         let [ahead, depth] = self.config.stages;
         Some(Scheduled {
             name: self.program.name.clone(),
@@ -659,7 +705,7 @@ impl<'a> Planner<'a> {
             threads: produces[1].max(consumes[1]) * Arch::WARP,
             buffers,
             channels: vec![
-                Channel { name: "resident".into(), stages: ahead, slots: vec![BufferId(0)] },
+                Channel { name: "resident".into(), stages: ahead, slots: residents },
                 Channel { name: "stream".into(), stages: depth, slots },
             ],
             types: self.values.types,
@@ -669,8 +715,8 @@ impl<'a> Planner<'a> {
         })
     }
 
-    /// Buffers, and those of a stage.
-    fn buffers(&self) -> (Vec<Buffer>, Vec<BufferId>) {
+    /// Buffers, and those of a stage of each ring.
+    fn buffers(&self) -> (Vec<Buffer>, [Vec<BufferId>; 2]) {
         let c = &self.config;
         let columns = STEP_BYTES / self.p.dtype.bytes() as u32;
         let operand = |name: &str, bytes: u32, copies: u32, offset: u32| Buffer {
@@ -683,8 +729,15 @@ impl<'a> Planner<'a> {
             offset,
         };
         let [ahead, depth] = c.stages;
-        let mut end = c.resident * ahead;
-        let mut buffers = vec![operand("resident", c.resident, ahead, 0), operand("streamed", c.streamed, depth, end)];
+        let mut end = 0;
+        let mut buffers = Vec::new();
+        for _ in &self.p.residents {
+            let bytes = c.resident / self.p.residents.len() as u32;
+            buffers.push(operand("resident", bytes, ahead, end));
+            end += bytes * ahead;
+        }
+        let residents = (0..buffers.len() as u32).map(BufferId).collect();
+        buffers.push(operand("streamed", c.streamed, depth, end));
         end += c.streamed * depth;
         for _ in 1..self.p.streamed.len() {
             buffers.push(Buffer {
@@ -698,7 +751,7 @@ impl<'a> Planner<'a> {
             });
             end += ROWS * 4 * depth;
         }
-        let slots = (1..buffers.len() as u32).map(BufferId).collect();
+        let slots = (self.p.residents.len() as u32..buffers.len() as u32).map(BufferId).collect();
         if c.lists > 0 {
             buffers.push(Buffer {
                 name: "lists".into(),
@@ -724,7 +777,7 @@ impl<'a> Planner<'a> {
             });
             end += rows * 4;
         }
-        (buffers, slots)
+        (buffers, [residents, slots])
     }
 }
 
