@@ -9,6 +9,7 @@
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `twins` | weighted sums as those of two halves, each with a product of its own |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
+//! | `overlap` | the last sums of such a round are made while the next one multiplies |
 //! | `skip` | tiles with an empty loop cost their bounds only |
 //! | `select`, `window`, `short`, `spread`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
@@ -32,6 +33,7 @@ mod group;
 mod halves;
 mod loops;
 mod memory;
+mod overlap;
 mod plan;
 mod promote;
 pub mod ptx;
@@ -69,7 +71,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
         return None;
     }
     plan::plan(kernel, arch)
-        .or_else(|| scores::plan(&kernel.program, arch).map(skip::empty_tiles))
+        .or_else(|| scores::plan(&kernel.program, arch).map(skip::empty_tiles).map(overlap::overlapped))
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(kernel, arch))
 }

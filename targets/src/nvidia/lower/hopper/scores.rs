@@ -17,9 +17,9 @@
 //! four lanes of a quad then exchange halves until each has the sums that [`Atom::WgmmaSums`] gives it.
 //!
 //! **Arithmetic**, `k` of 128 e4m3: a multiprocessor multiplies 32 elements of `a · bᵀ` a cycle and needs two operations (maximum, fused
-//! multiply-add) for each, of 128 a cycle: half the issue slots. So sums hide behind products if another warpgroup multiplies
-//! meanwhile: with many rows two warpgroups share a stage of `b`, each with up to 256 rows of `a`; with few, several blocks share a
-//! multiprocessor, each with one.
+//! multiply-add) for each, of 128 a cycle: half the issue slots. So sums hide behind products if something multiplies
+//! meanwhile: with many rows two warpgroups share a stage of `b`, each with up to 256 rows of `a` in two halves, one of which is summed while the
+//! other multiplies ([`super::twins`], [`super::overlap`]); with few, several blocks share a multiprocessor, each with one.
 
 use super::config::{ROWS, WARPGROUP};
 use super::contraction::{STEP_BYTES, definitions};
@@ -135,7 +135,8 @@ impl<'a> Pattern<'a> {
             (same == b && program.tile(own)? == ta).then_some(())?;
             residents.push(load(own)?);
         }
-        let alike = |i: &&tile::Inst| matches!(i.op, tile::Op::Reduce { x, axis: 1, .. } if program.tile(x) == Some(tx));
+        let alike =
+            |i: &&tile::Inst| matches!(i.op, tile::Op::Reduce { x, axis: 1, .. } if program.tile(x) == Some(tx));
         let outside = residents.iter().all(|r| home(r) != Some(inner));
         let inside = dots.iter().chain(&sums).all(|i| home(i) == Some(inner));
         if home(first)? != inner || !outside || !inside || !sums.iter().all(alike) {

@@ -140,6 +140,12 @@ impl<'a> Emit<'a> {
                 parts.push(sum.unwrap_or(f32(0.0)));
             }
         }
+        // The loop's next product may have the registers of this one.
+        for v in weighted.map_or(&[][..], |w| w.0) {
+            if let Some(Held::Registers(values, [true, true])) = self.held.get(v) {
+                self.spare.push(values.clone());
+            }
+        }
         Ok(self.exchanged(s.rows, parts))
     }
 
@@ -281,6 +287,10 @@ impl<'a> Emit<'a> {
             let (address, inside) = self.element_at(view, &at);
             let inside = self.t.f.bin("and", inside, s.first);
             isa::store_global_if(&mut self.t.f, inside, address, &[word]);
+        }
+        if self.flight.is_busy() {
+            // What comes next waits for a product: not before these sums are made.
+            ptx::warp_barrier(&mut self.t.f);
         }
         Ok(())
     }

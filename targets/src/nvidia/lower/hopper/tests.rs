@@ -472,6 +472,18 @@ fn scores_of_several_tokens() {
 }
 
 #[test]
+fn sums_of_many_tokens_are_made_while_others_multiply() {
+    let text = |s: Scores| sched::canonical(&clustered(s.program("scores"), 0)).to_string();
+    // Two rounds in one and one round, of two products each; the first stage of two is given back with the second in hand.
+    let many = text(Scores { rows: 8, paged: false, ..SCORES });
+    assert_eq!(many.matches("= dot_t").count(), 6);
+    assert_eq!(many.matches("release c1 lag 1").count(), 1);
+    assert_eq!(text(Scores { rows: 2, paged: false, ..SCORES }).matches("= dot_t").count(), 1);
+    let odd = Scores { rows: 8, pages: 8, paged: false, fill: false, scaled: false, ..SCORES };
+    odd.check(&(440..452).collect::<Vec<_>>());
+}
+
+#[test]
 fn tiles_of_many_tokens_are_dealt_back_and_forth() {
     let turns = |s: Scores| {
         let scheduled = clustered(s.program("scores"), 0);

@@ -87,7 +87,7 @@ impl Twins {
     fn region(&mut self, region: &Region) -> Option<Region> {
         let mut insts = Vec::new();
         // All that is made of the product comes by halves, behind both products.
-        let mut behind = [Vec::new(), Vec::new()];
+        let [mut products, mut behind] = [(); 2].map(|()| [Vec::new(), Vec::new()]);
         for inst in &region.insts {
             if let Op::For { lo, hi, step, init, body } = &inst.op {
                 init.is_empty().then_some(())?;
@@ -114,14 +114,16 @@ impl Twins {
             let results = inst.results.iter().map(|&r| self.split(r)).collect::<Option<Vec<_>>>()?;
             let product = matches!(inst.op, Op::Dot { .. });
             for half in 0..2 {
-                let to = if late && !product { &mut behind[half] } else { &mut insts };
+                let to = match (late, product) {
+                    (true, true) => &mut products[half],
+                    (true, false) => &mut behind[half],
+                    _ => &mut insts,
+                };
                 let op = self.half(&inst.op, half, inst.results.first().copied(), to)?;
                 to.push(Inst { results: results.iter().map(|r| r[half]).collect(), op });
             }
         }
-        let [first, second] = behind;
-        insts.extend(first);
-        insts.extend(second);
+        insts.extend(products.into_iter().chain(behind).flatten());
         Some(Region { args: region.args.clone(), insts, yields: region.yields.clone() })
     }
 
@@ -182,10 +184,7 @@ impl Twins {
             Some(Index::Value(v)) if by > 0 => {
                 self.types.push(Type::Tile(TileType::scalar(DType::I32)));
                 let sum = ValueId(self.types.len() as u32 - 1);
-                before.push(Inst {
-                    results: vec![sum],
-                    op: Op::Map { inputs: vec![*v], body: plus(by as i32) },
-                });
+                before.push(Inst { results: vec![sum], op: Op::Map { inputs: vec![*v], body: plus(by as i32) } });
                 *v = sum;
             }
             _ => {}

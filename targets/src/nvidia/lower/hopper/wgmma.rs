@@ -54,6 +54,11 @@ impl Flight {
         Flight(self.0.iter().map(|g| Group { value: g.value.and_then(name), stages: g.stages.clone() }).collect())
     }
 
+    /// Whether any product is in flight.
+    pub fn is_busy(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// Whether every result in flight is one of these values.
     pub fn all_among(&self, values: &[ValueId]) -> bool {
         self.0.iter().all(|g| g.value.is_none_or(|v| values.contains(&v)))

@@ -1,0 +1,191 @@
+//! Rounds of two products, whose last sums are made while the next round multiplies.
+//!
+//! A round that makes two products and then the sums of each has nothing to multiply while it makes the last of them. So a loop makes several rounds
+//! in one, and issues the first product of the next before those sums:
+//!
+//! ```text
+//! for j in lo..hi {                     for j in lo..hi - 1 step 2 {
+//!     take b at j                           take b at j; p = a0·b; q = a1·b; sums of p
+//!     p = a0·b; q = a1·b          =>        take b' at j + 1; p' = a0·b'
+//!     sums of p                             release b; sums of q
+//!     release; sums of q                    q' = a1·b'; sums of p'
+//! }                                         release b'; sums of q'
+//!                                       }
+//!                                       the rest as before
+//! ```
+//!
+//! No product is in flight across the loop's end: the assembler would not have sums of it made while another is.
+
+use super::values::{Names, plain, plus, renamed};
+use dsc_ir::DType;
+use dsc_ir::sched::{Block, ChannelId, Inst, Op, Place, Scheduled};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Scalar, ScalarOp, TileType, Type, ValueId};
+
+/// Rounds in one.
+const ROUNDS: u32 = 2;
+
+/// The kernel with such loops changed.
+pub fn overlapped(mut s: Scheduled) -> Scheduled {
+    for role in 0..s.roles.len() {
+        let mut body = std::mem::take(&mut s.roles[role].body);
+        change(&mut body, &mut s);
+        s.roles[role].body = body;
+    }
+    s
+}
+
+fn change(block: &mut Block, s: &mut Scheduled) {
+    let mut at = 0;
+    while at < block.insts.len() {
+        if let Some((changed, rest)) = Rounds::of(&block.insts[at]).and_then(|rounds| rounds.changed(s)) {
+            if let Op::For { lo, .. } = &mut block.insts[at].op {
+                *lo = Index::Value(rest);
+            }
+            let n = changed.len();
+            block.insts.splice(at..at, changed);
+            at += n;
+        } else if let Op::For { body, .. } = &mut block.insts[at].op {
+            change(body, s);
+        }
+        at += 1;
+    }
+}
+
+/// A loop of that form.
+struct Rounds {
+    lo: ValueId,
+    hi: ValueId,
+    counter: ValueId,
+    channel: ChannelId,
+    /// What a round begins with, and its products.
+    begin: Vec<Inst>,
+    products: [Inst; 2],
+    /// What is made of the first product, and of the second.
+    sums: [Vec<Inst>; 2],
+}
+
+impl Rounds {
+    fn of(inst: &Inst) -> Option<Rounds> {
+        let Op::For { lo: Index::Value(lo), hi: Index::Value(hi), step: 1, init, body } = &inst.op else { return None };
+        let insts = &body.insts;
+        let is_product = |i: &Inst| matches!(i.op, Op::Tile(tile::Op::Dot { acc: None, .. }));
+        let first = insts.iter().position(is_product)?;
+        let released = insts.iter().position(|i| matches!(i.op, Op::Release { lag: 0, .. }))?;
+        let Op::Release { channel, .. } = insts[released].op else { return None };
+        let two = insts.iter().filter(|i| is_product(i)).count() == 2 && is_product(insts.get(first + 1)?);
+        let sums = [insts.get(first + 2..released)?.to_vec(), insts[released + 1..].to_vec()];
+        let plain = sums.iter().flatten().all(|i| matches!(i.op, Op::Tile(_)));
+        let whole = init.is_empty() && body.yields.is_empty() && two && plain;
+        whole.then_some(())?;
+        Some(Rounds {
+            lo: *lo,
+            hi: *hi,
+            counter: body.args[0],
+            channel,
+            begin: insts[..first].to_vec(),
+            products: [insts[first].clone(), insts[first + 1].clone()],
+            sums,
+        })
+    }
+
+    /// What comes in front of the loop, and where that then begins.
+    fn changed(&self, s: &mut Scheduled) -> Option<(Vec<Inst>, ValueId)> {
+        let same: Names = (0..s.types.len() as u32).map(|n| (ValueId(n), ValueId(n))).collect();
+        let release = |lag: u32| plain(Op::Release { channel: self.channel, lag });
+        let counter = scalar(s);
+        let mut insts = Vec::new();
+        let mut before: Option<Names> = None;
+        for round in 0..ROUNDS {
+            let mut names = same.clone();
+            let number = if round == 0 { counter } else { scalar(s) };
+            if round > 0 {
+                insts.push(computed(number, vec![counter], plus(round as i32)));
+            }
+            names.insert(self.counter, number);
+            for inst in self.begin.iter().chain(&self.products[..1]) {
+                insts.push(copied(inst, &mut names, s)?);
+            }
+            if let Some(mut late) = before.take() {
+                insts.push(release(1));
+                for inst in &self.sums[1] {
+                    insts.push(copied(inst, &mut late, s)?);
+                }
+            }
+            for inst in self.products[1..].iter().chain(&self.sums[0]) {
+                insts.push(copied(inst, &mut names, s)?);
+            }
+            before = Some(names);
+        }
+        insts.push(release(0));
+        let mut late = before?;
+        for inst in &self.sums[1] {
+            insts.push(copied(inst, &mut late, s)?);
+        }
+        let (last, rest) = (scalar(s), scalar(s));
+        let body = Block { args: vec![counter], insts, yields: Vec::new() };
+        let (lo, hi) = (Index::Value(self.lo), Index::Value(last));
+        let op = Op::For { lo, hi, step: ROUNDS, init: Vec::new(), body };
+        let front = vec![
+            computed(last, vec![self.hi], plus(1 - ROUNDS as i32)),
+            Inst { results: Vec::new(), op, scratch: None },
+            computed(rest, vec![self.lo, self.hi], behind_whole()),
+        ];
+        Some((front, rest))
+    }
+}
+
+/// Where what the rounds in one leave begins: `lo + max(hi − lo, 0) / n · n`.
+fn behind_whole() -> MapFn {
+    let constant = |n| MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() };
+    let binary = |op, a, b| MapInst { op, args: vec![a, b] };
+    let insts = vec![
+        constant(0),
+        constant(ROUNDS as i32),
+        binary(ScalarOp::Sub, MapArg::Input(1), MapArg::Input(0)),
+        binary(ScalarOp::Max, MapArg::Inst(2), MapArg::Inst(0)),
+        binary(ScalarOp::Div, MapArg::Inst(3), MapArg::Inst(1)),
+        binary(ScalarOp::Mul, MapArg::Inst(4), MapArg::Inst(1)),
+        binary(ScalarOp::Add, MapArg::Input(0), MapArg::Inst(5)),
+    ];
+    MapFn { insts, result: MapArg::Inst(6) }
+}
+
+/// A new i32.
+fn scalar(s: &mut Scheduled) -> ValueId {
+    fresh(s, Type::Tile(TileType::scalar(DType::I32)), Place::Uniform)
+}
+
+fn computed(result: ValueId, inputs: Vec<ValueId>, body: MapFn) -> Inst {
+    Inst { results: vec![result], op: Op::Tile(tile::Op::Map { inputs, body }), scratch: None }
+}
+
+/// A new value.
+fn fresh(s: &mut Scheduled, ty: Type, place: Place) -> ValueId {
+    s.types.push(ty);
+    s.places.push(place);
+    ValueId(s.types.len() as u32 - 1)
+}
+
+/// A new value of the same type, in the same place.
+fn like(v: ValueId, s: &mut Scheduled) -> ValueId {
+    let (ty, place) = (s.types[v.0 as usize].clone(), s.places[v.0 as usize].clone());
+    fresh(s, ty, place)
+}
+
+/// An instruction under new names, with new results.
+fn copied(inst: &Inst, names: &mut Names, s: &mut Scheduled) -> Option<Inst> {
+    let op = match &inst.op {
+        Op::Tile(tile::Op::Dot { a, b, acc: None, trans_b }) => {
+            Op::Tile(tile::Op::Dot { a: names[a], b: names[b], acc: None, trans_b: *trans_b })
+        }
+        Op::Tile(tile::Op::Reduce { x, axis, kind }) => {
+            Op::Tile(tile::Op::Reduce { x: names[x], axis: *axis, kind: *kind })
+        }
+        Op::Tile(op) => Op::Tile(renamed(op, names)?),
+        op @ (Op::Wait(_) | Op::Take { .. }) => op.clone(),
+        _ => return None,
+    };
+    let results: Vec<ValueId> = inst.results.iter().map(|&r| like(r, s)).collect();
+    names.extend(inst.results.iter().copied().zip(results.iter().copied()));
+    Some(Inst { results, op, scratch: inst.scratch })
+}
