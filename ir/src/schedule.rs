@@ -60,7 +60,7 @@ fn is_zero(n: &u32) -> bool {
 /// What a schedule is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelShape {
-    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `row`, `heads`, `gate`, `route`, `sparse_attention` (with
+    /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `expert_linear_sorted`, `row`, `heads`, `gate`, `route`, `sparse_attention` (with
     /// indexer), `attention` (over a given selection), `mha_attention`, `indexer_logits`, or any other op's name.
     pub op: &'static str,
     /// Rows: tokens, or flat (token, expert) pairs.
@@ -91,10 +91,10 @@ impl Schedule {
             ..Schedule::default()
         };
         match shape.op {
-            "linear" | "expert_linear" if tokens <= 64 => products(rows(64), 64),
+            "linear" | "expert_linear" | "expert_linear_sorted" if tokens <= 64 => products(rows(64), 64),
             // Large steps; experts share them, so their tiles stay half as tall.
             "linear" => products(rows(128), 128),
-            "expert_linear" => products(64, 128),
+            "expert_linear" | "expert_linear_sorted" => products(64, 128),
             "head_linear" => products(rows(128), 128),
             // Rows of scores: tokens times heads of the indexer.
             "sparse_attention" | "indexer_logits" => {
@@ -144,7 +144,7 @@ impl Schedule {
         match shape.op {
             "linear" | "head_linear" => products(rows(if tokens <= 16 { 16 } else { 32 })),
             // An expert sees a token at most once.
-            "expert_linear" => products(rows(tokens.clamp(1, 32))),
+            "expert_linear" | "expert_linear_sorted" => products(rows(tokens.clamp(1, 32))),
             "sparse_attention" | "indexer_logits" => {
                 Schedule { tile_m: rows((256 / shape.heads.max(1)).clamp(1, 16)), tile_n: 64, ..Schedule::default() }
             }

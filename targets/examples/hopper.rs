@@ -6,6 +6,8 @@
 mod cubins;
 #[path = "../tests/support/experts.rs"]
 mod experts;
+#[path = "../tests/support/heads.rs"]
+mod heads;
 #[path = "../tests/support/linear.rs"]
 mod linear;
 
@@ -13,6 +15,7 @@ use dsc_ir::DType;
 use dsc_ir::schedule::Schedule;
 use dsc_targets::Kernel;
 use experts::Experts;
+use heads::Heads;
 use linear::Linear;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -82,13 +85,23 @@ fn products() -> Vec<(Linear, u32, Rows)> {
 fn experts() -> Vec<(Experts, Rows)> {
     let mut all: Vec<(Experts, Rows)> = Vec::new();
     for (per_token, n, k) in [(8, 4096, 7168), (0, 7168, 2048)] {
-        let of = |experts, tile, parts| Experts { experts, per_token, n, k, tile, parts, glu: false };
+        let of = |experts, tile, parts| Experts { experts, per_token, n, k, tile, parts, glu: false, sorted: false };
         let many = of(32, [128, 128], 4);
         all.push((many, &[4096, 32768]));
         all.push((of(32, [128, 128], 1), &[2048, 4096]));
-        all.push((of(32, [192, 128], 1), &[32768]));
-        all.push((of(32, [192, 128], 3), &[32768]));
-        all.push((of(256, [192, 128], 1), &[32768]));
+        for (experts, tile, parts) in [
+            (32, [128, 128], 4),
+            (32, [192, 128], 1),
+            (32, [192, 128], 6),
+            (32, [256, 128], 1),
+            (32, [256, 128], 4),
+            (256, [128, 128], 1),
+            (256, [128, 128], 4),
+            (256, [192, 128], 1),
+            (256, [256, 128], 1),
+        ] {
+            all.push((Experts { sorted: true, ..of(experts, tile, parts) }, &[32768]));
+        }
         all.push((of(32, [64, 128], 1), &[1000, 2048]));
         all.push((of(32, [32, 64], 1), &[512]));
         all.push((of(32, [16, 64], 1), &[8, 128]));
@@ -99,6 +112,10 @@ fn experts() -> Vec<(Experts, Rows)> {
         if per_token > 0 {
             all.push((Experts { glu: true, n: n / 2, ..many }, &[4096, 32768]));
             all.push((Experts { glu: true, n: n / 2, ..of(256, [128, 128], 4) }, &[32768]));
+            for (experts, parts) in [(32, 4), (256, 1), (256, 4)] {
+                let sorted = Experts { sorted: true, ..of(experts, [128, 128], parts) };
+                all.push((Experts { glu: true, n: n / 2, ..sorted }, &[32768]));
+            }
         }
     }
     all
@@ -118,15 +135,26 @@ fn described() -> Vec<(Kernel, String, Rows)> {
         let schedule = Schedule { cluster, ..Schedule::default() };
         all.push((Kernel { program: l.program(&name), schedule }, text, rows));
     }
+    // A product a head: queries into the space of latents.
+    for tile in [[128, 128], [128, 256]] {
+        let h = Heads { heads: 128, n: 512, k: 128, tile, step: 64 };
+        let name = format!("heads{}_n{}_k{}_{}x{}", h.heads, h.n, h.k, tile[0], tile[1]);
+        let text = format!(
+            r#""kind":"heads","dtype":"bf16","out":"bf16","n":{},"k":{},"heads":{},"tile":{tile:?}"#,
+            h.n, h.k, h.heads
+        );
+        all.push((Kernel { program: h.program(&name), schedule: Schedule::default() }, text, &[4096, 1000]));
+    }
     for (e, rows) in experts() {
         let [m, n] = e.tile;
         let (parts, glu) = (if e.parts > 1 { "_parts" } else { "" }, if e.glu { "_glu" } else { "" });
-        let name = format!("experts{}_n{}_k{}_{m}x{n}{glu}{parts}", e.experts, e.n, e.k);
+        let sorted = if e.sorted { "_sorted" } else { "" };
+        let name = format!("experts{}_n{}_k{}_{m}x{n}{glu}{sorted}{parts}", e.experts, e.n, e.k);
         let mut text = format!(r#""kind":"experts","dtype":"e4m3","out":"bf16","n":{},"k":{},"#, e.n, e.k);
         let _ = write!(
             text,
-            r#""tile":{:?},"experts":{},"per_token":{},"parts":{},"glu":{}"#,
-            e.tile, e.experts, e.per_token, e.parts, e.glu
+            r#""tile":{:?},"experts":{},"per_token":{},"parts":{},"glu":{},"sorted":{}"#,
+            e.tile, e.experts, e.per_token, e.parts, e.glu, e.sorted
         );
         all.push((Kernel { program: e.program(&name), schedule: Schedule::default() }, text, rows));
     }

@@ -223,7 +223,10 @@ def measure_experts(kernel, function, rows, sms):
     y = torch.full((rows + 64, n), float("nan"), device="cuda", dtype=torch.float8_e4m3fn if glu else torch.bfloat16)
     y_scales = torch.full((rows, n // 128), float("nan"), device="cuda")
     syms = torch.tensor([tokens, 1, 1, rows, 1, 1], dtype=torch.int32, device="cuda")
-    launch = Launch(function, kernel, [x, w, xs, ws, order, offsets, y[:rows], *([y_scales] if glu else [])], syms,
+    # Of sorted rows those of an expert lie together.
+    source = order.long() // per_token if per_token else order.long()
+    rows_x = (x[source], xs[source]) if kernel["sorted"] else (x, xs)
+    launch = Launch(function, kernel, [rows_x[0], w, rows_x[1], ws, order, offsets, y[:rows], *([y_scales] if glu else [])], syms,
                     (-(-n // kernel["tile"][1]) * kernel["parts"], experts, 1), sms)
     launch()
     torch.cuda.synchronize()
@@ -254,6 +257,36 @@ def measure_experts(kernel, function, rows, sms):
     return {"name": kernel["name"], "rows": rows, "error": error, "nan": nans, "written_outside": touched, "same_bits_again": same, "times": times}
 
 
+def measure_heads(kernel, function, rows, sms):
+    n, k, heads = (kernel[name] for name in ("n", "k", "heads"))
+    x = torch.randn(rows, heads, k, device="cuda").bfloat16()
+    w = torch.randn(heads, k, n, device="cuda").bfloat16()
+    y = torch.full((rows + 64, heads, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+    syms = torch.tensor([rows, 1, 1, 1, 1, 1], dtype=torch.int32, device="cuda")
+    grid = (-(-rows // kernel["tile"][0]), -(-n // kernel["tile"][1]), heads)
+    launch = Launch(function, kernel, [x, w.view(heads * k, n), y[:rows]], syms, grid, sms)
+    launch()
+    torch.cuda.synchronize()
+    want = torch.bmm(x.transpose(0, 1).double(), w.double()).transpose(0, 1)
+    error = ((y[:rows].double() - want).norm() / want.norm()).item()
+    again = y.clone()
+    launch()
+    torch.cuda.synchronize()
+    same = bool((again.view(torch.int16) == y.view(torch.int16)).all())
+    touched, nans = int((~y[rows:].isnan()).sum()), int(y[:rows].isnan().sum())
+    out = torch.empty(rows, heads, n, device="cuda", dtype=torch.bfloat16).transpose(0, 1)
+    times = timed({"dsc": [launch] * 10, "cublas": [lambda: torch.bmm(x.transpose(0, 1), w, out=out)] * 10})
+    moved = (rows * heads * (k + n) + heads * k * n) * 2
+    return {
+        "name": kernel["name"], "rows": rows, "error": error, "nan": nans, "written_outside": touched, "same_bits_again": same,
+        "times": {
+            name: {"us": round(t[0], 2), "min": round(t[1], 2), "max": round(t[2], 2),
+                   "tflops": round(2 * rows * heads * n * k / t[0] / 1e6, 1), "gb_per_s": round(moved / t[0] / 1e3)}
+            for name, t in times.items()
+        },
+    }
+
+
 def show(result):
     flags = f"nan {result['nan']} outside {result['written_outside']} repeats {result['same_bits_again']}"
     print(f"{result['name']} rows {result['rows']}: error {result['error']:.2e} {flags} {result.get('refused', '')}", flush=True)
@@ -278,7 +311,7 @@ def main():
             continue
         function = load(options.folder / f"{kernel['name']}.cubin", kernel["name"], kernel["shared_bytes"])
         for rows in kernel["rows"]:
-            how = measure_experts if kernel["kind"] == "experts" else measure
+            how = {"experts": measure_experts, "heads": measure_heads}.get(kernel["kind"], measure)
             results.append(how(kernel, function, rows, header["sms"]))
             show(results[-1])
             torch.cuda.empty_cache()

@@ -174,6 +174,7 @@ fn pass_test(sections: &mut Vec<Section>, name: &str, flags: &[&str]) -> Outcome
         "skip_short_selection" => passes::skip_short_selection,
         "fuse_gate" => passes::fuse_gate,
         "group_experts" => passes::group_experts,
+        "sort_experts" => passes::sort_experts,
         "fuse_heads" => passes::fuse_heads,
         "fuse_products" => passes::fuse_products,
         "fuse_rows" => passes::fuse_rows,

@@ -421,7 +421,7 @@ impl<'c> Builder<'c> {
         let x = self.operand(x);
         let y = self.op(
             &format!("{name}.experts.gate_up_proj"),
-            Op::ExpertLinear { per_token },
+            Op::ExpertLinear { per_token, x_sorted: false, y_sorted: false },
             &[x, w, experts],
             self.act,
             &rows(2 * width),
@@ -432,7 +432,7 @@ impl<'c> Builder<'c> {
         let y = self.operand(y);
         self.op(
             &format!("{name}.experts.down_proj"),
-            Op::ExpertLinear { per_token },
+            Op::ExpertLinear { per_token, x_sorted: false, y_sorted: false },
             &[y, w, experts],
             self.act,
             &rows(hidden),

@@ -7,7 +7,8 @@
 //! for that many experts, on devices that run many blocks at once.
 //!
 //! `expert_linear`: a block takes one expert and `tile_n` outputs, and loops over the expert's rows (none, for most experts of a
-//! decode step) by `tile_m`: gathers rows of `x` through `order` (row `order / k` where all experts of a token share its row),
+//! decode step) by `tile_m`: gathers rows of `x` through `order` (row `order / k` where all experts of a token share its row;
+//! sorted rows lie together),
 //! multiplies as [`linear`](super::linear) does, and scatters to the flat rows of the result. Each expert's weights are read
 //! once while its rows fit one tile. Where a step has fewer rows than there are experts, a block takes a place of `order` instead of an
 //! expert, and works if a group starts there: there are as many as rows. Floors: `2 T k N K` operations; the weights of the experts that occur.
@@ -29,7 +30,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let fused = super::body_of(graph, node)?;
     let body = &fused.body;
     let epilogue = Epilogue::of(graph, node, body)?;
-    let Op::ExpertLinear { per_token } = body.dag[epilogue.product].op else {
+    let Op::ExpertLinear { per_token, x_sorted, y_sorted } = body.dag[epilogue.product].op else {
         return Err(unsupported(graph, node, "not an expert_linear"));
     };
     let (x, w, order, offsets, owners) = match *body.inputs(epilogue.product).as_slice() {
@@ -41,7 +42,12 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let shape = &body.tensor(w).shape;
     let (experts, rows_of_w, k) = (shape[0].factor, shape[1].factor, shape[2].factor);
     let shared = body.tensor(x).shape.len() == 2;
-    let form = format!("{}_{}", epilogue.name(), if shared { "shared" } else { "own" });
+    let rows = match (shared, x_sorted) {
+        (true, _) => "shared",
+        (_, false) => "own",
+        (_, true) => "sorted",
+    };
+    let form = format!("{}_{rows}{}", epilogue.name(), if y_sorted { "_to_sorted" } else { "" });
     let name = format!("expert_linear{form}_{}_{}_{}_e{experts}_n{rows_of_w}_k{k}", types[0], types[1], types[2]);
     let mut e = Emit::new(graph, node, Some(body), &name);
     let n = epilogue.columns(rows_of_w);
@@ -108,13 +114,19 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let lo = sum(b, lo, first);
     b.for_(lo, hi, tm * parts, &[], |b, at, _| {
         let place = range(b, at, tm);
-        let order = b.load(orders, &[at.into()], &[tm]);
-        let to = where_below(b, order, place, hi);
-        let source = if shared { divided(b, order, per_token) } else { order };
-        let from = where_below(b, source, place, hi);
-        let left = |b: &mut Builder, kk: Ix, width: u32| b.gather(xs, from, &[kk], &[tm, width]);
-        let left_scales =
-            sx.map(|s| move |b: &mut Builder, block: ValueId| b.gather(s, from, &[block.into()], &[tm, 1]));
+        let order = (!x_sorted || !y_sorted).then(|| b.load(orders, &[at.into()], &[tm]));
+        let to = where_below(b, order.filter(|_| !y_sorted).unwrap_or(place), place, hi);
+        let from = order.filter(|_| !x_sorted).map(|order| {
+            let source = if shared { divided(b, order, per_token) } else { order };
+            where_below(b, source, place, hi)
+        });
+        // Of sorted rows, those behind the group's end are another's: what becomes of them is not stored.
+        let rows = move |b: &mut Builder, view: ValueId, column: Ix, width: u32| match from {
+            Some(from) => b.gather(view, from, &[column], &[tm, width]),
+            None => b.load(view, &[at.into(), column], &[tm, width]),
+        };
+        let left = |b: &mut Builder, kk: Ix, width: u32| rows(b, xs, kk, width);
+        let left_scales = sx.map(|s| move |b: &mut Builder, block: ValueId| rows(b, s, block.into(), 1));
         let offsets = epilogue.offsets(n);
         // A ragged tile of outputs reads into the next expert (or from gate into up); those columns are not stored.
         let loads: Vec<_> = offsets
@@ -162,7 +174,8 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     e.finish(format!("expert_linear {} x {}: {matrices}, {per_token} a token", types[0], types[1]))
 }
 
-/// Lines that a block of a route ranks by.
+/// Lines of all its experts that a block of a route ranks by, one a thread; and of one of them at least.
+const ALL_LINES: u32 = 256;
 const LINES: u32 = 32;
 
 /// The kernel of an [`Op::Route`] node.
@@ -231,7 +244,7 @@ fn route_by_experts(
     [order, offsets, owners]: [ValueId; 3],
     [own, chunk]: [u32; 2],
 ) {
-    let lines = LINES.min(chunk);
+    let lines = (1 << (ALL_LINES / own).max(LINES).ilog2()).min(chunk);
     let len = (chunk / lines).saturating_sub(1) | 1;
     let chunk = lines * len;
     // One expert more than there are: its group is empty, and starts where the last one ends.

@@ -17,8 +17,8 @@
 //! computed apart takes `tile_h` of them a block. Where numbers of heads differ, blocks past the last head of a value read zeros and
 //! store nothing.
 //!
-//! Choices. *Hadamard*: log2 D butterfly stages of reshape, add and subtract (`D log2 D` additions) rather than a product with a
-//! constructed ±1 matrix (`D²`, and the matrix). *Rope*: cosines and sines are gathered by position from the table, pairs are
+//! Choices. *Hadamard*: log2 D butterfly stages of reshape, add and subtract (`D log2 D` additions); with `tile_k` in the schedule, for
+//! targets with matrix units, a product with a constructed ±1 matrix (`D²`, and the matrix), which bf16 holds exactly. *Rope*: cosines and sines are gathered by position from the table, pairs are
 //! the last axis after a reshape (interleaved) or two halves. *Planar index cache*: codes and scales of a row are stored at
 //! (page, offset) of its slot, row by row; other formats scatter all rows at once. A negative slot gives a negative page or
 //! offset and so is dropped; rows past the last token get slot -1.
@@ -35,6 +35,11 @@ use dsc_ir::graph::{
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Access, Builder, Ix, ReduceKind, ValueId};
 use std::collections::HashMap;
+
+/// Rows, and contracted elements, of a matrix unit.
+const UNIT: u32 = 16;
+/// Longest rows that are worth a product with a matrix.
+const MOST_PRODUCT: u32 = 256;
 
 /// Whether a row body may hold this op.
 pub fn supports(op: &Op) -> bool {
@@ -99,7 +104,17 @@ pub(crate) fn emit_body(
         }
         _ => None,
     };
-    let mut emitter = Rows { e, body, rows, tile, row0, batch: batch.zip(seq), head, values: HashMap::new() };
+    let mut emitter = Rows {
+        e,
+        body,
+        rows,
+        tile,
+        row0,
+        batch: batch.zip(seq),
+        head,
+        by_product: schedule.tile_k > 0,
+        values: HashMap::new(),
+    };
     for (output, (_, value)) in body.outputs.iter().enumerate() {
         emitter.output(output as u32, *value)?;
     }
@@ -175,6 +190,8 @@ struct Rows<'g> {
     batch: Option<(Sym, ValueId)>,
     /// The first head that a block takes of values `[T, heads, ..]`, and how many, if not all.
     head: Option<(ValueId, u32)>,
+    /// Whether matrix units do what they can.
+    by_product: bool,
     values: HashMap<Value, Tile>,
 }
 
@@ -309,6 +326,11 @@ impl Rows<'_> {
                     Some(&v) if matches!(op, Op::LayerNorm { .. }) => Some(self.vector(v, x)?),
                     _ => None,
                 };
+                let exact = self.body.tensor(inputs[0]).elem == Elem::Plain(DType::Bf16);
+                if op == Op::Hadamard && self.by_product && exact && is_product(&self.e.b.shape(x)) {
+                    let x = hadamard_product(&mut self.e.b, x);
+                    return Ok(self.rounded(x, value));
+                }
                 match elementwise(&mut self.e.b, &op, x, other, bias) {
                     Some(x) => x,
                     None => return Err(self.e.unsupported(format!("{} in a row body", op_name(&op)))),
@@ -698,6 +720,43 @@ fn layer_norm(b: &mut Builder, x: ValueId, gain: ValueId, bias: ValueId, eps: f3
         let scaled = m.mul(normed, v[2]);
         m.add(scaled, v[3])
     })
+}
+
+/// Whether there are rows enough for a matrix unit.
+fn is_product(shape: &[u32]) -> bool {
+    let (&d, rows) = shape.split_last().unwrap_or((&0, &[]));
+    rows.iter().product::<u32>() >= UNIT && d.is_multiple_of(UNIT) && d <= MOST_PRODUCT
+}
+
+/// The same as [`hadamard`] of values that bf16 holds, by a product: element `(i, j)` of the matrix is −1 if `i & j` has an odd number of bits.
+fn hadamard_product(b: &mut Builder, x: ValueId) -> ValueId {
+    let shape = b.shape(x);
+    let d = shape[shape.len() - 1];
+    let rows: u32 = shape[..shape.len() - 1].iter().product();
+    let (row, column) = (b.iota(0, &[d, d]), b.iota(1, &[d, d]));
+    let signs = b.map(&[row, column], |m, v| {
+        let mut bits = m.and(v[0], v[1]);
+        for by in (0..d.ilog2().next_power_of_two().ilog2()).rev() {
+            let by = m.i32(1 << by);
+            let upper = m.shr(bits, by);
+            bits = m.xor(bits, upper);
+        }
+        let one = m.i32(1);
+        let last = m.and(bits, one);
+        let odd = m.eq(last, one);
+        let (minus, plus) = (m.f32(-1.0), m.f32(1.0));
+        let sign = m.select(odd, minus, plus);
+        m.cast(sign, DType::Bf16)
+    });
+    let x = b.reshape(x, &[rows, d]);
+    let x = b.cast(x, DType::Bf16);
+    let y = b.dot_t(x, signs, None);
+    let scale = (f64::from(d)).powf(-0.5) as f32;
+    let y = b.map(&[y], |m, v| {
+        let scale = m.f32(scale);
+        m.mul(v[0], scale)
+    });
+    b.reshape(y, &shape)
 }
 
 /// Butterflies over the last axis: stage `h` pairs elements `h` apart.

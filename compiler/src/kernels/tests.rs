@@ -496,8 +496,15 @@ fn head_linear_both_ways() {
     }
 }
 
-/// Router to expert sum, as passes leave it; products look for their rows by place or by expert.
-fn moe(lab: &mut Lab, x: Value, quant: bool, by_place: bool, [experts, groups, keep, k]: [u32; 4], d: u32) {
+/// Router to expert sum, as passes leave it; products look for their rows by place or by expert, and keep them sorted from one to the next.
+fn moe(
+    lab: &mut Lab,
+    x: Value,
+    quant: bool,
+    [by_place, sorted]: [bool; 2],
+    [experts, groups, keep, k]: [u32; 4],
+    d: u32,
+) {
     let router = lab.weight(f32s(dims![experts, d]));
     let bias = lab.weight(f32s(dims![experts]));
     let logits = lab.op(Op::Linear, &[x, router], f32s(dims![T, experts]));
@@ -523,12 +530,14 @@ fn moe(lab: &mut Lab, x: Value, quant: bool, by_place: bool, [experts, groups, k
         h_in = lab.quantized(x, ROWS);
     }
     let routed = &[order, offsets, owners][..if by_place { 3 } else { 2 }];
-    let h = lab.op(Op::ExpertLinear { per_token: k }, &[&[h_in, up], routed].concat(), f32s(dims![T, k, inner]));
+    let first = Op::ExpertLinear { per_token: k, x_sorted: false, y_sorted: sorted };
+    let h = lab.op(first, &[&[h_in, up], routed].concat(), f32s(dims![T, k, inner]));
     let mut act = lab.op(Op::SwiGlu, &[h, h], f32s(dims![T, k, inner]));
     if quant {
         act = lab.quantized(act, ROWS);
     }
-    let y = lab.op(Op::ExpertLinear { per_token: k }, &[&[act, down], routed].concat(), f32s(dims![T, k, d]));
+    let second = Op::ExpertLinear { per_token: k, x_sorted: sorted, y_sorted: false };
+    let y = lab.op(second, &[&[act, down], routed].concat(), f32s(dims![T, k, d]));
     let total = lab.op(Op::WeightedSum, &[y, gate[1]], f32s(dims![T, d]));
     for v in [gate[0], gate[1], order, offsets, owners, h, total] {
         lab.out(v);
@@ -538,19 +547,20 @@ fn moe(lab: &mut Lab, x: Value, quant: bool, by_place: bool, [experts, groups, k
 #[test]
 fn experts_gate_and_route() {
     // The tiles of the last two make routes of blocks: by lines of three rows, and of 21; of few experts, and of more than there are.
-    for ((quant, by_place), sizes, [tile_m, tile_n]) in [
-        ((false, false), [12, 3, 2, 4], [4, 0]),
-        ((true, true), [12, 3, 1, 3], [4, 16]),
-        ((false, true), [8, 1, 1, 2], [4, 0]),
-        ((false, false), [8, 1, 1, 2], [4, 16]),
-        ((false, true), [8, 8, 3, 2], [96, 3]),
-        ((false, false), [12, 4, 4, 3], [700, 16]),
+    for ((quant, rows), sizes, [tile_m, tile_n]) in [
+        ((false, [false, false]), [12, 3, 2, 4], [4, 0]),
+        ((true, [true, false]), [12, 3, 1, 3], [4, 16]),
+        ((true, [false, true]), [12, 3, 1, 3], [4, 16]),
+        ((false, [true, false]), [8, 1, 1, 2], [4, 0]),
+        ((false, [false, true]), [8, 1, 1, 2], [4, 16]),
+        ((false, [true, false]), [8, 8, 3, 2], [96, 3]),
+        ((false, [false, false]), [12, 4, 4, 3], [700, 16]),
     ] {
         let mut lab = Lab::new(4);
         (lab.schedule.tile_m, lab.schedule.tile_n) = (tile_m, tile_n);
         let d = if quant { 160 } else { 40 };
         let x = lab.act(DType::F32, &[d]);
-        moe(&mut lab, x, quant, by_place, sizes, d);
+        moe(&mut lab, x, quant, rows, sizes, d);
         lab.check(&[sequence(1, 0), sequence(9, 0), sequence(40, 0)]);
     }
 }
@@ -633,9 +643,10 @@ fn rope_in_both_layouts() {
 
 #[test]
 fn heads_of_rows_in_groups() {
-    for tile_h in [0, 1, 2, 4] {
+    // The last by products with a matrix: four tokens of five heads.
+    for (tile_h, tile_m, tile_k) in [(0, 0, 0), (1, 0, 0), (2, 0, 0), (4, 0, 0), (0, 4, 16)] {
         let mut lab = Lab::new(61);
-        lab.schedule.tile_h = tile_h;
+        (lab.schedule.tile_h, lab.schedule.tile_m, lab.schedule.tile_k) = (tile_h, tile_m, tile_k);
         let (positions, table) = (lab.input(StepInput::Positions), lab.rope_table(16));
         // Two sets of heads, as queries and those of an indexer: not as many, not as wide.
         let (q, iq) = (lab.act(DType::Bf16, &[6, 40]), lab.act(DType::Bf16, &[5, 32]));

@@ -123,7 +123,7 @@ fn operand(graph: &Graph, node: NodeId, input: usize, below: u32) -> Option<Term
             let rows = TensorType { shape: vec![heads.times(*count), w.shape[1]], elem: w.elem };
             whole(&ValueType::Tensor(rows))
         }
-        (Op::ExpertLinear { per_token }, 1) => {
+        (Op::ExpertLinear { per_token, .. }, 1) => {
             let w = ty.tensor()?;
             let experts = w.shape[0].constant()?;
             let one = TensorType { shape: w.shape[1..].to_vec(), elem: w.elem };

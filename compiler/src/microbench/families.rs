@@ -466,7 +466,13 @@ fn expert_linear(choice: &Choice) -> Case {
     let op = Op::GroupTopK { groups: 1, keep: 1, k: per_token };
     let ids = case.op("setup.experts", op, &[scores], DType::I32, dims![T, per_token]);
     let (x, w) = (case.operand(choice, &[k]), case.matrix(choice, &[experts, n, k]));
-    let y = case.op("kernel", Op::ExpertLinear { per_token }, &[x, w, ids], choice.act(), dims![T, per_token, n]);
+    let y = case.op(
+        "kernel",
+        Op::ExpertLinear { per_token, x_sorted: false, y_sorted: false },
+        &[x, w, ids],
+        choice.act(),
+        dims![T, per_token, n],
+    );
     case.done(y)
 }
 

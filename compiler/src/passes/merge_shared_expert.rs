@@ -107,7 +107,7 @@ impl Moe {
         let routed =
             Mlp::ending(graph, y.node, |op| matches!(op, Op::ExpertLinear { .. })).filter(|_| sole(graph, y))?;
         let shared = Mlp::ending(graph, shared.node, |op| *op == Op::Linear)?;
-        let Op::ExpertLinear { per_token } = graph.dag[routed.first].op else { return None };
+        let Op::ExpertLinear { per_token, .. } = graph.dag[routed.first].op else { return None };
         let ids = graph.inputs(routed.first).get(2).copied()?;
         let experts = graph.tensor(routed.weights(graph)[0]).shape[0].constant()?;
         let same = routed.x == shared.x
@@ -128,7 +128,7 @@ impl Moe {
         let weights = append(graph, self.weights, 1.0);
         let [w1, w2] = [0, 1]
             .map(|i| stack(graph, self.routed.weights(graph)[i], self.shared.weights(graph)[i], self.experts + 1));
-        let op = Op::ExpertLinear { per_token: self.per_token + 1 };
+        let op = Op::ExpertLinear { per_token: self.per_token + 1, x_sorted: false, y_sorted: false };
         let first = self.copy(graph, self.routed.first, op.clone(), &[self.routed.x, w1, ids]);
         let mut made = vec![(self.routed.first, first)];
         for &node in &self.routed.between {

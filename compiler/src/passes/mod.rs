@@ -24,6 +24,7 @@ mod narrow_weights;
 mod outline;
 mod share_repeats;
 mod skip_short_selection;
+mod sort_experts;
 mod split_products;
 #[cfg(test)]
 mod tests;
@@ -43,6 +44,7 @@ pub use merge_shared_expert::merge_shared_expert;
 pub use narrow_weights::narrow_weights;
 pub use share_repeats::share_repeats;
 pub use skip_short_selection::skip_short_selection;
+pub use sort_experts::sort_experts;
 pub use split_products::split_products;
 
 use dsc_ir::artifact::Numerics;
@@ -116,6 +118,7 @@ pub const PASSES: &[&str] = &[
     "fuse_sparse_attention",
     "skip_short_selection",
     "group_experts",
+    "sort_experts",
     "fuse_gate",
     "fuse_products",
     "fuse_heads",
@@ -156,6 +159,7 @@ pub fn run(
     stage("fuse_sparse_attention", fuse_sparse_attention)?;
     stage("skip_short_selection", skip_short_selection)?;
     stage("group_experts", group_experts)?;
+    stage("sort_experts", sort_experts)?;
     stage("fuse_gate", fuse_gate)?;
     stage("fuse_products", fuse_products)?;
     stage("fuse_heads", fuse_heads)?;

@@ -183,7 +183,7 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
             attended(vec![t, h, l], declared)
         }
         Op::GroupTopK { groups, keep, k } => cx.group_topk(*groups, *keep, *k),
-        Op::ExpertLinear { per_token } => cx.expert_linear(*per_token),
+        Op::ExpertLinear { per_token, x_sorted, y_sorted } => cx.expert_linear(*per_token, [*x_sorted, *y_sorted]),
         Op::Append { .. } => {
             let x = cx.tensor(0)?;
             let [t, k] = dims(x, "x")?;
@@ -597,7 +597,7 @@ impl<'a> Inputs<'a> {
         Ok(vec![Rule::Tensor(vec![x.shape[0], k.into()], Elems::Is(Elem::Plain(DType::I32)))])
     }
 
-    fn expert_linear(&self, per_token: u32) -> Result<Vec<Rule>, String> {
+    fn expert_linear(&self, per_token: u32, sorted: [bool; 2]) -> Result<Vec<Rule>, String> {
         positive("per_token", per_token)?;
         let (x, w) = (self.operand(0, false)?, self.operand(1, true)?);
         let [e, n, k] = dims(w, "the weight")?;
@@ -607,6 +607,9 @@ impl<'a> Inputs<'a> {
         same("contracted dims", last(x)?, k)?;
         Self::blocks(x, w)?;
         let t = x.shape[0];
+        if sorted[0] && x.shape.len() != 3 || sorted.contains(&true) && self.0.len() == 3 {
+            return Err("sorted rows want an order, and those of x one for each expert of a token".into());
+        }
         if self.0.len() == 3 {
             self.shaped(2, "experts", DType::I32, &[t, per_token.into()])?;
         } else {

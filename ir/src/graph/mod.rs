@@ -405,10 +405,17 @@ pub enum Op {
     },
     /// `(x, w [E, N, K], experts [T, k])` with x `[T, K]` or `[T, k, K]`: `[T, k, N]`: row `(t, j)` times expert `experts[t, j]`'s
     /// transposed matrix, rounds. After `group_experts` it takes `(x, w, order [T·k], offsets [E + 1])` instead, and `owners [T·k]` where
-    /// a step has fewer rows than there are experts.
+    /// a step has fewer rows than there are experts. Only then rows may be sorted: in the place of row `r` of x, or of the result, is
+    /// row `order[r]`, and what is behind the last group is not looked at.
     ExpertLinear {
         /// k: experts a token.
         per_token: u32,
+        /// Whether rows of x, `[T, k, K]`, are sorted.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        x_sorted: bool,
+        /// Whether rows of the result are.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        y_sorted: bool,
     },
     /// `(experts [T, k])`: `order` i32 `[T·k]`: the flat rows `t·k + j` grouped by expert, in ascending order within one; and
     /// `offsets` i32 `[E + 1]`: where each expert's group starts; and `owners` i32 `[T·k]`: the expert of each place of `order`.

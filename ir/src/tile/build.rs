@@ -379,6 +379,10 @@ impl MapBuilder {
     pub fn or(&mut self, a: MapVal, b: MapVal) -> MapVal {
         self.push(ScalarOp::Or, &[a, b])
     }
+    /// Bitwise or logical exclusive or.
+    pub fn xor(&mut self, a: MapVal, b: MapVal) -> MapVal {
+        self.push(ScalarOp::Xor, &[a, b])
+    }
     /// Left shift.
     pub fn shl(&mut self, a: MapVal, b: MapVal) -> MapVal {
         self.push(ScalarOp::Shl, &[a, b])

@@ -18,13 +18,13 @@ pub fn choose(arch: &Arch, shape: &KernelShape, tokens: u32) -> Schedule {
         return Schedule { tile_n: 32, tile_h: wide.tile_h.min(16), ..wide };
     }
     if tokens <= 64 {
-        return Schedule { near: shape.op == "expert_linear" && near(shape), ..wide };
+        return Schedule { near: shape.op.starts_with("expert_linear") && near(shape), ..wide };
     }
     match shape.op {
         "linear" => linear(arch, shape, tokens, wide),
         // A contraction of few rounds is not worth cutting, nor is one that pieces of four bytes are copied for.
         "head_linear" if shape.k >= 256 && arch.cdna4 => Schedule { tile_k: round(arch), ..wide },
-        "expert_linear" => Schedule { dies: arch.device.dies, near: near(shape), ..wide },
+        "expert_linear" | "expert_linear_sorted" => Schedule { dies: arch.device.dies, near: near(shape), ..wide },
         _ => wide,
     }
 }

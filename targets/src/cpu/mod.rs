@@ -174,14 +174,14 @@ impl Target for CpuTarget {
         let base = Schedule::heuristic(shape, tokens);
         let rows = |most: u32| u64::from(most).min(shape.m_max.max(1)) as u32;
         match shape.op {
-            "linear" | "head_linear" | "expert_linear" if tokens <= 16 => Schedule {
+            "linear" | "head_linear" | "expert_linear" | "expert_linear_sorted" if tokens <= 16 => Schedule {
                 tile_m: rows(tokens),
                 tile_n: (shape.n / 8).next_multiple_of(16).clamp(16, 64).min(shape.n.max(1)),
                 tile_k: shape.k.clamp(1, 4096),
                 ..base
             },
-            "linear" | "head_linear" | "expert_linear" => Schedule {
-                tile_m: rows(if shape.op == "expert_linear" { 64 } else { 128 }),
+            "linear" | "head_linear" | "expert_linear" | "expert_linear_sorted" => Schedule {
+                tile_m: rows(if shape.op.starts_with("expert_linear") { 64 } else { 128 }),
                 tile_n: if shape.n >= 512 { 128 } else { 64.min(shape.n.max(1)) },
                 tile_k: shape.k.clamp(1, 512),
                 ..base

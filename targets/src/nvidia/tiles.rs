@@ -25,6 +25,10 @@ const ROWS: [u32; 2] = [128, 64];
 /// Rows of tiles that only the Hopper path makes, with how long such a tile takes a row, beside one of 128 rows at [`WEIGHT`].
 const TALL: [(u32, u64); 2] = [(192, 64), (256, 67)];
 const WEIGHT: u64 = 70;
+/// Rows that an expert has at most, mostly, from which on tall tiles of rows that lie together are the fastest.
+const SORTED: u32 = 200;
+/// Rows from which on a routing is long work.
+const ROUTED: u64 = 8192;
 /// Columns of tiles.
 const COLUMNS: [u32; 4] = [128, 64, 32, 16];
 
@@ -54,7 +58,17 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
     match shape.op {
         "linear" if tokens <= FEW => Some(products(few(tokens))),
         "linear" => Some(products(balanced(shape, sms))),
-        "expert_linear" => {
+        // Experts of a block: as few as there are multiprocessors for, as all rows are looked at for each; they make 128 lines of 35.
+        "route" if shape.m_max >= ROUTED => Some(Schedule { tile_m: 4608, tile_n: 2, ..Schedule::default() }),
+        // All heads of a row; a block multiplies by the matrix of a Hadamard transform.
+        "row" if shape.heads > 1 => {
+            Some(Schedule { tile_m: 1, tile_h: shape.heads, tile_k: 16, ..Schedule::default() })
+        }
+        // What is contracted is short: the wider a tile, the less is read for what it writes.
+        "head_linear" if tokens > ROWS[0] => {
+            Some(Schedule { tile_k: 64.min(shape.k.max(1)), ..products([ROWS[0], 2 * COLUMNS[0]]) })
+        }
+        "expert_linear" | "expert_linear_sorted" => {
             // Each row is an expert's with the same chance: few have more than twice the average and a handful.
             let average = (shape.m_max / u64::from(shape.heads.max(1))) as u32;
             Some(products(match (2 * average + 8).min(tokens) {
@@ -62,6 +76,11 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
                 most if most <= 40 => few(32),
                 // From 47 rows on, some have more than 64, and their weights are read twice.
                 most if most <= 100 => [64, 128],
+                // A warpgroup without rows leaves the multiplier to the others, so that a tile that holds nearly every expert's rows costs
+                // little more than they do. Gathered rows leave no registers for three warpgroups, nor does a second product.
+                most if most >= SORTED && shape.op == "expert_linear_sorted" && shape.products == 1 => {
+                    [TALL[0].0, COLUMNS[0]]
+                }
                 _ => [ROWS[0], COLUMNS[0]],
             }))
         }
@@ -132,7 +151,7 @@ mod tests {
     use dsc_ir::{Extent, Sym};
 
     fn chosen(op: &'static str, tokens: u32, (n, k, heads): (u32, u32, u32), products: u32) -> Schedule {
-        let each = if op == "expert_linear" { 8 } else { 1 };
+        let each = if op.starts_with("expert_linear") { 8 } else { 1 };
         let m = Extent::from(Sym::T).times(each);
         let shape = KernelShape { op, m, m_max: u64::from(tokens * each), n, k, heads, products };
         choose(&shape, tokens, 132).expect("a product")
@@ -180,6 +199,8 @@ mod tests {
         assert_eq!(experts(512), [32, 64]);
         assert_eq!(experts(1024), [64, 128]);
         assert_eq!(experts(4096), [128, 128]);
+        let sorted = |tokens| tile("expert_linear_sorted", tokens, (7168, 2048, 256));
+        assert_eq!([1024, 2048, 4096].map(sorted), [[64, 128], [128, 128], [192, 128]]);
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Experts {
     pub parts: u32,
     /// Whether a weight has gate and up, `n` rows each, and the result is `silu(gate) · up` in e4m3, with a scale for every row of a tile.
     pub glu: bool,
+    /// Whether rows of `x` lie in the order of the experts, so that nothing is gathered.
+    pub sorted: bool,
 }
 
 fn arithmetic(
@@ -38,10 +40,10 @@ fn arithmetic(
 impl Experts {
     /// The program.
     pub fn program(self, name: &str) -> Program {
-        let Experts { experts, per_token, n, k, tile: [tm, tn], parts, glu } = self;
+        let Experts { experts, per_token, n, k, tile: [tm, tn], parts, glu, sorted } = self;
         let w_rows = if glu { 2 * n } else { n };
         let (blocks, scale_rows) = (k.div_ceil(128), w_rows.div_ceil(128));
-        let tokens = if per_token > 0 { Sym::T } else { Sym::L };
+        let tokens = if per_token > 0 && !sorted { Sym::T } else { Sym::L };
         let mut b = Builder::new(name);
         let x = b.param("x", DType::E4m3, &[tokens.into(), k.into()], Access::Read);
         let w = b.param("w", DType::E4m3, &[(experts * w_rows).into(), k.into()], Access::Read);
@@ -67,10 +69,10 @@ impl Experts {
         let hi = b.load_scalar(bounds, &[next.into()]);
         let first = arithmetic(&mut b, part, tm, |m, v| m.mul(v[0], v[1]));
         let lo = b.map(&[lo, first], |m, v| m.add(v[0], v[1]));
-        b.for_(lo, hi, tm * parts, &[], |b, at, _| {
+        b.for_(lo, hi, tm * parts, &[], |b, first, _| {
             let counted = b.iota(0, &[tm]);
-            let place = b.map(&[counted, at], |m, v| m.add(v[0], v[1]));
-            let order = b.load(orders, &[at.into()], &[tm]);
+            let place = b.map(&[counted, first], |m, v| m.add(v[0], v[1]));
+            let order = b.load(orders, &[first.into()], &[tm]);
             let below = |b: &mut Builder, v: ValueId| {
                 b.map(&[v, place, hi], |m, v| {
                     let none = m.i32(-1);
@@ -79,19 +81,28 @@ impl Experts {
                 })
             };
             let to = below(b, order);
-            let source = if per_token > 0 { arithmetic(b, order, per_token, |m, v| m.div(v[0], v[1])) } else { order };
-            let from = below(b, source);
+            let from = (!sorted).then(|| {
+                let source =
+                    if per_token > 0 { arithmetic(b, order, per_token, |m, v| m.div(v[0], v[1])) } else { order };
+                below(b, source)
+            });
             let offsets = if glu { vec![0, n] } else { vec![0] };
             let zeros: Vec<ValueId> = offsets.iter().map(|_| b.full(0.0, &[tm, tn])).collect();
             let totals = b.for_(0, blocks, 1, &zeros, |b, block, accs| {
                 let at = arithmetic(b, block, 128, |m, v| m.mul(v[0], v[1]));
-                let left = b.gather(x, from, &[at.into()], &[tm, 128]);
+                let left = match from {
+                    None => b.load(x, &[first.into(), at.into()], &[tm, 128]),
+                    Some(from) => b.gather(x, from, &[at.into()], &[tm, 128]),
+                };
                 let rights: Vec<ValueId> =
                     offsets.iter().map(|&o| arithmetic(b, row, o, |m, v| m.add(v[0], v[1]))).collect();
                 let rights: Vec<ValueId> =
                     rights.into_iter().map(|r| b.load(w, &[r.into(), at.into()], &[tn, 128])).collect();
                 let partials: Vec<ValueId> = rights.into_iter().map(|r| b.dot_t(left, r, None)).collect();
-                let sx = b.gather(xs, from, &[block.into()], &[tm, 1]);
+                let sx = match from {
+                    None => b.load(xs, &[first.into(), block.into()], &[tm, 1]),
+                    Some(from) => b.gather(xs, from, &[block.into()], &[tm, 1]),
+                };
                 let mut sums = Vec::new();
                 for (i, &offset) in offsets.iter().enumerate() {
                     let column = arithmetic(b, n0, offset, |m, v| m.add(v[0], v[1]));

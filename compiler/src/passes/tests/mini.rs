@@ -366,6 +366,11 @@ impl Mini {
         let w = self.matrix(name, [BLOCK, BLOCK], &[EXPERTS, rows, self.last(x)]);
         let x = self.operand(name, x);
         let ty = TensorType::plain(self.act(), &[Sym::T.into(), PER_TOKEN.into(), rows.into()]);
-        self.graph.add1(name, Op::ExpertLinear { per_token: PER_TOKEN }, &[x, w, ids], ty)
+        self.graph.add1(
+            name,
+            Op::ExpertLinear { per_token: PER_TOKEN, x_sorted: false, y_sorted: false },
+            &[x, w, ids],
+            ty,
+        )
     }
 }

@@ -126,7 +126,9 @@ impl<F: Real> Eval<F> {
             Op::GroupTopK { groups, keep, k } => self.group_topk(*groups as usize, *keep as usize, *k as usize),
             Op::TakeAlong => self.take_along(),
             Op::Normalize { factor, by_sum } => self.normalize(F::from_f32(*factor), *by_sum),
-            Op::ExpertLinear { per_token } => self.expert_linear(*per_token as usize),
+            Op::ExpertLinear { per_token, x_sorted, y_sorted } => {
+                self.expert_linear(*per_token as usize, [*x_sorted, *y_sorted])
+            }
             Op::Route { experts } => self.route(*experts as usize),
             Op::WeightedSum => self.weighted_sum(),
             Op::ArgMax { parts } => self.arg_max(*parts),

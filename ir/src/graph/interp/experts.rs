@@ -69,21 +69,30 @@ impl<F: Real> Eval<F> {
         if expert_of.contains(&usize::MAX) { Err("a row has no expert".into()) } else { Ok(expert_of) }
     }
 
-    pub(super) fn expert_linear(&self, per_token: usize) -> Made<F> {
+    pub(super) fn expert_linear(&self, per_token: usize, sorted: [bool; 2]) -> Made<F> {
         let (x, w) = (self.t(0)?, self.t(1)?);
         let (experts, n, k) = (w.shape[0], w.shape[1], w.columns());
         let shared = x.shape.len() == 2;
         let mut out = vec![F::default(); self.out()?.elements];
         let expert_of = self.experts_of_rows(per_token, experts)?;
+        // Every row has an expert, so that the order has them all.
+        let mut places: Vec<usize> = (0..expert_of.len()).collect();
+        if sorted.contains(&true) {
+            self.ints(2)?.iter().enumerate().for_each(|(place, &row)| places[row as usize] = place);
+        }
+        let [from, to] =
+            sorted.map(|sorted| move |row: usize, places: &[usize]| if sorted { places[row] } else { row });
         for e in 0..experts {
             let rows: Vec<usize> = (0..expert_of.len()).filter(|&r| expert_of[r] == e).collect();
             let mut xs = Vec::with_capacity(rows.len() * k);
             for r in &rows {
-                let source = if shared { r / per_token } else { *r };
+                let source = if shared { r / per_token } else { from(*r, &places) };
                 xs.extend_from_slice(&x.values()[source * k..][..k]);
             }
             let y = matmul(&xs, &w.values()[e * n * k..][..n * k], k, n);
-            rows.iter().zip(y.chunks(n.max(1))).for_each(|(&r, y)| out[r * n..][..n].copy_from_slice(y));
+            for (&r, y) in rows.iter().zip(y.chunks(n.max(1))) {
+                out[to(r, &places) * n..][..n].copy_from_slice(y);
+            }
         }
         self.rounded(out)
     }

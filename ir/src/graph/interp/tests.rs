@@ -184,7 +184,7 @@ fn tokens_are_chosen() {
 fn experts() {
     let w = r(&[2, 1, 2], &[1., 1., 10., 0.]);
     let (x, ids) = (r(&[2, 2], &[1., 2., 3., 4.]), i(&[2, 2], &[1, 0, 0, 1]));
-    let op = Op::ExpertLinear { per_token: 2 };
+    let op = Op::ExpertLinear { per_token: 2, x_sorted: false, y_sorted: false };
     let y = run(op.clone(), &[x.clone(), w.clone(), ids.clone()], F32, &[2, 2, 1]);
     close(y.values(), &[10., 3., 7., 30.]);
     let (order, offsets) = (i(&[4], &[1, 2, 0, 3]), i(&[3], &[0, 2, 4]));
@@ -192,7 +192,13 @@ fn experts() {
     let owners = i(&[4], &[0, 0, 1, 1]);
     assert_eq!([0, 1, 2].map(|o| routed[o].ints()), [order.ints(), offsets.ints(), owners.ints()]);
     close(&floats(op.clone(), &[x.clone(), w.clone(), order.clone(), offsets.clone(), owners], &[2, 2, 1]), y.values());
-    close(&floats(op, &[x, w, order, offsets], &[2, 2, 1]), y.values());
+    close(&floats(op, &[x.clone(), w.clone(), order.clone(), offsets.clone()], &[2, 2, 1]), y.values());
+    // Sorted, a row's result is where the order has the row, and so is what the next product takes.
+    let sorted = |x_sorted, y_sorted| Op::ExpertLinear { per_token: 2, x_sorted, y_sorted };
+    let h = floats(sorted(false, true), &[x, w.clone(), order.clone(), offsets.clone()], &[2, 2, 1]);
+    close(&h, &[3., 7., 10., 30.]);
+    let each = r(&[2, 2, 2], &[h[0], 0., h[1], 0., h[2], 0., h[3], 0.]);
+    close(&floats(sorted(true, false), &[each, w, order, offsets], &[2, 2, 1]), &[100., 3., 7., 300.]);
     close(&floats(Op::WeightedSum, &[y, r(&[2, 2], &[0.5, 1., 2., 0.1])], &[2, 1]), &[8., 17.]);
 }
 

@@ -56,6 +56,8 @@ pub struct Config {
 pub struct Epilogue {
     /// 16-bit results go to memory through shared memory.
     pub staged: bool,
+    /// Stores of a tile.
+    pub stores: u32,
     /// Maxima of rows are taken.
     pub reduced: bool,
 }
@@ -108,8 +110,13 @@ impl Config {
         let stage = slot_bytes[0] * c.lefts.len() as u32 + slot_bytes[1] * c.rights.len() as u32;
         // Small tiles wait for memory, not for the multiplier: two blocks a multiprocessor overlap one's end with the other's start.
         let limit = if transposed { arch.shared_per_sm / 2 - Arch::SHARED_RESERVED } else { arch.shared_per_block };
-        // The lower half of the rows does not wait for the upper one to be stored.
-        let staged = if staging_bytes > 0 { c.lefts.len() as u32 } else { 0 };
+        // The lower half of the rows does not wait for the upper one to be stored; every tile begins with the same buffer.
+        let halves = c.lefts.len() as u32;
+        let staged = match staging_bytes {
+            0 => 0,
+            _ if epilogue.stores.is_multiple_of(halves) => halves,
+            _ => 1,
+        };
         let beside = staged * staging_bytes + part_bytes(row_parts, rows);
         let stages = ((limit - beside.next_multiple_of(ALIGN) - ALIGN) / (stage + 16)).min(MOST_STAGES);
         let parts = c.step / c.stage_k();

@@ -9,6 +9,7 @@
 //!
 //! What stands around the loop may be anything that each thread can do for its own elements: scalars, maps, a store.
 
+use super::config::Config;
 use dsc_ir::DType;
 use dsc_ir::tile::{Index, Inst, MapArg, Op, Program, Region, Scalar, ScalarOp, TileType, ValueId};
 use std::collections::{HashMap, HashSet};
@@ -23,12 +24,22 @@ pub struct Operand<'a> {
     pub view: ValueId,
     /// Start of the tile.
     pub index: &'a [Index],
-    /// Shape of the load; its last axis is `k`.
+    /// Shape of the load; its last axis is `k`, or, of a right operand that lies across, its columns.
     pub shape: &'a [u32],
     /// Rows (columns of the result) of the tile.
     pub rows: u32,
     /// i32 row numbers in dim 0, if rows are gathered.
     pub gathered: Option<ValueId>,
+}
+
+impl Operand<'_> {
+    /// The same with its last axis for rows, if it lies across `k`.
+    fn lying(mut self, across: bool) -> Self {
+        if across && let Some(&last) = self.shape.last() {
+            self.rows = last;
+        }
+        self
+    }
 }
 
 /// The contraction of a program.
@@ -52,6 +63,8 @@ pub struct Contraction<'a> {
     pub lefts: Vec<Operand<'a>>,
     /// Right operands, alike: columns of the results.
     pub rights: Vec<Operand<'a>>,
+    /// Whether the right operands' rows run across `k`: tiles of `[k, columns]`.
+    pub across: bool,
     /// Element type of all.
     pub dtype: DType,
     /// Whether products add to the carried tiles themselves; else maps combine them.
@@ -123,10 +136,11 @@ impl<'a> Contraction<'a> {
         if !direct && !combined() {
             return None;
         }
+        let across = dots.iter().any(|d| matches!(d.op, Op::Dot { trans_b: false, .. }));
         let pairs: Vec<(ValueId, ValueId)> = dots
             .iter()
             .filter_map(|d| match d.op {
-                Op::Dot { a, b, trans_b: true, .. } => Some((a, b)),
+                Op::Dot { a, b, trans_b, .. } => (trans_b != across).then_some((a, b)),
                 _ => None,
             })
             .collect();
@@ -157,7 +171,11 @@ impl<'a> Contraction<'a> {
             step: *left.shape.get(1)?,
             pairs: pairs.iter().map(|p| [place(&lefts, p.0), place(&rights, p.1)]).collect(),
             lefts: lefts.iter().map(|&v| operand(program, body, &defs, v)).collect::<Option<_>>()?,
-            rights: rights.iter().map(|&v| operand(program, body, &defs, v)).collect::<Option<_>>()?,
+            rights: rights
+                .iter()
+                .map(|&v| Some(operand(program, body, &defs, v)?.lying(across)))
+                .collect::<Option<_>>()?,
+            across,
             dots,
             dtype: left.dtype,
             direct,
@@ -177,6 +195,15 @@ impl<'a> Contraction<'a> {
     /// Whether a value is one of the products.
     pub fn is_product(&self, v: ValueId) -> bool {
         self.dots.iter().any(|d| d.results[0] == v)
+    }
+
+    /// Whether the instruction takes right operands whose rows run across `k`: 16-bit ones, whose columns no two warpgroups share out, in
+    /// panels as wide as the swizzle.
+    pub fn can_lie_across(&self, config: &Config) -> bool {
+        let panels = |o: &Operand<'_>| {
+            o.rows.is_multiple_of(self.stage_k()) && o.shape.len() > 1 && o.shape[o.shape.len() - 2] == self.step
+        };
+        self.dtype.bytes() == 2 && !config.transposed && config.groups[1] == 1 && self.rights.iter().all(panels)
     }
 
     /// Elements of `k` in a stage.

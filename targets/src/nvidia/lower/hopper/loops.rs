@@ -306,7 +306,7 @@ impl<'a> Emit<'a> {
             e.flight = at_entry.clone();
             e.spare.clear();
             e.settled = None;
-            e.block(body)?;
+            e.block_unless_idle(body)?;
             e.spare.clear();
             e.settled = None;
             if e.flight.renamed(&body.yields, &body.args[1..]) != at_entry {

@@ -31,6 +31,7 @@ mod front;
 mod gather;
 mod group;
 mod halves;
+mod idle;
 mod loops;
 mod memory;
 mod overlap;

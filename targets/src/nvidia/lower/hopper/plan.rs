@@ -28,6 +28,8 @@ const REGISTERS: [u32; 2] = [24, 240];
 const GATHERING_REGISTERS: [u32; 2] = [40, 232];
 /// Registers where there are three.
 const REGISTERS_OF_THREE: [u32; 2] = [32, 160];
+/// What is asked of the alignment of columns, in elements, is never more.
+const MOST_ALIGNED: u32 = 1 << 16;
 /// The only channel.
 pub const RING: ChannelId = ChannelId(0);
 
@@ -52,6 +54,9 @@ fn plan_whole(program: &Program, cluster: u32, arch: &Arch) -> Option<Scheduled>
         can_copy(operand, view_type(&program.types, operand.view)?, c.stage_k()).then_some(())?;
     }
     let config = Config::of(&c, epilogue(program)?, arch)?;
+    if c.across && !c.can_lie_across(&config) {
+        return None;
+    }
     let mut planner = Planner::new(program, c, config);
     planner.cluster = planner.shared_copies(cluster);
     planner.scheduled()
@@ -65,7 +70,7 @@ fn epilogue(program: &Program) -> Option<Epilogue> {
     let (mut stores, mut reduced) = (Vec::new(), false);
     for_each(&program.body, &mut |inst| match &inst.op {
         tile::Op::Store { index, .. } | tile::Op::Scatter { index, .. } => {
-            stores.push(index.last().map_or(1, |&i| divisor(i, &defs)));
+            stores.push(index.last().map_or(1, |&i| divisor(i, &|v| defs.get(&v).map(|inst| &inst.op))));
         }
         tile::Op::Reduce { .. } => reduced = true,
         _ => {}
@@ -75,7 +80,7 @@ fn epilogue(program: &Program) -> Option<Epilogue> {
         (&[one], Some(&columns)) => in_pieces(view_type(&program.types, one.value)?, columns),
         _ => false,
     };
-    Some(Epilogue { staged, reduced })
+    Some(Epilogue { staged, stores: stores.len() as u32, reduced })
 }
 
 /// Visits every instruction.
@@ -90,23 +95,31 @@ pub fn for_each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
     }
 }
 
-/// A number that divides an index.
-fn divisor(i: Index, defs: &HashMap<ValueId, &tile::Inst>) -> u32 {
+/// A power of two that divides an index, at most [`MOST_ALIGNED`]; `made` says by what a value is.
+pub fn divisor<'a>(i: Index, made: &dyn Fn(ValueId) -> Option<&'a tile::Op>) -> u32 {
+    let power = |n: i64| if n == 0 { MOST_ALIGNED } else { 1 << n.trailing_zeros().min(MOST_ALIGNED.ilog2()) };
     let op = match i {
-        Index::Const(0) => return 1 << 16,
-        Index::Const(c) => return 1 << c.trailing_zeros().min(16),
-        Index::Value(v) => defs.get(&v).map(|inst| &inst.op),
+        Index::Const(c) => return power(c),
+        Index::Value(v) => made(v),
     };
-    let Some(tile::Op::Map { body: MapFn { insts, result: MapArg::Inst(last) }, .. }) = op else { return 1 };
-    let Some(MapInst { op: ScalarOp::Mul, args }) = insts.get(*last as usize) else { return 1 };
-    let constant = args.iter().find_map(|a| match a {
-        MapArg::Inst(i) => match insts.get(*i as usize)?.op {
-            ScalarOp::Const(Scalar::I32(n)) => u32::try_from(n).ok(),
-            _ => None,
-        },
-        MapArg::Input(_) => None,
-    });
-    constant.unwrap_or(1)
+    let Some(tile::Op::Map { inputs, body }) = op else { return 1 };
+    let mut all: Vec<u32> = Vec::new();
+    for inst in &body.insts {
+        let of = |a: &MapArg| match a {
+            MapArg::Inst(i) => all.get(*i as usize).copied().unwrap_or(1),
+            MapArg::Input(i) => inputs.get(*i as usize).map_or(1, |&v| divisor(Index::Value(v), made)),
+        };
+        all.push(match (inst.op, inst.args.as_slice()) {
+            (ScalarOp::Const(Scalar::I32(n)), _) => power(n.into()),
+            (ScalarOp::Mul, [a, b]) => (of(a).saturating_mul(of(b))).min(MOST_ALIGNED),
+            (ScalarOp::Add | ScalarOp::Sub, [a, b]) => of(a).min(of(b)),
+            _ => 1,
+        });
+    }
+    match body.result {
+        MapArg::Inst(last) => all.get(last as usize).copied().unwrap_or(1),
+        MapArg::Input(i) => inputs.get(i as usize).map_or(1, |&v| divisor(Index::Value(v), made)),
+    }
 }
 
 /// A schedule being made.
@@ -197,8 +210,21 @@ impl<'a> Planner<'a> {
         let (shared, own) = if rights { (right, left) } else { (left, right) };
         let share = self.c.shape()[usize::from(rights)];
         let axis = (0..2).find(|a| own.contains(a) && !shared.contains(a))?;
-        let whole = (2..=8).contains(&blocks) && share.is_multiple_of(blocks * 8) && !bounded && !self.gathers();
+        let whole = (2..=8).contains(&blocks)
+            && share.is_multiple_of(blocks * 8)
+            && !bounded
+            && !self.gathers()
+            && !self.c.across;
         whole.then_some((Cluster { axis, blocks }, rights))
+    }
+
+    /// Tiles of axis 0 that are walked together. Where axis 1 chooses the rows, as experts do, all of axis 0: it is the columns, and the rows
+    /// stay in the cache until each of its tiles has had them.
+    fn band(&self) -> u32 {
+        let bounds = self.slice(self.bounds());
+        let of_axis_1 = |v| matches!(self.defs.get(v).map(|i| &i.op), Some(tile::Op::BlockId { axis: 1 }));
+        let columns = self.program.grid.first().and_then(|d| Some(d.extent.constant()?.div_ceil(d.tile.max(1))));
+        columns.filter(|_| bounds.iter().any(of_axis_1)).unwrap_or(BAND)
     }
 
     /// Whether rows of the left operands are gathered by number.
@@ -354,7 +380,7 @@ impl<'a> Planner<'a> {
         Some(Scheduled {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),
-            persistent: Some(BAND),
+            persistent: Some(self.band()),
             cluster: self.cluster.map(|c| c.0),
             team: 1,
             folded: false,
@@ -389,7 +415,11 @@ impl<'a> Planner<'a> {
         let (mut buffers, mut end) = (Vec::new(), 0);
         let slots = [("left", left, self.c.lefts.len()), ("right", right, self.c.rights.len())];
         for (name, bytes, _) in slots.into_iter().flat_map(|s| std::iter::repeat_n(s, s.2)) {
-            buffers.push(slot(name, bytes, end));
+            let mut operand = slot(name, bytes, end);
+            if self.c.across && name == "right" {
+                operand.shape = [self.c.stage_k(), self.c.shape()[1]];
+            }
+            buffers.push(operand);
             end += bytes * self.config.stages;
         }
         for _ in 0..self.config.staged {

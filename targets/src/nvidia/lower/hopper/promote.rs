@@ -143,7 +143,7 @@ impl<'a> Planner<'a> {
         for taken in stages {
             let result = self.values.fresh(ty.clone(), self.fragment());
             let [a, b] = self.operands_of(taken, product);
-            let op = tile::Op::Dot { a, b, acc, trans_b: true };
+            let op = tile::Op::Dot { a, b, acc, trans_b: !self.c.across };
             out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
             acc = Some(result);
         }

@@ -64,9 +64,11 @@ impl<'a> Planner<'a> {
             for (slot, operand) in c.operands().into_iter().enumerate() {
                 let mut index: Vec<Index> =
                     operand.index.iter().map(|&i| rename_index(i, names)).collect::<Option<_>>()?;
-                let last = index.last_mut()?;
+                let across = c.across && slot >= c.lefts.len();
+                let from_end = if across { 2 } else { 1 };
+                let along = index.iter_mut().rev().nth(from_end - 1)?;
                 if part > 0 {
-                    *last = match *last {
+                    *along = match *along {
                         Index::Const(at) => Index::Const(at + i64::from(part * c.stage_k())),
                         Index::Value(v) => {
                             let (inst, v) = self.plus(v, part * c.stage_k());
@@ -77,7 +79,7 @@ impl<'a> Planner<'a> {
                 }
                 let shared = self.cluster.is_some_and(|(_, rights)| rights == (slot >= c.lefts.len()));
                 let mut shape = operand.shape.to_vec();
-                *shape.last_mut()? = c.stage_k();
+                *shape.iter_mut().rev().nth(from_end - 1)? = c.stage_k();
                 let view = *names.get(&operand.view)?;
                 let rows = operand.gathered.map(|r| names.get(&r).copied().ok_or(())).transpose().ok()?;
                 copies.push(plain(Op::Copy { channel: RING, slot: slot as u32, view, rows, index, shape, shared }));
@@ -175,7 +177,7 @@ impl<'a> Planner<'a> {
             for (i, &result) in results.iter().enumerate() {
                 let acc = accs.as_ref().map(|accs| accs[i]);
                 let [a, b] = self.operands_of(&taken, i);
-                let op = tile::Op::Dot { a, b, acc, trans_b: true };
+                let op = tile::Op::Dot { a, b, acc, trans_b: !c.across };
                 out.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
             }
             if let Some(lag) = lag
@@ -262,7 +264,11 @@ impl<'a> Planner<'a> {
         let c = self.c.clone();
         let mut taken = Vec::new();
         for (slot, operand) in c.operands().into_iter().enumerate() {
-            let ty = TileType { dtype: c.dtype, shape: vec![operand.rows, c.stage_k()] };
+            let mut shape = vec![operand.rows, c.stage_k()];
+            if c.across && slot >= c.lefts.len() {
+                shape.reverse();
+            }
+            let ty = TileType { dtype: c.dtype, shape };
             taken.push(self.values.fresh(Type::Tile(ty), Place::Slot(RING, slot as u32)));
             let op = Op::Take { channel: RING, slot: slot as u32 };
             out.push(Inst { results: vec![taken[slot]], op, scratch: None });

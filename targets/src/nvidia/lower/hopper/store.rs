@@ -6,11 +6,12 @@
 use super::config::{ROWS, WARPGROUP};
 use super::emit::Emit;
 use super::fragment::{Geometry, Register};
+use super::plan::divisor;
 use super::ptx;
 use super::tensor_map::{can_describe, view_type};
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Val, i32};
-use dsc_ir::sched::BufferId;
+use dsc_ir::sched::{BufferId, Op};
 use dsc_ir::tile::{Index, ValueId, ViewType};
 use std::collections::HashMap;
 
@@ -34,6 +35,8 @@ struct Target {
     row_axis: usize,
     /// Numbers of the rows in the view, if they are not neighbours.
     rows: Option<ValueId>,
+    /// What divides the column that the tile starts at.
+    aligned: u32,
 }
 
 /// Whether rows of the view can be written in pieces of 16 bytes by tiles whose columns start at multiples of `columns`.
@@ -67,10 +70,16 @@ impl Emit<'_> {
         let rows = (0..columns).find(|&d| shape[d] > 1).or(columns.checked_sub(1)).ok_or("a store of a vector")?;
         // A value a row, laid out along the view's last axis.
         let root = self.before_reshapes(value);
+        let made = |v: ValueId| match self.defs.get(&v).map(|i| &i.op) {
+            Some(Op::Tile(op)) => Some(op),
+            _ => None,
+        };
+        let aligned = index.last().map_or(1, |&i| divisor(i, &made));
         if shape.last() == Some(&geometry.shape[0]) && self.shape(root) == [geometry.shape[0], 1] && numbers.is_none() {
-            return self.one_a_row(&geometry, &Target { view, start, row_axis: columns, rows: None }, root);
+            return self.one_a_row(&geometry, &Target { view, start, row_axis: columns, rows: None, aligned }, root);
         }
-        let target = Target { view, start, row_axis: if numbers.is_some() { 0 } else { rows }, rows: numbers };
+        let row_axis = if numbers.is_some() { 0 } else { rows };
+        let target = Target { view, start, row_axis, rows: numbers, aligned };
         if shape.last() == Some(&1) && geometry.shape[1] > 1 {
             return self.one_a_row(&geometry, &target, value);
         }
@@ -154,7 +163,7 @@ impl Emit<'_> {
             && ty.strides.last().is_some_and(|s| s.bytes == bytes && s.sym.is_none())
             && ty.offset as i64 % (2 * bytes) == 0
             && ty.shape.last().is_some_and(|n| n.factor.is_multiple_of(2));
-        if !g.transposed && g.wide.is_multiple_of(8 * QUAD) && target.rows.is_none() && in_pieces(&ty, g.wide) {
+        if !g.transposed && g.wide.is_multiple_of(8 * QUAD) && target.rows.is_none() && in_pieces(&ty, target.aligned) {
             return self.by_quads(g, target, value);
         }
         let (mut seen, mut rows) = (HashMap::new(), HashMap::new());
@@ -357,6 +366,15 @@ impl Emit<'_> {
         let read_piece = self.t.f.rem(lane, 8);
         let mut seen = HashMap::new();
         for sub in 0..g.subs {
+            // Numbers of rows come from memory: all are asked for before the first is wanted.
+            let mut rows = Vec::new();
+            for four in 0..4 {
+                let row = self.t.f.add(read_row, i32(4 * four));
+                let row = self.t.f.add(top, row);
+                let within = self.t.f.add(row, g.first[0]);
+                let within = self.t.f.add(within, i32((sub * ROWS).into()));
+                rows.push((row, within, self.row_in_view(target, within)?));
+            }
             for first in (0..g.wide).step_by((panels * per_panel) as usize) {
                 let columns = (g.wide - first).min(panels * per_panel);
                 ptx::warp_barrier(&mut self.t.f);
@@ -375,19 +393,15 @@ impl Emit<'_> {
                 }
                 ptx::warp_barrier(&mut self.t.f);
                 for panel in 0..columns.div_ceil(per_panel) {
-                    for four in 0..4 {
-                        let row = self.t.f.add(read_row, i32(4 * four));
-                        let row = self.t.f.add(top, row);
+                    for &(row, in_tile, there) in &rows {
                         let byte = self.swizzled(row, read_piece);
                         let byte = self.t.f.add(byte, i32((panel * ROWS * PANEL).into()));
                         let from = self.t.f.add(staging, byte);
                         let words = ptx::load_shared_words(&mut self.t.f, from);
-                        let row = self.t.f.add(row, g.first[0]);
-                        let row = self.t.f.add(row, i32((sub * ROWS).into()));
                         let within = self.t.f.mul(read_piece, i32(PIECE_ELEMENTS.into()));
                         let within = self.t.f.add(within, i32((first + panel * per_panel).into()));
                         let column = self.t.f.add(g.first[1], within);
-                        let (at, mut inside) = self.target_at(g, target, row, column)?;
+                        let (at, mut inside) = self.target_in(g, target, (in_tile, there), column);
                         if !g.wide.is_multiple_of(per_panel) {
                             let own = self.t.f.cmp("ult", within, i32(g.wide.into()));
                             inside = self.t.f.bin("and", inside, own);

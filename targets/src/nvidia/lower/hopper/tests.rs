@@ -4,6 +4,8 @@
 mod attention;
 #[path = "../../../../tests/support/experts.rs"]
 mod experts;
+#[path = "../../../../tests/support/heads.rs"]
+mod heads;
 #[path = "../../../../tests/support/linear.rs"]
 mod linear;
 #[path = "../../../../tests/support/scores.rs"]
@@ -23,6 +25,7 @@ use dsc_ir::tile::interp::{self, Binding};
 use dsc_ir::tile::{Program, Type};
 use dsc_ir::{DType, Sym, SymValues};
 use experts::Experts;
+use heads::Heads;
 use linear::Linear;
 use scores::Scores;
 use select::Select;
@@ -197,7 +200,8 @@ fn parts_of_the_sum() {
 
 #[test]
 fn gathered_rows() {
-    let experts = Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false };
+    let experts =
+        Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false, sorted: false };
     experts.check(41, &[70, 0, 12]);
     Experts { per_token: 0, tile: [128, 64], ..experts }.check(0, &[5, 130, 2]);
     Experts { tile: [16, 64], k: 384, ..experts }.check(9, &[0, 17, 1]);
@@ -205,6 +209,24 @@ fn gathered_rows() {
     Experts { parts: 4, ..experts }.check(41, &[70, 0, 12]);
     Experts { tile: [192, 64], ..experts }.check(101, &[200, 1, 0]);
     Experts { glu: true, parts: 2, k: 1024, ..experts }.check(71, &[130, 3, 8]);
+    let sorted = Experts { sorted: true, per_token: 0, ..experts };
+    sorted.check(0, &[70, 0, 12]);
+    Experts { tile: [192, 64], parts: 2, ..sorted }.check(0, &[300, 1, 65]);
+    Experts { tile: [256, 128], k: 1024, ..sorted }.check(0, &[130, 5, 0]);
+}
+
+#[test]
+fn operands_across_what_is_contracted() {
+    let check = |heads: Heads, tokens: u32| {
+        check(&heads.program("heads"), SymValues([3; 6]).with(Sym::T, tokens), |_| ());
+    };
+    let heads = Heads { heads: 3, n: 192, k: 128, tile: [128, 128], step: 64 };
+    check(heads, 130);
+    check(Heads { n: 256, k: 256, tile: [128, 256], step: 128, ..heads }, 5);
+    let refused =
+        |h: Heads| schedule(&Kernel { program: h.program("heads"), schedule: Schedule::default() }, hopper()).is_none();
+    // Two warpgroups would share out the columns; the operands would change places.
+    assert!(refused(Heads { tile: [64, 128], ..heads }) && refused(Heads { tile: [16, 64], ..heads }));
 }
 
 #[test]
@@ -241,7 +263,8 @@ fn clusters_share_the_larger_operand() {
     let alone = |program: Program, cluster| assert_eq!(clustered(program, cluster).cluster, None);
     alone(Linear { tile: [64, 8], ..FP8 }.program("linear"), 16);
     alone(
-        Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false }.program("experts"),
+        Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false, sorted: false }
+            .program("experts"),
         2,
     );
 }
