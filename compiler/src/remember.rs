@@ -41,6 +41,10 @@ impl Target for Remember<'_> {
         self.target.schedule(shape, tokens)
     }
 
+    fn copies_boxes(&self) -> bool {
+        self.target.copies_boxes()
+    }
+
     fn block_bytes(&self) -> u32 {
         self.target.block_bytes()
     }

@@ -170,6 +170,11 @@ pub trait Target {
         0
     }
 
+    /// Whether its copies bring boxes of rows that lie together faster than rows chosen by number.
+    fn copies_boxes(&self) -> bool {
+        false
+    }
+
     /// Whether a block of the kernel fits the device; if not, smaller tiles are tried.
     fn fits(&self, kernel: &Kernel) -> bool {
         let _ = kernel;

@@ -51,6 +51,10 @@ impl Target for Emulated {
         self.arch.device.sms
     }
 
+    fn copies_boxes(&self) -> bool {
+        self.arch.has_tma
+    }
+
     fn block_bytes(&self) -> u32 {
         dsc_targets::gpu::block_bytes(&self.arch)
     }

@@ -189,6 +189,7 @@ fn pass_test(sections: &mut Vec<Section>, name: &str, flags: &[&str]) -> Outcome
         bf16_weights: flags.contains(&"bf16"),
         blocks: if flags.contains(&"wide") { 132 } else { 0 },
         block_bytes: 192 << 10,
+        boxes: true,
         numerics,
         index_topk: 4,
     };

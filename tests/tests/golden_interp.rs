@@ -244,6 +244,7 @@ fn tiny_model_deployed_on_wide_targets() {
             bf16_weights: false,
             blocks: 132,
             block_bytes: 192 << 10,
+            boxes: true,
             numerics: Numerics::Deployed,
             index_topk: config.index_topk as u32,
         };

@@ -961,6 +961,7 @@ fn model(config: &ModelConfig, numerics: Numerics, (target_fp8, blocks): (bool, 
         bf16_weights: false,
         blocks,
         block_bytes: 192 << 10,
+        boxes: true,
         numerics,
         index_topk: config.index_topk as u32,
     };
@@ -1074,6 +1075,7 @@ fn every_launch_of_full_models_has_a_program() {
                     bf16_weights: false,
                     blocks,
                     block_bytes: 192 << 10,
+                    boxes: true,
                     numerics,
                     index_topk: config.index_topk as u32,
                 };

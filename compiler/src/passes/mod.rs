@@ -81,6 +81,8 @@ pub struct Cx {
     pub blocks: u32,
     /// Bytes of operands that a block can keep beside what else it needs; no bound where `blocks` is 0.
     pub block_bytes: u32,
+    /// Whether the target's copies bring boxes of rows that lie together faster than rows chosen by number.
+    pub boxes: bool,
     /// Numerics of the artifact.
     pub numerics: Numerics,
     /// Keys the indexer selects.

@@ -10,14 +10,14 @@
 //! Legal: what stands between treats each row by itself, and nothing else reads it, so it does not matter in which places the rows are.
 //!
 //! Effect: an expert's rows of `a` lie together. Nothing is gathered by the second multiplication, so that a copy engine can bring its tiles of
-//! rows whole. For launches that run all blocks at once ([`Cx::blocks`]), where steps have rows enough for groups to be looked for by expert.
+//! rows whole: for targets with such copies ([`Cx::boxes`]), where steps have rows enough for groups to be looked for by expert.
 
 use super::Cx;
 use dsc_ir::graph::{Elem, Graph, NodeId, Op, Value};
 
 /// See the top of the file. Returns the number of pairs of multiplications.
 pub fn sort_experts(graph: &mut Graph, cx: &Cx) -> usize {
-    if cx.blocks == 0 {
+    if !cx.boxes {
         return 0;
     }
     let pairs: Vec<[NodeId; 2]> =

@@ -118,6 +118,10 @@ impl Target for NvidiaTarget {
         self.arch.device.sms
     }
 
+    fn copies_boxes(&self) -> bool {
+        self.arch.has_tma && self.arch.has_wgmma
+    }
+
     fn block_bytes(&self) -> u32 {
         gpu::block_bytes(self.arch)
     }

@@ -62,6 +62,7 @@ fn compile(config: &ModelConfig, graph: &Graph, numerics: Numerics, max_context:
             bf16_weights: false,
             blocks: 0,
             block_bytes: 0,
+            boxes: false,
             numerics,
             index_topk,
         };

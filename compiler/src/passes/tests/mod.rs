@@ -13,12 +13,13 @@ const BOTH: [Numerics; 2] = [Numerics::Exact, Numerics::Deployed];
 
 fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
     let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha };
-    Cx { class, target_fp8, bf16_weights: false, blocks: 0, block_bytes: 0, numerics, index_topk: mini::TOP_K }
+    let index_topk = mini::TOP_K;
+    Cx { class, target_fp8, bf16_weights: false, blocks: 0, block_bytes: 0, boxes: false, numerics, index_topk }
 }
 
 /// For a target that runs many blocks at once.
 fn wide(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
-    Cx { blocks: 132, block_bytes: 192 << 10, ..cx(numerics, target_fp8, keep_mha) }
+    Cx { blocks: 132, block_bytes: 192 << 10, boxes: true, ..cx(numerics, target_fp8, keep_mha) }
 }
 
 /// Every combination of what a pipeline can be asked for.
