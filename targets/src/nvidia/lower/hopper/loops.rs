@@ -133,6 +133,12 @@ impl<'a> Emit<'a> {
         } else {
             (f.bin("udiv", tile, of_plane), f.bin("urem", tile, of_plane))
         };
+        if band == 1 {
+            // Axis 1 fastest, with one division.
+            let number = f.bin("udiv", within, sizes[1]);
+            let before = f.mul(number, sizes[1]);
+            return [number, f.sub(within, before), z];
+        }
         let of_band = f.mul(sizes[1], i32(band.into()));
         let number = f.bin("udiv", within, of_band);
         let within = f.bin("urem", within, of_band);
