@@ -46,7 +46,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, _class: &Class) ->
     });
     let total = product(b, weights, totals);
     let total = b.reduce(total, 1, ReduceKind::Sum);
-    store_statistics(b, further, (token, head), most, total);
+    store_statistics(b, further, (token, head), [most, most], total);
     let weights = normalized(b, total, weights);
     let weights = b.reshape(weights, &[h, parts, 1]);
     let x = b.load(sums, &[token.into(), head.into(), 0.into(), 0.into()], &[1, h, parts, l]);

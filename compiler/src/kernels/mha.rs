@@ -17,7 +17,7 @@
 //! Floors of a token and head: `2 C (N + R + V)` operations; keys and values of the head are read once a token tile.
 
 use super::linear::tile;
-use super::sparse_attention::{LOWEST, normalized, online_softmax};
+use super::sparse_attention::{Follow, LOWEST, normalized, online_softmax};
 use super::view::{Emit, times};
 use super::{Class, Emitted, KernelError, Part, several_sequences, unsupported};
 use dsc_ir::DType;
@@ -81,7 +81,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         let scores = causal(b, scores, at, positions, scale * std::f32::consts::LOG2_E);
         let values = part(b, nope, value);
         let values = seen(b, values, at, last, narrow);
-        online_softmax(b, scores, values, narrow, carried)
+        online_softmax(b, scores, values, narrow, Follow::Always, carried)
     });
     let out = normalized(b, done[1], done[2]);
     let to = b.dtype(y);

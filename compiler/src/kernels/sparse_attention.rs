@@ -10,12 +10,12 @@
 //!     push s to the running top-k of each row
 //! }
 //! for each token of the tile, each tile of heads {      attend
-//!     m, l, acc = -big, 0, 0                            [h, 1], [h, 1], [h, L]
+//!     m, l, acc = -big, 0, 0                            [h, 1], [h, 1], [h, L] (and the largest score, where wanted)
 //!     for each tile of selected positions {
 //!         slot = page_table[position / 64] · 64 + position % 64
 //!         c, r = latent[slot], rope[slot]               [n, L], [n, rope], dequantised
 //!         s = (q_latent · cᵀ + q_rope · rᵀ) · scale · log2 e, -inf where nothing is selected
-//!         online softmax in powers of two: m, l; acc = acc · α + p · c
+//!         online softmax in powers of two relative to m: l; acc = acc · α + p · c
 //!     }
 //!     store acc / l
 //! }
@@ -595,7 +595,15 @@ impl Attend {
             (To::Parts(_, parts), Some(part)) => share(b, tiles, *parts, part),
             _ => (0.into(), tiles.into()),
         };
-        let init = [b.full(LOWEST, &[h, 1]), b.full(0.0, &[h, 1]), b.full(0.0, &[h, l])];
+        let lowest = b.full(LOWEST, &[h, 1]);
+        let mut init = vec![lowest, b.full(0.0, &[h, 1]), b.full(0.0, &[h, l])];
+        let follow = match self.to {
+            To::Whole(_, [_, most]) => {
+                init.extend(most.map(|_| lowest));
+                Follow::Rarely
+            }
+            To::Parts(..) => Follow::Always,
+        };
         let done = b.for_(lo, hi, 1, &init, |b, j, carried| {
             let chosen = pick(b, j);
             let (chosen, slots) = self.slots(b, chosen, seq);
@@ -614,11 +622,12 @@ impl Attend {
                 let scale = m.f32(self.scale);
                 m.fma(v[0], scale, v[1])
             });
-            online_softmax(b, scores, keys, self.narrow, carried)
+            online_softmax(b, scores, keys, self.narrow, follow, carried)
         });
         match (&self.to, part) {
             (To::Whole(y, further), _) => {
-                store_statistics(b, *further, (token, head), done[0], done[1]);
+                let most = done.get(3).copied().unwrap_or(done[0]);
+                store_statistics(b, *further, (token, head), [done[0], most], done[1]);
                 let out = normalized(b, done[1], done[2]);
                 let to = b.dtype(*y);
                 let out = b.cast(out, to);
@@ -666,12 +675,13 @@ pub(super) fn statistics(
     Ok([write(1, "log_sums")?, write(2, "largest_scores")?])
 }
 
-/// Stores them for a tile of heads of a token: largest scores `[h, 1]` in units of ln 2, and the sums of their powers of two.
+/// Stores them for a tile of heads of a token: of `base` and `largest`, `[h, 1]` in units of ln 2, the largest scores and what they were
+/// sums of powers of two relative to.
 pub(super) fn store_statistics(
     b: &mut Builder,
     to: [Option<ValueId>; 2],
     (token, head): (ValueId, ValueId),
-    largest: ValueId,
+    [base, largest]: [ValueId; 2],
     totals: ValueId,
 ) {
     let heads = b.shape(largest)[0];
@@ -681,7 +691,7 @@ pub(super) fn store_statistics(
         b.store(view, &[token.into(), head.into()], x);
     };
     if to[0].is_some() {
-        let logs = b.map(&[largest, totals], |m, v| {
+        let logs = b.map(&[base, totals], |m, v| {
             let (zero, none, ln_2) = (m.f32(0.0), m.f32(f32::INFINITY), m.f32(std::f32::consts::LN_2));
             let log = log2(m, v[1]);
             let log = m.add(v[0], log);
@@ -735,26 +745,50 @@ fn share(b: &mut Builder, tiles: ValueId, parts: u32, part: ValueId) -> (Ix, Ix)
     (lo.into(), hi.into())
 }
 
-/// One step of a softmax in powers of two: scores `[h, n]` and values `[n, l]` join (maximum, sum, accumulator). With `narrow`,
-/// probabilities round to the type of the values before they multiply them.
+/// Powers of two by which a score may be above the base of a softmax.
+const FAR: f32 = 8.0;
+
+/// `2^(x − base)`.
+fn power(b: &mut Builder, x: ValueId, base: ValueId) -> ValueId {
+    b.map(&[x, base], |m, v| {
+        let d = m.sub(v[0], v[1]);
+        m.exp2(d)
+    })
+}
+
+/// When the base of a softmax becomes the largest score so far.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Follow {
+    /// In every round: the base is the largest score.
+    Always,
+    /// Where that is [`FAR`] above it. Rescaling what was added before is then work of few rounds, and nothing overflows.
+    Rarely,
+}
+
+/// One step of a softmax in powers of two: scores `[h, n]` and values `[n, l]` join (base, sum, accumulator), and a fourth, the largest score,
+/// where that is wanted and the base may be another. Powers are relative to the base. With `narrow`, probabilities round to the type of the
+/// values before they multiply them.
 pub(super) fn online_softmax(
     b: &mut Builder,
     scores: ValueId,
     values: ValueId,
     narrow: bool,
+    follow: Follow,
     carried: &[ValueId],
 ) -> Vec<ValueId> {
-    let (max, total, acc) = (carried[0], carried[1], carried[2]);
+    let (base, total, acc) = (carried[0], carried[1], carried[2]);
     let here = b.reduce(scores, 1, ReduceKind::Max);
-    let new_max = b.map(&[max, here], |m, v| m.max(v[0], v[1]));
-    let alpha = b.map(&[max, new_max], |m, v| {
-        let d = m.sub(v[0], v[1]);
-        m.exp2(d)
+    let most = carried.get(3).map(|&most| b.map(&[most, here], |m, v| m.max(v[0], v[1])));
+    let next = b.map(&[base, here], |m, v| {
+        if follow == Follow::Always {
+            return m.max(v[0], v[1]);
+        }
+        let (above, far) = (m.sub(v[1], v[0]), m.f32(FAR));
+        let far = m.lt(far, above);
+        m.select(far, v[1], v[0])
     });
-    let p = b.map(&[scores, new_max], |m, v| {
-        let d = m.sub(v[0], v[1]);
-        m.exp2(d)
-    });
+    let alpha = power(b, base, next);
+    let p = power(b, scores, next);
     let here = b.reduce(p, 1, ReduceKind::Sum);
     let total = b.map(&[total, alpha, here], |m, v| {
         let old = m.mul(v[0], v[1]);
@@ -763,7 +797,7 @@ pub(super) fn online_softmax(
     let acc = product(b, acc, alpha);
     let to = if narrow { b.dtype(values) } else { DType::F32 };
     let p = b.cast(p, to);
-    vec![new_max, total, b.dot(p, values, Some(acc))]
+    [next, total, b.dot(p, values, Some(acc))].into_iter().chain(most).collect()
 }
 
 /// `acc / total`; zero where nothing was selected.

@@ -30,6 +30,8 @@ pub struct Attention {
 const GROUP: u32 = 128;
 /// Below every score, and finite.
 const LOWEST: f32 = -1e30;
+/// Powers of two by which a score may be above what powers are relative to.
+const FAR: f32 = 8.0;
 
 fn fixed(bytes: u32) -> Stride {
     Stride { bytes: bytes.into(), sym: None }
@@ -51,7 +53,7 @@ impl Attention {
     }
 
     /// The program. Parameters: `q [T, heads, latent + rope]`; the cache as `latent`, (`scales`,) `rope`; `indices [T, k]`,
-    /// `lengths [T]`; then `y [T, heads, latent]` and `largest_scores [T, heads]` (in powers of two), or `sums [T, heads, parts, latent]`, `largest` and `totals [T, heads, parts]`.
+    /// `lengths [T]`; then `y [T, heads, latent]` and with bf16 `largest_scores [T, heads]` (in powers of two), or `sums [T, heads, parts, latent]`, `largest` and `totals [T, heads, parts]`.
     pub fn program(self, name: &str) -> Program {
         let Attention { heads, latent, rope, k, keys, .. } = self;
         let mut b = Builder::new(name);
@@ -96,9 +98,7 @@ impl Attention {
         let row_stats = self
             .parts
             .map(|_| ["largest", "totals"].map(|name| b.param(name, DType::F32, &by_head(None), Access::Write)));
-        let most = self
-            .parts
-            .is_none()
+        let most = (self.parts.is_none() && !self.fp8)
             .then(|| b.param("largest_scores", DType::F32, &[Sym::T.into(), heads.into()], Access::Write));
         let (token, head) = (b.grid(Sym::T, 1), b.grid(heads, self.tile));
         let part = self.parts.map(|parts| b.grid(parts, 1));
@@ -126,7 +126,9 @@ impl Attention {
             (Some(part), Some(parts)) => share(&mut b, tiles, parts, part),
             _ => (0.into(), tiles.into()),
         };
-        let init = [b.full(LOWEST, &[h, 1]), b.full(0.0, &[h, 1]), b.full(0.0, &[h, latent])];
+        let lowest = b.full(LOWEST, &[h, 1]);
+        let mut init = vec![lowest, b.full(0.0, &[h, 1]), b.full(0.0, &[h, latent])];
+        init.extend(most.map(|_| lowest));
         let done = b.for_(lo, hi, 1, &init, |b, j, carried| {
             let at = scaled(b, j, keys);
             let chosen = b.load(indices, &[token.into(), at.into()], &[1, keys]);
@@ -159,7 +161,7 @@ impl Attention {
                 let scale = m.f32(self.scale());
                 m.fma(v[0], scale, v[1])
             });
-            online_softmax(b, scores, values, carried)
+            online_softmax(b, scores, values, self.parts.is_none(), carried)
         });
         match (row_stats, part) {
             (Some([largest, totals]), Some(part)) => {
@@ -178,7 +180,7 @@ impl Attention {
                     m.div(one, total)
                 });
                 if let Some(most) = most {
-                    let x = b.reshape(done[0], &[1, h]);
+                    let x = b.reshape(done[3], &[1, h]);
                     b.store(most, &[token.into(), head.into()], x);
                 }
                 let out = b.map(&[done[2], inverse], |m, v| m.mul(v[0], v[1]));
@@ -238,10 +240,25 @@ fn dequantised(b: &mut Builder, codes: ValueId, scales: ValueId) -> ValueId {
     b.cast(x, DType::Bf16)
 }
 
-fn online_softmax(b: &mut Builder, scores: ValueId, values: ValueId, carried: &[ValueId]) -> Vec<ValueId> {
+/// `rarely`: what powers are relative to follows the largest score only where that is far above it.
+fn online_softmax(
+    b: &mut Builder,
+    scores: ValueId,
+    values: ValueId,
+    rarely: bool,
+    carried: &[ValueId],
+) -> Vec<ValueId> {
     let (max, total, acc) = (carried[0], carried[1], carried[2]);
     let here = b.reduce(scores, 1, ReduceKind::Max);
-    let new_max = b.map(&[max, here], |m, v| m.max(v[0], v[1]));
+    let most = carried.get(3).map(|&most| b.map(&[most, here], |m, v| m.max(v[0], v[1])));
+    let new_max = b.map(&[max, here], |m, v| {
+        if !rarely {
+            return m.max(v[0], v[1]);
+        }
+        let (above, far) = (m.sub(v[1], v[0]), m.f32(FAR));
+        let far = m.lt(far, above);
+        m.select(far, v[1], v[0])
+    });
     let power = |m: &mut dsc_ir::tile::MapBuilder, v: &[dsc_ir::tile::MapVal]| {
         let d = m.sub(v[0], v[1]);
         m.exp2(d)
@@ -255,5 +272,5 @@ fn online_softmax(b: &mut Builder, scores: ValueId, values: ValueId, carried: &[
     });
     let acc = b.map(&[acc, alpha], |m, v| m.mul(v[0], v[1]));
     let p = b.cast(p, DType::Bf16);
-    vec![new_max, total, b.dot(p, values, Some(acc))]
+    [new_max, total, b.dot(p, values, Some(acc))].into_iter().chain(most).collect()
 }

@@ -579,6 +579,11 @@ impl<'a> Emit<'a> {
         if let Some(&share) = self.shares.get(&r) {
             return self.load_shared_out(r, share, op);
         }
+        if matches!(self.s.places[r.0 as usize], Place::Fragment(_))
+            && let Some(of) = self.rescaled(r, op)
+        {
+            return self.rescale(r, of);
+        }
         match (&self.s.places[r.0 as usize], op) {
             (Place::Lazy, _) => Ok(()),
             (Place::Uniform, _) => {

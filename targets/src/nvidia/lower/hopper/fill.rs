@@ -92,7 +92,7 @@ struct Filled {
 }
 
 /// The number of a thread's row, by what gives the numbers and the first of the rows that threads bring together.
-type Numbered = ((ValueId, u32), Val);
+pub type Numbered = ((ValueId, u32), Val);
 
 impl<'a> Emit<'a> {
     /// Writes a tile to a slot of the acquired stage.
@@ -226,6 +226,7 @@ impl<'a> Emit<'a> {
         let names = |numbered: &[Numbered]| numbered.iter().map(|n| n.0).collect::<Vec<_>>();
         let (named, named_listed) = (names(&numbers), names(&listed));
         carried.extend(numbers.iter().chain(&listed).map(|n| n.1));
+        ptx::warp_waits(&mut self.t.f);
         let end = self.counted((lo, hi, step), &carried, |e, counter, values| {
             e.resume(&values[..counters]);
             let (values, after) = values[counters..].split_at(values.len() - counters - named_listed.len());
@@ -326,7 +327,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Computes what in a body is the same for all threads, in the round of that counter.
-    fn uniforms_at(&mut self, body: &'a Block, counter: Val) -> Result<(), String> {
+    pub fn uniforms_at(&mut self, body: &'a Block, counter: Val) -> Result<(), String> {
         self.held.insert(body.args[0], Held::Scalar(counter));
         body.insts.iter().filter(|i| matches!(i.op, Op::Tile(_))).try_for_each(|inst| self.inst(inst))
     }
@@ -342,7 +343,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Reads this thread's elements of the lists that numbers of rows come from, in the round of that counter.
-    fn read_lists(&mut self, body: &'a Block, counter: Val) -> Result<Vec<Numbered>, String> {
+    pub fn read_lists(&mut self, body: &'a Block, counter: Val) -> Result<Vec<Numbered>, String> {
         self.uniforms_at(body, counter)?;
         let first = self.t.f.div(self.role_tid, ROW_THREADS);
         let mut listed: Vec<Numbered> = Vec::new();
@@ -510,6 +511,7 @@ impl<'a> Emit<'a> {
                 }
             }
         });
+        ptx::warp_waits(&mut self.t.f);
     }
 
     /// A tile that ends in a rounding, as the map before it: inputs' value, arithmetic; and the type it rounds to.

@@ -5,11 +5,12 @@
 //! the products' side of memory.
 
 use super::emit::{Emit, Held};
+use super::fill::Numbered;
 use super::ptx;
 use super::ring::Delivery;
 use crate::nvidia::lower::arith;
 use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
-use dsc_ir::sched::{Block, ChannelId, Op};
+use dsc_ir::sched::{Block, ChannelId, Inst, Op};
 use dsc_ir::tile::{self, Index, Type, ValueId};
 
 use super::config::WARPGROUP;
@@ -19,6 +20,11 @@ use std::collections::HashMap;
 const PIECE: u32 = 16;
 /// Threads that bring a row's 128 bytes of a stage.
 const ROW_THREADS: u32 = 8;
+
+/// Whether rows are chosen in a body.
+fn chosen_in(body: &Block, rows: ValueId) -> bool {
+    body.insts.iter().any(|i| i.results.contains(&rows))
+}
 
 impl<'a> Emit<'a> {
     /// One element of a vector of integers, by its number.
@@ -109,30 +115,137 @@ impl<'a> Emit<'a> {
     pub fn prepare_rows(&mut self, body: &'a Block, inside: bool) -> Result<(), String> {
         for inst in &body.insts {
             let Op::Copy { view, rows: Some(rows), shape, .. } = &inst.op else { continue };
-            if body.insts.iter().any(|i| i.results.contains(rows)) != inside {
-                continue;
+            if chosen_in(body, *rows) == inside {
+                self.number_rows(*rows, shape[0], inside)?;
+                self.find_rows(*view, *rows, shape[0], None)?;
             }
-            let [first, piece] = self.own_piece();
-            let mut sources = Vec::new();
-            for start in (0..shape[0]).step_by((WARPGROUP / ROW_THREADS) as usize) {
-                let row = self.t.f.add(first, i32(start.into()));
-                let key = (*rows, start);
-                let number = match self.numbers.get(&key) {
-                    Some(&known) if inside => known,
-                    _ => self.row_element(*rows, row)?,
-                };
-                self.numbers.insert(key, number);
-                let (at, inside) = self.element_at(*view, &[number, i32(0)]);
-                // An address outside the view is never read, but it must not leave the buffer either.
-                let base = self.param(*view);
-                let at = self.t.f.select(inside, at, base);
-                let byte = self.t.f.mul(piece, i32(PIECE.into()));
-                let byte = self.t.f.cast("zext", byte, Ty::I64);
-                sources.push((self.t.f.offset(at, byte), inside));
-            }
-            self.sources.insert((*view, *rows), sources);
         }
         Ok(())
+    }
+
+    /// Whether a loop's body brings rows that are chosen in it, and does nothing else.
+    pub fn brings_rows(&self, inst: &Inst, body: &Block) -> bool {
+        let chosen = |i: &Inst| matches!(i.op, Op::Copy { rows: Some(rows), .. } if chosen_in(body, rows));
+        inst.results.is_empty() && self.geometries_are_none() && body.insts.iter().any(chosen)
+    }
+
+    /// Such a loop. What numbers of rows are looked up by is read a round earlier.
+    pub fn gathering(&mut self, (lo, hi, step): (Index, Index, u32), body: &'a Block) -> Result<(), String> {
+        self.prepare_rows(body, false)?;
+        let (lo, hi) = (self.index(lo)?, self.index(hi)?);
+        let step = i32(step.into());
+        let listed = self.read_lists(body, lo)?;
+        let named: Vec<(ValueId, u32)> = listed.iter().map(|n| n.0).collect();
+        let mut carried: Vec<Val> = self.ring_state();
+        let counters = carried.len();
+        carried.extend(listed.iter().map(|n| n.1));
+        let end = self.counted((lo, hi, step), &carried, |e, counter, values| {
+            ptx::warp_waits(&mut e.t.f);
+            let (rings, listed) = values.split_at(counters);
+            e.resume(rings);
+            let mut listed: Vec<Numbered> = named.iter().copied().zip(listed.iter().copied()).collect();
+            e.uniforms_at(body, counter)?;
+            e.numbers.clear();
+            e.sources.retain(|(_, rows), _| !chosen_in(body, *rows));
+            let acquires: Vec<usize> =
+                (0..body.insts.len()).filter(|&i| matches!(body.insts[i].op, Op::Acquire(_))).collect();
+            let ahead = acquires.get(acquires.len() / 2).copied();
+            for (i, inst) in body.insts.iter().enumerate() {
+                if let (Op::Acquire(_), Some(next)) = (&inst.op, body.insts.get(i + 1)) {
+                    e.rows_of_copy(body, &next.op, &listed)?;
+                }
+                if ahead == Some(i) {
+                    for inst in &body.insts {
+                        e.number_copy(body, &inst.op, &listed)?;
+                    }
+                    let next = e.t.f.add(counter, step);
+                    listed = e.read_lists(body, next)?;
+                    e.uniforms_at(body, counter)?;
+                }
+                e.inst(inst)?;
+            }
+            Ok(e.ring_state().into_iter().chain(listed.iter().map(|n| n.1)).collect())
+        })?;
+        self.resume(&end[..counters]);
+        Ok(())
+    }
+
+    /// Finds the rows that a copy brings, if no copy before it has: there are no registers for those of all.
+    fn rows_of_copy(&mut self, body: &'a Block, op: &Op, listed: &[Numbered]) -> Result<(), String> {
+        self.number_copy(body, op, listed)?;
+        match op {
+            Op::Copy { view, rows: Some(rows), shape, .. }
+                if chosen_in(body, *rows) && !self.sources.contains_key(&(*view, *rows)) =>
+            {
+                let (base, _) = self.element_at(*view, &[i32(0), i32(0)]);
+                let base = self.own_part(base);
+                self.find_rows(*view, *rows, shape[0], Some(base))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Numbers of the rows that a copy brings, of what was read for them.
+    fn number_copy(&mut self, body: &'a Block, op: &Op, listed: &[Numbered]) -> Result<(), String> {
+        let Op::Copy { rows: Some(rows), shape, .. } = op else { return Ok(()) };
+        let [first, _] = self.own_piece();
+        for start in (0..shape[0]).step_by((WARPGROUP / ROW_THREADS) as usize) {
+            if !chosen_in(body, *rows) || self.numbers.contains_key(&(*rows, start)) {
+                continue;
+            }
+            let row = self.t.f.add(first, i32(start.into()));
+            let mut here = listed.iter().filter(|n| n.0.1 == start).map(|n| (n.0.0, n.1)).collect();
+            let number = self.vector_element(*rows, row, &mut here)?;
+            self.numbers.insert((*rows, start), number);
+        }
+        Ok(())
+    }
+
+    /// Reads the numbers of this thread's rows; those that are known are `kept`.
+    fn number_rows(&mut self, rows: ValueId, count: u32, kept: bool) -> Result<(), String> {
+        let [first, _] = self.own_piece();
+        for start in (0..count).step_by((WARPGROUP / ROW_THREADS) as usize) {
+            let key = (rows, start);
+            if kept && self.numbers.contains_key(&key) {
+                continue;
+            }
+            let row = self.t.f.add(first, i32(start.into()));
+            let number = self.row_element(rows, row)?;
+            self.numbers.insert(key, number);
+        }
+        Ok(())
+    }
+
+    /// Finds where this thread's part of the rows of those numbers is. From a `base` of all rows it is one instruction a row, and two registers.
+    fn find_rows(&mut self, view: ValueId, rows: ValueId, count: u32, base: Option<Val>) -> Result<(), String> {
+        let mut sources = Vec::new();
+        for start in (0..count).step_by((WARPGROUP / ROW_THREADS) as usize) {
+            let number = *self.numbers.get(&(rows, start)).ok_or("rows whose numbers are not known")?;
+            let (at, inside) = self.element_at(view, &[number, i32(0)]);
+            // An address outside the view is never read, but it must not leave the buffer either.
+            let at = match base {
+                Some(_) => {
+                    let number = self.t.f.select(inside, number, i32(0));
+                    self.element_from(view, &[i32(0), i32(0)], base, Some((0, number)), (0, 0)).0
+                }
+                None => {
+                    let param = self.param(view);
+                    let at = self.t.f.select(inside, at, param);
+                    self.own_part(at)
+                }
+            };
+            sources.push((at, inside));
+        }
+        self.sources.insert((view, rows), sources);
+        Ok(())
+    }
+
+    /// This thread's piece of the row that starts there.
+    fn own_part(&mut self, at: Val) -> Val {
+        let [_, piece] = self.own_piece();
+        let byte = self.t.f.mul(piece, i32(PIECE.into()));
+        let byte = self.t.f.cast("zext", byte, Ty::I64);
+        self.t.f.offset(at, byte)
     }
 
     /// Starts this thread's part of a gathering copy.

@@ -243,6 +243,9 @@ impl<'a> Emit<'a> {
         if self.computes_rows(body) {
             return self.pipelined(inst, (lo, hi, step), body);
         }
+        if self.brings_rows(inst, body) {
+            return self.gathering((lo, hi, step), body);
+        }
         if !self.flight.all_among(init) {
             self.settle_all();
         }

@@ -253,6 +253,26 @@ pub fn pin(f: &mut Fn, values: &[Val]) -> Vec<Val> {
     f.asm("", &constraints, values, &vec![Ty::F32; values.len()], true, true)
 }
 
+/// Values times the factors of these numbers, where some factor of the warp's is not 1.
+pub fn multiply_unless_one(f: &mut Fn, values: &[Val], factors: &[Val], of: &[usize]) -> Vec<Val> {
+    let n = values.len();
+    let factor = |i: usize| format!("${}", 2 * n + i);
+    let mut text = String::from("{\n.reg .pred p, q;\n");
+    text += &format!("setp.neu.f32 p, {}, 0f3f800000;\n", factor(0));
+    for i in 1..factors.len() {
+        text += &format!("setp.neu.f32 q, {}, 0f3f800000;\nor.pred p, p, q;\n", factor(i));
+    }
+    text += "vote.sync.any.pred p, p, 0xffffffff;\n@!p bra DONE;\n";
+    for (i, &number) in of.iter().enumerate() {
+        text += &format!("mul.f32 ${i}, ${i}, {};\n", factor(number));
+    }
+    text += "DONE:\n}";
+    let tied: Vec<String> = (0..n).map(|i| i.to_string()).collect();
+    let constraints = format!("{},{}{}", vec!["=f"; n].join(","), tied.join(","), ",f".repeat(factors.len()));
+    let args: Vec<Val> = values.iter().chain(factors).copied().collect();
+    f.asm(&text, &constraints, &args, &vec![Ty::F32; n], false, true)
+}
+
 /// Writes four 8x8 matrices of 16-bit elements, which the warp has as products leave them, to rows whose addresses the lanes give.
 pub fn store_matrix(f: &mut Fn, at: Val, words: &[Val], transposed: bool) {
     let (n, trans) = (words.len(), if transposed { ".trans" } else { "" });
@@ -260,6 +280,12 @@ pub fn store_matrix(f: &mut Fn, at: Val, words: &[Val], transposed: bool) {
     let text = format!("stmatrix.sync.aligned.m8n8.x{n}{trans}.shared.b16 [$0], {{{}}};", list.join(", "));
     let args: Vec<Val> = [at].into_iter().chain(words.iter().copied()).collect();
     effect(f, &text, &format!("r{}", ",r".repeat(n)), &args);
+}
+
+/// The threads of a warp go on together. Where one of them has driven the copy engine, the assembler may leave it by itself in all code that
+/// follows, and the warp would run that twice.
+pub fn warp_waits(f: &mut Fn) {
+    effect(f, "bar.warp.sync 0xffffffff;", "", &[]);
 }
 
 /// Stops for about as long.

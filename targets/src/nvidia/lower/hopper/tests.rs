@@ -403,6 +403,18 @@ fn two_warpgroups_score_in_turn() {
     // Own weights are multiplied from registers: four instructions where a round is scored, two loops of the first and one of the second.
     assert_eq!(mlir.matches("m64n256k16.f32.bf16.bf16").count(), 4 * 6);
     assert_eq!(mlir.matches("$256, $257, $258, $259}, $260, p, 1, 1, 1;").count(), 4 * 3);
+    // Each of them rescales the accumulator before, where some factor is not 1.
+    assert_eq!(mlir.matches("vote.sync.any.pred").count(), 6);
+    // Who scores a round gives its own values back first, so that the next in their place are brought first.
+    let keys = scheduled.roles[0].body.insts.iter().find_map(|i| match &i.op {
+        sched::Op::For { body, .. } => Some(body),
+        _ => None,
+    });
+    let filled = keys.expect("a loop").insts.iter().filter_map(|i| match i.op {
+        sched::Op::Acquire(channel) => Some(scheduled.channels[channel.0 as usize].name.as_str()),
+        _ => None,
+    });
+    assert_eq!(filled.collect::<Vec<_>>(), ["keys0", "keys1", "keys2", "keys1", "keys0", "keys2"]);
     // With none, one, an even and an odd number of rounds.
     SPARSE.check(4, &[0, 64, 128, 192]);
 }

@@ -54,20 +54,38 @@ impl<'a> Planner<'a> {
         if queries {
             self.queries(names, &mut out)?;
         }
-        let range = self.range(names)?;
-        out.push(self.rounds(range, &[], names, |p, names| {
-            let mut insts = Vec::new();
-            for inst in &p.a.body.insts {
-                if inst.results.first().is_some_and(|r| needed.contains(r)) {
-                    let place = if p.tile(inst.results[0])?.elements() == 1 { Place::Uniform } else { Place::Lazy };
-                    insts.push(p.copied(inst, place, names)?);
+        let body: &'a Region = self.a.body;
+        let step = self.a.range.2;
+        // Rounds of these parts, one behind the other: what numbers of rows of all of them are computed from comes first.
+        let rounds = |p: &mut Self, rounds: &[Vec<usize>], names: &mut Names| {
+            let (mut insts, mut named) = (Vec::new(), Vec::new());
+            let first = *names.get(&body.args[0])?;
+            for n in 0..rounds.len() as u32 {
+                let at = p.moved(first, n * step, &mut insts);
+                names.insert(body.args[0], at);
+                for inst in &body.insts {
+                    if inst.results.first().is_some_and(|r| needed.contains(r)) {
+                        let place = if p.tile(inst.results[0])?.elements() == 1 { Place::Uniform } else { Place::Lazy };
+                        insts.push(p.copied(inst, place, names)?);
+                    }
                 }
+                named.push(names.clone());
             }
-            for &i in parts {
-                p.bring(i, names, &mut insts)?;
+            for (parts, names) in rounds.iter().zip(&named) {
+                parts.iter().try_for_each(|&i| p.bring(i, names, &mut insts))?;
             }
             Some((insts, Vec::new()))
-        })?);
+        };
+        let (lo, hi, step) = self.range(names)?;
+        if !self.turns_order() {
+            out.push(self.rounds((lo, hi, step), &[], names, |p, names| rounds(p, &[parts.to_vec()], names))?);
+            return Some(out);
+        }
+        let bounds = [self.scalar_of(lo, &mut out)?, self.scalar_of(hi, &mut out)?];
+        let behind = Index::Value(self.scalar(turns::behind_pairs(bounds, step), &mut out));
+        let orders = [0, 1].map(|number| self.order_of(number));
+        out.push(self.rounds((lo, behind, 2 * step), &[], names, |p, names| rounds(p, &orders, names))?);
+        out.push(self.rounds((behind, hi, 2 * step), &[], names, |p, names| rounds(p, &orders[..1], names))?);
         Some(out)
     }
 

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Bytes of the barriers of a stage.
+const BARRIERS: u32 = 16;
+
 /// What is placed so far.
 #[derive(Default)]
 struct Placed {
@@ -96,20 +99,23 @@ impl<'a> Planner<'a> {
 
     /// Where two warpgroups score in turn: weights both ways, with factors and carried rows.
     pub(super) fn memory_of_turns(&self, split: &Split, arch: &Arch) -> Option<(Vec<Buffer>, Vec<Channel>)> {
-        let [early, late] = [self.rows_early(split).len(), self.rows_late(split).len()];
-        let heads = self.a.shape[0];
-        let [queries, weights] = self.query_bytes();
-        let vectors = (2 * split.factors.len() + split.totals.len() + 2 * (early + late)) as u32 * heads * 4;
-        let room = arch.shared_per_block.checked_sub(queries + 2 * weights + vectors + ALIGN)?;
         // Keys that are no values are held for the scores alone, so that one round of them fewer will do.
         let depths = |stages: u32, fewer: u32| -> Vec<u32> {
             self.parts.iter().map(|p| if p.group.is_none() { stages - fewer } else { stages }).collect()
         };
-        let fits = |depths: &Vec<u32>| depths.iter().zip(self.stage_bytes()).map(|(d, b)| d * b).sum::<u32>() <= room;
-        let mut all = (2..=MOST_STAGES).rev().flat_map(|stages| [depths(stages, 0), depths(stages, 1)]);
-        let depths = all.find(fits)?;
+        let all = (2..=MOST_STAGES).rev().flat_map(|stages| [depths(stages, 0), depths(stages, 1)]);
+        let mut placed = all.map(|depths| self.placed_in_turns(split, &depths));
+        let fitting = |p: &Placed| p.end + p.channels.iter().map(|c| c.stages * BARRIERS).sum::<u32>();
+        let placed = placed.find(|p| fitting(p) <= arch.shared_per_block)?;
+        Some((placed.buffers, placed.channels))
+    }
+
+    /// The same with rings of keys of these depths.
+    fn placed_in_turns(&self, split: &Split, depths: &[u32]) -> Placed {
+        let [early, late] = [self.rows_early(split).len(), self.rows_late(split).len()];
+        let heads = self.a.shape[0];
         let mut placed = Placed::default();
-        self.operands(&depths, &mut placed);
+        self.operands(depths, &mut placed);
         for name in ["_a", "_b"] {
             let mut slots = self.weights(name, split.factors.len());
             slots.extend((0..early).map(|i| column(format!("rows{name}{i}"), heads)));
@@ -120,7 +126,7 @@ impl<'a> Planner<'a> {
             placed.channel(&format!("late{name}"), 1, slots.collect());
         }
         self.totals(split, &mut placed);
-        Some((placed.buffers, placed.channels))
+        placed
     }
 
     /// Registers of threads that bring keys, that score, and that have values; zeros where they need not move.

@@ -2,6 +2,15 @@
 
 use super::*;
 
+/// Scores of a round as far as they are made.
+#[derive(Default)]
+pub(super) struct Scored {
+    /// The sum so far.
+    pub(super) sum: Option<ValueId>,
+    /// Keys taken, by part.
+    pub(super) taken: Vec<(usize, ValueId)>,
+}
+
 impl<'a> Planner<'a> {
     /// Where a value of the scores' role lies.
     pub(super) fn score_place(&self, inst: &tile::Inst) -> Option<Place> {
@@ -130,28 +139,21 @@ impl<'a> Planner<'a> {
         (0..).zip(&shapes).map(take).collect()
     }
 
-    /// Products of a round's queries and keys. Gives the keys.
-    pub(super) fn scored(
-        &mut self,
-        queries: &[ValueId],
-        names: &mut Names,
-        insts: &mut Vec<Inst>,
-    ) -> Option<Vec<ValueId>> {
+    /// Products of a round's queries and keys, of these parts.
+    pub(super) fn scored(&mut self, order: &[usize], queries: &[ValueId], scored: &mut Scored, insts: &mut Vec<Inst>) {
         let [heads, keys, _] = self.a.shape;
         // Products of the first columns run while the last are on their way.
-        let (mut sum, mut taken) = (None, Vec::new());
-        for (i, part) in self.parts.clone().iter().enumerate() {
+        for &i in order {
+            let columns = self.parts[i].columns[1];
             insts.push(plain(Op::Wait(self.key_channel(i))));
-            let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, part.columns[1]], insts);
-            taken.push(b);
+            let b = self.take(self.key_channel(i), 0, self.a.dtype, &[keys, columns], insts);
+            scored.taken.push((i, b));
             let ty = TileType { dtype: DType::F32, shape: vec![heads, keys] };
             let result = self.values.fresh(Type::Tile(ty), self.fragment());
-            let op = tile::Op::Dot { a: queries[i], b, acc: sum, trans_b: true };
+            let op = tile::Op::Dot { a: queries[i], b, acc: scored.sum, trans_b: true };
             insts.push(Inst { results: vec![result], op: Op::Tile(op), scratch: None });
-            sum = Some(result);
+            scored.sum = Some(result);
         }
-        names.insert(self.a.scores.last()?.dot.results[0], sum?);
-        Some(taken)
     }
 
     /// What scores are combined with and a round knows from its number alone, such as who is selected: threads have it a round ahead. A fence
@@ -220,7 +222,9 @@ impl<'a> Planner<'a> {
         let body: &'a Region = self.a.body;
         let mut insts = Vec::new();
         let mut done: HashSet<ValueId> = HashSet::new();
-        self.scored(queries, names, &mut insts)?;
+        let mut scored = Scored::default();
+        self.scored(&(0..self.parts.len()).collect::<Vec<_>>(), queries, &mut scored, &mut insts);
+        names.insert(self.a.scores.last()?.dot.results[0], scored.sum?);
         // While the products run: what the next round knows already.
         let counter = *names.get(&body.args[0])?;
         let next = self.moved(counter, self.a.range.2, &mut insts);

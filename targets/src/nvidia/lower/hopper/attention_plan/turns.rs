@@ -11,7 +11,7 @@
 //! Every ring of keys goes through both in order, so a warpgroup also gives back what of a round it has no use for. Rounds come in pairs; `a` has
 //! the last of an odd number. Weights are added to each half in the order of rounds, as the program has it, so no result depends on who was first.
 
-use super::scores::hand_on;
+use super::scores::{Scored, hand_on};
 use super::*;
 
 /// A warpgroup at work.
@@ -77,6 +77,23 @@ impl<'a> Planner<'a> {
         let rows = |&i: &usize| column(self.a.body.args[1 + i]) && made(self.a.body.yields[i]);
         let halves = |group: u32| self.parts.iter().filter(|p| p.group == Some(group)).count() == 1;
         halves(0) && halves(1) && self.carried_rows().iter().all(rows)
+    }
+
+    /// Whether parts of a round's keys come in the order in which they are given back, another in every second round: where they are copied.
+    pub(super) fn turns_order(&self) -> bool {
+        self.takes_turns() && !self.parts.iter().any(|p| p.computed)
+    }
+
+    /// The order of parts in rounds that `a` or `b` scores: who scores gives its own values back first.
+    pub(super) fn order_of(&self, number: u32) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.parts.len()).collect();
+        if self.turns_order() && number == 1 {
+            let of = |g: u32| self.parts.iter().position(|p| p.group == Some(g));
+            if let (Some(a), Some(b)) = (of(0), of(1)) {
+                order.swap(a, b);
+            }
+        }
+        order
     }
 
     /// One of the two warpgroups.
@@ -228,12 +245,15 @@ impl<'a> Planner<'a> {
         insts: &mut Vec<Inst>,
     ) -> Option<(Names, Option<Others>)> {
         let own = self.parts.iter().position(|p| p.group == Some(turn.number))?;
-        let keys = self.scored(&turn.queries, names, insts)?;
+        let mut scored = Scored::default();
+        self.scored(&self.order_of(turn.number), &turn.queries, &mut scored, insts);
         let read = match before {
             // One more stage of the values was waited for since.
             Some(others) => self.add_others(turn, &others, 1, true, names, insts)?,
             None => Vec::new(),
         };
+        names.insert(self.a.scores.last()?.dot.results[0], scored.sum?);
+        let keys = scored.taken.iter().find(|t| t.0 == own)?.1;
         // While the products run: what the next round knows already.
         let known = match next {
             Some(next) => self.known_in(turn.split, next, names, insts)?,
@@ -254,7 +274,7 @@ impl<'a> Planner<'a> {
         );
         let handed = [self.a.weights].into_iter().chain(turn.split.factors.iter().copied()).chain(early);
         hand_on(self.weights_of(turn.number), handed, names, insts)?;
-        self.add_values(turn.number, [*names.get(&self.a.weights)?, keys[own]], names, insts)?;
+        self.add_values(turn.number, [*names.get(&self.a.weights)?, keys], names, insts)?;
         // While these products run: what only the rows need.
         rest = turn.split.carrying.difference(&turn.split.weighing).copied().collect();
         let taken = if turn.number == 1 { self.take_late(turn, true, names, insts) } else { None };
@@ -364,7 +384,7 @@ fn constant(n: u32) -> tile::MapInst {
 }
 
 /// The number of the round behind the last pair of `lo..hi`: `lo + (hi − lo + step − 1) / (2 step) · 2 step`.
-fn behind_pairs(bounds: [ValueId; 2], step: u32) -> tile::Op {
+pub(super) fn behind_pairs(bounds: [ValueId; 2], step: u32) -> tile::Op {
     let insts = vec![
         arithmetic(tile::ScalarOp::Sub, [tile::MapArg::Input(1), tile::MapArg::Input(0)]),
         constant(step - 1),
