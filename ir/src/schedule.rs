@@ -119,7 +119,7 @@ impl Schedule {
     /// Makes the largest tile the next smaller power of two: the contracted step first, then columns and heads, then rows. False if nothing is
     /// left to make smaller.
     pub fn shrink(&mut self) -> bool {
-        let least = [(&mut self.tile_k, 64), (&mut self.tile_h, 16), (&mut self.tile_n, 16), (&mut self.tile_m, 1)];
+        let least = [(&mut self.tile_k, 64), (&mut self.tile_h, 8), (&mut self.tile_n, 16), (&mut self.tile_m, 1)];
         let largest = least.into_iter().filter(|(n, least)| **n > *least).max_by_key(|(n, _)| **n);
         let Some((tile, least)) = largest else { return false };
         *tile = (tile.next_power_of_two() / 2).max(least);
@@ -175,6 +175,6 @@ mod tests {
         }
         assert_eq!(seen[0], [128, 128, 100, 16]);
         assert!(seen.contains(&[64, 64, 64, 16]));
-        assert_eq!(seen.last(), Some(&[1, 16, 64, 16]));
+        assert_eq!(seen.last(), Some(&[1, 16, 64, 8]));
     }
 }

@@ -172,7 +172,8 @@ pub enum Place {
     /// Nowhere: computed where it is used, element by element.
     Lazy,
     /// In registers, on its way: what a load or gather brings, or a loop carries of it, until it is put down in shared memory. Each thread has what
-    /// it needs for its part of the tile that reads it there, and nothing else reads it but where further such loads come from.
+    /// it needs for its part of the tile that reads it there, and nothing else reads it but where further such loads come from. Or what a product
+    /// takes as its left operand: each thread has what its part of the instructions takes.
     Held,
     /// In shared memory, elements in row-major order over the buffer's rows.
     Shared(BufferId),

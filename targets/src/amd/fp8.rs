@@ -56,17 +56,14 @@ pub fn to_fnuz(f: &mut Fn, word: Val) -> Val {
     let size = f.bin("and", word, i32(0x7f7f_7f7f));
     // No byte carries into the next. Bit 7: the size is not 0; the size is 0x7f.
     let some = f.add(size, i32(0x7f7f_7f7f));
+    let nan = f.add(size, i32(0x0101_0101));
+    // One more is 0x80 where it is NaN, whatever its sign.
+    let nan = f.bin("lshr", nan, i32(7));
+    let one = f.bin("and", nan, i32(0x0101_0101));
+    let code = f.add(size, one);
     let signs = f.bin("and", word, some);
     let signs = f.bin("and", signs, i32(TOP));
-    let nan = f.add(size, i32(0x0101_0101));
-    let nan = f.bin("and", nan, i32(TOP));
-    let code = f.bin("or", size, signs);
-    // 0x7f where it is NaN: its bits go, and bit 7 comes.
-    let below = f.bin("lshr", nan, i32(7));
-    let below = f.sub(nan, below);
-    let keep = f.bin("xor", below, i32(-1));
-    let code = f.bin("and", code, keep);
-    f.bin("or", code, nan)
+    f.bin("or", signs, code)
 }
 
 #[cfg(all(test, any(feature = "nvidia", feature = "emulate")))]

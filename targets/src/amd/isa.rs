@@ -159,6 +159,28 @@ impl Isa for Arch {
         atom != Atom::Fma
     }
 
+    fn holds_left(&self, dtype: DType, k: u32) -> bool {
+        mfma::holds_left(dtype, k)
+    }
+
+    fn left_column(&self, f: &mut Fn, s: &Spread, dtype: DType, step: u32) -> Val {
+        let bytes = dtype.bytes() as u32;
+        let chunk = f.div(s.lane, 16);
+        let own = f.mul(chunk, i32((16 / bytes).into()));
+        f.add(own, i32((step * mfma::STEP_BYTES / bytes).into()))
+    }
+
+    /// In accumulator registers: products take operands from there, and nothing else does.
+    fn keep_left(&self, f: &mut Fn, words: &[Val]) -> Val {
+        let floats: Vec<Val> = words.iter().map(|&w| f.cast("bitcast", w, Ty::F32)).collect();
+        let quad = f.quads(&floats)[0];
+        f.asm("", "=a,0", &[quad], &[Ty::Quad], false, false)[0]
+    }
+
+    fn keeps_lines(&self) -> bool {
+        true
+    }
+
     fn pairs(&self) -> bool {
         true
     }
@@ -183,20 +205,41 @@ impl Isa for Arch {
                 ),
                 Ty::F32,
             );
-            let pair = f.name(pair);
+            let mut pair = f.name(pair);
+            if self.fp8 == Fp8::Fnuz {
+                let two = mfma::pack(f, &[f32(2.0); 2], "f32");
+                let whole = f.op(&format!("llvm.fmul {pair}, {two} : vector<2xf32>"), Ty::F32);
+                pair = f.name(whole);
+            }
             values.extend([0, 1].map(|i| mfma::element(f, &pair, i, "vector<2xf32>", Ty::F32)));
         }
-        if self.fp8 == Fp8::Fnuz {
-            values = values.into_iter().map(|v| f.bin("fmul", v, f32(2.0))).collect();
-        }
+        values.iter().for_each(|&v| f.set_tame(v));
         Some(values)
     }
 
     fn narrows_pairs(&self, to: DType) -> bool {
-        self.cdna4 && to == DType::Bf16
+        to == DType::Bf16
     }
 
+    fn tamed(&self, f: &mut Fn, v: Val) -> Val {
+        if self.cdna4 || f.is_tame(v) {
+            return v;
+        }
+        let nan = f.fcmp("une", v, v);
+        let v = f.select(nan, f32(f32::NAN), v);
+        f.set_tame(v);
+        v
+    }
+
+    /// CDNA 3 has no instruction for it. NaN has to be told from what overflows, but where it is tame.
     fn narrow_pair(&self, f: &mut Fn, pair: [Val; 2], to: DType) -> [Val; 2] {
+        if !self.cdna4 {
+            return if pair.iter().all(|&v| f.is_tame(v)) {
+                round_pair(f, pair)
+            } else {
+                pair.map(|v| self.narrow(f, v, to))
+            };
+        }
         let (pair, ty) = (mfma::pack(f, &pair, "f32"), float(to));
         let halves = f.op(&format!("llvm.fptrunc {pair} : vector<2xf32> to vector<2x{ty}>"), Ty::I16);
         let halves = f.name(halves);
@@ -419,6 +462,22 @@ impl Isa for Arch {
     fn truncate(&self, f: &mut Fn, v: Val) -> Val {
         call(f, "llvm.fptosi.sat.i32.f32", &[v], Ty::I32)
     }
+}
+
+/// Two floats, tame if they are NaN, as bf16 that are nearest, or even: the lower half, and one more where the upper one is odd, carries over at a half.
+fn round_pair(f: &mut Fn, pair: [Val; 2]) -> [Val; 2] {
+    let [low, high] = pair.map(|v| {
+        let bits = f.cast("bitcast", v, Ty::I32);
+        let odd = f.bin("lshr", bits, i32(16));
+        let odd = f.bin("and", odd, i32(1));
+        let sum = f.add(bits, odd);
+        f.add(sum, i32(0x7fff))
+    });
+    let word = call(f, "llvm.amdgcn.perm", &[high, low, i32(mfma::UPPER)], Ty::I32);
+    [0, 16].map(|by| {
+        let half = f.bin("lshr", word, i32(by));
+        f.cast("trunc", half, Ty::I16)
+    })
 }
 
 /// `x`, but no more than `limit` in size; NaN stays.

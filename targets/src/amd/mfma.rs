@@ -16,7 +16,7 @@ use super::arch::Arch;
 use super::isa::call;
 use crate::gpu::emit::Emitter;
 use crate::gpu::fragment::Spread;
-use crate::gpu::isa::{Isa, Product};
+use crate::gpu::isa::{HeldLeft, Isa, Left, Product};
 use crate::gpu::mlir::{Fn, Ty, Val, f32, i32};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Buffer};
@@ -26,6 +26,9 @@ pub const STEP_BYTES: u32 = 64;
 
 /// Steps of a product that are written out: a loop of them would wait for its operands in every round.
 const STRAIGHT: u32 = 16;
+
+/// Selector of `v_perm` for the upper halves of two words: numbers 0 to 3 are bytes of the second operand, 4 to 7 of the first.
+pub const UPPER: i64 = 0x0706_0302;
 
 /// 16 bytes of an operand in registers, as SSA names of what an instruction takes.
 type Operand = Vec<String>;
@@ -42,6 +45,54 @@ pub fn product(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<V
     sums.iter().zip(acc).map(|(&sum, acc)| e.t.f.intrinsic("fma", &[sum, f32(4.0), acc])).collect()
 }
 
+/// Whether a left operand can stay in registers: whole steps, written out.
+pub fn holds_left(dtype: DType, k: u32) -> bool {
+    let bytes = k * dtype.bytes() as u32;
+    dtype.bytes() <= 2 && bytes.is_multiple_of(STEP_BYTES) && bytes / STEP_BYTES <= STRAIGHT
+}
+
+/// A left operand.
+enum Rows<'b> {
+    Lines(Lines<'b>),
+    Held(&'b HeldLeft),
+}
+
+impl Rows<'_> {
+    /// The rows' pieces of a step.
+    fn read(&self, arch: &Arch, e: &mut Emitter, dtype: DType, at: Val) -> Vec<Operand> {
+        let held = match self {
+            Rows::Lines(lines) => return lines.read(arch, e, dtype, at),
+            Rows::Held(held) => at.int().and_then(|at| held.get(at as usize)),
+        };
+        if held.is_none() {
+            e.fault = Some("an operand is in registers of which a loop would choose".into());
+        }
+        held.into_iter().flatten().map(|&quad| of_quad(arch, &mut e.t.f, dtype, quad)).collect()
+    }
+}
+
+/// 16 bytes of a row as what instructions take.
+fn of_quad(arch: &Arch, f: &mut Fn, dtype: DType, quad: Val) -> Operand {
+    let (quad, ty) = (f.name(quad), operand_type(arch, dtype));
+    if arch.cdna4 && dtype.bytes() == 2 {
+        let whole = f.op(&format!("llvm.bitcast {quad} : vector<4xf32> to {ty}"), Ty::I32);
+        return vec![f.name(whole)];
+    }
+    let halves = f.op(&format!("llvm.bitcast {quad} : vector<4xf32> to vector<2xi64>"), Ty::I64);
+    let halves = f.name(halves);
+    (0..2)
+        .map(|i| {
+            let half = element(f, &halves, i, "vector<2xi64>", Ty::I64);
+            let half = f.name(half);
+            if dtype == DType::E4m3 {
+                return half;
+            }
+            let half = f.op(&format!("llvm.bitcast {half} : i64 to {ty}"), Ty::I64);
+            f.name(half)
+        })
+        .collect()
+}
+
 /// Where a lane reads an operand.
 struct Lines<'b> {
     /// First byte of the lane's piece in each block of 16 rows: from here, and as far behind.
@@ -54,8 +105,13 @@ struct Lines<'b> {
 
 impl<'b> Lines<'b> {
     /// Of an operand that lies along `k`; `d` is its dimension of the result.
-    fn along(e: &mut Emitter, s: &Spread, p: &Product<'b>, d: usize, convert: bool) -> Lines<'b> {
-        let buffer = [p.a, p.b][d];
+    fn along(
+        e: &mut Emitter,
+        s: &Spread,
+        p: &Product<'b>,
+        (buffer, d): (&'b Buffer, usize),
+        convert: bool,
+    ) -> Lines<'b> {
         let (in_row, chunk) = (e.t.f.rem(s.lane, 16), e.t.f.div(s.lane, 16));
         let piece = e.t.f.mul(chunk, i32(16));
         // Blocks begin at multiples of 16 rows, after which swizzles repeat.
@@ -109,16 +165,19 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
     let Product { dtype, trans_b, .. } = *p;
     let step = STEP_BYTES / dtype.bytes() as u32;
     let convert = p.ready.map(|ready| !ready && arch.converts(dtype));
-    let left = Lines::along(e, s, p, 0, convert[0]);
+    let left = match p.a {
+        Left::Shared(buffer) => Rows::Lines(Lines::along(e, s, p, (buffer, 0), convert[0])),
+        Left::Held(held) => Rows::Held(held),
+    };
     let steps = p.k.div_ceil(step);
     if !trans_b {
         return sums_across(arch, e, s, p, &left, acc);
     }
-    let right = Lines::along(e, s, p, 1, convert[1]);
+    let right = Rows::Lines(Lines::along(e, s, p, (p.b, 1), convert[1]));
     // Twice the rate, where two steps make one instruction.
     let pairs = arch.cdna4 && dtype == DType::E4m3 && steps.is_multiple_of(2);
     let unit = if pairs { 2 } else { 1 };
-    let both = |e: &mut Emitter, lines: &Lines, at: Val| -> Vec<Operand> {
+    let both = |e: &mut Emitter, lines: &Rows, at: Val| -> Vec<Operand> {
         let at = e.t.f.mul(at, i32(unit.into()));
         let mut operands = lines.read(arch, e, dtype, at);
         if pairs {
@@ -152,7 +211,7 @@ fn sums(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) ->
 }
 
 /// Of right operands that lie as they are multiplied.
-fn sums_across(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, left: &Lines, acc: Vec<Val>) -> Vec<Val> {
+fn sums_across(arch: &Arch, e: &mut Emitter, s: &Spread, p: &Product, left: &Rows, acc: Vec<Val>) -> Vec<Val> {
     let Product { dtype, b, .. } = *p;
     let bytes = dtype.bytes() as u32;
     let step = STEP_BYTES / bytes;
@@ -243,8 +302,7 @@ fn accumulate(
 /// Eight rows of four or eight 16-bit elements: for each of the columns the lane's neighbours along `k`. One read a row, and the columns are
 /// put together from their halves of words.
 fn read_patch(arch: &Arch, e: &mut Emitter, dtype: DType, byte: Val, (pitch, columns): (u32, u32)) -> Vec<Operand> {
-    // Bytes 0-3 of a selector's numbers are the second operand's, 4-7 the first's.
-    const HALVES: [i64; 2] = [0x0504_0100, 0x0706_0302];
+    const HALVES: [i64; 2] = [0x0504_0100, UPPER];
     let rows: Vec<Vec<Val>> = (0..8)
         .map(|i| {
             let byte = e.t.f.add(byte, i32((i * pitch).into()));

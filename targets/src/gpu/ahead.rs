@@ -16,8 +16,9 @@
 //! Rounds beyond the last are loaded for nothing; bounds hold for them as for all. It costs the registers that the tiles take, of which
 //! [`Isa::ahead_bytes`](super::isa::Isa::ahead_bytes) says how many there may be.
 
+use super::reduce;
 use super::ring::made_in;
-use super::schedule::Scheduler;
+use super::schedule::{SMALL, Scheduler};
 use dsc_ir::sched::{Atom, Block, Inst, Op, Place};
 use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, ValueId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -43,6 +44,15 @@ struct Leaf {
     carried: Vec<ValueId>,
 }
 
+/// What loads ahead may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes of a thread's registers.
+    pub bytes: u32,
+    /// Whether tiles are put down where their round has them, so that they take no more shared memory, and not at its beginning.
+    pub in_place: bool,
+}
+
 /// A round from which an instruction is, as the code of another one sees it.
 struct Round {
     /// Names there of what the body makes, the counter among them.
@@ -63,17 +73,20 @@ struct Rewriting {
 }
 
 impl Scheduler<'_> {
-    /// Makes loops of products load ahead, with at most so many bytes of a thread's registers. Whether any does.
-    pub(super) fn load_ahead(&mut self, block: &mut Block, room: u32) -> bool {
+    /// Makes loops of products load ahead. Whether any does.
+    pub(super) fn load_ahead(&mut self, block: &mut Block, room: Room) -> bool {
         let mut any = false;
         let mut out = Vec::with_capacity(block.insts.len());
         for mut inst in std::mem::take(&mut block.insts) {
             match &mut inst.op {
                 Op::For { body, .. } if self.multiplies(body) => {
-                    if room > 0 {
+                    if room.bytes > 0 {
                         self.separate(body);
                     }
-                    let fills = self.fills(body, room);
+                    let mut fills = self.fills(body, room);
+                    if !fills.is_empty() && self.put_down_factors(body) {
+                        fills = self.fills(body, room);
+                    }
                     if !fills.is_empty() {
                         self.hold(inst, fills, &mut out);
                         any = true;
@@ -144,6 +157,41 @@ impl Scheduler<'_> {
         body.insts = out;
     }
 
+    /// What is loaded for a store only gets a place in shared memory, where it is little: then it can be loaded ahead as well. Whether anything does.
+    fn put_down_factors(&mut self, body: &Block) -> bool {
+        let mut read = BTreeSet::new();
+        for inst in &body.insts {
+            if let Op::Tile(tile::Op::Store { value, .. }) = &inst.op {
+                self.find_lazy_loads(*value, &mut read);
+            }
+        }
+        let little = |s: &Self, v: ValueId| match &s.types[v.0 as usize] {
+            tile::Type::Tile(t) => t.elements() * t.dtype.bytes() <= SMALL as usize,
+            _ => false,
+        };
+        let here = made_in(body);
+        read.retain(|v| here.contains(v) && little(self, *v));
+        for &v in &read {
+            let place = self.shared(v);
+            self.set(v, place);
+        }
+        !read.is_empty()
+    }
+
+    /// Loads that evaluating a value makes.
+    fn find_lazy_loads(&self, v: ValueId, into: &mut BTreeSet<ValueId>) {
+        if self.place(v) != &Place::Lazy {
+            return;
+        }
+        match self.defs.get(&v) {
+            Some(tile::Op::Load { .. }) => {
+                into.insert(v);
+            }
+            Some(tile::Op::Gather { .. }) | None => {}
+            Some(op) => tile::operands(op).into_iter().for_each(|x| self.find_lazy_loads(x, into)),
+        }
+    }
+
     /// What evaluating a value reads, which rows are gathered aside.
     fn directly(&self, v: ValueId, into: &mut BTreeSet<ValueId>) {
         match self.defs.get(&v) {
@@ -158,13 +206,14 @@ impl Scheduler<'_> {
     }
 
     /// What a body can bring ahead, in its order.
-    fn fills(&self, body: &Block, room: u32) -> Vec<Fill> {
+    fn fills(&self, body: &Block, room: Room) -> Vec<Fill> {
         let how = Rewriting { made: made_in(body), counter: body.args[0] };
         let mut found: BTreeMap<usize, Fill> = BTreeMap::new();
         for (at, inst) in body.insts.iter().enumerate() {
             let (Op::Tile(op), [r]) = (&inst.op, &inst.results[..]) else { continue };
             let elementwise = matches!(op, tile::Op::Load { .. } | tile::Op::Gather { .. } | tile::Op::Map { .. });
-            if !elementwise || !matches!(self.place(*r), Place::Shared(_)) {
+            let takes = elementwise || self.sums_columns(op);
+            if !takes || !matches!(self.place(*r), Place::Shared(_)) {
                 continue;
             }
             let loads = self.loads_of(*r, op);
@@ -183,12 +232,23 @@ impl Scheduler<'_> {
             };
         }
         for f in found.values_mut() {
-            f.stays = !self.is_known_whole(f, &how);
+            f.stays = room.in_place || !self.is_known_whole(f, &how);
         }
         let mut fills: Vec<Fill> = found.into_values().collect();
         self.set_leads(&mut fills);
+        for f in &mut fills {
+            f.stays &= f.lead == 0;
+        }
         let bytes: u32 = fills.iter().map(|f| self.bytes_of(f)).sum();
-        if bytes > room { Vec::new() } else { fills }
+        if bytes > room.bytes { Vec::new() } else { fills }
+    }
+
+    /// Whether an op combines few lines of a tile, each thread its own columns.
+    fn sums_columns(&self, op: &tile::Op) -> bool {
+        let tile::Op::Reduce { x, axis, .. } = op else { return false };
+        let tile::Type::Tile(t) = &self.types[x.0 as usize] else { return false };
+        let axis = *axis as usize;
+        t.shape[axis] <= reduce::LOADED && t.shape[axis + 1..].iter().any(|&n| n > 1)
     }
 
     /// Loads and gathers that evaluating a tile reads, further ones that say where these come from first.
@@ -239,7 +299,7 @@ impl Scheduler<'_> {
     }
 
     /// What evaluating a value reads that lies somewhere, through lazies that are not in `stop`.
-    fn sources(&self, v: ValueId, stop: &[ValueId], into: &mut BTreeSet<ValueId>) {
+    pub(super) fn sources(&self, v: ValueId, stop: &[ValueId], into: &mut BTreeSet<ValueId>) {
         match self.defs.get(&v) {
             Some(op) if self.place(v) == &Place::Lazy && !stop.contains(&v) => {
                 tile::operands(op).into_iter().for_each(|x| self.sources(x, stop, into));
@@ -619,7 +679,7 @@ impl Scheduler<'_> {
         self.place(v) == &Place::View
     }
 
-    fn only_reads(&self, view: ValueId) -> bool {
+    pub(super) fn only_reads(&self, view: ValueId) -> bool {
         self.program.params.iter().any(|p| p.value == view && p.access == Access::Read)
     }
 }

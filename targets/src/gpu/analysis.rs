@@ -20,6 +20,9 @@ pub struct Analysis {
     pub atom: Atom,
     /// Fragments of another instruction.
     pub atoms: HashMap<ValueId, Atom>,
+    /// What is one number for each row of a fragment, with that fragment: what its rows are reduced to, and arithmetic on that. Rows and columns
+    /// of all these fragments are the same.
+    pub lines: HashMap<ValueId, ValueId>,
 }
 
 /// Who reads a value.
@@ -52,6 +55,7 @@ impl Analysis {
             operands: HashMap::new(),
             atom: Atom::Fma,
             atoms: HashMap::new(),
+            lines: HashMap::new(),
         };
         let mut home = HashMap::new();
         let mut regions = 0;
@@ -66,6 +70,9 @@ impl Analysis {
         a.find_fragments(program, &every);
         if a.atom != Atom::Fma {
             a.find_atoms(program, arch, &every);
+            if arch.keeps_lines() {
+                a.find_lines(program, &every);
+            }
         }
         for inst in &every {
             if let tile::Op::Dot { a: left, b: right, trans_b, .. } = &inst.op {
@@ -206,6 +213,51 @@ impl Analysis {
         }
     }
 
+    /// Fixpoint, as of fragments. None where fragments of several forms are reduced, or a product has one column itself.
+    fn find_lines(&mut self, program: &Program, every: &[&tile::Inst]) {
+        let shape = |v: ValueId| program.tile(v).map_or(&[][..], |t| &t.shape);
+        let column = |v: ValueId| matches!(shape(v), [rows, 1] if *rows > 1);
+        loop {
+            let before = self.lines.len();
+            for inst in every {
+                match &inst.op {
+                    tile::Op::Reduce { x, axis: 1, .. }
+                        if self.fragments.contains(x) && shape(*x).len() == 2 && column(inst.results[0]) =>
+                    {
+                        self.lines.insert(inst.results[0], *x);
+                    }
+                    tile::Op::Map { inputs, .. } if column(inst.results[0]) => {
+                        if let Some(of) = inputs.iter().find_map(|i| self.lines.get(i)).copied() {
+                            self.lines.entry(inst.results[0]).or_insert(of);
+                        }
+                    }
+                    tile::Op::For { body, .. } => {
+                        for (i, &arg) in body.args[1..].iter().enumerate() {
+                            if let Some(of) = self.lines.get(&body.yields[i]).copied() {
+                                self.lines.entry(arg).or_insert(of);
+                                self.lines.entry(inst.results[i]).or_insert(of);
+                            }
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            if self.lines.len() == before {
+                break;
+            }
+        }
+        let mut forms = self.lines.values().map(|&v| (shape(v), self.atoms.get(&v)));
+        let first = forms.next();
+        let differ = forms.any(|form| Some(form) != first);
+        if differ
+            || has_column_products(
+                every.iter().map(|i| (&i.op, shape(i.results.first().copied().unwrap_or(ValueId(0))))),
+            )
+        {
+            self.lines.clear();
+        }
+    }
+
     /// Notes that a value is read as a matrix operand: the value itself, or what it is a view of with the same rows.
     fn operand(&mut self, program: &Program, v: ValueId, pads: Operand) {
         let mut root = v;
@@ -220,6 +272,11 @@ impl Analysis {
             *o = Operand { rows: o.rows.max(pads.rows), cols: o.cols.max(pads.cols) };
         }
     }
+}
+
+/// Whether a product has one column: ops with the shapes of their results.
+pub fn has_column_products<'a>(mut ops: impl Iterator<Item = (&'a tile::Op, &'a [u32])>) -> bool {
+    ops.any(|(op, shape)| matches!(op, tile::Op::Dot { .. }) && matrix(shape)[1] == 1)
 }
 
 /// Values in groups that have something in common.

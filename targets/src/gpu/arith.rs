@@ -66,6 +66,7 @@ pub fn apply_pairs(f: &mut Fn, body: &MapFn, args: &[[Val; 2]]) -> [Val; 2] {
         }
         built
     };
+    let tame = args.iter().flatten().all(|&a| f.is_tame(a));
     let args: Vec<Val> = args.iter().map(|&a| pair(f, a)).collect();
     let mut done: Vec<Val> = Vec::with_capacity(body.insts.len());
     let arg = |done: &[Val], a: &MapArg| match a {
@@ -92,7 +93,11 @@ pub fn apply_pairs(f: &mut Fn, body: &MapFn, args: &[[Val; 2]]) -> [Val; 2] {
     let result = f.name(result);
     [0, 1].map(|i| {
         let i = f.name(i32(i));
-        f.op(&format!("llvm.extractelement {result}[{i} : i32] : {PAIR}"), Ty::F32)
+        let v = f.op(&format!("llvm.extractelement {result}[{i} : i32] : {PAIR}"), Ty::F32);
+        if tame {
+            f.set_tame(v);
+        }
+        v
     })
 }
 

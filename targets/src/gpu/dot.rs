@@ -4,7 +4,7 @@
 
 use super::emit::Emitter;
 use super::fragment::Spread;
-use super::isa::{self, Product};
+use super::isa::{self, Left, Product};
 use super::mlir::{Ty, Val, i32};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Op, Place};
@@ -23,14 +23,21 @@ impl<'a> Emitter<'a> {
             Some(acc) => self.fragment(acc, &s),
             None => self.zeros(&s),
         };
-        let (a_buffer, b_buffer) = (self.root_buffer(a), self.root_buffer(b));
+        let b_buffer = self.root_buffer(b);
         let k = self.shape(a).last().copied().unwrap_or(1);
         let values = match f.atom {
-            Atom::Fma => self.dot_fma(&s, (a_buffer, self.dtype(a)), (b_buffer, self.dtype(b)), k, trans_b, acc),
+            Atom::Fma => {
+                self.dot_fma(&s, (self.root_buffer(a), self.dtype(a)), (b_buffer, self.dtype(b)), k, trans_b, acc)
+            }
             atom => {
                 let ready = [a, b].map(|v| self.root(v).is_some_and(|b| self.ready.contains(&b)));
                 let first = [a, b].map(|v| self.stage_byte(v));
-                let p = Product { atom, dtype: self.dtype(a), a: a_buffer, b: b_buffer, first, ready, k, trans_b };
+                let held = self.held_left(a);
+                let left = match &held {
+                    Some(held) => Left::Held(held),
+                    None => Left::Shared(self.root_buffer(a)),
+                };
+                let p = Product { atom, dtype: self.dtype(a), a: left, b: b_buffer, first, ready, k, trans_b };
                 self.t.arch.product(self, &s, &p, acc)
             }
         };

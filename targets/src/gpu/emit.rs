@@ -1,14 +1,15 @@
 //! Scheduled tile IR to MLIR: instructions one by one, loops and branches. What an instruction does to its tiles is in the files beside this one.
 
+use super::analysis::has_column_products;
 use super::block::Threads;
 use super::direct::{Ring, rings_in};
 use super::fragment::Spread;
 use super::held::Held;
 use super::isa;
 use super::mlir::{Ty, Val, i32, i64};
-use super::schedule::shared_bytes;
+use super::schedule::{matrix, shared_bytes};
 use super::{divisor, scan, topk};
-use dsc_ir::sched::{Block, Buffer, BufferId, ChannelId, Inst, Op, Place, Scheduled};
+use dsc_ir::sched::{Atom, Block, Buffer, BufferId, ChannelId, Fragment, Inst, Op, Place, Scheduled};
 use dsc_ir::tile::{self, Index, Type, ValueId};
 use dsc_ir::{DType, Extent, Sym};
 use std::collections::{HashMap, HashSet};
@@ -27,6 +28,8 @@ pub struct Emitter<'a> {
     pub fragments: HashMap<ValueId, Vec<Val>>,
     /// Buffers whose elements are as [`super::isa::Isa::operand_word`] makes them.
     pub ready: HashSet<BufferId>,
+    /// Whether fragments of one column are one number for each row, and no products.
+    lines: bool,
     /// Loads on their way.
     pub held: Held<'a>,
     /// Inputs of arithmetic on fragments that were read before its turn, by result and input.
@@ -59,6 +62,7 @@ impl<'a> Emitter<'a> {
             uniform: HashMap::new(),
             fragments: HashMap::new(),
             ready: HashSet::new(),
+            lines: false,
             held: Held::default(),
             early: HashMap::new(),
             rings: s.channels.iter().map(|_| Ring::default()).collect(),
@@ -71,6 +75,7 @@ impl<'a> Emitter<'a> {
             fault: None,
         };
         definitions(&s.common, &mut e.defs);
+        e.lines = e.t.arch.keeps_lines() && !has_column_products(e.defs.iter().map(|(&v, &op)| (op, e.shape(v))));
         e.find_readers(&s.common);
         e.ready = e.only_multiplied();
         for (i, p) in s.params.iter().enumerate() {
@@ -265,9 +270,9 @@ impl<'a> Emitter<'a> {
                 self.chunk(v, &at, 1)
             }
             Place::Fragment(f) => {
-                let spread = Spread::new(self, *f, self.shape(like));
+                let spread = self.spread(*f, like);
                 let values = self.fragment(v, &spread);
-                self.together(f.atom, &values)
+                if self.is_line(like) { values } else { self.together(f.atom, &values) }
             }
             Place::Held => self.held_registers(v),
             _ => Vec::new(),
@@ -282,7 +287,10 @@ impl<'a> Emitter<'a> {
             }
             Place::Fragment(f) => {
                 let fours = values.first().is_some_and(|v| v.ty() == Ty::Quad);
-                let n = Spread::count(*f, self.shape(v)) / if fours { 4 } else { 1 };
+                let n = match self.is_line(v) {
+                    true => self.spread(*f, v).rows.len(),
+                    false => Spread::count(*f, self.shape(v)) / if fours { 4 } else { 1 },
+                };
                 self.fragments.insert(v, values[..n].to_vec());
                 n
             }
@@ -427,7 +435,7 @@ impl<'a> Emitter<'a> {
                 self.divisors.insert(r, d);
             }
             Place::Fragment(f) => {
-                let spread = Spread::new(self, *f, self.shape(r));
+                let spread = self.spread(*f, r);
                 let values = self.fragment_of(op, r, &spread);
                 self.set_registers(r, &values);
             }
@@ -439,6 +447,19 @@ impl<'a> Emitter<'a> {
             },
             Place::Slot(..) => unreachable!("only a take is in a slot"),
         }
+    }
+
+    /// Whether a value is one number for each row of a fragment.
+    pub fn is_line(&self, v: ValueId) -> bool {
+        self.lines
+            && matches!(self.place(v), Place::Fragment(f) if f.atom != Atom::Fma)
+            && matrix(self.shape(v))[1] == 1
+    }
+
+    /// Which elements of a fragment a thread has.
+    pub fn spread(&mut self, f: Fragment, v: ValueId) -> Spread {
+        let spread = Spread::new(self, f, self.shape(v));
+        if self.is_line(v) { spread.line() } else { spread }
     }
 
     /// Whether a value is in registers as a product left it.

@@ -136,6 +136,10 @@ impl<'a> Emitter<'a> {
                     let one: Vec<Vec<(Val, DType)>> = args.iter().map(|a| vec![a[0]]).collect();
                     return vec![arith::apply_each(&mut self.t.f, arch, body, &one, 1)[0]; n as usize];
                 }
+                let floats = args.iter().flatten().all(|v| v.1 == DType::F32);
+                if arch.pairs() && floats && n.is_multiple_of(2) && arith::pairs(body) {
+                    return self.in_pairs(body, &args, n as usize);
+                }
                 arith::apply_each(&mut self.t.f, arch, body, &args, n as usize)
             }
             tile::Op::Reshape { x, .. } => {
@@ -172,6 +176,22 @@ impl<'a> Emitter<'a> {
             }
             _ => unreachable!("{op:?} is no elementwise op"),
         }
+    }
+
+    /// A map of floats, two elements at a time. A factor of all of them is tamed once, where that makes the results tame.
+    fn in_pairs(&mut self, body: &MapFn, args: &[Vec<(Val, DType)>], n: usize) -> Vec<Val> {
+        let (arch, f) = (self.t.arch, &mut self.t.f);
+        let mut args: Vec<Vec<Val>> = args.iter().map(|a| a.iter().map(|v| v.0).collect()).collect();
+        if n > 2 && args.iter().any(|a| a.iter().all(|&v| f.is_tame(v))) {
+            for a in args.iter_mut().filter(|a| a.iter().all(|&v| v == a[0])) {
+                *a = vec![arch.tamed(f, a[0]); n];
+            }
+        }
+        let pairs = (0..n).step_by(2).flat_map(|i| {
+            let args: Vec<[Val; 2]> = args.iter().map(|a| [a[i], a[i + 1]]).collect();
+            arith::apply_pairs(f, body, &args)
+        });
+        pairs.collect()
     }
 
     /// Where neighbours of a tile that is loaded or gathered are in global memory; none for other tiles.

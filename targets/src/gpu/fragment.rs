@@ -126,6 +126,11 @@ impl Spread {
         Spread { rows, groups, width, shape, column_lanes, row_lanes, lane, warp, warps: f.warps, block }
     }
 
+    /// The same of what is one number for each row.
+    pub fn line(self) -> Spread {
+        Spread { groups: vec![(i32(0), Val::Int(1, Ty::I1))], width: 1, ..self }
+    }
+
     /// Number of the register of a row's column `e` of a group.
     pub fn register(&self, row: usize, group: usize, e: u32) -> usize {
         let fours = (self.width / 4).max(1);
@@ -188,7 +193,7 @@ impl<'a> Emitter<'a> {
     /// Sets the registers of a fragment.
     pub fn set_registers(&mut self, v: ValueId, values: &[Val]) {
         let Place::Fragment(f) = self.place(v) else { unreachable!("a fragment") };
-        let kept = self.together(f.atom, values);
+        let kept = if self.is_line(v) { values.to_vec() } else { self.together(f.atom, values) };
         self.fragments.insert(v, kept);
     }
 
@@ -251,6 +256,10 @@ impl<'a> Emitter<'a> {
                 for &i in inputs {
                     args.push(match self.early.remove(&(r, i)) {
                         Some(values) => values,
+                        None if self.is_line(i) => {
+                            let each = s.groups.len() * s.width as usize;
+                            self.registers_of(i).into_iter().flat_map(|v| vec![v; each]).collect()
+                        }
                         None if self.is_fragment(i) => self.registers_of(i),
                         None => self.fragment_input(i, shape, s),
                     });
@@ -278,9 +287,19 @@ impl<'a> Emitter<'a> {
     /// Writes a fragment to its shared copy; padding is zero.
     pub fn spill_fragment(&mut self, v: ValueId, b: &'a Buffer) {
         let Place::Fragment(f) = self.place(v) else { unreachable!("a fragment") };
-        let s = Spread::new(self, *f, self.shape(v));
+        let s = self.spread(*f, v);
         let dtype = self.dtype(v);
         let values = self.registers_of(v);
+        if self.is_line(v) {
+            let lanes = self.t.f.bin("and", s.lane, i32(s.column_lanes.iter().sum::<u32>().into()));
+            let beside = self.t.f.bin("or", lanes, s.warp[1]);
+            let first = self.t.f.cmp("eq", beside, i32(0));
+            for (&(row, exists), &value) in s.rows.iter().zip(&values) {
+                let ok = self.t.f.bin("and", first, exists);
+                self.guarded(ok, |e| e.store_buffer(b, dtype, row, i32(0), &[value]));
+            }
+            return;
+        }
         if b.shape != s.shape {
             self.zero_buffer(b);
             self.t.barrier();

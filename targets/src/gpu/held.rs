@@ -6,7 +6,7 @@
 use super::emit::Emitter;
 use super::fill::Fill;
 use super::fragment::Spread;
-use super::isa;
+use super::isa::{self, HeldLeft};
 use super::mlir::{Ty, Val, f32, i32};
 use dsc_ir::sched::{Block, Inst, Op, Place};
 use dsc_ir::tile::{self, Index, ValueId};
@@ -44,6 +44,10 @@ pub struct Held<'a> {
     readers: HashMap<ValueId, Reader<'a>>,
     /// Tiles that are put down from loads.
     fills: HashSet<ValueId>,
+    /// Loads that are left operands, with the products that read them.
+    products: HashMap<ValueId, ValueId>,
+    /// Left operands.
+    lefts: HashMap<ValueId, HeldLeft>,
     /// What a load takes the place of in the next round, which is carried on elsewhere.
     older: HashMap<ValueId, ValueId>,
     /// That, in other registers: those of a load under way are not to be moved.
@@ -66,6 +70,11 @@ impl<'a> Emitter<'a> {
                     self.held.fills.insert(*r);
                     self.held.readers.insert(leaf, Reader { fill: *r, op, leaf });
                 }
+            }
+            if let (Op::Tile(tile::Op::Dot { a, .. }), [r]) = (&inst.op, &inst.results[..])
+                && let Some(load) = self.held_root(*a)
+            {
+                self.held.products.insert(load, *r);
             }
             inst.op.blocks().into_iter().for_each(|inner| self.find_readers(inner));
             if let Op::For { init, body, .. } = &inst.op {
@@ -100,8 +109,56 @@ impl<'a> Emitter<'a> {
         self.held.fills.contains(&r)
     }
 
+    /// The load that a left operand is, if it is one in registers.
+    fn held_root(&self, mut v: ValueId) -> Option<ValueId> {
+        loop {
+            match (self.place(v), self.definition(v)) {
+                (Place::Held, _) => return Some(v),
+                (Place::Lazy, Some(tile::Op::Reshape { x, .. })) => v = *x,
+                _ => return None,
+            }
+        }
+    }
+
+    /// A left operand in registers.
+    pub fn held_left(&self, a: ValueId) -> Option<HeldLeft> {
+        self.held.lefts.get(&self.held_root(a)?).cloned()
+    }
+
+    /// Loads the rows of a left operand that a product's lanes take.
+    fn hold_left(&mut self, r: ValueId, op: &'a tile::Op, product: ValueId) {
+        let Place::Fragment(f) = self.place(product) else { return };
+        let s = Spread::new(self, *f, self.shape(product));
+        let (arch, dtype, shape) = (self.t.arch, self.dtype(r), self.shape(r));
+        let (leading, k) = (&shape[..shape.len() - 1], shape[shape.len() - 1]);
+        let n = 16 / dtype.bytes() as u32;
+        let mut operand = Vec::new();
+        for step in 0..k / arch.matrix_step(dtype) {
+            let column = arch.left_column(&mut self.t.f, &s, dtype, step);
+            let mut rows = Vec::new();
+            for &(row, _) in &s.rows {
+                let mut at = self.delinear(row, leading);
+                at.push(column);
+                let Some(access) = self.source(op, &at, n) else { return };
+                let words = self.load_from(&access, true);
+                let words = self.masked(&access, words);
+                let words = self.words(&words);
+                let convert = arch.converts(dtype);
+                let f = &mut self.t.f;
+                let taken: Vec<Val> =
+                    words.into_iter().map(|w| if convert { arch.operand_word(f, dtype, w) } else { w }).collect();
+                rows.push(arch.keep_left(f, &taken));
+            }
+            operand.push(rows);
+        }
+        self.held.lefts.insert(r, operand);
+    }
+
     /// Makes a load.
     pub fn hold(&mut self, r: ValueId, op: &'a tile::Op) {
+        if let Some(&product) = self.held.products.get(&r) {
+            return self.hold_left(r, op, product);
+        }
         let Some(Reader { fill, op: reads, leaf }) = self.held.readers.get(&r).copied() else {
             self.fault = Some(format!("nothing reads the load %{}", r.0));
             return;
@@ -116,15 +173,32 @@ impl<'a> Emitter<'a> {
             };
             self.held.moved.insert(older, pieces.into_iter().map(&mut copy).collect());
         }
-        let fill = self.fill(reads, fill, self.root_buffer(fill));
         let mut pieces = Vec::new();
-        for i in 0..fill.rounds(self.t.threads) {
-            let (c, _) = self.round_of(&fill, i);
-            self.held.collecting = Some(Collecting { leaf, op, found: None });
-            self.evaluate_fill(&fill, c);
-            match self.held.collecting.take().and_then(|c| c.found) {
+        let mut collect = |e: &mut Self, evaluate: &mut dyn FnMut(&mut Self)| {
+            e.held.collecting = Some(Collecting { leaf, op, found: None });
+            evaluate(e);
+            match e.held.collecting.take().and_then(|c| c.found) {
                 Some(piece) => pieces.push(piece),
-                None => self.fault = Some(format!("%{} does not read the load %{}", fill.r.0, r.0)),
+                None => e.fault = Some(format!("%{} does not read the load %{}", fill.0, r.0)),
+            }
+        };
+        if let tile::Op::Reduce { x, axis, .. } = reads {
+            let columns = self.columns(*x, *axis as usize);
+            for i in 0..columns.total.div_ceil(self.t.threads) {
+                let (c, _) = self.piece_round(columns.total, i);
+                for k in 0..columns.lines {
+                    collect(self, &mut |e| {
+                        e.column(*x, &columns, c, k);
+                    });
+                }
+            }
+        } else {
+            let fill = self.fill(reads, fill, self.root_buffer(fill));
+            for i in 0..fill.rounds(self.t.threads) {
+                let (c, _) = self.round_of(&fill, i);
+                collect(self, &mut |e| {
+                    e.evaluate_fill(&fill, c);
+                });
             }
         }
         self.held.pieces.insert(r, pieces);
@@ -134,9 +208,19 @@ impl<'a> Emitter<'a> {
 
     /// The chunk of a round of a fill that is written out, and whether there is one.
     fn round_of(&mut self, fill: &Fill, i: u32) -> (Val, Val) {
+        self.set_piece(i);
+        self.piece_round(fill.chunks(), i)
+    }
+
+    /// Which piece of loads on their way is read from here on.
+    pub fn set_piece(&mut self, i: u32) {
         self.held.piece = i as usize;
-        let (total, threads) = (fill.chunks(), self.t.threads);
-        let partial = i + 1 == fill.rounds(threads) && !total.is_multiple_of(threads);
+    }
+
+    /// The chunk of a round that is written out, of `total`, and whether there is one.
+    pub fn piece_round(&mut self, total: u32, i: u32) -> (Val, Val) {
+        let threads = self.t.threads;
+        let partial = i + 1 == total.div_ceil(threads) && !total.is_multiple_of(threads);
         self.round(self.t.tid, i, partial.then_some(total))
     }
 
@@ -259,7 +343,7 @@ impl<'a> Emitter<'a> {
             if lazy.is_empty() {
                 continue;
             }
-            let (shape, spread) = (self.shape(*r), Spread::new(self, *f, self.shape(*r)));
+            let (shape, spread) = (self.shape(*r), self.spread(*f, *r));
             for v in lazy {
                 let values = self.fragment_input(v, shape, &spread);
                 self.early.insert((*r, v), values);

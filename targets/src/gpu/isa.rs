@@ -19,15 +19,27 @@ pub fn stored(dtype: DType) -> Ty {
     }
 }
 
+/// A left operand in registers: by step of the product and block of rows, a lane's 16 bytes as [`Isa::keep_left`] gives them.
+pub type HeldLeft = Vec<Vec<Val>>;
+
+/// Where the left operand of a product is.
+#[derive(Clone, Copy)]
+pub enum Left<'a> {
+    /// In shared memory, rows padded with zeros to whole steps of `k`.
+    Shared(&'a Buffer),
+    /// In registers ([`Isa::holds_left`]).
+    Held(&'a HeldLeft),
+}
+
 /// A matrix product of tiles in shared memory, as [`Isa::product`] takes it.
 pub struct Product<'a> {
     /// The instruction, one of those that [`Isa::matrix_atom`] gives.
     pub atom: Atom,
     /// Type of both operands.
     pub dtype: DType,
-    /// The left operand, `[m, k]`; rows padded with zeros to whole steps of `k`.
-    pub a: &'a Buffer,
-    /// The right operand, `[n, k]` if `trans_b`, else `[k, n]`; padded alike.
+    /// The left operand, `[m, k]`.
+    pub a: Left<'a>,
+    /// The right operand, `[n, k]` if `trans_b`, else `[k, n]`; padded as the left one is in shared memory.
     pub b: &'a Buffer,
     /// Whether the elements of `a` and `b` are as [`Isa::operand_word`] makes them.
     pub ready: [bool; 2],
@@ -135,6 +147,29 @@ pub trait Isa: Sync {
         false
     }
 
+    /// Whether a left operand of `k` elements a row can stay in registers.
+    fn holds_left(&self, dtype: DType, k: u32) -> bool {
+        let _ = (dtype, k);
+        false
+    }
+
+    /// The first of the 16 bytes' elements that a lane has of its rows of a left operand, in a step of the product.
+    fn left_column(&self, f: &mut Fn, s: &Spread, dtype: DType, step: u32) -> Val {
+        let _ = (f, s, dtype, step);
+        unreachable!("{} holds no operands", self.name())
+    }
+
+    /// These 16 bytes, of words as [`Isa::operand_word`] makes them, in registers beside each other where products take them from.
+    fn keep_left(&self, f: &mut Fn, words: &[Val]) -> Val {
+        let _ = (f, words);
+        unreachable!("{} holds no operands", self.name())
+    }
+
+    /// Whether what is one number for each row of a product stays in registers, with those who have the row.
+    fn keeps_lines(&self) -> bool {
+        false
+    }
+
     /// Whether sums and products of two f32 beside each other are one instruction.
     fn pairs(&self) -> bool {
         false
@@ -161,6 +196,12 @@ pub trait Isa: Sync {
     /// Two f32 rounded to neighbours, as [`Isa::narrow`] rounds one.
     fn narrow_pair(&self, f: &mut Fn, pair: [Val; 2], to: DType) -> [Val; 2] {
         pair.map(|v| self.narrow(f, v, to))
+    }
+
+    /// A float, or a tame NaN ([`Fn::set_tame`]) if it is NaN, where it pays to know.
+    fn tamed(&self, f: &mut Fn, v: Val) -> Val {
+        let _ = f;
+        v
     }
 
     /// Lanes that share instructions.

@@ -4,6 +4,7 @@
 //! compile time (register numbers, strides, offsets in shared memory) costs no instruction and little text. What
 //! a chip has and the dialects do not is its [`super::isa::Isa`]'s business.
 
+use std::collections::HashSet;
 use std::fmt::Write;
 
 /// Type of a value.
@@ -132,6 +133,7 @@ pub struct Fn {
     text: String,
     /// Whether loads of global memory are of what nobody writes meanwhile.
     pub constant: bool,
+    tame: HashSet<u32>,
     /// Whether loops ask at the end of a round whether there is another one, as some compilers take loops best.
     pub asks_last: bool,
 }
@@ -252,6 +254,23 @@ impl Fn {
             ("or" | "xor", Val::Int(0, _), v) | ("or" | "xor" | "shl" | "lshr", v, Val::Int(0, _)) => v,
             ("shl", Val::Int(x, ty), Val::Int(y, _)) => Val::Int(wrap(x << y, ty), ty),
             _ => self.binary(op, a, b),
+        }
+    }
+
+    /// Notes that a float, if it is NaN, has no bits set in its lower half: rounding it to bf16 as a number leaves NaN. Sums and products of such
+    /// ([`super::arith`]) are so too, as hardware gives one of the operands or its own NaN.
+    pub fn set_tame(&mut self, v: Val) {
+        if let Val::Reg(n, _) = v {
+            self.tame.insert(n);
+        }
+    }
+
+    /// Whether that is known of a float.
+    pub fn is_tame(&self, v: Val) -> bool {
+        match v {
+            Val::Reg(n, _) => self.tame.contains(&n),
+            Val::Float(bits) => bits & 0xffff == 0 || !f32::from_bits(bits).is_nan(),
+            _ => false,
         }
     }
 

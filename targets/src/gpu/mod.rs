@@ -12,6 +12,7 @@
 //! | `memory`, `fill` | access to shared and global memory; tiles on their way there |
 //! | `ring`, `direct` | loops whose operands are copied to shared memory some rounds before |
 //! | `ahead`, `held` | loops whose operands are loaded to registers rounds before; these loads |
+//! | `operands` | left operands that stay in registers |
 //! | `fragment` | tiles in registers as a matrix product leaves them |
 //! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
 //! | `arith` | scalar arithmetic of maps |
@@ -37,6 +38,7 @@ mod lifetimes;
 pub mod llvm;
 pub mod memory;
 pub mod mlir;
+mod operands;
 pub mod reduce;
 pub mod ring;
 pub mod scan;

@@ -12,7 +12,7 @@ use dsc_ir::tile::{ReduceKind, ValueId};
 /// Rounds of a reduction that are written out rather than looped over.
 const UNROLLED: u32 = 8;
 /// The same where each is a load of the thread's own: all are on their way at once.
-const LOADED: u32 = 32;
+pub const LOADED: u32 = 32;
 
 impl<'a> Emitter<'a> {
     /// Reduces `x` along an axis to `r`; the value itself if that is a single element.
@@ -30,6 +30,11 @@ impl<'a> Emitter<'a> {
         };
         if let Place::Fragment(f) = self.place(x) {
             let s = Spread::new(self, *f, self.shape(x));
+            if self.is_line(r) {
+                let lines = self.reduce_to_lines(x, &s, kind, scratch);
+                self.set_registers(r, &lines);
+                return None;
+            }
             return self.reduce_fragment(x, &s, axis, kind, scratch, to);
         }
         let shape = self.shape(x);
@@ -108,18 +113,8 @@ impl<'a> Emitter<'a> {
         // This thread's partial results: one a row, or one a column of its groups.
         let mut partial: Vec<(Val, Val, Val)> = Vec::new();
         if axis == 1 {
-            for (ri, &(row, ok)) in s.rows.iter().enumerate() {
-                let mut all = Vec::new();
-                for gi in 0..s.groups.len() {
-                    for e in 0..s.width {
-                        let exists = self.column_exists(s, gi, e);
-                        all.push(self.t.f.select(exists, values[s.register(ri, gi, e)], none));
-                    }
-                }
-                let v = self.combine_all(kind, &all);
-                let v = self.shuffled(kind, v, &s.column_lanes);
-                partial.push((row, ok, v));
-            }
+            let lines = self.rows_of_wave(s, kind, &values);
+            partial.extend(s.rows.iter().zip(lines).map(|(&(row, ok), v)| (row, ok, v)));
         } else {
             for gi in 0..s.groups.len() {
                 for e in 0..s.width {
@@ -169,6 +164,58 @@ impl<'a> Emitter<'a> {
             e.t.store_shared(to, &[v]);
         });
         None
+    }
+
+    /// The rows of a fragment, each combined over the columns that a wave has, in all its lanes.
+    fn rows_of_wave(&mut self, s: &Spread, kind: ReduceKind, values: &[Val]) -> Vec<Val> {
+        let none = identity(kind, values[0].ty());
+        let mut lines = Vec::new();
+        for ri in 0..s.rows.len() {
+            let mut all = Vec::new();
+            for gi in 0..s.groups.len() {
+                for e in 0..s.width {
+                    let exists = self.column_exists(s, gi, e);
+                    all.push(self.t.f.select(exists, values[s.register(ri, gi, e)], none));
+                }
+            }
+            let v = self.combine_all(kind, &all);
+            lines.push(self.shuffled(kind, v, &s.column_lanes));
+        }
+        lines
+    }
+
+    /// The rows of a fragment, each combined, for all who have it: by scratch memory where several waves do.
+    fn reduce_to_lines(&mut self, x: ValueId, s: &Spread, kind: ReduceKind, scratch: Option<u32>) -> Vec<Val> {
+        let values = self.registers_of(x);
+        let lines = self.rows_of_wave(s, kind, &values);
+        let waves = s.warps[1];
+        if waves == 1 {
+            return lines;
+        }
+        let scratch = self.needed(scratch, "a reduction across waves");
+        let byte = |e: &mut Self, row: Val, wave: Val| {
+            let slot = e.t.f.mul(row, i32(waves.into()));
+            let slot = e.t.f.add(slot, wave);
+            let byte = e.t.f.mul(slot, i32(4));
+            e.t.f.add(byte, i32(scratch.into()))
+        };
+        let lane = self.t.f.bin("and", s.lane, i32(s.column_lanes.iter().sum::<u32>().into()));
+        let first = self.t.f.cmp("eq", lane, i32(0));
+        for (&(row, exists), &v) in s.rows.iter().zip(&lines) {
+            let ok = self.t.f.bin("and", first, exists);
+            let byte = byte(self, row, s.warp[1]);
+            self.guarded(ok, |e| e.t.store_shared(byte, &[v]));
+        }
+        self.t.barrier();
+        let all = |e: &mut Self, row: Val| {
+            let (mut parts, ty) = (Vec::new(), values[0].ty());
+            for wave in (0..waves).step_by(4) {
+                let byte = byte(e, row, i32(wave.into()));
+                parts.extend(e.t.load_shared(byte, ty, (waves - wave).min(4)));
+            }
+            e.combine_all(kind, &parts)
+        };
+        s.rows.iter().map(|&(row, _)| all(self, row)).collect()
     }
 
     /// Byte of a reduced fragment's element: a column or a row of the result.
@@ -330,10 +377,47 @@ impl<'a> Emitter<'a> {
 
     /// A thread on neighbouring columns of each output.
     fn reduce_columns(&mut self, r: ValueId, x: ValueId, axis: usize, kind: ReduceKind, to: &'a Buffer) {
-        let shape = self.shape(x);
-        let last = shape.len() - 1;
         let none = identity(kind, isa::stored(self.dtype(x)));
-        let mut n = self.width(x).min(4).min(power_of_two_in(shape[last]));
+        let columns = self.columns(x, axis);
+        let Columns { n, total, lines, .. } = columns;
+        let (last, dtype) = (columns.reduced.len() - 1, self.dtype(r));
+        let store = |e: &mut Self, c: Val, values: Vec<Val>, ok: Val| {
+            let at = e.first_of(c, n, &columns.reduced);
+            let row = e.linear(&at[..last], &columns.reduced[..last]);
+            e.guarded(ok, |e| e.store_buffer(to, dtype, row, at[last], &values));
+        };
+        if self.is_put_down(r) {
+            for i in 0..total.div_ceil(self.t.threads) {
+                let (c, ok) = self.piece_round(total, i);
+                let mut acc = vec![none; n as usize];
+                for k in 0..lines {
+                    self.set_piece(i * lines + k);
+                    let values = self.column(x, &columns, c, k);
+                    acc = acc.iter().zip(values).map(|(&a, v)| self.combine(kind, a, v)).collect();
+                }
+                store(self, c, acc, ok);
+            }
+            return;
+        }
+        self.each_chunk(
+            total,
+            |e, c| {
+                let at = e.first_of(c, n, &columns.reduced);
+                e.repeat((lines, LOADED), vec![none; n as usize], |e, i, acc| {
+                    let mut at = at.clone();
+                    at[axis] = i;
+                    let values = e.chunk(x, &at, n);
+                    acc.iter().zip(values).map(|(&a, v)| e.combine(kind, a, v)).collect()
+                })
+            },
+            store,
+        );
+    }
+
+    /// How threads share the columns of a tile that is reduced along `axis`.
+    pub fn columns(&self, x: ValueId, axis: usize) -> Columns {
+        let shape = self.shape(x);
+        let mut n = self.width(x).min(4).min(power_of_two_in(shape[shape.len() - 1]));
         let mut reduced = shape.to_vec();
         reduced[axis] = 1;
         let outputs = reduced.iter().product::<u32>();
@@ -341,26 +425,28 @@ impl<'a> Emitter<'a> {
         while n > 1 && outputs / n < self.t.threads {
             n /= 2;
         }
-        let total = outputs / n;
-        let dtype = self.dtype(r);
-        self.each_chunk(
-            total,
-            |e, c| {
-                let at = e.first_of(c, n, &reduced);
-                e.repeat((shape[axis], LOADED), vec![none; n as usize], |e, i, acc| {
-                    let mut at = at.clone();
-                    at[axis] = i;
-                    let values = e.chunk(x, &at, n);
-                    acc.iter().zip(values).map(|(&a, v)| e.combine(kind, a, v)).collect()
-                })
-            },
-            |e, c, values, ok| {
-                let at = e.first_of(c, n, &reduced);
-                let row = e.linear(&at[..last], &reduced[..last]);
-                e.guarded(ok, |e| e.store_buffer(to, dtype, row, at[last], &values));
-            },
-        );
+        Columns { axis, n, total: outputs / n, lines: shape[axis], reduced }
     }
+
+    /// Neighbours of a line of the columns of chunk `c`.
+    pub fn column(&mut self, x: ValueId, columns: &Columns, c: Val, line: u32) -> Vec<Val> {
+        let mut at = self.first_of(c, columns.n, &columns.reduced);
+        at[columns.axis] = i32(line.into());
+        self.chunk(x, &at, columns.n)
+    }
+}
+
+/// Columns of a tile that is reduced along another axis than its last, by chunks of neighbours.
+pub struct Columns {
+    axis: usize,
+    /// Neighbours of a chunk.
+    n: u32,
+    /// Chunks.
+    pub total: u32,
+    /// Elements that make one of the result.
+    pub lines: u32,
+    /// The result's shape.
+    reduced: Vec<u32>,
 }
 
 fn identity(kind: ReduceKind, ty: Ty) -> Val {

@@ -20,6 +20,7 @@ use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, Fragment, Inst, Op, 
 use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
 use std::collections::{BTreeSet, HashMap};
 
+use super::ahead::Room;
 use super::analysis::{Analysis, Operand, Uses, each};
 use super::barriers::{Reads, place_barriers};
 use super::fragment::Layout;
@@ -29,7 +30,7 @@ use super::ring::Ring;
 use super::topk;
 
 /// Bytes of buffers that share their place with no others, where loops load ahead: statistics of rows.
-const SMALL: u32 = 1024;
+pub(super) const SMALL: u32 = 1024;
 
 /// Applies a kernel's schedule on that architecture.
 ///
@@ -39,13 +40,14 @@ pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetErro
     if let Some(scheduled) = with_ring(kernel, arch) {
         return Ok(scheduled);
     }
-    let room = arch.ahead_bytes();
+    let room = Room { bytes: arch.ahead_bytes(), in_place: false };
     // What is put down ahead takes shared memory a little longer.
     let error = match attempt(kernel, arch, How::Plain, room) {
         Ok(scheduled) => return Ok(scheduled),
         Err(error) => error,
     };
-    let others = [(How::Plain, 0), (How::Lean, room), (How::Lean, 0)];
+    let (late, none) = (Room { in_place: true, ..room }, Room { bytes: 0, in_place: false });
+    let others = [(How::Plain, late), (How::Plain, none), (How::Lean, room), (How::Lean, none)];
     others.into_iter().find_map(|(how, room)| attempt(kernel, arch, how, room).ok()).ok_or(error)
 }
 
@@ -63,7 +65,7 @@ fn with_ring(kernel: &Kernel, arch: &dyn Isa) -> Option<Scheduled> {
             kernel,
             arch,
             How::Ring(Ring { lane_bytes, stages, near: kernel.schedule.near }),
-            arch.ahead_bytes(),
+            Room { bytes: arch.ahead_bytes(), in_place: false },
         )
         .ok()?;
         (shared_bytes(&scheduled) <= most).then_some(scheduled)
@@ -82,8 +84,7 @@ enum How {
     Ring(Ring),
 }
 
-/// `room`: bytes of a thread's registers for loads ahead.
-fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: u32) -> Result<Scheduled, TargetError> {
+fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: Room) -> Result<Scheduled, TargetError> {
     let program = &kernel.program;
     let threads = threads(kernel);
     let analysis = Analysis::of(program, arch);
@@ -98,11 +99,12 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: u32) -> Result<Sched
         operands: analysis.operands,
         atom: analysis.atom,
         atoms: analysis.atoms,
+        lines: analysis.lines,
         buffers: Vec::new(),
         channels: Vec::new(),
         converts: [DType::E4m3, DType::Bf16, DType::F16].into_iter().filter(|&t| arch.converts(t)).collect(),
         lean: how == How::Lean,
-        in_place: room > 0,
+        in_place: room.bytes > 0,
         spilled: HashMap::new(),
         updated: program.params.iter().filter(|p| p.access == Access::ReadWrite).map(|p| p.value).collect(),
     };
@@ -119,6 +121,9 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: u32) -> Result<Sched
             });
         }
         s.drop_unused_buffers(&mut common);
+    }
+    if room.bytes > 0 && how == How::Plain {
+        s.hold_left_operands(&mut common, arch);
     }
     let ahead = s.load_ahead(&mut common, room);
     let reads = Reads { defs: &s.defs, places: &s.places, channels: &s.channels };
@@ -226,6 +231,7 @@ pub(super) struct Scheduler<'a> {
     pub(super) operands: HashMap<ValueId, Operand>,
     atom: Atom,
     atoms: HashMap<ValueId, Atom>,
+    lines: HashMap<ValueId, ValueId>,
     pub(super) buffers: Vec<Buffer>,
     pub(super) channels: Vec<Channel>,
     /// Types of which matrix instructions take other bits than memory holds.
@@ -241,7 +247,7 @@ pub(super) struct Scheduler<'a> {
 }
 
 impl Scheduler<'_> {
-    fn tile(&self, v: ValueId) -> TileType {
+    pub(super) fn tile(&self, v: ValueId) -> TileType {
         match &self.types[v.0 as usize] {
             Type::Tile(t) => t.clone(),
             _ => TileType::scalar(DType::I32),
@@ -262,7 +268,7 @@ impl Scheduler<'_> {
     }
 
     /// Shared memory for a tile; padded if it is an operand of a product.
-    fn shared(&mut self, v: ValueId) -> Place {
+    pub(super) fn shared(&mut self, v: ValueId) -> Place {
         let t = self.tile(v);
         let [rows, cols] = matrix(&t.shape);
         let bytes = t.dtype.bytes() as u32;
@@ -278,6 +284,11 @@ impl Scheduler<'_> {
             None => self.buffer(name, t.dtype, [rows, cols], cols * bytes),
         };
         Place::Shared(id)
+    }
+
+    /// Whether a value is one number for each row of a fragment, in registers of those who have the row.
+    fn is_line(&self, v: ValueId) -> bool {
+        self.lines.contains_key(&v) && matches!(self.place(v), Place::Fragment(_))
     }
 
     fn scratch(&mut self, bytes: u32) -> Option<BufferId> {
@@ -297,7 +308,11 @@ impl Scheduler<'_> {
             // Instructions of the warp with most work first, then bytes of operands.
             ((rows / unit[0]) * (cols / unit[1]), rows + cols, wm)
         };
-        let wm = (0..=warps.ilog2()).map(|b| 1 << b).min_by_key(|&wm| cost(wm)).unwrap_or(1);
+        let mut wm = (0..=warps.ilog2()).map(|b| 1 << b).min_by_key(|&wm| cost(wm)).unwrap_or(1);
+        // Where rows are reduced, as few as can be share one.
+        if self.lines.values().next().is_some_and(|&of| self.tile(of).shape == self.tile(v).shape) {
+            wm = warps.min(1 << m.div_ceil(unit[0]).ilog2());
+        }
         Place::Fragment(Fragment { atom, warps: [wm, warps / wm] })
     }
 
@@ -481,12 +496,17 @@ impl Scheduler<'_> {
                 op
             }
             tile::Op::Reduce { x, axis, kind } => {
-                let direct = matches!(self.place(*x), Place::Fragment(_)) && self.tile(*x).shape.len() == 2;
+                let fragment = matches!(self.place(*x), Place::Fragment(_));
+                let direct = fragment && self.tile(*x).shape.len() == 2 && !self.is_line(*x);
                 let x = if direct { *x } else { self.readable(*x, out) };
                 let t = self.tile(x);
                 let r = inst.results[0];
                 let outputs = self.tile(r).elements() as u32;
-                let place = if outputs == 1 { Place::Uniform } else { self.shared(r) };
+                let place = match self.place(x).clone() {
+                    _ if outputs == 1 => Place::Uniform,
+                    place if direct && self.lines.contains_key(&r) => place,
+                    _ => self.shared(r),
+                };
                 self.set(r, place);
                 let warps = self.threads / 32;
                 scratch = match (direct, self.place(x).clone()) {
@@ -544,7 +564,8 @@ impl Scheduler<'_> {
                 inst.op.clone()
             }
             tile::Op::Store { view, index, value } => {
-                tile::Op::Store { view: *view, index: index.clone(), value: *value }
+                let value = if self.is_line(*value) { self.readable(*value, out) } else { *value };
+                tile::Op::Store { view: *view, index: index.clone(), value }
             }
             tile::Op::Scatter { .. } => self.with_readable(&inst.op, out),
         };
@@ -578,8 +599,16 @@ impl Scheduler<'_> {
                 // Arithmetic on a fragment stays there; other fragments of its inputs are read from memory.
                 let shapes: Vec<Vec<u32>> = inputs.iter().map(|&i| self.tile(i).shape).collect();
                 let wide = shapes.iter().map(|s| s.iter().product::<u32>()).max().unwrap_or(1);
+                let is_whole = |s: &Vec<u32>| s.iter().product::<u32>() == wide;
+                let mut fragments =
+                    inputs.iter().zip(&shapes).filter(|(_, s)| is_whole(s)).map(|(&v, _)| self.place(v));
+                let own = fragments.find(|p| matches!(p, Place::Fragment(_))).cloned();
                 for i in 0..inputs.len() {
-                    let whole = shapes[i].iter().product::<u32>() == wide;
+                    let whole = is_whole(&shapes[i]);
+                    // A row's number is where its elements are.
+                    if self.is_line(inputs[i]) && own.as_ref() == Some(self.place(inputs[i])) {
+                        continue;
+                    }
                     if !whole || wide == 1 {
                         inputs[i] = self.readable(inputs[i], out);
                     }
@@ -670,6 +699,8 @@ impl Scheduler<'_> {
         }
         if self.tile(v).elements() == 1 {
             Place::Uniform
+        } else if let Some(&of) = self.lines.get(&v) {
+            self.fragment(of)
         } else if self.fragments.contains(&v) {
             self.fragment(v)
         } else {

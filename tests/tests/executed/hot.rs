@@ -22,17 +22,18 @@ const fn floor(kernel: &'static str, share: f64, wide: f64) -> Floor {
     Floor { kernel, share, wide }
 }
 
-/// Kernels whose loops gather or load what they multiply.
-const AHEAD: [&str; 3] = ["dsa_mqa", "dsa_index_fp8_top", "linear_fp8"];
+/// Kernels whose loops gather or load what they multiply, or convert it, and the most barriers of a round.
+const AHEAD: [(&str, usize); 5] =
+    [("dsa_mqa", 6), ("dsa_index_fp8", 7), ("linear_fp8", 2), ("mha", 4), ("head_linear_combine", 4)];
 
 /// What is wrong with a loop of products.
 fn faults(name: &str, l: &Loop, direct_16: bool) -> Vec<&'static str> {
     let copies = l.copies > 0;
-    let ahead = copies || AHEAD.iter().any(|kernel| name.starts_with(kernel));
+    let ahead = AHEAD.iter().find(|(kernel, _)| name.starts_with(kernel));
     let checks = [
         (l.scratch > 0, "touches scratch"),
-        (ahead && l.waits[0] > 0, "waits until nothing is under way"),
-        (ahead && l.barriers > 8, "meets more than eight barriers a round"),
+        (l.waits[0] > 0, "waits until nothing is under way"),
+        (!copies && ahead.is_some_and(|(_, most)| l.barriers > *most), "meets more barriers a round than it did"),
         (copies && l.barriers > 4, "meets more than four barriers a round"),
         // Factors of partial sums move by words.
         (copies && direct_16 && l.global[1] - l.global[0] > 2, "copies less than 16 bytes at a time"),
@@ -88,12 +89,14 @@ fn check(chip: &str, floors: &[Floor], rings: usize) {
 fn hot_loops_gfx942() {
     let floors = [
         floor("linear_bf16_bf16_f32_n129280", 40.0, 99.0),
-        floor("linear_fp8_fp8_bf16_n7168_k18432", 27.0, 88.0),
-        floor("linear_swiglu_quant_fp8", 22.0, 80.0),
-        floor("expert_linear_swiglu", 22.0, 65.0),
-        floor("dsa_mqa_bf16", 14.0, 65.0),
-        floor("dsa_mqa_part", 14.0, 65.0),
-        floor("dsa_index_fp8_top", 16.0, 64.0),
+        floor("linear_fp8_fp8_bf16_n7168_k18432", 30.0, 88.0),
+        floor("linear_swiglu_quant_fp8", 27.0, 80.0),
+        floor("expert_linear_swiglu", 26.0, 65.0),
+        floor("dsa_mqa_bf16", 35.0, 81.0),
+        floor("dsa_mqa_part2", 34.0, 81.0),
+        floor("dsa_mqa_part32", 18.0, 73.0),
+        floor("dsa_index_fp8_top", 18.0, 57.0),
+        floor("mha", 27.0, 74.0),
     ];
     check("gfx942", &floors, 5);
 }
@@ -106,9 +109,11 @@ fn hot_loops_gfx950() {
         floor("linear_swiglu_quant_fp8", 30.0, 80.0),
         floor("expert_linear_swiglu", 30.0, 80.0),
         floor("expert_linear_own", 24.0, 80.0),
-        floor("dsa_mqa_bf16", 31.0, 74.0),
-        floor("dsa_mqa_part", 29.0, 74.0),
-        floor("dsa_index_fp8_top", 21.0, 69.0),
+        floor("dsa_mqa_bf16", 33.0, 83.0),
+        floor("dsa_mqa_part2", 33.0, 83.0),
+        floor("dsa_mqa_part32", 14.0, 71.0),
+        floor("dsa_index_fp8_top", 23.0, 59.0),
+        floor("mha", 24.0, 74.0),
     ];
     check("gfx950", &floors, 35);
 }

@@ -4,12 +4,14 @@
 use super::isa;
 use crate::gpu::emit::Emitter;
 use crate::gpu::fragment::Spread;
-use crate::gpu::isa::Product;
+use crate::gpu::isa::{Left, Product};
 use crate::gpu::mlir::{Val, i32};
 
 /// `acc + a · b`.
 pub fn product(e: &mut Emitter, s: &Spread, p: &Product, acc: Vec<Val>) -> Vec<Val> {
-    let Product { dtype, a, b, k, trans_b, .. } = *p;
+    let Product { dtype, a: Left::Shared(a), b, k, trans_b, .. } = *p else {
+        unreachable!("no operand stays in registers here")
+    };
     let bytes = dtype.bytes() as u32;
     let step = 32 / bytes;
     let lane = e.t.lane;
