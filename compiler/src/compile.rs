@@ -206,6 +206,7 @@ pub fn context(target: &dyn Target, class: Class, numerics: Numerics, bf16_weigh
         bf16_weights,
         blocks: target.blocks(),
         block_bytes: target.block_bytes(),
+        teams: target.teams(),
         boxes: target.copies_boxes(),
         numerics,
         index_topk,

@@ -37,7 +37,7 @@ use std::time::Instant;
 /// Softmax scale of DeepSeek-V3.2: `192^-0.5 (0.1 ln 40 + 1)^2`.
 pub const V32_SCALE: f32 = 0.135_233_78;
 /// Sequences that decoding takes at most, by class.
-pub const SEQUENCES: [u32; 9] = [1, 4, 8, 16, 32, 64, 96, 128, 1024];
+pub const SEQUENCES: [u32; 10] = [1, 2, 4, 8, 16, 32, 64, 96, 128, 1024];
 /// Tokens that prefill takes at most, by class. The first is so small that a matrix of its scores has less than 64 MiB.
 pub const TOKENS: [u32; 2] = [64, 16384];
 /// Pages a cache may have.

@@ -1,6 +1,6 @@
 //! A target that compiles equal kernels once: the ranks of a model differ in their weights, seldom in their kernels.
 
-use dsc_ir::schedule::{KernelShape, Schedule};
+use dsc_ir::schedule::{KernelShape, Schedule, Teams};
 use dsc_ir::tile::Program;
 use dsc_targets::{Kernel, Level, Module, Target, TargetError};
 use std::cell::RefCell;
@@ -43,6 +43,10 @@ impl Target for Remember<'_> {
 
     fn copies_boxes(&self) -> bool {
         self.target.copies_boxes()
+    }
+
+    fn teams(&self) -> Teams {
+        self.target.teams()
     }
 
     fn block_bytes(&self) -> u32 {

@@ -29,6 +29,9 @@ pub struct Schedule {
     /// Blocks that share what they bring, or run one block of the grid together, on targets whose blocks can; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub cluster: u32,
+    /// Blocks that run a block of the grid together, each a part of its loop over keys, on targets whose blocks can join what they have; 0 or 1: one.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub split: u32,
     /// Blocks for which a processor shall have registers, where they share one; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub sharing: u32,
@@ -49,6 +52,42 @@ pub struct Schedule {
     pub blocks_per_task: u32,
 }
 
+/// What of a target's blocks can read one another's memory, so that those of a team divide a loop and join what they have
+/// ([`Schedule::split`]): how many clusters run at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Teams {
+    /// Clusters of two blocks; 0: blocks are each by themselves.
+    pub pairs: u32,
+    /// Clusters of as many blocks as there can be.
+    pub large: u32,
+    /// Blocks of such a cluster.
+    pub most: u32,
+}
+
+impl Teams {
+    /// Heads of a block where blocks have teams.
+    pub const HEADS: u32 = 64;
+    /// Tokens up to which more parts than a cluster has blocks, which another launch joins, are faster.
+    const FEW: u32 = 2;
+
+    /// Into how many parts a team divides the selected keys of attention of that many tokens; 1: not. Blocks of two tiles of heads share keys,
+    /// and are in one cluster then.
+    pub fn split(&self, tokens: u32, heads: u32) -> u32 {
+        let tiles = heads / Self::HEADS;
+        if self.pairs == 0 || tiles == 0 || !heads.is_multiple_of(Self::HEADS) {
+            return 1;
+        }
+        let shared = if tiles.is_multiple_of(2) { 2 } else { 1 };
+        let clusters = u64::from(tokens) * u64::from(tiles / shared);
+        match () {
+            () if tokens > Self::FEW && clusters <= self.large.into() => self.most / shared,
+            // One part each leaves half of the blocks out, two do not.
+            () if shared == 1 && clusters <= self.pairs.into() && 2 * clusters > self.pairs.into() => 2,
+            () => 1,
+        }
+    }
+}
+
 fn is_false(x: &bool) -> bool {
     !x
 }
@@ -61,7 +100,7 @@ fn is_zero(n: &u32) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KernelShape {
     /// The op, or the kind of fused body: `linear`, `head_linear`, `expert_linear`, `expert_linear_sorted`, `row`, `heads`, `gate`, `route`, `sparse_attention` (with
-    /// indexer), `attention` (over a given selection), `mha_attention`, `indexer_logits`, or any other op's name.
+    /// indexer), `attention` (over a given selection), `attention_part` (in parts that another kernel joins), `mha_attention`, `indexer_logits`, or any other op's name.
     pub op: &'static str,
     /// Rows: tokens, or flat (token, expert) pairs.
     pub m: Extent,
@@ -102,7 +141,7 @@ impl Schedule {
                 Schedule { tile_m: most, tile_n: 64, ..Schedule::default() }
             }
             // One token: fewer heads a block, each of which reads the keys anew, take less long to start and to end.
-            "attention" => {
+            "attention" | "attention_part" => {
                 let most = if tokens == 1 { 16 } else { 64 };
                 Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, most), ..Schedule::default() }
             }
@@ -148,7 +187,7 @@ impl Schedule {
             "sparse_attention" | "indexer_logits" => {
                 Schedule { tile_m: rows((256 / shape.heads.max(1)).clamp(1, 16)), tile_n: 64, ..Schedule::default() }
             }
-            "attention" => Schedule {
+            "attention" | "attention_part" => Schedule {
                 tile_m: 1,
                 tile_n: 64,
                 tile_h: if tokens <= 16 { shape.heads.div_ceil(16).max(8) } else { 64 },
@@ -165,6 +204,16 @@ impl Schedule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn teams_divide_keys_where_their_clusters_run_at_once() {
+        let teams = Teams { pairs: 66, large: 4, most: 16 };
+        let split = |heads: u32| [1, 2, 4, 8, 16, 32, 64, 96, 128].map(|tokens| teams.split(tokens, heads));
+        assert_eq!(split(64), [1, 1, 16, 1, 1, 1, 2, 1, 1]);
+        assert_eq!(split(128), [1, 1, 8, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(split(16), [1; 9]);
+        assert_eq!(Teams::default().split(4, 64), 1);
+    }
 
     #[test]
     fn tiles_shrink_to_powers_of_two() {

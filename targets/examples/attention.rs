@@ -30,6 +30,18 @@ const DECODE: Attention = Attention { fp8: true, ..PREFILL };
 const DECODES: [(u32, u32, &[u32]); 4] =
     [(16, 16, &[1, 2, 8, 16, 32]), (64, 64, &[1, 8, 32]), (128, 64, &[1, 2, 4, 16, 32]), (128, 16, &[16])];
 
+/// The same where blocks of so many divide the list and join what they have.
+const JOINED: [(u32, u32, &[u32]); 8] = [
+    (16, 8, &[4, 8]),
+    (16, 16, &[2, 4, 8, 16]),
+    (64, 16, &[4, 8, 16]),
+    (64, 32, &[4, 8, 16]),
+    (64, 64, &[2, 4, 8, 16]),
+    (128, 16, &[4, 8, 16]),
+    (128, 32, &[4, 8, 16]),
+    (128, 64, &[2, 4, 8, 16]),
+];
+
 /// Names of a program's parameters.
 fn params(program: &Program) -> String {
     format!("{:?}", program.params.iter().map(|p| &p.name).collect::<Vec<_>>())
@@ -38,7 +50,7 @@ fn params(program: &Program) -> String {
 /// Programs by name, and what a launch has to know of each, as JSON.
 fn described() -> Vec<(String, Kernel, String)> {
     let mut all = Vec::new();
-    let mut kernel = |name: String, a: Attention, cluster: u32| {
+    let mut kernel = |name: String, a: Attention, cluster: u32, split: u32| {
         let (parts, fp8) = (a.parts.unwrap_or(0), a.fp8);
         let program = a.program(&name);
         let text = format!(
@@ -49,23 +61,32 @@ fn described() -> Vec<(String, Kernel, String)> {
             a.row_bytes(),
             params(&program)
         );
-        all.push((name, Kernel { program, schedule: Schedule { cluster, ..Schedule::default() } }, text));
+        all.push((name, Kernel { program, schedule: Schedule { cluster, split, ..Schedule::default() } }, text));
     };
     for heads in [64, 128] {
-        kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL }, 0);
+        kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL }, 0, 0);
     }
     for (heads, tile, parts) in DECODES {
         let name = if tile < heads.min(64) { format!("decode_h{heads}t{tile}") } else { format!("decode_h{heads}") };
         for &parts in parts {
             let attention = Attention { heads, tile, parts: (parts > 1).then_some(parts), ..DECODE };
-            kernel(format!("{name}_p{parts}"), attention, 0);
+            kernel(format!("{name}_p{parts}"), attention, 0, 0);
             if heads > tile && tile == 64 {
                 // Each block computes all keys itself.
-                kernel(format!("{name}_p{parts}_alone"), attention, 1);
+                kernel(format!("{name}_p{parts}_alone"), attention, 1, 0);
             }
         }
     }
-    kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE }, 0);
+    kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE }, 0, 0);
+    for (heads, tile, splits) in JOINED {
+        let name = if tile < heads.min(64) { format!("decode_h{heads}t{tile}") } else { format!("decode_h{heads}") };
+        for &split in splits {
+            kernel(format!("{name}_s{split}"), Attention { heads, tile, ..DECODE }, 0, split);
+            if heads > tile && tile == 64 {
+                kernel(format!("{name}_s{split}_alone"), Attention { heads, tile, ..DECODE }, 1, split);
+            }
+        }
+    }
     for heads in [16, 64, 128] {
         let splits = DECODES.iter().filter(|d| d.0 == heads).flat_map(|d| d.2);
         let splits: BTreeSet<u32> = splits.copied().filter(|&parts| parts > 1).collect();
@@ -89,7 +110,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// Columns of a block that joins parts.
-const JOINED: u32 = 512;
+const WIDE: u32 = 512;
 
 /// Joins parts: `sums [T, heads, parts, columns]`, `largest` and `totals [T, heads, parts]` to `y [T, heads, columns]`.
 fn combine(name: &str, heads: u32, parts: u32, columns: u32) -> Program {
@@ -99,9 +120,9 @@ fn combine(name: &str, heads: u32, parts: u32, columns: u32) -> Program {
     let [largest, totals] = ["largest", "totals"].map(|name| b.param(name, DType::F32, &stats, Access::Read));
     let y = b.param("y", DType::Bf16, &[stats[0], stats[1], columns.into()], Access::Write);
     let (head, token) = (b.grid(heads, 1), b.grid(Sym::T, 1));
-    let column = b.grid(columns, JOINED);
+    let column = b.grid(columns, WIDE);
     let column = b.map(&[column], |m, v| {
-        let n = m.i32(JOINED as i32);
+        let n = m.i32(WIDE as i32);
         m.mul(v[0], n)
     });
     let all = |b: &mut Builder, view: ValueId| {
@@ -122,8 +143,8 @@ fn combine(name: &str, heads: u32, parts: u32, columns: u32) -> Program {
         let total = m.select(some, v[0], one);
         m.div(one, total)
     });
-    let x = b.load(sums, &[token.into(), head.into(), 0.into(), column.into()], &[1, 1, parts, JOINED]);
-    let x = b.reshape(x, &[parts, JOINED]);
+    let x = b.load(sums, &[token.into(), head.into(), 0.into(), column.into()], &[1, 1, parts, WIDE]);
+    let x = b.reshape(x, &[parts, WIDE]);
     let weights = b.map(&[maxima, top, inverse], |m, v| {
         let d = m.sub(v[0], v[1]);
         let w = m.exp2(d);
@@ -133,7 +154,7 @@ fn combine(name: &str, heads: u32, parts: u32, columns: u32) -> Program {
     let x = b.map(&[x, weights], |m, v| m.mul(v[0], v[1]));
     let out = b.reduce(x, 0, ReduceKind::Sum);
     let out = b.cast(out, DType::Bf16);
-    let out = b.reshape(out, &[1, 1, JOINED]);
+    let out = b.reshape(out, &[1, 1, WIDE]);
     b.store(y, &[token.into(), head.into(), column.into()], out);
     b.finish().expect("the program is well-typed")
 }

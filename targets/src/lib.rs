@@ -18,7 +18,7 @@ pub mod nvidia;
 mod parallel;
 
 use dsc_ir::artifact::GpuKernel;
-use dsc_ir::schedule::{KernelShape, Schedule};
+use dsc_ir::schedule::{KernelShape, Schedule, Teams};
 use dsc_ir::tile::Program;
 use std::path::PathBuf;
 
@@ -168,6 +168,11 @@ pub trait Target {
     /// Bytes of operands that a block can keep beside what else it needs, where [`blocks`](Target::blocks) is not 0.
     fn block_bytes(&self) -> u32 {
         0
+    }
+
+    /// Which of its blocks can join parts of a loop by themselves.
+    fn teams(&self) -> Teams {
+        Teams::default()
     }
 
     /// Whether its copies bring boxes of rows that lie together faster than rows chosen by number.

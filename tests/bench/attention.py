@@ -34,7 +34,7 @@ class Launch:
         tiles = math.prod(grid)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         cluster = kernel["cluster"]
-        held = min(tiles, sms * kernel["blocks_per_sm"] // cluster * cluster)
+        held = min(tiles * max(1, kernel["team"]), sms * kernel["blocks_per_sm"] // cluster * cluster)
         self.grid = (-(-held // cluster) * cluster, 1, 1) if kernel["persistent"] else (*grid, 1, 1)[:3]
         self.attribute = Attribute(CLUSTER_DIMENSION, b"", (cluster, 1, 1))
         self.function, self.kernel = function, kernel
@@ -246,11 +246,17 @@ def main():
         del kv
     rows = 1 << 20
     cache = codes(rows)
-    for tokens in [1, 16, 128] if args.quick else [1, 3, 4, 16, 48, 64, 96, 128]:
+    chosen = set(filter(None, args.cases.split(",")))
+    usual = [1, 16, 128] if args.quick else [1, 3, 4, 16, 48, 64, 96, 128]
+    for tokens in sorted({int(case.split(":")[1]) for case in chosen}) or usual:
         for name in [n for n in wanted if n.startswith("decode")]:
             kernel = kernels[name]
             blocks = tokens * kernel["heads"] // kernel["tile"] * max(1, kernel["parts"])
-            if (blocks > 600 and kernel["parts"]) or blocks < 30:
+            blocks *= max(1, kernel["team"])
+            if chosen:
+                if f"{name}:{tokens}" not in chosen:
+                    continue
+            elif (blocks > 600 and kernel["parts"]) or (blocks > 264 and kernel["team"]) or blocks < 30:
                 continue
             measure(name, tokens, rows, cache, max(2, min(40, (160 << 20) // (tokens * 2048 * 656))))
     if args.out:

@@ -23,6 +23,7 @@ import torch
 cuda = ctypes.CDLL("libcuda.so.1")
 MAP_BYTES = 128
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+LARGE_CLUSTERS = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 ELEMENT = {torch.bfloat16: 9, torch.float8_e4m3fn: 0, torch.float32: 7}  # CUtensorMapDataType
 SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
 CACHE_BYTES = 160 << 20
@@ -38,6 +39,7 @@ def load(path, name, shared_bytes):
     check(cuda.cuModuleLoad(ctypes.byref(module), str(path).encode()), f"loading {path}")
     check(cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
     check(cuda.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared_bytes), "shared memory")
+    check(cuda.cuFuncSetAttribute(function, LARGE_CLUSTERS, 1), "clusters of more than eight blocks")
     return function
 
 

@@ -109,7 +109,8 @@ fn attention(body: &Graph) -> (&'static str, u32, u32, u32) {
                 n = constant(body, inputs[0], 2);
                 k = constant(body, inputs[3], 1);
                 if op == "top_k" {
-                    (op, heads) = ("attention", constant(body, inputs[0], 1));
+                    let part = matches!(body.dag[node].op, Op::MqaPartial { .. });
+                    (op, heads) = (if part { "attention_part" } else { "attention" }, constant(body, inputs[0], 1));
                 }
             }
             _ => {}

@@ -17,6 +17,9 @@
 //!                                                        o = mqa_combine p, m, t
 //! ```
 //!
+//! Where nothing of the graph reads `o` and the target's blocks can join parts by themselves ([`Cx::teams`]), attention stays whole: its schedule
+//! divides it.
+//!
 //! With few tokens `l` is a matrix in memory, of fewer rows than the target has blocks; with many it never is.
 //!
 //! Elsewhere the first attention that reads a selection takes the indexer with it. `sel` is a second result if something else wants it: a
@@ -32,6 +35,7 @@
 use super::Cx;
 use super::outline::{escaping, is_convex, outline};
 use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, TensorType, Value, ValueType};
+use dsc_ir::schedule::Teams;
 use dsc_ir::{DType, Extent, Sym};
 
 /// See the top of the file. Returns the number of fused nodes made.
@@ -59,7 +63,7 @@ pub fn fuse_sparse_attention(graph: &mut Graph, cx: &Cx) -> usize {
 }
 
 /// Heads that share a block of a split attention, of a single token and of several; selected keys of a round of its loop.
-const HEADS: [u32; 2] = [16, 64];
+const HEADS: [u32; 2] = [16, Teams::HEADS];
 const ROUND: u32 = 64;
 /// Most parts.
 const MOST_PARTS: u32 = 32;
@@ -71,7 +75,7 @@ fn cut(graph: &mut Graph, cx: &Cx) -> usize {
     let few = cx.few_tokens();
     let mut fused = 0;
     for attention in nodes(graph, |op| matches!(op, Op::MqaAttention { .. })) {
-        let parts = if few { parts(graph, cx, attention) } else { 1 };
+        let parts = if few && !by_teams(graph, cx, attention) { parts(graph, cx, attention) } else { 1 };
         if parts > 1 {
             split(graph, attention, parts)
         } else {
@@ -92,12 +96,21 @@ fn cut(graph: &mut Graph, cx: &Cx) -> usize {
     fused
 }
 
+/// Whether blocks of the kernel itself divide the selected keys, as its schedule says: nobody else joins what it gives.
+fn by_teams(graph: &Graph, cx: &Cx, attention: NodeId) -> bool {
+    let heads = graph.tensor(graph.inputs(attention)[0]).shape[1].constant().unwrap_or(1);
+    let narrow = matches!(graph.dag[attention].op, Op::MqaAttention { narrow: true, .. });
+    let result = Value { node: attention, output: 0 };
+    narrow && graph.is_output(result) && cx.teams.split(cx.class.max.get(Sym::T), heads) > 1
+}
+
 /// Parts of the selected keys such that all blocks together are done soonest: in turns of as many as the target runs at once.
 fn parts(graph: &Graph, cx: &Cx, attention: NodeId) -> u32 {
     let inputs = graph.inputs(attention);
     let dim = |v: Value, d: usize| graph.tensor(v).shape[d].constant().unwrap_or(1);
     let tokens = cx.class.max.get(Sym::T);
-    let blocks = tokens.saturating_mul(dim(inputs[0], 1).div_ceil(HEADS[usize::from(tokens > 1)]));
+    let blocks =
+        tokens.saturating_mul(dim(inputs[0], 1).div_ceil(HEADS[usize::from(tokens > 1 || cx.teams.pairs > 0)]));
     let rounds = dim(inputs[3], 1).div_ceil(ROUND);
     let cost = |parts: u32| {
         let turns = u64::from(blocks) * u64::from(parts);

@@ -50,6 +50,7 @@ pub use split_products::split_products;
 use dsc_ir::artifact::Numerics;
 use dsc_ir::graph::verify::verify;
 use dsc_ir::graph::{Graph, Op};
+use dsc_ir::schedule::Teams;
 use dsc_ir::{Sym, SymValues};
 use std::time::{Duration, Instant};
 
@@ -81,6 +82,8 @@ pub struct Cx {
     pub blocks: u32,
     /// Bytes of operands that a block can keep beside what else it needs; no bound where `blocks` is 0.
     pub block_bytes: u32,
+    /// Which blocks can join parts of a loop by themselves.
+    pub teams: Teams,
     /// Whether the target's copies bring boxes of rows that lie together faster than rows chosen by number.
     pub boxes: bool,
     /// Numerics of the artifact.

@@ -157,9 +157,12 @@ pub struct GpuKernel {
     pub threads: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared_bytes: u32,
-    /// Blocks of a cluster along x; 1 without clusters. Of a persistent kernel each block takes a tile; else a cluster runs
+    /// Blocks of a cluster along x; 1 without clusters. Of a persistent kernel each [team](GpuKernel::team) takes a tile; else a cluster runs
     /// one block of the grid together.
     pub cluster: u32,
+    /// Blocks of a cluster that run one tile of a persistent kernel together; 0 or 1: each has its own.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub team: u32,
     /// Blocks go on to further tiles: a launch with fewer blocks than the grid has does all of it. As many as the device holds at a
     /// time are best.
     pub persistent: bool,

@@ -8,6 +8,9 @@
 //!
 //! Shared memory starts as NaNs. Top-k states are kept beside it: their layout is the target's.
 //!
+//! The blocks of a team run one after another from one meeting to the next, in any order: what one puts too late, or where another still
+//! reads, shows as wrong data.
+//!
 //! A persistent kernel is run by a few blocks, each of which takes every so many tiles; its roles go from tile to tile on their own.
 //!
 //! Whether synchronisation is right is not asked of the verifier, but shown; types and places must be sound.
@@ -67,7 +70,10 @@ pub fn run(
         return Err(InterpError::Launch { kernel: kernel.name.clone(), message: format!("a grid of {sizes:?}") });
     };
     let machine = Machine::new(&program, *syms, buffers, bindings, races)?;
+    let team = if kernel.roles.is_empty() { 1 } else { kernel.team.max(1) as usize };
     let mut executor = Executor {
+        team: (0..team).map(|_| None).collect(),
+        member: 0,
         kernel,
         definitions: Definitions::new(kernel),
         machine,
@@ -115,9 +121,25 @@ struct Running<'a> {
     pending: Option<&'a Inst>,
     /// Tiles still to come.
     tiles: VecDeque<u64>,
+    /// Whether the team's other blocks have come to where it waits for them.
+    met: bool,
+}
+
+/// A block of a team while another runs.
+struct Parked {
+    shared: Shared,
+    rings: Vec<Ring>,
+    taken: HashMap<ValueId, u64>,
+    copies: Vec<Copying>,
+    tiles: Vec<u64>,
+    values: Vec<Option<Rc<Data>>>,
 }
 
 struct Executor<'a> {
+    /// The blocks that run one tile together, but the one whose turn it is.
+    team: Vec<Option<Parked>>,
+    /// That one's number.
+    member: usize,
     kernel: &'a Scheduled,
     definitions: Definitions<'a>,
     machine: Machine<'a>,
@@ -136,9 +158,55 @@ struct Executor<'a> {
 }
 
 impl<'a> Executor<'a> {
-    /// One block, for one tile or, if it is persistent, several.
+    /// One block or team of blocks, for one tile or, if it is persistent, several.
     fn block(&mut self, tiles: &[u64]) -> Result<(), InterpError> {
+        let mut running = Vec::new();
+        for member in 0..self.team.len() {
+            self.member = member;
+            running.push(self.begin(tiles)?);
+            self.park();
+        }
+        while running.iter().any(|r| !r.is_empty()) {
+            let first = self.chance.below(running.len());
+            for n in 0..running.len() {
+                let member = (first + n) % running.len();
+                self.unpark(member);
+                running[member] = self.together(std::mem::take(&mut running[member]))?;
+                self.park();
+            }
+            if running.iter().any(Vec::is_empty) != running.iter().all(Vec::is_empty) {
+                return Err(self.machine.contract("a block meets others of its team that have ended"));
+            }
+            running.iter_mut().flatten().for_each(|r| r.met = true);
+        }
+        Ok(())
+    }
+
+    /// Leaves the block whose turn it is as it stands.
+    fn park(&mut self) {
+        self.team[self.member] = Some(Parked {
+            shared: std::mem::replace(&mut self.shared, Shared::new(&[], 0)),
+            rings: std::mem::take(&mut self.rings),
+            taken: std::mem::take(&mut self.taken),
+            copies: std::mem::take(&mut self.copies),
+            tiles: std::mem::take(&mut self.tiles),
+            values: self.machine.swapped(Vec::new()),
+        });
+    }
+
+    /// Goes on with that block.
+    fn unpark(&mut self, member: usize) {
+        self.member = member;
+        let Some(parked) = self.team[member].take() else { return };
+        (self.shared, self.rings, self.taken) = (parked.shared, parked.rings, parked.taken);
+        (self.copies, self.tiles) = (parked.copies, parked.tiles);
+        self.machine.swapped(parked.values);
+    }
+
+    /// A block at its start: `common` has run, the roles have not.
+    fn begin(&mut self, tiles: &[u64]) -> Result<Vec<Running<'a>>, InterpError> {
         let blocks = units(self.kernel);
+        self.machine.swapped(vec![None; self.kernel.types.len()]);
         self.shared = Shared::new(&self.kernel.buffers, blocks.len());
         self.rings = rings(self.kernel);
         self.taken.clear();
@@ -147,15 +215,15 @@ impl<'a> Executor<'a> {
         let mut all: Vec<Running<'a>> = Vec::new();
         for (unit, block) in blocks.into_iter().enumerate() {
             let rest = if unit == 0 { VecDeque::new() } else { tiles[1..].iter().copied().collect() };
-            all.push(Running { unit, walker: Walker::repeat(block, 1), pending: None, tiles: rest });
+            all.push(Running { unit, walker: Walker::repeat(block, 1), pending: None, tiles: rest, met: false });
         }
         let roles = all.split_off(1);
         self.together(all)?;
-        self.together(roles)
+        Ok(roles)
     }
 
-    /// Runs units until all have ended.
-    fn together(&mut self, mut running: Vec<Running<'a>>) -> Result<(), InterpError> {
+    /// Runs units until all have ended, or wait for the other blocks of the team; gives those.
+    fn together(&mut self, mut running: Vec<Running<'a>>) -> Result<Vec<Running<'a>>, InterpError> {
         // Units that could not go on since another last did.
         let mut stuck: HashSet<Unit> = HashSet::new();
         while !running.is_empty() {
@@ -177,9 +245,16 @@ impl<'a> Executor<'a> {
                     stuck.insert(running[i].unit);
                 }
             }
+            let meets = |r: &Running<'_>| r.pending.is_some_and(|inst| inst.op == Op::Meet);
+            if stuck.len() == running.len() && running.iter().all(meets) {
+                return Ok(running);
+            }
             if !running.is_empty() && stuck.len() == running.len() {
                 let wait = |r: &Running<'_>| {
                     let what = r.pending.and_then(|inst| {
+                        if inst.op == Op::Meet {
+                            return Some("for the team's other blocks".to_owned());
+                        }
                         Some(if matches!(inst.op, Op::Wait(_)) {
                             format!("for a full stage of {}", channel_of(&inst.op)?)
                         } else {
@@ -192,7 +267,7 @@ impl<'a> Executor<'a> {
                 return Err(self.machine.contract(format!("deadlock: {}", waits.join("; "))));
             }
         }
-        Ok(())
+        Ok(running)
     }
 
     fn turn_to(&mut self, unit: Unit) {
@@ -213,7 +288,14 @@ impl<'a> Executor<'a> {
                 running.walker = Walker::repeat(units(self.kernel)[running.unit], 1);
                 return Ok(Turn::Moved);
             };
-            if !self.step(inst)? {
+            let could = match inst.op {
+                Op::Meet => {
+                    self.shared.barrier(running.unit);
+                    std::mem::take(&mut running.met)
+                }
+                _ => self.step(inst)?,
+            };
+            if !could {
                 running.pending = Some(inst);
                 return Ok(if step == 0 { Turn::Stuck } else { Turn::Moved });
             }
@@ -280,10 +362,58 @@ impl<'a> Executor<'a> {
             Op::Release { channel, lag } => {
                 self.rings[channel.0 as usize].release(unit, *lag).map_err(|e| misuse(self, e))?;
             }
-            // The walker resolves them.
-            Op::For { .. } | Op::If { .. } => {}
+            Op::Number => {
+                let number = i32::try_from(self.member).unwrap_or(0);
+                self.define(&inst.results, vec![Rc::new(Data::I32(vec![number]))])?;
+            }
+            Op::Put { buffer, value } => {
+                let read = self.prepare(&[*value])?;
+                let data = self.machine.get(*value)?;
+                self.note(read);
+                self.write_late(*buffer, *value, &data)?;
+            }
+            Op::Get { buffer, after, own } => self.get(inst, *buffer, *after as usize, *own)?,
+            // The walker resolves these, and whose turn it is the meeting.
+            Op::For { .. } | Op::If { .. } | Op::Meet => {}
         }
         Ok(true)
+    }
+
+    /// What another block of the team, or this one, has put, or a piece of it.
+    fn get(&mut self, inst: &Inst, buffer: super::BufferId, after: usize, own: bool) -> Result<(), InterpError> {
+        let (buffer, from) = (&self.kernel.buffers[buffer.0 as usize], (self.member + after) % self.team.len());
+        let shape = buffer.shape.map(|n| n as usize);
+        let shared = match &self.team[from] {
+            Some(parked) => &parked.shared,
+            None => &self.shared,
+        };
+        let whole = shared.read(buffer, 0, shape);
+        let Some(Type::Tile(t)) = inst.results.first().and_then(|v| self.kernel.types.get(v.0 as usize)) else {
+            return Ok(());
+        };
+        let [rows, columns] = rows_and_columns(&t.shape).map(|n| n.max(1));
+        let down = (shape[0] / rows).max(1);
+        let number = if own { self.member } else { 0 };
+        let last = (shape[1] / columns).max(1) - 1;
+        let (size, first) = (t.dtype.bytes(), [number % down * rows, (number / down).min(last) * columns]);
+        let mut piece = Vec::with_capacity(rows * columns * size);
+        for row in first[0]..first[0] + rows {
+            let at = (row * shape[1] + first[1]) * size;
+            piece.extend_from_slice(&whole[at..at + columns * size]);
+        }
+        self.define(&inst.results, vec![Rc::new(Data::from_bytes(t.dtype, &piece))])
+    }
+
+    /// Writes a value to a buffer by the threads of the unit.
+    fn write_late(&mut self, b: super::BufferId, v: ValueId, data: &Data) -> Result<(), InterpError> {
+        let Type::Tile(t) = &self.kernel.types[v.0 as usize] else { return Ok(()) };
+        let (buffer, shape) = (&self.kernel.buffers[b.0 as usize], rows_and_columns(&t.shape));
+        if self.shared.write_late(buffer, shape, &data.to_bytes(), self.unit, &mut self.chance) {
+            return Ok(());
+        }
+        let unit = unit_name(self.kernel, self.unit);
+        let message = format!("{unit} overwrites {b} with %{} while other threads may still read it", v.0);
+        Err(self.machine.contract(format!("{message}: a barrier is missing")))
     }
 
     fn tile_op(&mut self, op: &tile::Op, inst: &Inst) -> Result<(), InterpError> {
@@ -359,15 +489,7 @@ impl<'a> Executor<'a> {
     fn define(&mut self, vs: &[ValueId], data: Vec<Rc<Data>>) -> Result<(), InterpError> {
         for (&v, data) in vs.iter().zip(data) {
             match (self.definitions.place(v), &self.kernel.types[v.0 as usize]) {
-                (Some(Place::Shared(b)), Type::Tile(t)) => {
-                    let (buffer, shape) = (&self.kernel.buffers[b.0 as usize], rows_and_columns(&t.shape));
-                    if !self.shared.write_late(buffer, shape, &data.to_bytes(), self.unit, &mut self.chance) {
-                        let unit = unit_name(self.kernel, self.unit);
-                        let message =
-                            format!("{unit} overwrites {b} with %{} while other threads may still read it", v.0);
-                        return Err(self.machine.contract(format!("{message}: a barrier is missing")));
-                    }
-                }
+                (Some(Place::Shared(b)), Type::Tile(_)) => self.write_late(*b, v, &data)?,
                 _ => self.machine.set(v, data),
             }
         }

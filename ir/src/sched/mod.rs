@@ -14,6 +14,8 @@
 //! the n-th acquire of a role and the n-th wait of another mean the same stage. What fills a slot is a copy from memory ([`Op::Copy`]), or a tile that the
 //! producer computed ([`Op::Fill`]): that is how roles hand values to each other.
 //!
+//! **Teams.** Where several blocks run one tile ([`Scheduled::team`]) they exchange tiles in phases, between which they meet.
+//!
 //! **Invariants** ([`mod@verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
 //! buffers that live at once do not overlap, and budgets (shared memory, registers, barriers, threads) hold.
 
@@ -57,8 +59,10 @@ pub struct Scheduled {
     /// Blocks that run together, if they share copies. Such a kernel is persistent; where the grid ends within a cluster, the blocks
     /// beyond do the same with tiles that are outside of every view.
     pub cluster: Option<Cluster>,
-    /// Blocks of the hardware that run one block of the grid together, each a share of it; 1 is usual. How they divide it is the lowering's
-    /// affair: there is one place for every value, and a barrier is one for all of them.
+    /// Blocks of the hardware that run one block of the grid together, each a share of it; 1 is usual. Without roles how they divide it is the
+    /// lowering's affair: there is one place for every value, and a barrier is one for all of them. With roles each runs all of them, divides
+    /// by its [`Op::Number`], and finds at an [`Op::Meet`] what the others have [`Op::Put`]. Blocks that share copies are then at once in one
+    /// cluster and of different teams.
     pub team: u32,
     /// Two halves of the threads take turns in loops with a channel of `common`: while one reads operands of products from shared memory the other
     /// multiplies. A barrier is one for all of them all the same.
@@ -319,5 +323,27 @@ pub enum Op {
         channel: ChannelId,
         /// Waits since.
         lag: u32,
+    },
+    /// This block's number in its team: an i32.
+    Number,
+    /// All threads of all blocks of the team wait for one another. Every role has as many, none in a loop, and one as its last instruction, so that the
+    /// tile is in phases: buffers of different phases may share memory. No stage of any channel is full or being filled then.
+    Meet,
+    /// Writes a tile to a buffer that no channel has, by the threads of the role: behind the next [`Op::Meet`] the team's blocks find it there.
+    Put {
+        /// The buffer.
+        buffer: BufferId,
+        /// The tile, as large as the buffer.
+        value: ValueId,
+    },
+    /// What another block of the team has put into that buffer.
+    Get {
+        /// The buffer.
+        buffer: BufferId,
+        /// How many places behind this block the other is, round the team: 0 is this block.
+        after: u32,
+        /// Whether it is a piece: the result's shape divides the tile into pieces, numbered down its rows first, and this block's has its own number; where
+        /// there are fewer, others get one of the last columns.
+        own: bool,
     },
 }

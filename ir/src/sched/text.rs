@@ -25,7 +25,8 @@
 //! ```
 //!
 //! A kernel with clusters says so behind its grid: `persistent 16 cluster 2 along 0`; a copy that they share is `copy shared c0.1, ...`, a tile
-//! of which each computes a part `fill shared c0.1, ...`. Halves that take turns and blocks dealt to dies stand there too: `alternate dies 8`.
+//! of which each computes a part `fill shared c0.1, ...`. A team's blocks have a `number`, `put b3, %4`, `meet`, and `get b3 after 1 own` (a piece)
+//! or `get b3 after 1`. Halves that take turns and blocks dealt to dies stand there too: `alternate dies 8`.
 //!
 //! Places: `@uniform`, `@lazy`, `@shared(b3)`, `@slot(c0, 1)` and `@frag(ATOM, ROWSxCOLUMNS)` with warps along rows and columns and
 //! `ATOM` one of `mma16x8`, `wgmma`, `wgmma_t` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
@@ -275,6 +276,10 @@ impl BlockPrinter<'_> {
             Op::Wait(c) => format!("wait {c}"),
             Op::Take { channel, slot } => format!("take {channel}.{slot}"),
             Op::Release { channel, lag } => format!("release {channel} lag {lag}"),
+            Op::Number => "number".into(),
+            Op::Meet => "meet".into(),
+            Op::Put { buffer, value } => format!("put {buffer}, {}", self.tile.v(*value)),
+            Op::Get { buffer, after, own } => format!("get {buffer} after {after}{}", if *own { " own" } else { "" }),
             Op::For { .. } | Op::If { .. } => String::new(),
         }
     }
@@ -581,6 +586,14 @@ impl<'a> BlockParser<'a> {
         let p = &mut self.p;
         Ok(Some(match keyword {
             "barrier" => Op::Barrier,
+            "number" => Op::Number,
+            "meet" => Op::Meet,
+            "put" => {
+                let buffer = buffer_id(p)?;
+                p.expect(",")?;
+                Op::Put { buffer, value: p.value()? }
+            }
+            "get" => Op::Get { buffer: buffer_id(p)?, after: field(p, "after", true)?, own: p.eat("own") },
             "acquire" => Op::Acquire(channel_id(p)?),
             "commit" => Op::Commit(channel_id(p)?),
             "wait" => Op::Wait(channel_id(p)?),
@@ -753,7 +766,12 @@ role consumer warps 1..2 {
             let plain = |op| Inst { results: Vec::new(), op, scratch: None };
             let channel = ChannelId(bytes.next().unwrap_or(0).into());
             out.insts.extend(match bytes.next() {
-                Some(0..20) => Some(plain(Op::Barrier)),
+                Some(0..12) => Some(plain(Op::Barrier)),
+                Some(12..16) => Some(plain(Op::Meet)),
+                Some(n @ 16..20) => {
+                    let put = |p: &tile::Param| Op::Put { buffer: BufferId(n.into()), value: p.value };
+                    kernel.params.first().map(|p| plain(put(p)))
+                }
                 Some(slot @ 20..40) => {
                     let fill =
                         |p: &tile::Param| Op::Fill { channel, slot: slot.into(), value: p.value, shared: slot > 30 };

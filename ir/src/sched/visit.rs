@@ -25,8 +25,9 @@ pub(crate) fn for_each_operand(op: &mut Op, f: &mut dyn FnMut(&mut ValueId)) {
             rows.iter_mut().for_each(&mut *f);
             at.iter_mut().for_each(|i| index(i, f));
         }
-        Op::Fill { value, .. } => f(value),
+        Op::Fill { value, .. } | Op::Put { value, .. } => f(value),
         Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Take { .. } | Op::Release { .. } => {}
+        Op::Number | Op::Meet | Op::Get { .. } => {}
     }
 }
 
@@ -40,8 +41,9 @@ pub fn operands(op: &Op) -> Vec<ValueId> {
         Op::For { lo, hi, init, .. } => [values(&[*lo, *hi]), init.clone()].concat(),
         Op::If { cond, .. } => vec![*cond],
         Op::Copy { view, rows, index, .. } => vec![*view].into_iter().chain(*rows).chain(values(index)).collect(),
-        Op::Fill { value, .. } => vec![*value],
+        Op::Fill { value, .. } | Op::Put { value, .. } => vec![*value],
         Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Take { .. } | Op::Release { .. } => Vec::new(),
+        Op::Number | Op::Meet | Op::Get { .. } => Vec::new(),
     }
 }
 

@@ -90,7 +90,7 @@ fn round_count(n: u32) -> u32 {
 }
 
 /// The grid of a kernel along x, y and z; none if there is no block. A persistent kernel gets as many blocks as the GPU holds at a
-/// time, or as it has tiles if those are fewer; one that says how many tiles are a block's, as many as that makes.
+/// time, or as it has tiles (times the blocks of a team) if those are fewer; one that says how many tiles are a block's, as many as that makes.
 pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, syms: &SymValues) -> Option<[u32; 3]> {
     let cluster = gpu.cluster.max(1);
     let mut grid = [1u32; 3];
@@ -99,6 +99,7 @@ pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, s
         // Clusters are whole, and one that is not held at once would run after all others.
         let held = (multiprocessors.saturating_mul(per_multiprocessor) / cluster * cluster).max(cluster);
         let tiles = u32::try_from(entry.blocks(syms).filter(|&n| n > 0)?).unwrap_or(u32::MAX);
+        let tiles = tiles.saturating_mul(gpu.team.max(1));
         grid[0] = if gpu.turns > 0 { tiles.div_ceil(gpu.turns) } else { tiles.min(held) };
     } else {
         for (axis, dim) in grid.iter_mut().zip(&entry.grid) {

@@ -13,7 +13,7 @@ const LARGE: u32 = 256;
 /// The schedule of a kernel of that shape in steps of at most `tokens` tokens.
 pub fn choose(arch: &Arch, shape: &KernelShape, tokens: u32) -> Schedule {
     let wide = Schedule::wide(shape, tokens);
-    if shape.op == "attention" && !arch.cdna4 {
+    if matches!(shape.op, "attention" | "attention_part") && !arch.cdna4 {
         // 64 KB hold 32 keys, which are a step of a matrix product; heads are in registers.
         return Schedule { tile_n: 32, ..wide };
     }

@@ -4,6 +4,7 @@
 //! the lowering emits there, so that old drivers load the code too.
 
 use dsc_ir::artifact::Resources;
+use dsc_ir::schedule::Teams;
 
 /// One architecture that code is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,9 @@ pub struct Device {
     pub sms: u32,
     /// Boost clock in MHz.
     pub clock_mhz: u32,
+    /// Clusters of large blocks that run at once, as far as kernels use them. Large ones: as many as were seen to, four of 16 or eight of 8 (twice
+    /// as many take two turns: multiprocessors are in groups of unlike size).
+    pub teams: Teams,
 }
 
 impl Arch {
@@ -85,6 +89,8 @@ impl Arch {
 
 const KIB: u32 = 1024;
 
+const NO_TEAMS: Teams = Teams { pairs: 0, large: 0, most: 0 };
+
 /// Every architecture that code is made for, the oldest first.
 pub const ARCHS: &[Arch] = &[
     Arch {
@@ -98,7 +104,7 @@ pub const ARCHS: &[Arch] = &[
         has_wgmma: false,
         has_tma: false,
         exact_division: true,
-        device: Device { name: "A100", sms: 108, clock_mhz: 1410 },
+        device: Device { name: "A100", sms: 108, clock_mhz: 1410, teams: NO_TEAMS },
     },
     Arch {
         name: "sm_89",
@@ -111,7 +117,7 @@ pub const ARCHS: &[Arch] = &[
         has_wgmma: false,
         has_tma: false,
         exact_division: true,
-        device: Device { name: "L40S", sms: 142, clock_mhz: 2520 },
+        device: Device { name: "L40S", sms: 142, clock_mhz: 2520, teams: NO_TEAMS },
     },
     Arch {
         name: "sm_90a",
@@ -124,7 +130,7 @@ pub const ARCHS: &[Arch] = &[
         has_wgmma: true,
         has_tma: true,
         exact_division: true,
-        device: Device { name: "H200", sms: 132, clock_mhz: 1980 },
+        device: Device { name: "H200", sms: 132, clock_mhz: 1980, teams: Teams { pairs: 66, large: 4, most: 16 } },
     },
     Arch {
         name: "sm_100a",
@@ -137,7 +143,7 @@ pub const ARCHS: &[Arch] = &[
         has_wgmma: false,
         has_tma: true,
         exact_division: true,
-        device: Device { name: "B200", sms: 148, clock_mhz: 1965 },
+        device: Device { name: "B200", sms: 148, clock_mhz: 1965, teams: NO_TEAMS },
     },
     Arch {
         name: "sm_120a",
@@ -150,7 +156,7 @@ pub const ARCHS: &[Arch] = &[
         has_wgmma: false,
         has_tma: true,
         exact_division: true,
-        device: Device { name: "RTX 5090", sms: 170, clock_mhz: 2407 },
+        device: Device { name: "RTX 5090", sms: 170, clock_mhz: 2407, teams: NO_TEAMS },
     },
 ];
 

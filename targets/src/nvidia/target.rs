@@ -8,7 +8,7 @@ use crate::gpu::{self, Lowered, llvm};
 use crate::nvidia::{lower, tiles};
 use crate::parallel::in_parallel;
 use crate::{Kernel, KernelCode, Level, Module, Target, TargetError, TargetOptions};
-use dsc_ir::schedule::{KernelShape, Rule, Schedule};
+use dsc_ir::schedule::{KernelShape, Rule, Schedule, Teams};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -122,6 +122,10 @@ impl Target for NvidiaTarget {
         self.arch.has_tma && self.arch.has_wgmma
     }
 
+    fn teams(&self) -> Teams {
+        if self.arch.has_wgmma { self.arch.device.teams } else { Teams::default() }
+    }
+
     fn block_bytes(&self) -> u32 {
         gpu::block_bytes(self.arch)
     }
@@ -131,7 +135,15 @@ impl Target for NvidiaTarget {
             return Schedule::wide(shape, tokens);
         }
         let chosen = tiles::choose(shape, tokens, self.arch.device.sms);
-        Rule::applied(tiles::measured(), chosen.unwrap_or_else(|| Schedule::wide(shape, tokens)), shape, tokens, "")
+        let mut chosen = chosen.unwrap_or_else(|| Schedule::wide(shape, tokens));
+        if matches!(shape.op, "attention" | "attention_part") {
+            // Whole turns of two that score take one token's heads as fast as a few of them.
+            chosen.tile_h = shape.heads.clamp(1, Teams::HEADS);
+        }
+        if shape.op == "attention" {
+            chosen.split = self.teams().split(tokens, shape.heads);
+        }
+        Rule::applied(tiles::measured(), chosen, shape, tokens, "")
     }
 
     fn fits(&self, kernel: &Kernel) -> bool {

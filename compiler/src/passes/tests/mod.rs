@@ -14,7 +14,17 @@ const BOTH: [Numerics; 2] = [Numerics::Exact, Numerics::Deployed];
 fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
     let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha };
     let index_topk = mini::TOP_K;
-    Cx { class, target_fp8, bf16_weights: false, blocks: 0, block_bytes: 0, boxes: false, numerics, index_topk }
+    Cx {
+        class,
+        target_fp8,
+        bf16_weights: false,
+        blocks: 0,
+        block_bytes: 0,
+        teams: Default::default(),
+        boxes: false,
+        numerics,
+        index_topk,
+    }
 }
 
 /// For a target that runs many blocks at once.

@@ -360,3 +360,56 @@ fn a_stage_is_filled_whole() {
     let said = verify(&early, &Budget::UNLIMITED);
     assert!(said.iter().any(|d| d.message.contains("did not acquire")), "{said:?}");
 }
+
+/// Two blocks that run one tile: each puts twice the input's half that its number makes of it, and stores the sum of both in its own columns.
+const TEAM: &str = "scheduled k grid(1/1) persistent 1 team 2 threads 128
+    read %x: view<[64, 16] f32> write %y: view<[64, 16] f32>
+    buffer b0 = part: f32 64x16, offset 0, bytes 4096, pitch 64, swizzle 0, copies 1
+    { }
+    role a warps 0..4 {
+        %n = number : i32 @uniform
+        %at = map(%n) { a -> t0 = mul a, 8; t0 } : i32 @uniform
+        %in = load %x[0, 0] : tile<64x16xf32> @lazy
+        %own = map(%in, %n) { a, b -> t0 = cast<f32> b; t1 = add a, t0; t1 } : tile<64x16xf32> @lazy
+        put b0, %own
+        meet
+        %mine = get b0 after 0 own : tile<64x8xf32> @frag(wgmma, 1x1)
+        %other = get b0 after 1 own : tile<64x8xf32> @frag(wgmma, 1x1)
+        %sum = map(%mine, %other) { a, b -> t0 = add a, b; t0 } : tile<64x8xf32> @lazy
+        store %y[0, %at], %sum
+        meet
+    }";
+
+#[test]
+fn blocks_of_a_team_exchange_what_they_put() {
+    let x: Vec<f32> = (0..64 * 16).map(|i| i as f32 / 8.0).collect();
+    let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    let want = bytes(&x.iter().map(|x| 2.0 * x + 1.0).collect::<Vec<_>>());
+    let right = |text: &str| -> Vec<bool> {
+        let kernel = one(text);
+        let run_once = |seed: u64| {
+            let mut buffers = [bytes(&x), vec![0xff; 64 * 16 * 4]];
+            let options = Options { seed, check_races: false };
+            run(&kernel, &SymValues::default(), &mut buffers, &bindings(2), options).is_ok() && buffers[1] == want
+        };
+        (0..8).map(run_once).collect()
+    };
+    assert_eq!(diagnostics(TEAM), [] as [String; 0]);
+    assert_eq!(right(TEAM), [true; 8]);
+    // What another has not put yet is read.
+    let early = TEAM.replacen("meet", "", 1);
+    assert!(diagnostics(&early).iter().any(|d| d.contains("written by other threads")), "{:?}", diagnostics(&early));
+    assert!(right(&early).contains(&false));
+    // A block may go on, or end, while another still reads what it has put.
+    let at = TEAM.rfind("meet").expect("it meets");
+    let late = format!("{}{}", &TEAM[..at], &TEAM[at + 4..]);
+    assert!(diagnostics(&late).iter().any(|d| d.contains("last of all")), "{:?}", diagnostics(&late));
+    // Pieces and blocks that there are not.
+    let wrong = |from: &str, to: &str, said: &str| {
+        let found = diagnostics(&TEAM.replacen(from, to, 1));
+        assert!(found.iter().any(|d| d.contains(said)), "{found:?}");
+    };
+    wrong("after 1", "after 2", "a team has no such block");
+    wrong("team 2 ", "", "a block without others");
+    wrong("put b0, %own", "put b0, %n", "as large as its buffer");
+}

@@ -148,6 +148,11 @@ struct Run<'a> {
     taken: HashMap<ValueId, u64>,
     /// Slots filled of the stage acquired last.
     filled: Vec<HashSet<u32>>,
+    /// How often each unit has come to meet other blocks, and how often all have.
+    come: Vec<u32>,
+    met: u32,
+    /// Who waits for the others to come.
+    meeting: HashSet<Unit>,
     unit: Unit,
 }
 
@@ -164,6 +169,9 @@ impl<'a> Run<'a> {
             rings,
             known: HashMap::new(),
             taken: HashMap::new(),
+            come: vec![0; 1 + kernel.roles.len()],
+            met: 0,
+            meeting: HashSet::new(),
             unit: 0,
         }
     }
@@ -208,9 +216,26 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Whether all roles have come to where this one meets the team's other blocks. Then all stages are free.
+    fn meet(&mut self) -> Result<bool, String> {
+        let unit = self.unit;
+        if !self.meeting.insert(unit) {
+            return Ok(self.come[unit] <= self.met && self.meeting.remove(&unit));
+        }
+        self.come[unit] += 1;
+        if self.come[1..].iter().all(|&n| n > self.met) {
+            self.met += 1;
+            if let Some(ring) = self.rings.iter().find_map(|r| r.uneven(&|unit| unit_name(self.kernel, unit))) {
+                return Err(format!("meets other blocks while a channel is in use: {ring}"));
+            }
+        }
+        Ok(self.come[unit] <= self.met && self.meeting.remove(&unit))
+    }
+
     fn stuck(&self, inst: &Inst) -> String {
         let size = self.size();
         match inst.op {
+            Op::Meet => format!("waits for ever: another role meets other blocks less often{size}"),
             Op::Acquire(_) => format!("waits for ever: no stage is given back{size}"),
             _ => format!("waits for ever: no stage is committed{size}"),
         }
@@ -261,6 +286,9 @@ impl<'a> Run<'a> {
             if !held {
                 return Err(format!("reads %{} after its stage of {c} was released", v.0));
             }
+        }
+        if inst.op == Op::Meet {
+            return self.meet();
         }
         let Some(ChannelId(c)) = channel_of(&inst.op) else { return Ok(true) };
         let ring = &mut self.rings[c as usize];
@@ -330,8 +358,13 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&self, v: ValueId, inputs: &[Known]) -> Known {
-        let Some(Inst { op: Op::Tile(op), results, .. }) = self.definitions.inst(v) else {
-            return self.unknown(v, v.0.into());
+        let (op, results) = match self.definitions.inst(v) {
+            Some(Inst { op: Op::Tile(op), results, .. }) => (op, results),
+            // The same in all roles.
+            Some(Inst { op: Op::Number, .. }) => {
+                return Known::Int(self.trial.number(u64::MAX) % self.kernel.team.clamp(1, 64) as i32);
+            }
+            _ => return self.unknown(v, v.0.into()),
         };
         let mut hasher = DefaultHasher::new();
         let mut shape = op.clone();

@@ -80,7 +80,7 @@ impl<'a> Hazards<'a, '_, '_> {
 
     fn inst(&mut self, inst: &'a Inst, since: &mut Since) {
         match &inst.op {
-            Op::Barrier => *since = Since::default(),
+            Op::Barrier | Op::Meet => *since = Since::default(),
             Op::For { init, body, .. } => {
                 self.access(inst, self.bounds(inst), BTreeSet::new(), since);
                 let args = body.args.get(1..).unwrap_or_default();
@@ -112,13 +112,15 @@ impl<'a> Hazards<'a, '_, '_> {
             _ => {
                 let inputs = self.definitions.inputs(inst);
                 let mut writes: BTreeSet<BufferId> = self.buffers(&inst.results);
-                let reads = self.buffers(&inputs);
+                let mut reads = self.buffers(&inputs);
                 if let Some(&b) = reads.intersection(&writes).find(|&&b| !self.in_place(inst, b)) {
                     self.say(inst, format!("reads and overwrites {b} at once, and not element by element"));
                 }
                 if !matches!(inst.op, Op::Tile(tile::Op::Store { .. } | tile::Op::Scatter { .. })) {
                     writes.extend(inst.scratch);
                 }
+                writes.extend(if let Op::Put { buffer, .. } = inst.op { Some(buffer) } else { None });
+                reads.extend(if let Op::Get { buffer, .. } = inst.op { Some(buffer) } else { None });
                 if let Op::Copy { channel, slot, .. } | Op::Fill { channel, slot, .. } = &inst.op {
                     writes.insert(self.kernel.channels[channel.0 as usize].slots[*slot as usize]);
                 }

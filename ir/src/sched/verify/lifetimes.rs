@@ -4,10 +4,13 @@
 //! value of `common`, to the end of `common` and from the start of the role. A channel's slots live around all loops that work on it, in every
 //! unit that does; a channel of `common` only around those whose rounds meet stages of others, or leave some. Roles run at once, so that what two of them use never overlaps.
 //!
+//! What blocks of a team put into buffers for one another lives from its phase to that of its last reader ([`super::team`]).
+//!
 //! Two values of one buffer may follow each other within an instruction that reads the first and defines the second; [`super::hazards`] says
 //! when that is sound.
 
 use super::Report;
+use super::team::Phases;
 use crate::sched::ring::{Unit, channel_of, unit_name, units};
 use crate::sched::visit::Definitions;
 use crate::sched::{Block, Buffer, BufferId, ChannelId, Inst, Op, Place, Scheduled};
@@ -21,6 +24,8 @@ enum Need {
     /// The instruction at that time.
     Scratch(u32),
     Channel,
+    /// What blocks of a team exchange.
+    Put,
 }
 
 /// First and last time, in half instructions: `2 n` is where instruction `n` reads, `2 n + 1` where it writes.
@@ -50,15 +55,17 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
         Need::Value(v) => format!("%{}", v.0),
         Need::Scratch(_) => "scratch memory".into(),
         Need::Channel => "a channel".into(),
+        Need::Put => "what a block has put there".into(),
     };
     let bytes = |b: BufferId| &kernel.buffers[b.0 as usize];
+    let phases = Phases::of(kernel);
     for (i, &(unit, life, buffer, need)) in needs.iter().enumerate() {
         for &(_, other_life, other, other_need) in
             needs[i + 1..].iter().take_while(|n| n.0 == unit && n.1[0] / 2 <= life[1] / 2)
         {
             let at_once = match buffer == other {
                 true => other_life[0] <= life[1] && need != other_need,
-                false => overlap(bytes(buffer), bytes(other)),
+                false => overlap(bytes(buffer), bytes(other)) && !phases.apart(buffer, other),
             };
             if at_once {
                 let (need, other_need) = (what(need), what(other_need));
@@ -70,10 +77,10 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
             }
         }
     }
-    between_roles(kernel, &needs, report);
+    between_roles(kernel, &needs, &phases, report);
 }
 
-fn between_roles(kernel: &Scheduled, needs: &[(Unit, Life, BufferId, Need)], report: &mut Report) {
+fn between_roles(kernel: &Scheduled, needs: &[(Unit, Life, BufferId, Need)], phases: &Phases, report: &mut Report) {
     let used: BTreeSet<(Unit, BufferId, Option<Need>)> = needs
         .iter()
         .filter(|n| n.0 > 0)
@@ -85,7 +92,7 @@ fn between_roles(kernel: &Scheduled, needs: &[(Unit, Life, BufferId, Need)], rep
             // A value of `common` that both read, or their channel.
             let shared = buffer == other && need == other_need && need.is_some();
             let [a, b] = [buffer, other].map(|b| &kernel.buffers[b.0 as usize]);
-            if unit != other_unit && !shared && overlap(a, b) {
+            if unit != other_unit && !shared && overlap(a, b) && !phases.apart(buffer, other) {
                 let (name, other_name) = (unit_name(kernel, unit), unit_name(kernel, other_unit));
                 report.add(
                     "",
@@ -160,6 +167,9 @@ impl<'a> Timeline<'a> {
                     used.insert((slot, Need::Channel));
                 }
             }
+        }
+        if let Op::Put { buffer, .. } | Op::Get { buffer, .. } = inst.op {
+            self.extend(buffer, Need::Put, 2 * self.now);
         }
         match &inst.op {
             Op::For { body, .. } => {

@@ -5,6 +5,7 @@
 //! * threads, roles' warps and registers, shared memory and barriers are within the [`Budget`] (`budget`);
 //! * channels pair up: one producer, at least one consumer, and runs over many trip counts neither hang, nor leave a stage open, nor read a
 //!   stage that was given back (`channels`);
+//! * the blocks of a team meet in all roles alike, and exchange tiles that fit (`team`);
 //! * buffers that live at once do not overlap (`lifetimes`);
 //! * between a write of shared memory and another thread's read of it, and between a read and the next write, lies a barrier on every
 //!   path (`hazards`).
@@ -18,6 +19,7 @@ mod channels;
 mod hazards;
 mod lifetimes;
 mod places;
+mod team;
 mod types;
 
 use super::{Scheduled, Type};
@@ -127,6 +129,10 @@ fn location(kernel: &Scheduled, unit: super::ring::Unit, inst: &super::Inst) -> 
         (Op::Take { channel, slot }, _) => format!("take {channel}.{slot}"),
         (Op::Release { channel, .. }, _) => format!("release {channel}"),
         (Op::Barrier, _) => "barrier".into(),
+        (Op::Meet, _) => "meet".into(),
+        (Op::Put { buffer, .. }, _) => format!("put {buffer}"),
+        (Op::Get { buffer, .. }, _) => format!("get {buffer}"),
+        (Op::Number, _) => "number".into(),
         (Op::For { body, .. }, _) => format!("loop of %{}", body.args.first().map_or(0, |v| v.0)),
         (Op::If { cond, .. }, _) => format!("branch on %{}", cond.0),
         (Op::Tile(crate::tile::Op::Store { value, .. } | crate::tile::Op::Scatter { value, .. }), _) => {

@@ -43,6 +43,7 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
         report.add("", format!("{} threads have no two halves of whole warps that take turns", kernel.threads));
     }
     cluster(kernel, report);
+    super::team::check(kernel, report);
     for p in &kernel.params {
         if kernel.places[p.value.0 as usize] != Place::View {
             report.add(&format!(", %{}", p.name), "a parameter's place is @view");
@@ -256,6 +257,9 @@ impl Places<'_, '_, '_> {
         if let Some(b) = inst.scratch {
             problems.extend(self.owned(b));
         }
+        if let Op::Put { buffer, .. } | Op::Get { buffer, .. } = inst.op {
+            problems.extend(self.owned(buffer));
+        }
         if matches!(&inst.op, Op::If { cond, .. } if matches!(self.place(*cond), Place::Fragment(_) | Place::Slot(..)))
         {
             problems.push("a branch's condition is the same in every thread".into());
@@ -295,6 +299,11 @@ impl Places<'_, '_, '_> {
                 _ => Some(format!("{name} is {place}, which only a take from it gives")),
             },
             Place::Fragment(f) => self.fragment(ty, *f).map(|problem| format!("{name} {problem}")),
+            Place::Uniform if inst.op == Op::Number => None,
+            _ if inst.op == Op::Number => Some(format!("{name} is {place}, but a block's number is @uniform")),
+            _ if matches!(inst.op, Op::Get { .. }) => {
+                Some(format!("{name} is {place}, but what another block has put comes to fragments"))
+            }
             _ if matches!(inst.op, Op::Take { .. }) => {
                 Some(format!("{name} is {place}, but what is taken lies in its slot"))
             }

@@ -106,11 +106,23 @@ impl Eraser {
                     self.no_results(inst);
                     continue;
                 }
-                Op::Take { .. } => match self.take(inst) {
+                Op::Put { buffer, value } => {
+                    let Some(Type::Tile(t)) = self.program.types.get(value.0 as usize).cloned() else {
+                        self.problems.push(format!("%{} is put into {buffer} and is no tile", value.0));
+                        continue;
+                    };
+                    let shape = t.shape.clone();
+                    let tile = self.fresh(Type::Tile(t));
+                    region.insts.push(tile::Inst { results: vec![tile], op: tile::Op::Reshape { x: *value, shape } });
+                    self.no_results(inst);
+                    continue;
+                }
+                Op::Number => tile::Op::Full { value: Scalar::I32(0), shape: Vec::new() },
+                Op::Take { .. } | Op::Get { .. } => match self.take(inst) {
                     Some(op) => op,
                     None => continue,
                 },
-                Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Release { .. } => {
+                Op::Barrier | Op::Meet | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Release { .. } => {
                     self.no_results(inst);
                     continue;
                 }
@@ -135,7 +147,7 @@ impl Eraser {
         let Some(Type::Tile(TileType { dtype, shape })) =
             declared.filter(|t| !matches!(t, Type::Tile(t) if t.dtype == DType::Bool))
         else {
-            self.problems.push("a take gives one tile of a type that memory holds".into());
+            self.problems.push("a take or get gives one tile of a type that memory holds".into());
             return None;
         };
         let (shape, extents) = (shape.clone(), shape.iter().map(|&n| Extent::from(n)).collect::<Vec<_>>());

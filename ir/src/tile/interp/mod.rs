@@ -217,6 +217,11 @@ impl<'a> Machine<'a> {
         Ok(data)
     }
 
+    /// All values there are, for others in their place.
+    pub(crate) fn swapped(&mut self, values: Vec<Option<Rc<Data>>>) -> Vec<Option<Rc<Data>>> {
+        std::mem::replace(&mut self.env, values)
+    }
+
     pub(crate) fn set(&mut self, v: ValueId, data: Rc<Data>) {
         if let Some(slot) = self.env.get_mut(v.0 as usize) {
             *slot = Some(data);

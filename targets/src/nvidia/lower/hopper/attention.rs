@@ -9,11 +9,11 @@
 //! }
 //! ```
 //!
-//! Nothing is asked of what the maps compute. What stands around the loop may be anything that each thread can do for its own elements.
+//! Nothing is asked of what the maps compute, unless parts of the loop are to be joined ([`Attention::softmax`]). What stands around the loop may be anything that each thread can do for its own elements.
 
 use super::contraction::{Operand, definitions, product_loops, products, source};
 use dsc_ir::DType;
-use dsc_ir::tile::{Index, Inst, Op, Program, Region, Scalar, ValueId};
+use dsc_ir::tile::{Index, Inst, MapArg, MapFn, MapInst, Op, Program, ReduceKind, Region, Scalar, ScalarOp, ValueId};
 use std::collections::HashMap;
 
 /// One product of the chain that makes scores.
@@ -56,7 +56,85 @@ pub struct Attention<'a> {
     pub dtype: DType,
 }
 
+/// Rows that an online softmax in powers of two carries, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Softmax {
+    /// The largest score so far, or what powers are relative to where that follows it rarely.
+    pub largest: usize,
+    /// The sum of the weights.
+    pub total: usize,
+}
+
 impl<'a> Attention<'a> {
+    /// The carried rows, if they and the accumulator are those of an online softmax and nothing else is carried: then what disjoint parts of the
+    /// loop end with are joined as its rounds are.
+    ///
+    /// ```text
+    /// m' = max(m, max s)   α = 2^(m − m')   p = 2^(s − m')   l' = l α + Σ p   acc' = acc α + p · v
+    /// ```
+    pub fn softmax(&self, program: &Program, defs: &HashMap<ValueId, &'a Inst>) -> Option<Softmax> {
+        let arg = MapArg::Input;
+        let inst = |op, args: &[MapArg]| MapInst { op, args: args.to_vec() };
+        let made = |v: ValueId, insts: &[MapInst]| match &defs.get(&v)?.op {
+            Op::Map { inputs, body: MapFn { insts: own, result } } => {
+                (own == insts && *result == MapArg::Inst(insts.len() as u32 - 1)).then_some(inputs.as_slice())
+            }
+            _ => None,
+        };
+        let reduced = |v: ValueId, wanted: ReduceKind| match defs.get(&v)?.op {
+            Op::Reduce { x, axis: 1, kind } if kind == wanted => Some(x),
+            _ => None,
+        };
+        let power = [inst(ScalarOp::Sub, &[arg(0), arg(1)]), inst(ScalarOp::Exp2, &[MapArg::Inst(0)])];
+        let &[acc, alpha] = made(self.rescale.results[0], &[inst(ScalarOp::Mul, &[arg(0), arg(1)])])? else {
+            return None;
+        };
+        let &[before, largest] = made(alpha, &power)? else { return None };
+        let (carried, yields) = (&self.body.args[1..], &self.body.yields);
+        let at = carried.iter().position(|&v| v == before)?;
+        let total = (0..carried.len()).find(|&i| i != at && i != self.acc)?;
+        // The base becomes the largest score, or stays.
+        let always = made(largest, &[inst(ScalarOp::Max, &[arg(0), arg(1)])]);
+        let rarely = match &defs.get(&largest)?.op {
+            Op::Map { inputs, body } => match body.insts.as_slice() {
+                [above, far, is, next]
+                    if matches!(far.op, ScalarOp::Const(Scalar::F32(_)))
+                        && *above == inst(ScalarOp::Sub, &[arg(1), arg(0)])
+                        && *is == inst(ScalarOp::Lt, &[MapArg::Inst(1), MapArg::Inst(0)])
+                        && *next == inst(ScalarOp::Select, &[MapArg::Inst(2), arg(1), arg(0)])
+                        && body.result == MapArg::Inst(3) =>
+                {
+                    Some(inputs.as_slice())
+                }
+                _ => None,
+            },
+            _ => None,
+        };
+        let &[old, here] = always.or(rarely)? else { return None };
+        let scores = reduced(here, ReduceKind::Max)?;
+        let sum = [inst(ScalarOp::Mul, &[arg(0), arg(1)]), inst(ScalarOp::Add, &[MapArg::Inst(0), arg(2)])];
+        let &[counted, factor, more] = made(yields[total], &sum)? else { return None };
+        let weights = reduced(more, ReduceKind::Sum)?;
+        let &[exponents, most] = made(weights, &power)? else { return None };
+        let narrow = made(self.weights, &[inst(ScalarOp::Cast(self.dtype), &[arg(0)])]);
+        let rows = |v: ValueId| program.tile(v).is_some_and(|t| t.shape == [self.shape[0], 1]);
+        let chained = acc == carried[self.acc]
+            && old == before
+            && yields[at] == largest
+            && counted == carried[total]
+            && factor == alpha
+            && exponents == scores
+            && most == largest
+            && (self.weights == weights || narrow == Some(&[weights]));
+        let empty = |i: usize, wanted: &dyn Fn(f32) -> bool| {
+            let Op::For { init, .. } = &self.key_loop.op else { return false };
+            let full = defs.get(&init[i]).map(|i| &i.op);
+            matches!(full, Some(Op::Full { value: Scalar::F32(x), .. }) if wanted(*x)) && rows(carried[i])
+        };
+        let begins = empty(at, &|x| x.is_finite() && x < 0.0) && empty(total, &|x| x == 0.0);
+        (chained && begins && carried.len() == 3).then_some(Softmax { largest: at, total })
+    }
+
     /// The attention of a program whose products are all in one such loop.
     pub fn of(program: &'a Program) -> Option<Attention<'a>> {
         let mut loops = Vec::new();

@@ -89,8 +89,14 @@ pub struct Emit<'a> {
     pub syms: [Val; 6],
     /// Blocks that run together; 1 if each is by itself.
     pub cluster: u32,
-    /// This block's number in its cluster.
+    /// Blocks that run one tile together.
+    pub team: u32,
+    /// This block's number among those of its cluster that share copies.
     pub rank: Val,
+    /// This block's number in its team.
+    pub member: Val,
+    /// How often this tile's code has met the team's other blocks.
+    pub met: usize,
     /// Bytes from an address in this block's shared memory to the same place in those of the others of the cluster.
     pub peers: Vec<Val>,
     /// The tile's coordinates in the grid.
@@ -175,7 +181,10 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         lefts: HashSet::new(),
         syms: [i32(0); 6],
         cluster: s.cluster.map_or(1, |c| c.blocks),
+        team: if s.roles.is_empty() { 1 } else { s.team.max(1) },
         rank: i32(0),
+        member: i32(0),
+        met: 0,
         peers: Vec::new(),
         block: [i32(0); 3],
         role_tid: i32(0),
@@ -211,7 +220,8 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
     let gpu = GpuKernel {
         threads: s.threads,
         shared_bytes: if selects { select::shared_bytes() } else { barriers },
-        cluster: if selects { s.team } else { e.cluster },
+        cluster: if selects { s.team } else { e.cluster * e.team },
+        team: if e.team > 1 { e.team } else { 0 },
         persistent: s.persistent.is_some(),
         turns: if uneven(s) { TURNS } else { 0 },
         dependent: true,
@@ -278,8 +288,12 @@ impl<'a> Emit<'a> {
         }
         let warp = ptx::uniform(&mut self.t.f, self.t.warp);
         self.t.warp = warp;
-        if self.cluster > 1 {
+        if self.cluster * self.team > 1 {
             self.rank = isa::sreg(&mut self.t.f, "cluster.ctarank");
+            if self.team > 1 {
+                let rank = self.rank;
+                (self.rank, self.member) = (self.t.f.rem(rank, self.cluster), self.t.f.div(rank, self.cluster));
+            }
         }
         self.fetch_maps()?;
         self.init_barriers();
@@ -303,7 +317,7 @@ impl<'a> Emit<'a> {
         }
         self.t.f.br(end, &[]);
         self.t.f.start(end, &[]);
-        if self.cluster > 1 {
+        if self.cluster > 1 && self.team == 1 {
             // Another block may still fill this one's memory, or arrive on its barriers.
             ptx::cluster_barrier(&mut self.t.f);
         }
@@ -369,6 +383,7 @@ impl<'a> Emit<'a> {
         self.shared_out.clear();
         self.settled = None;
         self.unfenced = false;
+        self.met = 0;
         for (number, channel) in self.s.channels.iter().enumerate() {
             let number = ChannelId(number as u32);
             let fills = any(&role.body, &|op| matches!(op, Op::Acquire(c) if *c == number));
@@ -523,6 +538,13 @@ impl<'a> Emit<'a> {
                 self.role_waits();
                 Ok(())
             }
+            Op::Number => {
+                self.held.insert(inst.results[0], Held::Scalar(self.member));
+                Ok(())
+            }
+            Op::Meet => self.meet(),
+            Op::Put { buffer, value } => self.put_part(*buffer, *value),
+            Op::Get { buffer, after, own } => self.get_part(inst.results[0], *buffer, *after, *own),
             Op::If { .. } => Err("branches inside roles".into()),
         }
     }

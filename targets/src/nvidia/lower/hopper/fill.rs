@@ -110,7 +110,7 @@ impl<'a> Emit<'a> {
     }
 
     /// One f32 a row: a thread of each that have it.
-    fn fill_rows(&mut self, g: &Geometry, value: ValueId, buffer: &Buffer, base: Val) -> Result<(), String> {
+    pub fn fill_rows(&mut self, g: &Geometry, value: ValueId, buffer: &Buffer, base: Val) -> Result<(), String> {
         let mut seen = HashMap::new();
         let (lane, warp) = (self.t.lane, g.warp);
         let writes = if g.transposed {
@@ -282,6 +282,7 @@ impl<'a> Emit<'a> {
             }
             let rank = self.t.f.add(self.rank, i32(other.into()));
             let rank = self.t.f.bin("urem", rank, i32(self.cluster.into()));
+            let rank = self.rank_of(rank);
             let peer = ptx::to_block(&mut self.t.f, self.t.shared32, rank);
             self.peers.push(peer);
         }

@@ -32,7 +32,8 @@ impl<'a> Emit<'a> {
         let blocks = f.mul(counts[0], counts[1]);
         let blocks = f.mul(blocks, counts[2]);
         // Clusters take tiles that lie together.
-        let (first, blocks) = (f.div(first, self.cluster), f.div(blocks, self.cluster));
+        let together = self.cluster * self.team;
+        let (first, blocks) = (f.div(first, together), f.div(blocks, together));
         let mut sizes = [i32(1); 3];
         for (size, dim) in sizes.iter_mut().zip(&self.s.grid) {
             let extent = self.extent(dim.extent);

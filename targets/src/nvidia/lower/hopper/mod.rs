@@ -51,6 +51,7 @@ mod spread;
 mod store;
 mod stream;
 mod sums;
+mod team;
 mod tensor_map;
 #[cfg(test)]
 mod tests;

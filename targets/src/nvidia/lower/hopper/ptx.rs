@@ -378,6 +378,22 @@ pub fn store_cluster_word(f: &mut Fn, at: Val, v: Val) {
     effect(f, "st.shared::cluster.b32 [$0], $1;", "r,r", &[at, v]);
 }
 
+/// An f32 of shared memory, of any block of the cluster.
+pub fn load_cluster_f32(f: &mut Fn, at: Val) -> Val {
+    f.asm("ld.shared::cluster.f32 $0, [$1];", "=f,r", &[at], &[Ty::F32], true, true)[0]
+}
+
+/// Four f32 of shared memory, of any block of the cluster.
+pub fn load_cluster_floats(f: &mut Fn, at: Val) -> Vec<Val> {
+    f.asm("ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", &[at], &[Ty::F32; 4], true, true)
+}
+
+/// Writes four f32 to shared memory.
+pub fn store_shared_floats(f: &mut Fn, at: Val, v: &[Val]) {
+    let args: Vec<Val> = [at].into_iter().chain(v.iter().copied()).collect();
+    effect(f, "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", &args);
+}
+
 /// First half of a [`cluster_barrier`] that whole warps come to; shared memory written before is visible after the second.
 pub fn cluster_arrive(f: &mut Fn) {
     effect(f, "barrier.cluster.arrive.release.aligned;", "", &[]);

@@ -319,6 +319,9 @@ impl<'a> Emit<'a> {
         let mut to = self.t.f.add(base, offset);
         let mut coordinates = index.iter().map(|&i| self.index(i)).collect::<Result<Vec<_>, _>>()?;
         let (number, part) = self.copy_map((channel, slot), view, shape, shared)?;
+        if shared && self.team > 1 {
+            return Err("a copy that blocks of several teams share".into());
+        }
         if shared {
             let axis = shared_axis(shape)?;
             let first = self.t.f.mul(self.rank, i32(part[axis].into()));
@@ -405,7 +408,8 @@ impl<'a> Emit<'a> {
             // One thread for each block of the cluster.
             let mine = self.t.f.cmp("ult", within, i32(self.cluster.into()));
             let mine = self.t.f.cast("zext", mine, Ty::I32);
-            ptx::barrier_arrive_at_if(&mut self.t.f, empty, within, mine);
+            let rank = self.rank_of(within);
+            ptx::barrier_arrive_at_if(&mut self.t.f, empty, rank, mine);
             return Ok(());
         }
         let first = self.t.f.cmp("eq", within, i32(0));

@@ -13,7 +13,7 @@ mod scores;
 #[path = "../../../../tests/support/select.rs"]
 mod select;
 
-use super::{lower, schedule};
+use super::{attention_plan, lower, schedule};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::Ty;
@@ -22,7 +22,7 @@ use dsc_ir::sched::verify::Budget;
 use dsc_ir::sched::{self, Scheduled};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::interp::{self, Binding};
-use dsc_ir::tile::{Program, Type};
+use dsc_ir::tile::{self, Program, Type};
 use dsc_ir::{DType, Sym, SymValues};
 use experts::Experts;
 use heads::Heads;
@@ -299,8 +299,18 @@ const SPARSE: Attention = Attention {
 impl Attention {
     /// Asserts that the schedule is valid, and that it gives what the program gives but for rounding.
     fn check(self, tokens: u32, lengths: &[i32]) {
+        self.check_split(1, tokens, lengths);
+    }
+
+    /// The same where so many blocks divide the keys.
+    fn check_split(self, split: u32, tokens: u32, lengths: &[i32]) {
         let program = self.program("attention");
-        let scheduled = clustered(program.clone(), 0);
+        let schedule = Schedule { split, ..Schedule::default() };
+        let kernel = Kernel { program: program.clone(), schedule };
+        let scheduled = attention_plan::plan(&kernel, hopper()).expect("it is attention");
+        assert_eq!(scheduled.team, split);
+        // Weights round relative to the base of each part.
+        let tolerance = if split > 1 { 6e-3 } else { 2e-3 };
         assert_eq!(sched::verify::verify(&scheduled, &BUDGET), vec![], "{scheduled}");
         let rows = 300u32;
         let syms = SymValues([3; 6]).with(Sym::T, tokens).with(Sym::C, rows);
@@ -368,7 +378,7 @@ impl Attention {
                     norm += b * b;
                 }
                 assert!(
-                    (wrong / norm).sqrt() < 2e-3,
+                    (wrong / norm).sqrt() < tolerance,
                     "seed {seed}: {} {wrong} {norm}\n{scheduled}",
                     program.params[o].name
                 );
@@ -446,6 +456,57 @@ fn pairs_of_blocks_share_computed_keys() {
 fn attention_in_parts() {
     Attention { parts: Some(2), ..SPARSE }.check(2, &[192, 65]);
     Attention { parts: Some(3), fp8: true, ..SPARSE }.check(1, &[130]);
+}
+
+#[test]
+fn blocks_of_a_team_join_their_parts() {
+    // Shares that are empty, of one token that has no key at all, and of odd and even numbers of rounds.
+    let codes = Attention { fp8: true, ..SPARSE };
+    codes.check_split(2, 2, &[192, 0]);
+    Attention { k: 384, ..codes }.check_split(4, 3, &[384, 64, 300]);
+    Attention { fp8: true, heads: 128, ..SPARSE }.check_split(8, 1, &[130]);
+    codes.check_split(16, 1, &[192]);
+    let few = Attention { heads: 16, tile: 16, fp8: true, ..SPARSE };
+    few.check_split(4, 1, &[192]);
+    few.check_split(8, 2, &[192, 70]);
+    // Fewer pieces than blocks.
+    few.check_split(16, 1, &[192]);
+    Attention { heads: 32, tile: 32, ..few }.check_split(16, 1, &[100]);
+}
+
+#[test]
+fn what_is_no_softmax_is_not_joined() {
+    let schedule = |split| Schedule { split, ..Schedule::default() };
+    let team = |program: Program, split: u32| {
+        attention_plan::plan(&Kernel { program, schedule: schedule(split) }, hopper()).map(|s| s.team)
+    };
+    // Pairs that share keys, and no more blocks than a cluster has.
+    let pairs = Attention { fp8: true, heads: 128, ..SPARSE };
+    assert_eq!(team(pairs.program("attention"), 16), Some(8));
+    // Which also gives the largest score.
+    assert_eq!(team(SPARSE.program("attention"), 2), Some(1));
+    let mut program = Attention { fp8: true, ..SPARSE }.program("attention");
+    assert_eq!(team(program.clone(), 2), Some(2));
+    // A base that follows otherwise.
+    let Some(tile::Op::For { body, .. }) =
+        program.body.insts.iter_mut().map(|i| &mut i.op).find(|op| matches!(op, tile::Op::For { .. }))
+    else {
+        panic!("attention has a loop")
+    };
+    let mut changed = 0;
+    for inst in &mut body.insts {
+        if let tile::Op::Map { body, .. } = &mut inst.op
+            && body.insts.len() == 4
+            && body.insts[3].op == tile::ScalarOp::Select
+            && body.insts[2].op == tile::ScalarOp::Lt
+            && matches!(body.insts[1].op, tile::ScalarOp::Const(tile::Scalar::F32(_)))
+        {
+            body.insts[2].op = tile::ScalarOp::Le;
+            changed += 1;
+        }
+    }
+    assert_eq!(changed, 1);
+    assert_eq!(team(program, 2), Some(1));
 }
 
 #[test]

@@ -76,9 +76,10 @@ impl<'a> Planner<'a> {
             }
             Some((insts, Vec::new()))
         };
-        let (lo, hi, step) = self.range(names)?;
+        let (lo, hi, step) = self.range(names, &mut out)?;
         if !self.turns_order() {
             out.push(self.rounds((lo, hi, step), &[], names, |p, names| rounds(p, &[parts.to_vec()], names))?);
+            self.looks_on(&mut out);
             return Some(out);
         }
         let bounds = [self.scalar_of(lo, &mut out)?, self.scalar_of(hi, &mut out)?];
@@ -86,6 +87,7 @@ impl<'a> Planner<'a> {
         let orders = [0, 1].map(|number| self.order_of(number));
         out.push(self.rounds((lo, behind, 2 * step), &[], names, |p, names| rounds(p, &orders, names))?);
         out.push(self.rounds((behind, hi, 2 * step), &[], names, |p, names| rounds(p, &orders[..1], names))?);
+        self.looks_on(&mut out);
         Some(out)
     }
 

@@ -55,7 +55,8 @@ impl<'a> Planner<'a> {
     }
 
     fn totals(&self, split: &Split, placed: &mut Placed) {
-        if !split.totals.is_empty() {
+        // Where blocks join, each group computes them itself.
+        if !split.totals.is_empty() && self.team.is_none() {
             let slots = (0..split.totals.len()).map(|i| column(format!("totals{i}"), self.a.shape[0]));
             placed.channel("totals", 1, slots.collect());
         }
@@ -148,6 +149,6 @@ impl<'a> Planner<'a> {
 }
 
 /// An f32 a row.
-fn column(name: String, rows: u32) -> Buffer {
+pub(super) fn column(name: String, rows: u32) -> Buffer {
     Buffer { name, dtype: DType::F32, shape: [rows, 1], pitch: 4, swizzle: 0, copies: 1, offset: 0 }
 }

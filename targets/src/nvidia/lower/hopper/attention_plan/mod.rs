@@ -10,9 +10,12 @@
 //! Keys lie in rings, one for each range of columns, so that each is given back as soon as its own readers are done. What one role computes
 //! and another uses (weights, factors a row) goes through a channel too.
 //!
+//! A schedule may have several blocks divide the keys of a tile: [`join`].
+//!
 //! With 64 heads, 64 keys a round, 512 + 64 columns: queries 72 KiB, two rounds of keys 144 KiB, weights 8 KiB. A round is
 //! 64·64·(576 + 512) multiply-adds, 2176 cycles of the multipliers; it brings 72 KiB.
 
+mod join;
 mod keys;
 mod memory;
 mod scores;
@@ -97,8 +100,10 @@ pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     // Copies are under way while other columns are computed.
     parts.sort_by_key(|p| p.computed);
     let values = Values::new(program);
-    let mut planner = Planner { program, a, defs, parts, transposed, groups, cluster: None, values };
+    let (cluster, team, exchanges) = (None, None, 0);
+    let mut planner = Planner { program, a, defs, parts, transposed, groups, cluster, team, exchanges, values };
     planner.cluster = planner.pair(kernel.schedule.cluster);
+    planner.team = planner.team_of(kernel.schedule.split);
     planner.scheduled(arch)
 }
 
@@ -124,6 +129,10 @@ struct Planner<'a> {
     groups: u32,
     /// Blocks that each compute a part of the keys for all of them.
     cluster: Option<Cluster>,
+    /// Blocks that have a part of the keys each.
+    team: Option<join::Team>,
+    /// The first buffer through which they join.
+    exchanges: u32,
     values: Values<'a>,
 }
 
@@ -167,8 +176,10 @@ impl<'a> Planner<'a> {
         let split = self.split()?;
         let takes_turns = self.takes_turns();
         let memory = if takes_turns { self.memory_of_turns(&split, arch) } else { self.memory(&split, arch) };
-        let (buffers, channels) = memory?;
+        let (mut buffers, channels) = memory?;
         let scratch = (self.transposed).then(|| buffers.len() as u32 - 2);
+        self.exchanges = buffers.len() as u32;
+        self.exchange(&mut buffers, &channels)?;
         let mut roles: Vec<Role> = Vec::new();
         let mut role = |name: String, registers: u32, insts: Vec<Inst>| {
             let first = roles.len() as u32 * (WARPGROUP / Arch::WARP);
@@ -204,7 +215,7 @@ impl<'a> Planner<'a> {
             grid: self.program.grid.clone(),
             persistent: Some(BAND),
             cluster: self.cluster,
-            team: 1,
+            team: self.blocks(),
             folded: false,
             alternate: false,
             dies: 1,
@@ -365,10 +376,10 @@ impl<'a> Planner<'a> {
         numbers.iter().map(carried).collect()
     }
 
-    /// The bounds and step of the program's loop.
-    fn range(&self, names: &Names) -> Option<(Index, Index, u32)> {
+    /// The bounds and step of the program's loop, or of this block's part of it.
+    fn range(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<(Index, Index, u32)> {
         let (lo, hi, step) = self.a.range;
-        Some((rename_index(lo, names)?, rename_index(hi, names)?, step))
+        self.part_of((rename_index(lo, names)?, rename_index(hi, names)?, step), out)
     }
 
     /// A loop over rounds.

@@ -80,7 +80,7 @@ impl<'a> Planner<'a> {
         self.queries(names, &mut out)?;
         let queries = self.take_queries(&mut out);
         let rows = self.rows_ahead(split);
-        let range = self.range(names)?;
+        let range = self.range(names, &mut out)?;
         let first = self.scalar_of(range.0, &mut out)?;
         let known = self.known_in(split, first, names, &mut out)?;
         let others: Vec<(ValueId, ValueId)> =
@@ -93,6 +93,11 @@ impl<'a> Planner<'a> {
         })?;
         out.push(round);
         out.push(plain(Op::Release { channel: QUERIES, lag: 0 }));
+        if self.joins(true, None, names, &mut out)?.is_some() {
+            self.finish_rows_once(scratch, names, &mut out)?;
+            out.push(plain(Op::Meet));
+            return Some(out);
+        }
         self.finish_rows(&after, names, scratch, &mut out)?;
         self.hand_totals(split, self.total_channel(), names, &mut out)?;
         Some(out)

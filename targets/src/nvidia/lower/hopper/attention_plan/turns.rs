@@ -114,6 +114,13 @@ impl<'a> Planner<'a> {
         let queries = self.take_queries(&mut out);
         let turn = Turn { split, number, queries, ahead: self.rows_ahead(split) };
         self.pairs(&turn, names, &mut out)?;
+        if let Some(joined) = self.joins(number == 0, Some(number), names, &mut out)? {
+            if number == 0 {
+                self.finish_rows_once(None, names, &mut out)?;
+            }
+            self.finish_piece(&joined, names, &mut out)?;
+            return Some(out);
+        }
         if number == 0 {
             self.finish_rows(&totals, names, None, &mut out)?;
             self.hand_totals(split, self.totals_of_turns(split), names, &mut out)?;
@@ -129,7 +136,7 @@ impl<'a> Planner<'a> {
 
     /// The loop over pairs of rounds, and the round that may be left.
     fn pairs(&mut self, turn: &Turn<'_>, names: &mut Names, out: &mut Vec<Inst>) -> Option<()> {
-        let (lo, hi, step) = self.range(names)?;
+        let (lo, hi, step) = self.range(names, out)?;
         let (from, to) = (self.scalar_of(lo, out)?, self.scalar_of(hi, out)?);
         let mut numbers = vec![self.a.acc];
         if turn.number == 0 {

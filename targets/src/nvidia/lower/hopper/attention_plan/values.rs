@@ -58,8 +58,12 @@ impl<'a> Planner<'a> {
     pub(super) fn values(&mut self, split: &Split, group: u32, names: &mut Names) -> Option<Vec<Inst>> {
         let mut out = self.before(self.roots_of_values(), names)?;
         self.no_sum(names, &mut out)?;
-        let (range, carried) = (self.range(names)?, self.carried(&[self.a.acc], names)?);
+        let (range, carried) = (self.range(names, &mut out)?, self.carried(&[self.a.acc], names)?);
         out.push(self.rounds(range, &carried, names, |p, names| p.value_round(split, group, names))?);
+        if let Some(joined) = self.joins(false, Some(group), names, &mut out)? {
+            self.finish_piece(&joined, names, &mut out)?;
+            return Some(out);
+        }
         self.take_totals(split, self.total_channel(), names, &mut out);
         self.finish_values(split, group, names, &mut out)?;
         if !split.totals.is_empty() {

@@ -1,0 +1,402 @@
+//! Parts of the keys by the blocks of a team, and what joins them.
+//!
+//! Each block runs an equal share of the rounds, and has of its keys the largest scores `m` of the rows, the sums `l` and the accumulator. Then
+//!
+//! ```text
+//! put m, l                       those who score
+//! meet                           nobody needs keys any more: their memory is free
+//! put acc                        there, each group its columns; meanwhile: M = max m, w = 2^(m - M), L = Σ w l of all blocks
+//! meet
+//! acc = Σ w acc                  of all blocks, of the piece of rows and columns that has this block's number
+//! what stands behind the loop    with M, L and that piece
+//! meet                           nobody reads this block's memory any more
+//! ```
+//!
+//! Blocks read one another's pieces round the team, each from another, and add them in that order: the same bits each time. With 64 heads and 512
+//! columns a block of a team of `n` reads 128 KiB, (n − 1) / n of it from the others.
+
+use super::*;
+use crate::nvidia::lower::hopper::attention::Softmax;
+use dsc_ir::tile::{MapArg, MapFn, MapInst, Scalar, ScalarOp};
+
+/// Most blocks of a cluster.
+const MOST_BLOCKS: u32 = 16;
+/// Registers for what comes from other blocks at once, with many heads and with few.
+const ROOM: u32 = 128;
+const ROOM_OF_FEW: u32 = 32;
+/// A column outside of every view.
+const OUTSIDE: i32 = 1 << 24;
+
+/// How a kernel's keys are divided.
+#[derive(Clone, Debug)]
+pub(super) struct Team {
+    /// Blocks.
+    pub blocks: u32,
+    /// The carried rows that a softmax has.
+    softmax: Softmax,
+    /// Rows and columns of a group's accumulator that a block joins.
+    piece: [u32; 2],
+}
+
+/// What a block has joined.
+pub(super) struct Joined {
+    /// The first row and column of its piece, among all.
+    first: [Option<ValueId>; 2],
+}
+
+impl<'a> Planner<'a> {
+    /// As many blocks as the schedule wants, if they can join what they have, or the most that can.
+    pub(super) fn team_of(&self, wanted: u32) -> Option<Team> {
+        let softmax = self.a.softmax(self.program, &self.defs)?;
+        let [heads, _, columns] = self.a.shape;
+        let (wide, shared) = (columns / self.groups, self.cluster.map_or(1, |c| c.blocks));
+        let piece = |blocks: u32| {
+            // Eight columns, or rows, are what an instruction has at least.
+            let (down, across) = match self.transposed {
+                false => (1, blocks),
+                true => (blocks.div_ceil(wide / ROWS).min(heads / 8), blocks.min(wide / ROWS)),
+            };
+            let unit = if self.transposed { [8, ROWS] } else { [ROWS, 8] };
+            let whole = heads.is_multiple_of(down * unit[0]) && wide.is_multiple_of(across * unit[1]);
+            whole.then_some([heads / down, wide / across])
+        };
+        let fits = |&blocks: &u32| blocks > 1 && blocks * shared <= MOST_BLOCKS;
+        let mut counts = std::iter::successors(Some(wanted), |&n| (n > 2).then(|| n.next_power_of_two() / 2));
+        counts.find_map(|n| Some(n).filter(fits).and_then(|n| Some(Team { blocks: n, softmax, piece: piece(n)? })))
+    }
+
+    /// Blocks of the team.
+    pub(super) fn blocks(&self) -> u32 {
+        self.team.as_ref().map_or(1, |t| t.blocks)
+    }
+
+    /// Buffers through which blocks join: rows, and behind them each group's columns, in the memory of keys.
+    pub(super) fn exchange(&self, buffers: &mut Vec<Buffer>, channels: &[Channel]) -> Option<()> {
+        if self.team.is_none() {
+            return Some(());
+        }
+        let [heads, _, columns] = self.a.shape;
+        let end = |buffers: &[Buffer]| buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0);
+        for name in ["part_largest", "part_totals"] {
+            let offset = end(buffers);
+            buffers.push(Buffer { offset, ..memory::column(name.into(), heads) });
+        }
+        let keys: Vec<&Buffer> =
+            channels[1..=self.parts.len()].iter().map(|c| &buffers[c.slots[0].0 as usize]).collect();
+        let mut offset = keys.iter().map(|b| b.offset).min()?;
+        let room = keys.iter().map(|b| b.offset + b.bytes()).max()?;
+        for group in 0..self.groups {
+            let (name, wide) = (format!("part_sums{group}"), columns / self.groups);
+            let part = Buffer { shape: [heads, wide], pitch: wide * 4, offset, ..memory::column(name, heads) };
+            offset += part.bytes();
+            buffers.push(part);
+        }
+        (offset <= room).then_some(())
+    }
+
+    /// The `n`-th of these buffers.
+    fn exchanged(&self, n: u32) -> BufferId {
+        BufferId(self.exchanges + n)
+    }
+
+    /// This block's number in the team.
+    pub(super) fn number(&mut self, out: &mut Vec<Inst>) -> ValueId {
+        let v = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
+        out.push(Inst { results: vec![v], op: Op::Number, scratch: None });
+        v
+    }
+
+    /// This block's share of the rounds `lo..hi` of that step.
+    pub(super) fn part_of(
+        &mut self,
+        (lo, hi, step): (Index, Index, u32),
+        out: &mut Vec<Inst>,
+    ) -> Option<(Index, Index, u32)> {
+        let blocks = self.blocks();
+        if blocks == 1 {
+            return Some((lo, hi, step));
+        }
+        let number = self.number(out);
+        let (lo, hi) = (self.scalar_of(lo, out)?, self.scalar_of(hi, out)?);
+        let each = vec![
+            on(ScalarOp::Sub, [MapArg::Input(1), MapArg::Input(0)]),
+            number_of((step * blocks - 1) as i32),
+            on(ScalarOp::Add, [MapArg::Inst(0), MapArg::Inst(1)]),
+            number_of((step * blocks) as i32),
+            on(ScalarOp::Div, [MapArg::Inst(2), MapArg::Inst(3)]),
+            number_of(step as i32),
+            on(ScalarOp::Mul, [MapArg::Inst(4), MapArg::Inst(5)]),
+        ];
+        let each = self.scalar(map(vec![lo, hi], each), out);
+        let from = vec![
+            on(ScalarOp::Mul, [MapArg::Input(3), MapArg::Input(2)]),
+            on(ScalarOp::Add, [MapArg::Input(0), MapArg::Inst(0)]),
+            on(ScalarOp::Min, [MapArg::Inst(1), MapArg::Input(1)]),
+        ];
+        let from = self.scalar(map(vec![lo, hi, each, number], from), out);
+        let to = vec![
+            on(ScalarOp::Add, [MapArg::Input(0), MapArg::Input(1)]),
+            on(ScalarOp::Min, [MapArg::Inst(0), MapArg::Input(2)]),
+        ];
+        let to = self.scalar(map(vec![from, each, hi], to), out);
+        Some((Index::Value(from), Index::Value(to), step))
+    }
+
+    /// What a role without accumulator or rows does while the others join.
+    pub(super) fn looks_on(&self, out: &mut Vec<Inst>) {
+        if self.team.is_some() {
+            out.extend((0..3).map(|_| plain(Op::Meet)));
+        }
+    }
+
+    fn behind_loop(&self, carried: usize) -> ValueId {
+        self.a.key_loop.results[carried]
+    }
+
+    /// [`Planner::join`], if there are others to join with.
+    pub(super) fn joins(
+        &mut self,
+        puts: bool,
+        group: Option<u32>,
+        names: &mut Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<Option<Joined>> {
+        if self.team.is_none() { Some(None) } else { self.join(puts, group, names, out).map(Some) }
+    }
+
+    /// Joins the rows of all blocks and, if there is a group, its columns of the accumulator, up to the second meeting; gives the rest names of
+    /// the values behind the loop. `puts` says who has the rows.
+    pub(super) fn join(
+        &mut self,
+        puts: bool,
+        group: Option<u32>,
+        names: &mut Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<Joined> {
+        let team = self.team.clone()?;
+        let [largest, totals] = [team.softmax.largest, team.softmax.total].map(|i| self.behind_loop(i));
+        if puts {
+            for (n, v) in [(0, largest), (1, totals)] {
+                out.push(plain(Op::Put { buffer: self.exchanged(n), value: *names.get(&v)? }));
+            }
+        }
+        out.push(plain(Op::Meet));
+        let acc = self.behind_loop(self.a.acc);
+        if let Some(group) = group {
+            out.push(plain(Op::Put { buffer: self.exchanged(2 + group), value: *names.get(&acc)? }));
+        }
+        // Who has no accumulator has the rows whole.
+        let rows = if group.is_some() { team.piece[0] } else { self.a.shape[0] };
+        let own = rows < self.a.shape[0];
+        let each = if self.transposed { rows / 4 } else { 2 };
+        let mut most = None;
+        for some in self.some_of(team.blocks, 2 * each) {
+            let mut largest: Vec<ValueId> = some.map(|after| self.got(0, after, [rows, 1], own, out)).collect();
+            largest.extend(most);
+            let count = largest.len() as u32;
+            most = Some(self.made([rows, 1], map(largest, folded(ScalarOp::Max, count)), out));
+        }
+        let most = most?;
+        let weight = vec![on(ScalarOp::Sub, [MapArg::Input(0), MapArg::Input(1)]), of(ScalarOp::Exp2, MapArg::Inst(0))];
+        let (mut total, mut weights) = (None, Vec::new());
+        for some in self.some_of(team.blocks, 2 * each) {
+            // Read again: there may be no registers for all of them.
+            let m: Vec<ValueId> = some.clone().map(|after| self.got(0, after, [rows, 1], own, out)).collect();
+            let l: Vec<ValueId> = some.map(|after| self.got(1, after, [rows, 1], own, out)).collect();
+            let w: Vec<ValueId> =
+                m.into_iter().map(|m| self.made([rows, 1], map(vec![m, most], weight.clone()), out)).collect();
+            total = Some(self.made([rows, 1], weighted(l, &w, total), out));
+            weights.extend(w);
+        }
+        let total = total?;
+        out.push(plain(Op::Meet));
+        names.insert(largest, most);
+        names.insert(totals, total);
+        let Some(group) = group else { return Some(Joined { first: [None; 2] }) };
+        let mut sum = None;
+        for some in self.some_of(team.blocks, team.piece[0] * team.piece[1] / WARPGROUP) {
+            let weights = &weights[some.start as usize..some.end as usize];
+            let parts: Vec<ValueId> = some.map(|after| self.got(2 + group, after, team.piece, true, out)).collect();
+            sum = Some(self.made(team.piece, weighted(parts, weights, sum), out));
+        }
+        names.insert(acc, sum?);
+        Some(self.piece_at(&team, group, out))
+    }
+
+    /// Where this block's piece of a group's columns lies.
+    fn piece_at(&mut self, team: &Team, group: u32, out: &mut Vec<Inst>) -> Joined {
+        let ([heads, _, columns], [rows, wide]) = (self.a.shape, team.piece);
+        let (down, first) = (heads / rows, (group * columns / self.groups) as i32);
+        let pieces = down * (columns / self.groups / wide);
+        let number = self.number(out);
+        let mut column = vec![
+            number_of(down as i32),
+            on(ScalarOp::Div, [MapArg::Input(0), MapArg::Inst(0)]),
+            number_of(wide as i32),
+            on(ScalarOp::Mul, [MapArg::Inst(1), MapArg::Inst(2)]),
+            number_of(first),
+            on(ScalarOp::Add, [MapArg::Inst(3), MapArg::Inst(4)]),
+        ];
+        if pieces < team.blocks {
+            // Others join what nobody stores.
+            column.extend([
+                number_of(pieces as i32),
+                on(ScalarOp::Lt, [MapArg::Input(0), MapArg::Inst(6)]),
+                number_of(OUTSIDE),
+                MapInst { op: ScalarOp::Select, args: vec![MapArg::Inst(7), MapArg::Inst(5), MapArg::Inst(8)] },
+            ]);
+        }
+        let column = self.scalar(map(vec![number], column), out);
+        let row = (down > 1).then(|| {
+            let row = vec![
+                number_of(down as i32),
+                on(ScalarOp::Rem, [MapArg::Input(0), MapArg::Inst(0)]),
+                number_of(rows as i32),
+                on(ScalarOp::Mul, [MapArg::Inst(1), MapArg::Inst(2)]),
+            ];
+            self.scalar(map(vec![number], row), out)
+        });
+        Joined { first: [row, Some(column)] }
+    }
+
+    /// Blocks by as many as have room in registers at once, where each takes so many.
+    fn some_of(&self, blocks: u32, registers: u32) -> Vec<std::ops::Range<u32>> {
+        let room = if self.transposed { ROOM_OF_FEW } else { ROOM };
+        let some = (room / registers.max(1)).clamp(1, blocks);
+        (0..blocks).step_by(some as usize).map(|first| first..(first + some).min(blocks)).collect()
+    }
+
+    fn got(&mut self, n: u32, after: u32, shape: [u32; 2], own: bool, out: &mut Vec<Inst>) -> ValueId {
+        let ty = TileType { dtype: DType::F32, shape: shape.to_vec() };
+        let v = self.values.fresh(Type::Tile(ty), self.fragment());
+        out.push(Inst { results: vec![v], op: Op::Get { buffer: self.exchanged(n), after, own }, scratch: None });
+        v
+    }
+
+    fn made(&mut self, shape: [u32; 2], op: tile::Op, out: &mut Vec<Inst>) -> ValueId {
+        let ty = TileType { dtype: DType::F32, shape: shape.to_vec() };
+        let v = self.values.fresh(Type::Tile(ty), self.fragment());
+        out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
+        v
+    }
+
+    /// What stands behind the loop and needs the accumulator, of a block's piece; then nobody needs its memory.
+    pub(super) fn finish_piece(&mut self, joined: &Joined, names: &mut Names, out: &mut Vec<Inst>) -> Option<()> {
+        let (after, [rows, wide]) = (self.after(&[], true), self.team.as_ref()?.piece);
+        let [heads, _, columns] = self.a.shape;
+        for inst in self.behind() {
+            let made = inst.results.first();
+            match &inst.op {
+                tile::Op::Store { value, .. } if self.of_acc(*value) => {}
+                _ if !made.is_some_and(|r| after.contains(r)) => continue,
+                _ => {}
+            }
+            let place = match made {
+                Some(&r) if self.tile(r)?.elements() == 1 => Place::Uniform,
+                Some(&r) if self.of_rows(r) && !self.of_acc(r) => self.fragment(),
+                _ => Place::Lazy,
+            };
+            let mut new = self.copied(inst, place, names)?;
+            let cut = |shape: &mut [u32], of_acc: bool| {
+                let n = shape.len();
+                if n >= 2 && shape[n - 2] == heads {
+                    shape[n - 2] = rows;
+                }
+                if of_acc && shape[n - 1] == columns {
+                    shape[n - 1] = wide;
+                }
+            };
+            for (&old, &v) in inst.results.iter().zip(&new.results) {
+                let of_acc = self.of_acc(old);
+                if let Type::Tile(t) = &mut self.values.types[v.0 as usize]
+                    && t.elements() > 1
+                {
+                    cut(&mut t.shape, of_acc);
+                }
+            }
+            let of_acc = made.is_some_and(|&r| self.of_acc(r));
+            match &mut new.op {
+                Op::Tile(tile::Op::Reshape { shape, .. } | tile::Op::Full { shape, .. }) if shape.len() > 1 => {
+                    cut(shape, of_acc)
+                }
+                Op::Tile(tile::Op::Store { index, .. }) => {
+                    let n = index.len();
+                    *index.last_mut()? = Index::Value(joined.first[1]?);
+                    if let Some(row) = joined.first[0] {
+                        let place = index.get_mut(n.checked_sub(2)?)?;
+                        let before = self.scalar_of(*place, out)?;
+                        let sum = vec![on(ScalarOp::Add, [MapArg::Input(0), MapArg::Input(1)])];
+                        *place = Index::Value(self.scalar(map(vec![before, row], sum), out));
+                    }
+                }
+                Op::Tile(tile::Op::Map { .. }) => {}
+                _ if !of_acc => {}
+                _ => return None,
+            }
+            out.push(new);
+        }
+        out.push(plain(Op::Meet));
+        Some(())
+    }
+
+    /// What stands behind the loop and needs no accumulator, by one block of the team.
+    pub(super) fn finish_rows_once(
+        &mut self,
+        scratch: Option<u32>,
+        names: &mut Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<()> {
+        let after = self.after(&[], false);
+        let mut insts = Vec::new();
+        self.finish_rows(&after, names, scratch, &mut insts)?;
+        if insts.is_empty() {
+            return Some(());
+        }
+        let lo = Index::Value(self.number(out));
+        let counter = self.values.fresh(self.program.ty(self.a.body.args[0]).clone(), Place::Uniform);
+        let body = Block { args: vec![counter], insts, yields: Vec::new() };
+        // The first block's number is the only one below 1.
+        let once = Op::For { lo, hi: Index::Const(1), step: 1, init: Vec::new(), body };
+        out.push(plain(once));
+        Some(())
+    }
+}
+
+fn on(op: ScalarOp, args: [MapArg; 2]) -> MapInst {
+    MapInst { op, args: args.to_vec() }
+}
+
+fn of(op: ScalarOp, arg: MapArg) -> MapInst {
+    MapInst { op, args: vec![arg] }
+}
+
+fn number_of(n: i32) -> MapInst {
+    MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() }
+}
+
+/// Arithmetic whose last instruction is its result.
+fn map(inputs: Vec<ValueId>, insts: Vec<MapInst>) -> tile::Op {
+    let result = MapArg::Inst(insts.len() as u32 - 1);
+    tile::Op::Map { inputs, body: MapFn { insts, result } }
+}
+
+/// All of so many inputs, in order.
+fn folded(op: ScalarOp, inputs: u32) -> Vec<MapInst> {
+    let first = on(op, [MapArg::Input(0), MapArg::Input(1)]);
+    let rest = (2..inputs).map(|n| on(op, [MapArg::Inst(n - 2), MapArg::Input(n)]));
+    [first].into_iter().chain(rest).collect()
+}
+
+/// The sum of values times weights, in order, behind what there is already.
+fn weighted(values: Vec<ValueId>, weights: &[ValueId], before: Option<ValueId>) -> tile::Op {
+    let parts = values.len() as u32;
+    let product = |n: u32| [MapArg::Input(n), MapArg::Input(parts + n)];
+    let add = |n: u32, to: MapArg| MapInst { op: ScalarOp::Fma, args: [product(n).to_vec(), vec![to]].concat() };
+    let first = match before {
+        Some(_) => add(0, MapArg::Input(2 * parts)),
+        None => on(ScalarOp::Mul, product(0)),
+    };
+    let rest = (1..parts).map(|n| add(n, MapArg::Inst(n - 1)));
+    let inputs = values.into_iter().chain(weights.iter().copied()).chain(before).collect();
+    map(inputs, [first].into_iter().chain(rest).collect())
+}
