@@ -204,7 +204,7 @@ def section_short():
             look = torch.randint(0, t, (5,), device=DEV)
             for g, keys, lse in ((got[0], rows, got[0][1].view(t, H)), (got[1], kv[:, 0].float(), got[1][2])):
                 ref = attend(q[look], keys, idx[look])
-                wrong += not (close(g[0].view(t, H, L)[look], ref[0], 2e-2)[1] and close(lse[look], ref[1], 1e-4)[1])
+                wrong += not (close(g[0].view(t, H, L)[look], ref[0], 3e-2)[1] and close(lse[look], ref[1], 1e-4)[1])
         report("short selections", (t,), wrong == 0, wrong=wrong)
 
 

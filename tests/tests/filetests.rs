@@ -190,6 +190,7 @@ fn pass_test(sections: &mut Vec<Section>, name: &str, flags: &[&str]) -> Outcome
         blocks: if flags.contains(&"wide") { 132 } else { 0 },
         block_bytes: 192 << 10,
         boxes: true,
+        teams: Default::default(),
         numerics,
         index_topk: 4,
     };

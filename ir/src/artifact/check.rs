@@ -157,9 +157,10 @@ impl<'a> Check<'a> {
                 fault((1..=1024).contains(&gpu.threads), &|| format!("{} threads a block", gpu.threads));
                 fault(gpu.shared_bytes <= MAX_SHARED_BYTES, &|| format!("{} bytes of shared memory", gpu.shared_bytes));
                 fault((1..=16).contains(&gpu.cluster), &|| format!("clusters of {} blocks", gpu.cluster));
-                fault(gpu.team <= 1 || gpu.persistent && gpu.cluster.is_multiple_of(gpu.team), &|| {
-                    format!("teams of {} in clusters of {} blocks", gpu.team, gpu.cluster)
-                });
+                fault(
+                    gpu.team <= 1 || gpu.persistent && gpu.turns == 0 && gpu.cluster.is_multiple_of(gpu.team),
+                    &|| format!("teams of {} in clusters of {} blocks", gpu.team, gpu.cluster),
+                );
                 fault(gpu.scratch_bytes <= MAX_SCRATCH_BYTES, &|| {
                     format!("{} scratch bytes are beyond reason", gpu.scratch_bytes)
                 });

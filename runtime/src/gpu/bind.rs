@@ -310,6 +310,10 @@ mod tests {
         assert_eq!(grid(&entry, &persistent(16), 4, &syms(100)), Some([16, 1, 1]));
         assert_eq!(grid(&entry, &persistent(3), 4, &syms(100)), Some([6, 1, 1]));
         assert_eq!(grid(&entry, &persistent(1), 4, &syms(0)), None);
+        let team = GpuKernel { team: 4, ..persistent(8) };
+        assert_eq!(grid(&entry, &team, 4, &syms(100)), Some([8, 1, 1]));
+        assert_eq!(grid(&entry, &team, 40, &syms(1)), Some([16, 1, 1]));
+        assert_eq!(grid(&entry, &team, 40, &syms(2)), Some([24, 1, 1]));
         let turns = GpuKernel { turns: 2, ..persistent(1) };
         assert_eq!(grid(&entry, &turns, 4, &syms(100)), Some([150, 1, 1]));
         assert_eq!(grid(&entry, &turns, 4, &syms(1)), Some([2, 1, 1]));

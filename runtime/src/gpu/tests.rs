@@ -107,6 +107,7 @@ fn gpu_header() -> (Header, Vec<u8>, Vec<u8>) {
         shared_bytes: 65536,
         cluster: 1,
         persistent: false,
+        team: 1,
         turns: 0,
         maps: Vec::new(),
         dependent: false,
