@@ -137,7 +137,10 @@ impl<'a> Emitter<'a> {
                     return vec![arith::apply_each(&mut self.t.f, arch, body, &one, 1)[0]; n as usize];
                 }
                 let floats = args.iter().flatten().all(|v| v.1 == DType::F32);
-                if arch.pairs() && floats && n.is_multiple_of(2) && arith::pairs(body) {
+                // Of few elements, or what may be NaN, pairs gain nothing and ask for registers.
+                let tame = |a: &Vec<(Val, DType)>| a.iter().all(|v| self.t.f.is_tame(v.0));
+                if arch.pairs() && floats && n > 2 && n.is_multiple_of(2) && args.iter().any(tame) && arith::pairs(body)
+                {
                     return self.in_pairs(body, &args, n as usize);
                 }
                 arith::apply_each(&mut self.t.f, arch, body, &args, n as usize)
@@ -178,14 +181,12 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    /// A map of floats, two elements at a time. A factor of all of them is tamed once, where that makes the results tame.
+    /// A map of floats of which some are tame, two elements at a time. A factor of all of them is tamed once, which makes the results tame.
     fn in_pairs(&mut self, body: &MapFn, args: &[Vec<(Val, DType)>], n: usize) -> Vec<Val> {
         let (arch, f) = (self.t.arch, &mut self.t.f);
         let mut args: Vec<Vec<Val>> = args.iter().map(|a| a.iter().map(|v| v.0).collect()).collect();
-        if n > 2 && args.iter().any(|a| a.iter().all(|&v| f.is_tame(v))) {
-            for a in args.iter_mut().filter(|a| a.iter().all(|&v| v == a[0])) {
-                *a = vec![arch.tamed(f, a[0]); n];
-            }
+        for a in args.iter_mut().filter(|a| a.iter().all(|&v| v == a[0])) {
+            *a = vec![arch.tamed(f, a[0]); n];
         }
         let pairs = (0..n).step_by(2).flat_map(|i| {
             let args: Vec<[Val; 2]> = args.iter().map(|a| [a[i], a[i + 1]]).collect();
