@@ -12,6 +12,7 @@
 //! Nothing is asked of what the maps compute, unless parts of the loop are to be joined ([`Attention::softmax`]). What stands around the loop may be anything that each thread can do for its own elements.
 
 use super::contraction::{Operand, definitions, product_loops, products, source};
+use super::values::arithmetic;
 use dsc_ir::DType;
 use dsc_ir::tile::{Index, Inst, MapArg, MapFn, MapInst, Op, Program, ReduceKind, Region, Scalar, ScalarOp, ValueId};
 use std::collections::HashMap;
@@ -74,7 +75,6 @@ impl<'a> Attention<'a> {
     /// ```
     pub fn softmax(&self, program: &Program, defs: &HashMap<ValueId, &'a Inst>) -> Option<Softmax> {
         let arg = MapArg::Input;
-        let inst = |op, args: &[MapArg]| MapInst { op, args: args.to_vec() };
         let made = |v: ValueId, insts: &[MapInst]| match &defs.get(&v)?.op {
             Op::Map { inputs, body: MapFn { insts: own, result } } => {
                 (own == insts && *result == MapArg::Inst(insts.len() as u32 - 1)).then_some(inputs.as_slice())
@@ -85,8 +85,8 @@ impl<'a> Attention<'a> {
             Op::Reduce { x, axis: 1, kind } if kind == wanted => Some(x),
             _ => None,
         };
-        let power = [inst(ScalarOp::Sub, &[arg(0), arg(1)]), inst(ScalarOp::Exp2, &[MapArg::Inst(0)])];
-        let &[acc, alpha] = made(self.rescale.results[0], &[inst(ScalarOp::Mul, &[arg(0), arg(1)])])? else {
+        let power = [arithmetic(ScalarOp::Sub, &[arg(0), arg(1)]), arithmetic(ScalarOp::Exp2, &[MapArg::Inst(0)])];
+        let &[acc, alpha] = made(self.rescale.results[0], &[arithmetic(ScalarOp::Mul, &[arg(0), arg(1)])])? else {
             return None;
         };
         let &[before, largest] = made(alpha, &power)? else { return None };
@@ -94,14 +94,14 @@ impl<'a> Attention<'a> {
         let at = carried.iter().position(|&v| v == before)?;
         let total = (0..carried.len()).find(|&i| i != at && i != self.acc)?;
         // The base becomes the largest score, or stays.
-        let always = made(largest, &[inst(ScalarOp::Max, &[arg(0), arg(1)])]);
+        let always = made(largest, &[arithmetic(ScalarOp::Max, &[arg(0), arg(1)])]);
         let rarely = match &defs.get(&largest)?.op {
             Op::Map { inputs, body } => match body.insts.as_slice() {
                 [above, far, is, next]
                     if matches!(far.op, ScalarOp::Const(Scalar::F32(_)))
-                        && *above == inst(ScalarOp::Sub, &[arg(1), arg(0)])
-                        && *is == inst(ScalarOp::Lt, &[MapArg::Inst(1), MapArg::Inst(0)])
-                        && *next == inst(ScalarOp::Select, &[MapArg::Inst(2), arg(1), arg(0)])
+                        && *above == arithmetic(ScalarOp::Sub, &[arg(1), arg(0)])
+                        && *is == arithmetic(ScalarOp::Lt, &[MapArg::Inst(1), MapArg::Inst(0)])
+                        && *next == arithmetic(ScalarOp::Select, &[MapArg::Inst(2), arg(1), arg(0)])
                         && body.result == MapArg::Inst(3) =>
                 {
                     Some(inputs.as_slice())
@@ -112,11 +112,11 @@ impl<'a> Attention<'a> {
         };
         let &[old, here] = always.or(rarely)? else { return None };
         let scores = reduced(here, ReduceKind::Max)?;
-        let sum = [inst(ScalarOp::Mul, &[arg(0), arg(1)]), inst(ScalarOp::Add, &[MapArg::Inst(0), arg(2)])];
+        let sum = [arithmetic(ScalarOp::Mul, &[arg(0), arg(1)]), arithmetic(ScalarOp::Add, &[MapArg::Inst(0), arg(2)])];
         let &[counted, factor, more] = made(yields[total], &sum)? else { return None };
         let weights = reduced(more, ReduceKind::Sum)?;
         let &[exponents, most] = made(weights, &power)? else { return None };
-        let narrow = made(self.weights, &[inst(ScalarOp::Cast(self.dtype), &[arg(0)])]);
+        let narrow = made(self.weights, &[arithmetic(ScalarOp::Cast(self.dtype), &[arg(0)])]);
         let rows = |v: ValueId| program.tile(v).is_some_and(|t| t.shape == [self.shape[0], 1]);
         let chained = acc == carried[self.acc]
             && old == before

@@ -213,7 +213,7 @@ impl Split {
                 let shape = self.halved(shape, own?);
                 let counted = self.fresh(DType::I32, shape.clone());
                 out.push(Inst { results: vec![counted], op: Op::Iota { axis: *axis, shape } });
-                self.plus(counted)
+                plus(counted, self.half as i32)
             }
             Op::Iota { axis, shape } => Op::Iota { axis: *axis, shape: self.halved(shape, own?) },
             Op::Load { view, index, shape } => {
@@ -252,7 +252,7 @@ impl Split {
                     Some(&known) => known,
                     None => {
                         let sum = self.fresh(DType::I32, Vec::new());
-                        out.push(Inst { results: vec![sum], op: self.plus(v) });
+                        out.push(Inst { results: vec![sum], op: plus(v, self.half as i32) });
                         self.sums.insert(v, sum);
                         sum
                     }
@@ -265,10 +265,5 @@ impl Split {
     fn fresh(&mut self, dtype: DType, shape: Vec<u32>) -> ValueId {
         self.types.push(Type::Tile(TileType { dtype, shape }));
         ValueId(self.types.len() as u32 - 1)
-    }
-
-    /// `v` and a half's rows.
-    fn plus(&self, v: ValueId) -> Op {
-        Op::Map { inputs: vec![v], body: plus(self.half as i32) }
     }
 }

@@ -16,10 +16,9 @@
 //!
 //! No product is in flight across the loop's end: the assembler would not have sums of it made while another is.
 
-use super::values::{Names, plain, plus, renamed};
-use dsc_ir::DType;
-use dsc_ir::sched::{Block, ChannelId, Inst, Op, Place, Scheduled};
-use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Scalar, ScalarOp, TileType, Type, ValueId};
+use super::values::{Names, added, added_number, arithmetic, constant, mapped, plain, plus, renamed};
+use dsc_ir::sched::{Block, ChannelId, Inst, Op, Scheduled};
+use dsc_ir::tile::{self, Index, MapArg, ScalarOp, ValueId};
 
 /// Rounds in one.
 const ROUNDS: u32 = 2;
@@ -92,14 +91,14 @@ impl Rounds {
     fn changed(&self, s: &mut Scheduled) -> Option<(Vec<Inst>, ValueId)> {
         let same: Names = (0..s.types.len() as u32).map(|n| (ValueId(n), ValueId(n))).collect();
         let release = |lag: u32| plain(Op::Release { channel: self.channel, lag });
-        let counter = scalar(s);
+        let counter = added_number(s);
         let mut insts = Vec::new();
         let mut before: Option<Names> = None;
         for round in 0..ROUNDS {
             let mut names = same.clone();
-            let number = if round == 0 { counter } else { scalar(s) };
+            let number = if round == 0 { counter } else { added_number(s) };
             if round > 0 {
-                insts.push(computed(number, vec![counter], plus(round as i32)));
+                insts.push(computed(number, plus(counter, round as i32)));
             }
             names.insert(self.counter, number);
             for inst in self.begin.iter().chain(&self.products[..1]) {
@@ -121,55 +120,41 @@ impl Rounds {
         for inst in &self.sums[1] {
             insts.push(copied(inst, &mut late, s)?);
         }
-        let (last, rest) = (scalar(s), scalar(s));
+        let (last, rest) = (added_number(s), added_number(s));
         let body = Block { args: vec![counter], insts, yields: Vec::new() };
         let (lo, hi) = (Index::Value(self.lo), Index::Value(last));
         let op = Op::For { lo, hi, step: ROUNDS, init: Vec::new(), body };
         let front = vec![
-            computed(last, vec![self.hi], plus(1 - ROUNDS as i32)),
-            Inst { results: Vec::new(), op, scratch: None },
-            computed(rest, vec![self.lo, self.hi], behind_whole()),
+            computed(last, plus(self.hi, 1 - ROUNDS as i32)),
+            plain(op),
+            computed(rest, behind_whole(self.lo, self.hi)),
         ];
         Some((front, rest))
     }
 }
 
 /// Where what the rounds in one leave begins: `lo + max(hi − lo, 0) / n · n`.
-fn behind_whole() -> MapFn {
-    let constant = |n| MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() };
-    let binary = |op, a, b| MapInst { op, args: vec![a, b] };
+fn behind_whole(lo: ValueId, hi: ValueId) -> tile::Op {
     let insts = vec![
         constant(0),
         constant(ROUNDS as i32),
-        binary(ScalarOp::Sub, MapArg::Input(1), MapArg::Input(0)),
-        binary(ScalarOp::Max, MapArg::Inst(2), MapArg::Inst(0)),
-        binary(ScalarOp::Div, MapArg::Inst(3), MapArg::Inst(1)),
-        binary(ScalarOp::Mul, MapArg::Inst(4), MapArg::Inst(1)),
-        binary(ScalarOp::Add, MapArg::Input(0), MapArg::Inst(5)),
+        arithmetic(ScalarOp::Sub, &[MapArg::Input(1), MapArg::Input(0)]),
+        arithmetic(ScalarOp::Max, &[MapArg::Inst(2), MapArg::Inst(0)]),
+        arithmetic(ScalarOp::Div, &[MapArg::Inst(3), MapArg::Inst(1)]),
+        arithmetic(ScalarOp::Mul, &[MapArg::Inst(4), MapArg::Inst(1)]),
+        arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(5)]),
     ];
-    MapFn { insts, result: MapArg::Inst(6) }
+    mapped(vec![lo, hi], insts)
 }
 
-/// A new i32.
-fn scalar(s: &mut Scheduled) -> ValueId {
-    fresh(s, Type::Tile(TileType::scalar(DType::I32)), Place::Uniform)
-}
-
-fn computed(result: ValueId, inputs: Vec<ValueId>, body: MapFn) -> Inst {
-    Inst { results: vec![result], op: Op::Tile(tile::Op::Map { inputs, body }), scratch: None }
-}
-
-/// A new value.
-fn fresh(s: &mut Scheduled, ty: Type, place: Place) -> ValueId {
-    s.types.push(ty);
-    s.places.push(place);
-    ValueId(s.types.len() as u32 - 1)
+fn computed(result: ValueId, op: tile::Op) -> Inst {
+    Inst { results: vec![result], op: Op::Tile(op), scratch: None }
 }
 
 /// A new value of the same type, in the same place.
 fn like(v: ValueId, s: &mut Scheduled) -> ValueId {
     let (ty, place) = (s.types[v.0 as usize].clone(), s.places[v.0 as usize].clone());
-    fresh(s, ty, place)
+    added(s, ty, place)
 }
 
 /// An instruction under new names, with new results.

@@ -10,14 +10,14 @@ use super::fragment::varies;
 use super::halves::halves;
 use super::store::in_pieces;
 use super::tensor_map::{can_copy, view_type};
-use super::values::{Names, Values, plain, rename_index, slice, value_of};
+use super::values::{Names, Values, plain, plus, rename_index, slice, value_of};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
 use dsc_ir::sched::{
     Atom, Block, Buffer, BufferId, Channel, ChannelId, Cluster, Fragment, Inst, Op, Place, Role, Scheduled,
 };
-use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
+use dsc_ir::tile::{self, Index, MapArg, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
 use std::collections::{HashMap, HashSet};
 
 /// Row tiles that are walked together: their rows of the left operand and a few columns of the right one stay in the cache.
@@ -337,12 +337,7 @@ impl<'a> Planner<'a> {
     /// `v + by`, a scalar.
     pub fn plus(&mut self, v: ValueId, by: u32) -> (Inst, ValueId) {
         let result = self.values.fresh(Type::Tile(TileType::scalar(DType::I32)), Place::Uniform);
-        let insts = vec![
-            MapInst { op: ScalarOp::Const(Scalar::I32(by as i32)), args: Vec::new() },
-            MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Inst(0)] },
-        ];
-        let op = tile::Op::Map { inputs: vec![v], body: MapFn { insts, result: MapArg::Inst(1) } };
-        (Inst { results: vec![result], op: Op::Tile(op), scratch: None }, result)
+        (Inst { results: vec![result], op: Op::Tile(plus(v, by as i32)), scratch: None }, result)
     }
 
     fn scheduled(mut self) -> Option<Scheduled> {

@@ -378,17 +378,8 @@ impl<'a> Emit<'a> {
         if data.dtype != dsc_ir::DType::F32 {
             return Err(format!("{} is read by threads and is no column of f32", data.name));
         }
-        let geometry = self.seen_in(result)?;
         let base = self.slot_at(channel, slot, stage);
-        let mut values = Vec::new();
-        for register in geometry.varying(true, false) {
-            let [row, _] = geometry.coordinates(&mut self.t, register);
-            let byte = self.t.f.mul(row, i32(data.pitch.into()));
-            let at = self.t.f.add(base, byte);
-            values.push(ptx::load_shared_f32(&mut self.t.f, at));
-        }
-        self.held.insert(result, Held::Registers(values, [true, false]));
-        Ok(())
+        self.read_rows(result, data.pitch, base, ptx::load_shared_f32)
     }
 
     /// Frees the stage waited for `lag` waits before the last, once the products that read it have ended.

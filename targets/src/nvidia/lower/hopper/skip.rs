@@ -10,9 +10,9 @@
 //!                                       for k = lo to hi {..}
 //! ```
 
-use dsc_ir::DType;
+use super::values::{added_number, arithmetic, constant, mapped, plain};
 use dsc_ir::sched::{Block, Inst, Op, Place, Scheduled};
-use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Scalar, ScalarOp, TileType, Type, ValueId};
+use dsc_ir::tile::{self, Index, MapArg, ScalarOp, ValueId};
 use std::collections::{HashMap, HashSet};
 
 /// The kernel with such loops around what its roles do, if what each of them does is one loop whose bounds are known in front of it, and
@@ -20,22 +20,17 @@ use std::collections::{HashMap, HashSet};
 pub fn empty_tiles(mut s: Scheduled) -> Scheduled {
     let bounds: Option<Vec<(ValueId, ValueId)>> = s.roles.iter().map(|r| bounds(&r.body, &s.places)).collect();
     let Some(bounds) = bounds else { return s };
-    let mut fresh = |place: Place| {
-        s.types.push(Type::Tile(TileType::scalar(DType::I32)));
-        s.places.push(place);
-        ValueId(s.types.len() as u32 - 1)
-    };
-    for (role, (lo, hi)) in s.roles.iter_mut().zip(bounds) {
-        let (rounds, counter) = (fresh(Place::Uniform), fresh(Place::Uniform));
-        let insts = std::mem::take(&mut role.body.insts);
+    for (role, (lo, hi)) in bounds.into_iter().enumerate() {
+        let (rounds, counter) = (added_number(&mut s), added_number(&mut s));
+        let insts = std::mem::take(&mut s.roles[role].body.insts);
         let needed = sources(&insts, vec![lo, hi]);
         let (mut before, within): (Vec<Inst>, Vec<Inst>) =
             insts.into_iter().partition(|i| i.results.iter().any(|r| needed.contains(r)));
         before.push(Inst { results: vec![rounds], op: Op::Tile(one_if_less(lo, hi)), scratch: None });
         let body = Block { args: vec![counter], insts: within, yields: Vec::new() };
         let op = Op::For { lo: Index::Const(0), hi: Index::Value(rounds), step: 1, init: Vec::new(), body };
-        before.push(Inst { results: Vec::new(), op, scratch: None });
-        role.body.insts = before;
+        before.push(plain(op));
+        s.roles[role].body.insts = before;
     }
     s
 }
@@ -70,12 +65,11 @@ fn bounds(body: &Block, places: &[Place]) -> Option<(ValueId, ValueId)> {
 
 /// `lo < hi ? 1 : 0`.
 fn one_if_less(lo: ValueId, hi: ValueId) -> tile::Op {
-    let constant = |n| MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() };
     let insts = vec![
-        MapInst { op: ScalarOp::Lt, args: vec![MapArg::Input(0), MapArg::Input(1)] },
+        arithmetic(ScalarOp::Lt, &[MapArg::Input(0), MapArg::Input(1)]),
         constant(1),
         constant(0),
-        MapInst { op: ScalarOp::Select, args: vec![MapArg::Inst(0), MapArg::Inst(1), MapArg::Inst(2)] },
+        arithmetic(ScalarOp::Select, &[MapArg::Inst(0), MapArg::Inst(1), MapArg::Inst(2)]),
     ];
-    tile::Op::Map { inputs: vec![lo, hi], body: MapFn { insts, result: MapArg::Inst(3) } }
+    mapped(vec![lo, hi], insts)
 }

@@ -76,16 +76,7 @@ impl Emit<'_> {
             let first = self.t.f.mul(row, i32((rows * data.pitch).into()));
             let base = self.t.f.add(base, first);
             let base = ptx::address_in(&mut self.t.f, base, rank);
-            let geometry = self.seen_in(r)?;
-            let mut values = Vec::new();
-            for at in geometry.varying(true, false) {
-                let [row, _] = geometry.coordinates(&mut self.t, at);
-                let byte = self.t.f.mul(row, i32(data.pitch.into()));
-                let at = self.t.f.add(base, byte);
-                values.push(ptx::load_cluster_f32(&mut self.t.f, at));
-            }
-            self.held.insert(r, Held::Registers(values, [true, false]));
-            return Ok(());
+            return self.read_rows(r, data.pitch, base, ptx::load_cluster_f32);
         }
         let registers = self.geometry(r)?.registers().len();
         if !registers.is_multiple_of(TOGETHER) {

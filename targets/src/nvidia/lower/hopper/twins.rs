@@ -15,7 +15,9 @@
 //! Tiles whose first axis has as many elements as there are groups or rows are of groups; in every such tile the first half of the elements is
 //! that of the first groups.
 
-use super::values::plus;
+use super::contraction::definitions;
+use super::plan::for_each;
+use super::values::{plus, slice};
 use dsc_ir::DType;
 use dsc_ir::tile::{Index, Inst, Op, Program, Region, TileType, Type, ValueId, operands};
 use std::collections::{HashMap, HashSet};
@@ -28,8 +30,7 @@ pub fn twins(program: &Program, dot: ValueId, [groups, rows]: [u32; 2]) -> Optio
     let types = program.types.clone();
     let mut twins = Twins { types, sizes: [groups, rows], made, halves: HashMap::new() };
     let mut body = twins.region(&program.body)?;
-    let mut used = HashSet::new();
-    while used_by(&body, &mut used) {}
+    let used = used(&body);
     strip(&mut body, &used);
     Some(Program { types: twins.types, body, ..program.clone() })
 }
@@ -45,22 +46,16 @@ fn follow(region: &Region, made: &mut HashSet<ValueId>) {
     }
 }
 
-/// Adds what stores, loops and values in use need; whether that was more.
-fn used_by(region: &Region, used: &mut HashSet<ValueId>) -> bool {
-    let before = used.len();
-    let mut grown = false;
-    for inst in region.insts.iter().rev() {
-        match &inst.op {
-            Op::For { lo, hi, body, .. } => {
-                used.extend([lo, hi].into_iter().filter_map(|i| super::values::value_of(*i)));
-                grown |= used_by(body, used);
-            }
-            Op::Store { .. } => used.extend(operands(&inst.op)),
-            op if inst.results.iter().any(|r| used.contains(r)) => used.extend(operands(op)),
-            _ => {}
+/// What stores and the bounds of loops need.
+fn used(region: &Region) -> HashSet<ValueId> {
+    let (mut defs, mut roots) = (HashMap::new(), Vec::new());
+    definitions(region, &mut defs);
+    for_each(region, &mut |inst| {
+        if let Op::For { .. } | Op::Store { .. } = inst.op {
+            roots.extend(operands(&inst.op));
         }
-    }
-    grown || used.len() > before
+    });
+    slice(&defs, roots, |_| false)
 }
 
 /// Leaves out what nothing uses.
@@ -154,7 +149,7 @@ impl Twins {
                 self.types.push(Type::Tile(TileType { dtype: DType::I32, shape: halved(shape) }));
                 let counted = ValueId(self.types.len() as u32 - 1);
                 before.push(Inst { results: vec![counted], op: Op::Iota { axis: *axis, shape: halved(shape) } });
-                Op::Map { inputs: vec![counted], body: plus((shape[0] / 2) as i32) }
+                plus(counted, (shape[0] / 2) as i32)
             }
             Op::Load { view, index, shape } => {
                 let index = self.moved(index, half as u32 * shape[0] / 2, before);
@@ -184,7 +179,7 @@ impl Twins {
             Some(Index::Value(v)) if by > 0 => {
                 self.types.push(Type::Tile(TileType::scalar(DType::I32)));
                 let sum = ValueId(self.types.len() as u32 - 1);
-                before.push(Inst { results: vec![sum], op: Op::Map { inputs: vec![*v], body: plus(by as i32) } });
+                before.push(Inst { results: vec![sum], op: plus(*v, by as i32) });
                 *v = sum;
             }
             _ => {}

@@ -1,7 +1,8 @@
 //! The values of a schedule in the making, and instructions of the program under their names: what every plan is built with.
 
-use dsc_ir::sched::{Inst, Op, Place};
-use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Program, Scalar, ScalarOp, Type, ValueId};
+use dsc_ir::DType;
+use dsc_ir::sched::{Inst, Op, Place, Scheduled};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Program, Scalar, ScalarOp, TileType, Type, ValueId};
 use std::collections::{HashMap, HashSet};
 
 /// Values of the schedule by those of the program.
@@ -95,13 +96,37 @@ pub fn rename_index(i: Index, names: &Names) -> Option<Index> {
     })
 }
 
-/// Adding a constant to an i32.
-pub fn plus(n: i32) -> MapFn {
-    let insts = vec![
-        MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() },
-        MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Inst(0)] },
-    ];
-    MapFn { insts, result: MapArg::Inst(1) }
+/// A new value of a schedule that is made already.
+pub fn added(s: &mut Scheduled, ty: Type, place: Place) -> ValueId {
+    s.types.push(ty);
+    s.places.push(place);
+    ValueId(s.types.len() as u32 - 1)
+}
+
+/// A new i32 of such a schedule, the same for every thread.
+pub fn added_number(s: &mut Scheduled) -> ValueId {
+    added(s, Type::Tile(TileType::scalar(DType::I32)), Place::Uniform)
+}
+
+/// An instruction of arithmetic.
+pub fn arithmetic(op: ScalarOp, args: &[MapArg]) -> MapInst {
+    MapInst { op, args: args.to_vec() }
+}
+
+/// An i32 that is known.
+pub fn constant(n: i32) -> MapInst {
+    arithmetic(ScalarOp::Const(Scalar::I32(n)), &[])
+}
+
+/// Arithmetic whose last instruction is its result; there is one at least.
+pub fn mapped(inputs: Vec<ValueId>, insts: Vec<MapInst>) -> tile::Op {
+    let result = MapArg::Inst(insts.len() as u32 - 1);
+    tile::Op::Map { inputs, body: MapFn { insts, result } }
+}
+
+/// `v + n`, of i32.
+pub fn plus(v: ValueId, n: i32) -> tile::Op {
+    mapped(vec![v], vec![constant(n), arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(0)])])
 }
 
 /// An operation that roles may run, with its operands renamed.

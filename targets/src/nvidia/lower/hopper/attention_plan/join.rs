@@ -17,7 +17,7 @@
 
 use super::*;
 use crate::nvidia::lower::hopper::attention::Softmax;
-use dsc_ir::tile::{MapArg, MapFn, MapInst, Scalar, ScalarOp};
+use dsc_ir::tile::{MapArg, MapInst, ScalarOp};
 
 /// Most blocks of a cluster.
 const MOST_BLOCKS: u32 = 16;
@@ -119,26 +119,26 @@ impl<'a> Planner<'a> {
         let number = self.number(out);
         let (lo, hi) = (self.scalar_of(lo, out)?, self.scalar_of(hi, out)?);
         let each = vec![
-            on(ScalarOp::Sub, [MapArg::Input(1), MapArg::Input(0)]),
-            number_of((step * blocks - 1) as i32),
-            on(ScalarOp::Add, [MapArg::Inst(0), MapArg::Inst(1)]),
-            number_of((step * blocks) as i32),
-            on(ScalarOp::Div, [MapArg::Inst(2), MapArg::Inst(3)]),
-            number_of(step as i32),
-            on(ScalarOp::Mul, [MapArg::Inst(4), MapArg::Inst(5)]),
+            arithmetic(ScalarOp::Sub, &[MapArg::Input(1), MapArg::Input(0)]),
+            constant((step * blocks - 1) as i32),
+            arithmetic(ScalarOp::Add, &[MapArg::Inst(0), MapArg::Inst(1)]),
+            constant((step * blocks) as i32),
+            arithmetic(ScalarOp::Div, &[MapArg::Inst(2), MapArg::Inst(3)]),
+            constant(step as i32),
+            arithmetic(ScalarOp::Mul, &[MapArg::Inst(4), MapArg::Inst(5)]),
         ];
-        let each = self.scalar(map(vec![lo, hi], each), out);
+        let each = self.scalar(mapped(vec![lo, hi], each), out);
         let from = vec![
-            on(ScalarOp::Mul, [MapArg::Input(3), MapArg::Input(2)]),
-            on(ScalarOp::Add, [MapArg::Input(0), MapArg::Inst(0)]),
-            on(ScalarOp::Min, [MapArg::Inst(1), MapArg::Input(1)]),
+            arithmetic(ScalarOp::Mul, &[MapArg::Input(3), MapArg::Input(2)]),
+            arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(0)]),
+            arithmetic(ScalarOp::Min, &[MapArg::Inst(1), MapArg::Input(1)]),
         ];
-        let from = self.scalar(map(vec![lo, hi, each, number], from), out);
+        let from = self.scalar(mapped(vec![lo, hi, each, number], from), out);
         let to = vec![
-            on(ScalarOp::Add, [MapArg::Input(0), MapArg::Input(1)]),
-            on(ScalarOp::Min, [MapArg::Inst(0), MapArg::Input(2)]),
+            arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Input(1)]),
+            arithmetic(ScalarOp::Min, &[MapArg::Inst(0), MapArg::Input(2)]),
         ];
-        let to = self.scalar(map(vec![from, each, hi], to), out);
+        let to = self.scalar(mapped(vec![from, each, hi], to), out);
         Some((Index::Value(from), Index::Value(to), step))
     }
 
@@ -194,17 +194,20 @@ impl<'a> Planner<'a> {
             let mut largest: Vec<ValueId> = some.map(|after| self.got(0, after, [rows, 1], own, out)).collect();
             largest.extend(most);
             let count = largest.len() as u32;
-            most = Some(self.made([rows, 1], map(largest, folded(ScalarOp::Max, count)), out));
+            most = Some(self.made([rows, 1], mapped(largest, folded(ScalarOp::Max, count)), out));
         }
         let most = most?;
-        let weight = vec![on(ScalarOp::Sub, [MapArg::Input(0), MapArg::Input(1)]), of(ScalarOp::Exp2, MapArg::Inst(0))];
+        let weight = vec![
+            arithmetic(ScalarOp::Sub, &[MapArg::Input(0), MapArg::Input(1)]),
+            arithmetic(ScalarOp::Exp2, &[MapArg::Inst(0)]),
+        ];
         let (mut total, mut weights) = (None, Vec::new());
         for some in self.some_of(team.blocks, 2 * each) {
             // Read again: there may be no registers for all of them.
             let m: Vec<ValueId> = some.clone().map(|after| self.got(0, after, [rows, 1], own, out)).collect();
             let l: Vec<ValueId> = some.map(|after| self.got(1, after, [rows, 1], own, out)).collect();
             let w: Vec<ValueId> =
-                m.into_iter().map(|m| self.made([rows, 1], map(vec![m, most], weight.clone()), out)).collect();
+                m.into_iter().map(|m| self.made([rows, 1], mapped(vec![m, most], weight.clone()), out)).collect();
             total = Some(self.made([rows, 1], weighted(l, &w, total), out));
             weights.extend(w);
         }
@@ -230,31 +233,31 @@ impl<'a> Planner<'a> {
         let pieces = down * (columns / self.groups / wide);
         let number = self.number(out);
         let mut column = vec![
-            number_of(down as i32),
-            on(ScalarOp::Div, [MapArg::Input(0), MapArg::Inst(0)]),
-            number_of(wide as i32),
-            on(ScalarOp::Mul, [MapArg::Inst(1), MapArg::Inst(2)]),
-            number_of(first),
-            on(ScalarOp::Add, [MapArg::Inst(3), MapArg::Inst(4)]),
+            constant(down as i32),
+            arithmetic(ScalarOp::Div, &[MapArg::Input(0), MapArg::Inst(0)]),
+            constant(wide as i32),
+            arithmetic(ScalarOp::Mul, &[MapArg::Inst(1), MapArg::Inst(2)]),
+            constant(first),
+            arithmetic(ScalarOp::Add, &[MapArg::Inst(3), MapArg::Inst(4)]),
         ];
         if pieces < team.blocks {
             // Others join what nobody stores.
             column.extend([
-                number_of(pieces as i32),
-                on(ScalarOp::Lt, [MapArg::Input(0), MapArg::Inst(6)]),
-                number_of(OUTSIDE),
-                MapInst { op: ScalarOp::Select, args: vec![MapArg::Inst(7), MapArg::Inst(5), MapArg::Inst(8)] },
+                constant(pieces as i32),
+                arithmetic(ScalarOp::Lt, &[MapArg::Input(0), MapArg::Inst(6)]),
+                constant(OUTSIDE),
+                arithmetic(ScalarOp::Select, &[MapArg::Inst(7), MapArg::Inst(5), MapArg::Inst(8)]),
             ]);
         }
-        let column = self.scalar(map(vec![number], column), out);
+        let column = self.scalar(mapped(vec![number], column), out);
         let row = (down > 1).then(|| {
             let row = vec![
-                number_of(down as i32),
-                on(ScalarOp::Rem, [MapArg::Input(0), MapArg::Inst(0)]),
-                number_of(rows as i32),
-                on(ScalarOp::Mul, [MapArg::Inst(1), MapArg::Inst(2)]),
+                constant(down as i32),
+                arithmetic(ScalarOp::Rem, &[MapArg::Input(0), MapArg::Inst(0)]),
+                constant(rows as i32),
+                arithmetic(ScalarOp::Mul, &[MapArg::Inst(1), MapArg::Inst(2)]),
             ];
-            self.scalar(map(vec![number], row), out)
+            self.scalar(mapped(vec![number], row), out)
         });
         Joined { first: [row, Some(column)] }
     }
@@ -325,8 +328,8 @@ impl<'a> Planner<'a> {
                     if let Some(row) = joined.first[0] {
                         let place = index.get_mut(n.checked_sub(2)?)?;
                         let before = self.scalar_of(*place, out)?;
-                        let sum = vec![on(ScalarOp::Add, [MapArg::Input(0), MapArg::Input(1)])];
-                        *place = Index::Value(self.scalar(map(vec![before, row], sum), out));
+                        let sum = vec![arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Input(1)])];
+                        *place = Index::Value(self.scalar(mapped(vec![before, row], sum), out));
                     }
                 }
                 Op::Tile(tile::Op::Map { .. }) => {}
@@ -362,28 +365,10 @@ impl<'a> Planner<'a> {
     }
 }
 
-fn on(op: ScalarOp, args: [MapArg; 2]) -> MapInst {
-    MapInst { op, args: args.to_vec() }
-}
-
-fn of(op: ScalarOp, arg: MapArg) -> MapInst {
-    MapInst { op, args: vec![arg] }
-}
-
-fn number_of(n: i32) -> MapInst {
-    MapInst { op: ScalarOp::Const(Scalar::I32(n)), args: Vec::new() }
-}
-
-/// Arithmetic whose last instruction is its result.
-fn map(inputs: Vec<ValueId>, insts: Vec<MapInst>) -> tile::Op {
-    let result = MapArg::Inst(insts.len() as u32 - 1);
-    tile::Op::Map { inputs, body: MapFn { insts, result } }
-}
-
 /// All of so many inputs, in order.
 fn folded(op: ScalarOp, inputs: u32) -> Vec<MapInst> {
-    let first = on(op, [MapArg::Input(0), MapArg::Input(1)]);
-    let rest = (2..inputs).map(|n| on(op, [MapArg::Inst(n - 2), MapArg::Input(n)]));
+    let first = arithmetic(op, &[MapArg::Input(0), MapArg::Input(1)]);
+    let rest = (2..inputs).map(|n| arithmetic(op, &[MapArg::Inst(n - 2), MapArg::Input(n)]));
     [first].into_iter().chain(rest).collect()
 }
 
@@ -391,12 +376,15 @@ fn folded(op: ScalarOp, inputs: u32) -> Vec<MapInst> {
 fn weighted(values: Vec<ValueId>, weights: &[ValueId], before: Option<ValueId>) -> tile::Op {
     let parts = values.len() as u32;
     let product = |n: u32| [MapArg::Input(n), MapArg::Input(parts + n)];
-    let add = |n: u32, to: MapArg| MapInst { op: ScalarOp::Fma, args: [product(n).to_vec(), vec![to]].concat() };
+    let add = |n: u32, to: MapArg| {
+        let [value, weight] = product(n);
+        arithmetic(ScalarOp::Fma, &[value, weight, to])
+    };
     let first = match before {
         Some(_) => add(0, MapArg::Input(2 * parts)),
-        None => on(ScalarOp::Mul, product(0)),
+        None => arithmetic(ScalarOp::Mul, &product(0)),
     };
     let rest = (1..parts).map(|n| add(n, MapArg::Inst(n - 1)));
     let inputs = values.into_iter().chain(weights.iter().copied()).chain(before).collect();
-    map(inputs, [first].into_iter().chain(rest).collect())
+    mapped(inputs, [first].into_iter().chain(rest).collect())
 }

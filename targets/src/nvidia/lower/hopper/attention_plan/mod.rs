@@ -28,7 +28,7 @@ use super::contraction::{STEP_BYTES, definitions};
 use super::fill::ROW_THREADS;
 use super::plan::for_each;
 use super::tensor_map::{can_describe, view_type};
-use super::values::{Names, Values, plain, plus, rename_index, renamed, slice, value_of};
+use super::values::{Names, Values, arithmetic, constant, mapped, plain, plus, rename_index, renamed, slice, value_of};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;

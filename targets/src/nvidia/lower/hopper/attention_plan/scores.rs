@@ -192,7 +192,7 @@ impl<'a> Planner<'a> {
     pub(super) fn moved(&mut self, round: ValueId, by: u32, out: &mut Vec<Inst>) -> ValueId {
         match by {
             0 => round,
-            n => self.scalar(tile::Op::Map { inputs: vec![round], body: plus(n as i32) }, out),
+            n => self.scalar(plus(round, n as i32), out),
         }
     }
 

@@ -13,6 +13,7 @@
 
 use super::scores::{Scored, hand_on};
 use super::*;
+use dsc_ir::tile::{MapArg, MapFn, ScalarOp};
 
 /// A warpgroup at work.
 struct Turn<'s> {
@@ -234,7 +235,7 @@ impl<'a> Planner<'a> {
     fn kept_row(&mut self, channel: ChannelId, slot: u32, insts: &mut Vec<Inst>) -> ValueId {
         let taken = self.take(channel, slot, DType::F32, &[self.a.shape[0], 1], insts);
         let kept = self.values.fresh(self.values.types[taken.0 as usize].clone(), self.fragment());
-        let body = tile::MapFn { insts: Vec::new(), result: tile::MapArg::Input(0) };
+        let body = MapFn { insts: Vec::new(), result: MapArg::Input(0) };
         let op = Op::Tile(tile::Op::Map { inputs: vec![taken], body });
         insts.push(Inst { results: vec![kept], op, scratch: None });
         kept
@@ -381,25 +382,16 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// An instruction of integer arithmetic.
-fn arithmetic(op: tile::ScalarOp, args: [tile::MapArg; 2]) -> tile::MapInst {
-    tile::MapInst { op, args: args.to_vec() }
-}
-
-fn constant(n: u32) -> tile::MapInst {
-    tile::MapInst { op: tile::ScalarOp::Const(tile::Scalar::I32(n as i32)), args: Vec::new() }
-}
-
 /// The number of the round behind the last pair of `lo..hi`: `lo + (hi − lo + step − 1) / (2 step) · 2 step`.
 pub(super) fn behind_pairs(bounds: [ValueId; 2], step: u32) -> tile::Op {
     let insts = vec![
-        arithmetic(tile::ScalarOp::Sub, [tile::MapArg::Input(1), tile::MapArg::Input(0)]),
-        constant(step - 1),
-        arithmetic(tile::ScalarOp::Add, [tile::MapArg::Inst(0), tile::MapArg::Inst(1)]),
-        constant(2 * step),
-        arithmetic(tile::ScalarOp::Div, [tile::MapArg::Inst(2), tile::MapArg::Inst(3)]),
-        arithmetic(tile::ScalarOp::Mul, [tile::MapArg::Inst(4), tile::MapArg::Inst(3)]),
-        arithmetic(tile::ScalarOp::Add, [tile::MapArg::Input(0), tile::MapArg::Inst(5)]),
+        arithmetic(ScalarOp::Sub, &[MapArg::Input(1), MapArg::Input(0)]),
+        constant((step - 1) as i32),
+        arithmetic(ScalarOp::Add, &[MapArg::Inst(0), MapArg::Inst(1)]),
+        constant((2 * step) as i32),
+        arithmetic(ScalarOp::Div, &[MapArg::Inst(2), MapArg::Inst(3)]),
+        arithmetic(ScalarOp::Mul, &[MapArg::Inst(4), MapArg::Inst(3)]),
+        arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(5)]),
     ];
-    tile::Op::Map { inputs: bounds.to_vec(), body: tile::MapFn { insts, result: tile::MapArg::Inst(6) } }
+    mapped(bounds.to_vec(), insts)
 }
