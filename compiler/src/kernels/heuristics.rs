@@ -74,10 +74,10 @@ fn product(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
     let tokens = Extent::from(Sym::T);
     let (op, m, n, k, heads) = match &graph.dag[node].op {
         Op::HeadLinear { .. } => ("head_linear", tokens, dim(out, 2), dim(inputs[0], 2), dim(inputs[0], 1)),
-        Op::ExpertLinear { x_sorted: true, .. } => {
-            ("expert_linear_sorted", tokens.times(dim(out, 1)), dim(w, 1), dim(w, 2), dim(w, 0))
+        Op::ExpertLinear { x_sorted, .. } => {
+            let op = if *x_sorted { "expert_linear_sorted" } else { "expert_linear" };
+            (op, tokens.times(dim(out, 1)), dim(w, 1), dim(w, 2), dim(w, 0))
         }
-        Op::ExpertLinear { .. } => ("expert_linear", tokens.times(dim(out, 1)), dim(w, 1), dim(w, 2), dim(w, 0)),
         Op::LinearPartial { parts } => ("linear", rows(graph, out), dim(w, 0), dim(w, 1).div_ceil(*parts), *parts),
         _ => ("linear", rows(graph, out), dim(w, 0), dim(w, 1), 1),
     };

@@ -80,18 +80,18 @@ impl<F: Real> Eval<F> {
         if sorted.contains(&true) {
             self.ints(2)?.iter().enumerate().for_each(|(place, &row)| places[row as usize] = place);
         }
-        let [from, to] =
-            sorted.map(|sorted| move |row: usize, places: &[usize]| if sorted { places[row] } else { row });
+        let [from, to] = sorted;
+        let place = |row: usize, sorted: bool| if sorted { places[row] } else { row };
         for e in 0..experts {
             let rows: Vec<usize> = (0..expert_of.len()).filter(|&r| expert_of[r] == e).collect();
             let mut xs = Vec::with_capacity(rows.len() * k);
             for r in &rows {
-                let source = if shared { r / per_token } else { from(*r, &places) };
+                let source = if shared { r / per_token } else { place(*r, from) };
                 xs.extend_from_slice(&x.values()[source * k..][..k]);
             }
             let y = matmul(&xs, &w.values()[e * n * k..][..n * k], k, n);
             for (&r, y) in rows.iter().zip(y.chunks(n.max(1))) {
-                out[to(r, &places) * n..][..n].copy_from_slice(y);
+                out[place(r, to) * n..][..n].copy_from_slice(y);
             }
         }
         self.rounded(out)
