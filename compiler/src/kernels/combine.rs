@@ -10,7 +10,7 @@
 //! Floor: the bytes of the parts, `4 H parts L` a token, once.
 
 use super::linear::tile;
-use super::sparse_attention::{normalized, statistics, store_statistics};
+use super::softmax::{normalized, statistics, store_statistics};
 use super::view::{Emit, product, times};
 use super::{Class, Emitted, KernelError, Part, unsupported};
 use dsc_ir::Sym;

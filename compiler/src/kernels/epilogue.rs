@@ -186,7 +186,7 @@ impl Joined {
         });
         let total = product(b, weights, totals);
         let total = b.reduce(total, 1, ReduceKind::Sum);
-        let weights = super::sparse_attention::normalized(b, total, weights);
+        let weights = super::softmax::normalized(b, total, weights);
         b.reshape(weights, &[m, self.parts, 1])
     }
 

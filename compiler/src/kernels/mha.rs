@@ -17,7 +17,7 @@
 //! Floors of a token and head: `2 C (N + R + V)` operations; keys and values of the head are read once a token tile.
 
 use super::linear::tile;
-use super::sparse_attention::{Follow, LOWEST, normalized, online_softmax};
+use super::softmax::{Follow, LOWEST, normalized, online_softmax};
 use super::view::{Emit, times};
 use super::{Class, Emitted, KernelError, Part, several_sequences, unsupported};
 use dsc_ir::DType;

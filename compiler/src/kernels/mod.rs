@@ -43,6 +43,7 @@ pub mod linear;
 pub mod mha;
 pub mod rows;
 pub mod sample;
+mod softmax;
 pub mod sparse_attention;
 #[cfg(test)]
 mod tests;
