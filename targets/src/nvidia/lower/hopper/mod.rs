@@ -13,7 +13,7 @@
 //! | `skip` | tiles with an empty loop cost their bounds only |
 //! | `select`, `window`, `short`, `spread`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
-//! | `emit`, `loops`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
+//! | `emit`, `held`, `loops`, `channels`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
@@ -21,6 +21,7 @@
 
 mod attention;
 mod attention_plan;
+mod channels;
 mod config;
 mod contraction;
 mod emit;
@@ -31,6 +32,7 @@ mod front;
 mod gather;
 mod group;
 mod halves;
+mod held;
 mod idle;
 mod loops;
 mod memory;
