@@ -19,6 +19,9 @@ pub const MEET_BYTES: u32 = 2 * 16 * 4;
 /// Control words of DPP (LLVM's AMDGPU usage document): lanes of four in that order, and rows of 16 turned by `n`.
 const QUAD: [u32; 4] = [0b11_10_01_00, 0b10_11_00_01, 0b01_00_11_10, 0b00_01_10_11];
 const ROW_TURN: u32 = 0x120;
+/// What makes halves of groups meet, from two lanes to 64, if all lanes of a half have the same: pairs and quads exchange, eights and
+/// rows are mirrored; then the last lane of each row goes to the next row, and lane 31 to the upper half.
+const MEET: [u32; 6] = [QUAD[1], QUAD[2], 0x141, 0x140, 0x142, 0x143];
 
 /// Calls an intrinsic.
 pub fn call(f: &mut Fn, name: &str, args: &[Val], ty: Ty) -> Val {
@@ -365,16 +368,33 @@ impl Isa for Arch {
         t.f.select(first, lower, upper)
     }
 
+    /// Up to the whole wave without LDS: groups of more than 16 have it in their last lane alone.
+    fn combine_lanes(
+        &self,
+        t: &mut Threads,
+        v: Val,
+        n: u32,
+        combine: &dyn std::ops::Fn(&mut Fn, Val, Val) -> Val,
+    ) -> Val {
+        MEET[..n.ilog2() as usize].iter().fold(v, |v, &control| {
+            let other = as_word(&mut t.f, v, |f, v| dpp(f, v, control));
+            combine(&mut t.f, v, other)
+        })
+    }
+
+    fn combined_lane(&self, n: u32) -> u32 {
+        n - 1
+    }
+
+    fn settled(&self, f: &mut Fn, v: Val) -> Val {
+        f.asm("", "=v,0", &[v], &[v.ty()], false, false)[0]
+    }
+
     fn reduce_warp(&self, t: &mut Threads, how: &str, v: Val) -> Val {
-        let mut v = v;
-        for mask in [1, 2, 4, 8, 16] {
-            let other = self.shuffle_xor(t, v, mask);
-            v = match how {
-                "add" => t.f.add(v, other),
-                _ => t.f.intrinsic(how, &[v, other]),
-            };
-        }
-        v
+        let combine = |f: &mut Fn, a, b| if how == "add" { f.add(a, b) } else { f.intrinsic(how, &[a, b]) };
+        let v = self.combine_lanes(t, v, 16, &combine);
+        let other = self.shuffle_xor(t, v, 16);
+        combine(&mut t.f, v, other)
     }
 
     fn leading_zeros(&self, f: &mut Fn, v: Val) -> Val {

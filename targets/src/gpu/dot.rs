@@ -160,7 +160,7 @@ impl<'a> Emitter<'a> {
             out
         };
         let (a_bytes, b_bytes) = (a_type.bytes() as i64, b_type.bytes() as i64);
-        self.steps((k / n, 0), Atom::Fma, acc, |e, acc, at| {
+        let sums = self.steps((k / n, 0), Atom::Fma, acc, |e, acc, at| {
             let a_at = e.t.f.mul(at, i32(i64::from(n) * a_bytes));
             let lefts: Vec<Vec<Val>> = a_rows
                 .iter()
@@ -193,7 +193,8 @@ impl<'a> Emitter<'a> {
                     }
                 }
             }
-        })
+        });
+        sums.into_iter().map(|v| arch.settled(&mut self.t.f, v)).collect()
     }
 
     /// `v`, but no more than `limit` if it may be.

@@ -257,7 +257,35 @@ pub trait Isa: Sync {
     /// The lanes for which a truth value holds, as bits.
     fn ballot(&self, t: &mut Threads, c: Val) -> Val;
 
-    /// The values of all lanes combined: `add`, `umin` or `umax` of i32.
+    /// The values of each group of `n` neighbouring lanes combined; `n` is a power of two, at most [`Isa::lanes`]. The group's lane
+    /// [`Isa::combined_lane`] has the result; others may.
+    fn combine_lanes(
+        &self,
+        t: &mut Threads,
+        v: Val,
+        n: u32,
+        combine: &dyn std::ops::Fn(&mut Fn, Val, Val) -> Val,
+    ) -> Val {
+        (0..n.ilog2()).rev().fold(v, |v, bit| {
+            let other = self.shuffle_xor(t, v, 1 << bit);
+            combine(&mut t.f, v, other)
+        })
+    }
+
+    /// The lane of a group of `n` that has what [`Isa::combine_lanes`] leaves.
+    fn combined_lane(&self, n: u32) -> u32 {
+        let _ = n;
+        0
+    }
+
+    /// A result that is there behind this place. A compiler may otherwise move all of its arithmetic into branches that use it, and keep
+    /// the operands until then.
+    fn settled(&self, f: &mut Fn, v: Val) -> Val {
+        let _ = f;
+        v
+    }
+
+    /// The values of all 32 lanes of a group combined: `add`, `umin` or `umax` of i32.
     fn reduce_warp(&self, t: &mut Threads, how: &str, v: Val) -> Val;
 
     /// Zeros above the highest bit set: 32 if none is.

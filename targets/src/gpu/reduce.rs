@@ -5,7 +5,7 @@ use super::emit::Emitter;
 use super::evaluate::power_of_two_in;
 use super::fragment::Spread;
 use super::isa;
-use super::mlir::{Ty, Val, f32, i32};
+use super::mlir::{Fn, Ty, Val, f32, i32};
 use dsc_ir::sched::{Buffer, Place};
 use dsc_ir::tile::{ReduceKind, ValueId};
 
@@ -40,7 +40,7 @@ impl<'a> Emitter<'a> {
         let shape = self.shape(x);
         let outer: u32 = shape[..axis].iter().product();
         let inner: u32 = shape[axis + 1..].iter().product();
-        let warps = self.t.threads / 32;
+        let warps = self.t.threads / self.t.arch.lanes();
         match (inner, to) {
             (1, None) => self.reduce_by_block(x, axis, kind, outer, scratch, None),
             (1, Some(to)) if outer <= warps => self.reduce_by_block(x, axis, kind, outer, scratch, Some(to)),
@@ -58,12 +58,12 @@ impl<'a> Emitter<'a> {
     }
 
     fn combine(&mut self, kind: ReduceKind, a: Val, b: Val) -> Val {
-        match (kind, a.ty()) {
-            (ReduceKind::Sum, Ty::F32) => self.t.f.bin("fadd", a, b),
-            (ReduceKind::Sum, _) => self.t.f.add(a, b),
-            (ReduceKind::Max, Ty::F32) => self.t.f.intrinsic("maximum", &[a, b]),
-            (ReduceKind::Max, _) => self.t.f.intrinsic("smax", &[a, b]),
-        }
+        combine(&mut self.t.f, kind, a, b)
+    }
+
+    /// The values of groups of `n` neighbouring lanes, each combined in its lane [`combined_lane`](isa::Isa::combined_lane).
+    fn combine_lanes(&mut self, kind: ReduceKind, v: Val, n: u32) -> Val {
+        self.t.arch.combine_lanes(&mut self.t, v, n, &|f, a, b| combine(f, kind, a, b))
     }
 
     /// Pairs first, so that the chain is short.
@@ -314,18 +314,20 @@ impl<'a> Emitter<'a> {
     ) -> Option<Val> {
         let shape = self.shape(x);
         let n = self.line_width(x, axis);
-        let (threads, warps) = (self.t.threads, self.t.threads / 32);
+        let (threads, lanes) = (self.t.threads, self.t.arch.lanes());
+        let warps = threads / lanes;
         let ty = isa::stored(self.dtype(x));
-        let first_lane = self.t.f.cmp("eq", self.t.lane, i32(0));
+        let (warp, lane) = self.t.lanes(lanes);
+        let has_it = self.t.f.cmp("eq", lane, i32(self.t.arch.combined_lane(lanes).into()));
         let scratch = self.needed(scratch, "a reduction by a block");
         for o in 0..outer {
             let lead = self.delinear(i32(o.into()), &shape[..axis]);
             let tid = self.t.tid;
             let v = self.line(x, axis, &lead, kind, (tid, threads, n), shape[axis]);
-            let v = self.shuffled(kind, v, &[16, 8, 4, 2, 1]);
-            let byte = self.t.f.mul(self.t.warp, i32(4));
+            let v = self.combine_lanes(kind, v, lanes);
+            let byte = self.t.f.mul(warp, i32(4));
             let byte = self.t.f.add(byte, i32((scratch + o * warps * 4).into()));
-            self.guarded(first_lane, |e| e.t.store_shared(byte, &[v]));
+            self.guarded(has_it, |e| e.t.store_shared(byte, &[v]));
         }
         self.t.barrier();
         let Some(to) = to else {
@@ -347,13 +349,12 @@ impl<'a> Emitter<'a> {
         let shape = self.shape(x);
         let n = self.line_width(x, axis);
         let threads = self.t.threads;
-        let lanes = (threads / outer.next_power_of_two()).clamp(1, 32);
+        let lanes = (threads / outer.next_power_of_two()).clamp(1, self.t.arch.lanes());
         let lanes = lanes.min((shape[axis] / n).next_power_of_two());
         let per_round = threads / lanes;
         let group = self.t.f.div(self.t.tid, lanes);
         let lane = self.t.f.rem(self.t.tid, lanes);
-        let masks: Vec<u32> = (0..lanes.ilog2()).rev().map(|b| 1 << b).collect();
-        let first_lane = self.t.f.cmp("eq", lane, i32(0));
+        let has_it = self.t.f.cmp("eq", lane, i32(self.t.arch.combined_lane(lanes).into()));
         let rounds = outer.div_ceil(per_round);
         let result_shape = self.shape(r);
         self.repeat((rounds, UNROLLED), Vec::new(), |e, round, _| {
@@ -364,8 +365,8 @@ impl<'a> Emitter<'a> {
             let o = if partial { e.t.f.select(ok, o, i32(0)) } else { o };
             let lead = e.delinear(o, &shape[..axis]);
             let v = e.line(x, axis, &lead, kind, (lane, lanes, n), shape[axis]);
-            let v = e.shuffled(kind, v, &masks);
-            let ok = e.t.f.bin("and", ok, first_lane);
+            let v = e.combine_lanes(kind, v, lanes);
+            let ok = e.t.f.bin("and", ok, has_it);
             // Of the result's row-major number only the last axis is a column.
             let cols = result_shape.last().copied().unwrap_or(1);
             let (row, col) = (e.t.f.div(o, cols), e.t.f.rem(o, cols));
@@ -447,6 +448,15 @@ pub struct Columns {
     pub lines: u32,
     /// The result's shape.
     reduced: Vec<u32>,
+}
+
+fn combine(f: &mut Fn, kind: ReduceKind, a: Val, b: Val) -> Val {
+    match (kind, a.ty()) {
+        (ReduceKind::Sum, Ty::F32) => f.bin("fadd", a, b),
+        (ReduceKind::Sum, _) => f.add(a, b),
+        (ReduceKind::Max, Ty::F32) => f.intrinsic("maximum", &[a, b]),
+        (ReduceKind::Max, _) => f.intrinsic("smax", &[a, b]),
+    }
 }
 
 fn identity(kind: ReduceKind, ty: Ty) -> Val {

@@ -91,6 +91,7 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: Room) -> Result<Sche
     let mut s = Scheduler {
         program,
         threads,
+        lanes: arch.lanes(),
         places: vec![Place::Lazy; program.types.len()],
         types: program.types.clone(),
         defs: analysis.defs,
@@ -223,6 +224,8 @@ pub fn matrix(shape: &[u32]) -> [u32; 2] {
 pub(super) struct Scheduler<'a> {
     pub(super) program: &'a Program,
     pub(super) threads: u32,
+    /// Lanes that share instructions.
+    lanes: u32,
     pub(super) places: Vec<Place>,
     pub(super) types: Vec<Type>,
     pub(super) defs: HashMap<ValueId, tile::Op>,
@@ -508,7 +511,7 @@ impl Scheduler<'_> {
                     _ => self.shared(r),
                 };
                 self.set(r, place);
-                let warps = self.threads / 32;
+                let warps = self.threads / self.lanes;
                 scratch = match (direct, self.place(x).clone()) {
                     // One partial result a row (or column) for each warp along the reduced axis.
                     (true, Place::Fragment(f)) => {
