@@ -1,6 +1,7 @@
 //! Instructions of the AMDGPU back end, as [`Isa`] asks for them.
 //!
-//! The shared lowering thinks of groups of 32 lanes; a wave holds two of them, which stay apart in every exchange but those across bit 5.
+//! The shared lowering thinks of groups of 32 lanes in scans and selections; a wave holds two of them, which stay apart there. Reductions take the
+//! wave as it is: lines go through all of its lanes, and rows of products across bit 5.
 
 use super::arch::{Arch, Fp8};
 use super::{fp8, mfma};
