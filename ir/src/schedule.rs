@@ -32,6 +32,9 @@ pub struct Schedule {
     /// Blocks that run a block of the grid together, each a part of its loop over keys, on targets whose blocks can join what they have; 0 or 1: one.
     #[serde(skip_serializing_if = "is_zero")]
     pub split: u32,
+    /// Whether these blocks join through memory rather than in a cluster: they must all run at once.
+    #[serde(skip_serializing_if = "is_false")]
+    pub apart: bool,
     /// Blocks for which a processor shall have registers, where they share one; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub sharing: u32,

@@ -12,6 +12,8 @@ const MAX_ENTRIES: usize = 1 << 20;
 pub(super) const MAX_ROW: u32 = 1 << 16;
 /// Scratch bytes a worker may need.
 const MAX_SCRATCH_BYTES: u64 = 1 << 32;
+/// Most blocks of a team that exchanges through memory.
+const MAX_TEAM: u32 = 64;
 /// Shared memory of a block; no hardware has as much.
 const MAX_SHARED_BYTES: u32 = 1 << 20;
 /// Problems reported at most.
@@ -158,9 +160,12 @@ impl<'a> Check<'a> {
                 fault(gpu.shared_bytes <= MAX_SHARED_BYTES, &|| format!("{} bytes of shared memory", gpu.shared_bytes));
                 fault((1..=16).contains(&gpu.cluster), &|| format!("clusters of {} blocks", gpu.cluster));
                 fault(
-                    gpu.team <= 1 || gpu.persistent && gpu.turns == 0 && gpu.cluster.is_multiple_of(gpu.team),
+                    gpu.team <= 1 || gpu.persistent && gpu.turns == 0 && (gpu.apart || gpu.cluster.is_multiple_of(gpu.team)),
                     &|| format!("teams of {} in clusters of {} blocks", gpu.team, gpu.cluster),
                 );
+                fault(!gpu.apart || (2..=MAX_TEAM).contains(&gpu.team) && gpu.scratch_bytes > 0, &|| {
+                    format!("teams of {} that exchange through {} bytes of memory", gpu.team, gpu.scratch_bytes)
+                });
                 fault(gpu.scratch_bytes <= MAX_SCRATCH_BYTES, &|| {
                     format!("{} scratch bytes are beyond reason", gpu.scratch_bytes)
                 });

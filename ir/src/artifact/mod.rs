@@ -163,6 +163,10 @@ pub struct GpuKernel {
     /// Blocks of a cluster that run one tile of a persistent kernel together; 0 or 1: each has its own.
     #[serde(skip_serializing_if = "is_zero")]
     pub team: u32,
+    /// The blocks of a team are of different clusters, and wait for one another through memory: each team has a counter of [`COUNTER_PITCH`] bytes in front of
+    /// the memory that its blocks have to themselves, counted backwards. A launch is of whole teams, whose blocks all run at once.
+    #[serde(skip_serializing_if = "is_false")]
+    pub apart: bool,
     /// Blocks go on to further tiles: a launch with fewer blocks than the grid has does all of it. As many as the device holds at a
     /// time are best.
     pub persistent: bool,
@@ -198,6 +202,16 @@ pub struct TensorMap {
 fn is_zero(n: &u32) -> bool {
     *n == 0
 }
+
+fn is_false(b: &bool) -> bool {
+    !b
+}
+
+/// Bytes from one team's counter to the next.
+pub const COUNTER_PITCH: u64 = 64;
+/// Teams that have one: in front of the memory of blocks are so many, of zeros before the first launch. Each launch leaves its counters as
+/// the next may find them: all but the first bit are zeros.
+pub const COUNTERS: u32 = 1024;
 
 /// What a kernel takes of a multiprocessor or compute unit, from its assembler.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -33,24 +33,41 @@ struct Since {
     read: Vec<Range<usize>>,
 }
 
-/// A block's shared memory.
+/// A block's shared memory, and behind it what it has outside.
 pub(crate) struct Shared {
     bytes: Vec<u8>,
+    /// Where that begins.
+    outside: usize,
     units: Vec<Since>,
 }
 
 impl Shared {
     /// Memory in which every float is NaN.
     pub(crate) fn new(buffers: &[Buffer], units: usize) -> Shared {
-        let end = buffers.iter().map(|b| b.offset as usize + b.bytes() as usize).max().unwrap_or(0);
-        Shared { bytes: vec![0xff; end], units: vec![Since::default(); units] }
+        let end = |outside: bool| {
+            let all = buffers.iter().filter(|b| b.outside == outside);
+            all.map(|b| b.offset as usize + b.bytes() as usize).max().unwrap_or(0)
+        };
+        let outside = end(false);
+        Shared { bytes: vec![0xff; outside + end(true)], outside, units: vec![Since::default(); units] }
+    }
+
+    /// Where the elements of a tile lie, in row-major order.
+    fn addresses(&self, buffer: &Buffer, copy: u64, shape: [usize; 2]) -> impl Iterator<Item = usize> + use<> {
+        let first = if buffer.outside { self.outside } else { 0 };
+        addresses(buffer, copy, shape).map(move |at| first + at)
+    }
+
+    fn span(&self, buffer: &Buffer) -> Range<usize> {
+        let first = buffer.offset as usize + if buffer.outside { self.outside } else { 0 };
+        first..first + buffer.bytes() as usize
     }
 
     /// The elements of a tile of so many rows and columns in a copy of a buffer.
     pub(crate) fn read(&self, buffer: &Buffer, copy: u64, shape: [usize; 2]) -> Vec<u8> {
         let size = buffer.dtype.bytes();
         let mut out = Vec::with_capacity(shape[0] * shape[1] * size);
-        for at in addresses(buffer, copy, shape) {
+        for at in self.addresses(buffer, copy, shape) {
             out.extend_from_slice(&self.bytes[at..at + size]);
         }
         out
@@ -58,13 +75,14 @@ impl Shared {
 
     /// Notes that a unit read from a buffer; until its next barrier it must not be overwritten.
     pub(crate) fn note_read(&mut self, buffer: &Buffer, unit: Unit) {
-        self.units[unit].read.push(span(buffer));
+        let span = self.span(buffer);
+        self.units[unit].read.push(span);
     }
 
     /// Writes a tile at once: a copy that is complete.
     pub(crate) fn write(&mut self, buffer: &Buffer, copy: u64, shape: [usize; 2], data: &[u8]) {
         let size = buffer.dtype.bytes();
-        for (at, element) in addresses(buffer, copy, shape).zip(data.chunks_exact(size)) {
+        for (at, element) in self.addresses(buffer, copy, shape).zip(data.chunks_exact(size)) {
             self.bytes[at..at + size].copy_from_slice(element);
         }
     }
@@ -78,13 +96,13 @@ impl Shared {
         unit: Unit,
         chance: &mut Chance,
     ) -> bool {
-        let (size, whole) = (buffer.dtype.bytes(), span(buffer));
+        let (size, whole) = (buffer.dtype.bytes(), self.span(buffer));
         let busy = |since: &Since| since.read.iter().any(|r| r.start < whole.end && whole.start < r.end);
         // What all threads read in `common`, no barrier of a role settles.
         if busy(&self.units[unit]) || busy(&self.units[0]) {
             return false;
         }
-        for (at, element) in addresses(buffer, 0, shape).zip(data.chunks_exact(size)) {
+        for (at, element) in self.addresses(buffer, 0, shape).zip(data.chunks_exact(size)) {
             if chance.below(2) == 0 {
                 self.units[unit].late.push((at, element.to_vec()));
             } else {
@@ -102,12 +120,8 @@ impl Shared {
     }
 }
 
-fn span(buffer: &Buffer) -> Range<usize> {
-    buffer.offset as usize..buffer.offset as usize + buffer.bytes() as usize
-}
-
-/// Where the elements of a tile lie, in row-major order.
-fn addresses(buffer: &Buffer, copy: u64, [rows, columns]: [usize; 2]) -> impl Iterator<Item = usize> {
+/// Where the elements of a tile lie in their memory, in row-major order.
+fn addresses(buffer: &Buffer, copy: u64, [rows, columns]: [usize; 2]) -> impl Iterator<Item = usize> + use<> {
     let base = buffer.offset as usize + copy as usize * buffer.copy_bytes() as usize;
     let (pitch, size, chunks) = (buffer.pitch as usize, buffer.dtype.bytes(), buffer.swizzle as usize / 16);
     let panel = buffer.panel_bytes() as usize;

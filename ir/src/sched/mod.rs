@@ -14,7 +14,8 @@
 //! the n-th acquire of a role and the n-th wait of another mean the same stage. What fills a slot is a copy from memory ([`Op::Copy`]), or a tile that the
 //! producer computed ([`Op::Fill`]): that is how roles hand values to each other.
 //!
-//! **Teams.** Where several blocks run one tile ([`Scheduled::team`]) they exchange tiles in phases, between which they meet.
+//! **Teams.** Where several blocks run one tile ([`Scheduled::team`]) they exchange tiles in phases, between which they meet: through one
+//! another's shared memory, in a cluster, or through memory ([`Buffer::outside`]).
 //!
 //! **Invariants** ([`mod@verify`]): every wait has a commit and every acquire finds a release (no deadlock), roles own disjoint ranges of warps,
 //! buffers that live at once do not overlap, and budgets (shared memory, registers, barriers, threads) hold.
@@ -62,7 +63,7 @@ pub struct Scheduled {
     /// Blocks of the hardware that run one block of the grid together, each a share of it; 1 is usual. Without roles how they divide it is the
     /// lowering's affair: there is one place for every value, and a barrier is one for all of them. With roles each runs all of them, divides
     /// by its [`Op::Number`], and finds at an [`Op::Meet`] what the others have [`Op::Put`]. Blocks that share copies are then at once in one
-    /// cluster and of different teams.
+    /// cluster and of different teams; where teams exchange through memory ([`Scheduled::apart`]) nobody else is in it.
     pub team: u32,
     /// Two halves of the threads take turns in loops with a channel of `common`: while one reads operands of products from shared memory the other
     /// multiplies. A barrier is one for all of them all the same.
@@ -86,6 +87,13 @@ pub struct Scheduled {
     pub common: Block,
     /// Disjoint ranges of warps and what they run; none if `common` is all.
     pub roles: Vec<Role>,
+}
+
+impl Scheduled {
+    /// Whether the blocks of a team exchange through memory. They must all run at once.
+    pub fn apart(&self) -> bool {
+        self.buffers.iter().any(|b| b.outside)
+    }
 }
 
 /// Blocks that run together and fill one another's shared memory: neighbours along an axis of the grid.
@@ -139,8 +147,10 @@ pub struct Buffer {
     pub swizzle: u32,
     /// Copies one after another: a channel's stages, else 1.
     pub copies: u32,
-    /// First byte, from the start of the block's shared memory.
+    /// First byte, from the start of the block's shared memory, or of what it has outside.
     pub offset: u32,
+    /// Whether it lies in memory instead, where the blocks of a team can read one another's: what is put there needs no cluster.
+    pub outside: bool,
 }
 
 impl Buffer {
@@ -327,9 +337,11 @@ pub enum Op {
     /// This block's number in its team: an i32.
     Number,
     /// All threads of all blocks of the team wait for one another. Every role has as many, none in a loop, and one as its last instruction, so that the
-    /// tile is in phases: buffers of different phases may share memory. No stage of any channel is full or being filled then.
+    /// tile is in phases: buffers of different phases may share memory. No stage of any channel is full or being filled then. What was put before
+    /// is released, what is got behind it acquired. Teams that are apart need not wait at the end of their last tile.
     Meet,
-    /// Writes a tile to a buffer that no channel has, by the threads of the role: behind the next [`Op::Meet`] the team's blocks find it there.
+    /// Writes a tile to a buffer that no channel has, by the threads of the role: behind the next [`Op::Meet`] the team's blocks find it there. Either all
+    /// such buffers of a kernel are [outside](Buffer::outside) or none.
     Put {
         /// The buffer.
         buffer: BufferId,

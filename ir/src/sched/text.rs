@@ -26,7 +26,7 @@
 //!
 //! A kernel with clusters says so behind its grid: `persistent 16 cluster 2 along 0`; a copy that they share is `copy shared c0.1, ...`, a tile
 //! of which each computes a part `fill shared c0.1, ...`. A team's blocks have a `number`, `put b3, %4`, `meet`, and `get b3 after 1 own` (a piece)
-//! or `get b3 after 1`. Halves that take turns and blocks dealt to dies stand there too: `alternate dies 8`.
+//! or `get b3 after 1`, where `b3` of a team that exchanges through memory ends in `outside`. Halves that take turns and blocks dealt to dies stand there too: `alternate dies 8`.
 //!
 //! Places: `@uniform`, `@lazy`, `@shared(b3)`, `@slot(c0, 1)` and `@frag(ATOM, ROWSxCOLUMNS)` with warps along rows and columns and
 //! `ATOM` one of `mma16x8`, `wgmma`, `wgmma_t` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
@@ -120,10 +120,10 @@ impl fmt::Display for Place {
 /// A line of the table of buffers: `b0 = x: bf16 1x64, offset 0, bytes 256, pitch 128, swizzle 0, copies 2`, less the number.
 impl fmt::Display for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Buffer { name, dtype, shape: [rows, columns], pitch, swizzle, copies, offset } = self;
+        let Buffer { name, dtype, shape: [rows, columns], pitch, swizzle, copies, offset, outside } = self;
         let bytes = self.bytes();
         write!(f, "{name}: {dtype} {rows}x{columns}, offset {offset}, bytes {bytes}, ")?;
-        write!(f, "pitch {pitch}, swizzle {swizzle}, copies {copies}")
+        write!(f, "pitch {pitch}, swizzle {swizzle}, copies {copies}{}", if *outside { " outside" } else { "" })
     }
 }
 
@@ -462,11 +462,14 @@ impl<'a> BlockParser<'a> {
         let offset = field(p, "offset", false)?;
         let bytes: u32 = field(p, "bytes", false)?;
         let (pitch, swizzle) = (field(p, "pitch", false)?, field(p, "swizzle", false)?);
-        let buffer = Buffer { name, dtype, shape, pitch, swizzle, copies: field(p, "copies", false)?, offset };
-        match buffer.bytes() {
-            n if n == bytes => Ok(buffer),
-            n => Err(self.p.error(format!("{} rows, pitch and copies make {n} bytes, not {bytes}", buffer.name))),
+        let copies = field(p, "copies", false)?;
+        let mut buffer = Buffer { name, dtype, shape, pitch, swizzle, copies, offset, outside: false };
+        if buffer.bytes() != bytes {
+            let n = buffer.bytes();
+            return Err(p.error(format!("{} rows, pitch and copies make {n} bytes, not {bytes}", buffer.name)));
         }
+        buffer.outside = p.eat("outside");
+        Ok(buffer)
     }
 
     fn channel(&mut self, line: usize) -> Parsed<Channel> {
@@ -712,6 +715,7 @@ role consumer warps 1..2 {
             swizzle: i % 2 * 64,
             copies: 1 + i,
             offset: i * 1024,
+            outside: i % 3 == 1,
         };
         let mut place = |ty: &Type| match (ty, next.next().unwrap_or(0)) {
             (Type::View(_), _) => Place::View,

@@ -266,7 +266,7 @@ impl Scheduler<'_> {
     }
 
     pub(super) fn buffer(&mut self, name: String, dtype: DType, shape: [u32; 2], pitch: u32) -> BufferId {
-        self.buffers.push(Buffer { name, dtype, shape, pitch, swizzle: 0, copies: 1, offset: 0 });
+        self.buffers.push(Buffer { name, dtype, shape, pitch, swizzle: 0, copies: 1, offset: 0, outside: false });
         BufferId(self.buffers.len() as u32 - 1)
     }
 

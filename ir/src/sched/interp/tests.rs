@@ -221,7 +221,7 @@ impl Plain<'_> {
         let pitch = pitch.next_multiple_of(if swizzle == 0 { 4 } else { swizzle });
         let offset = self.kernel.buffers.last().map_or(0, |b| b.offset + b.bytes());
         let (name, shape) = (format!("v{}", v.0), [rows, columns].map(|n| n as u32));
-        self.kernel.buffers.push(Buffer { name, dtype, shape, pitch, swizzle, copies: 1, offset });
+        self.kernel.buffers.push(Buffer { name, dtype, shape, pitch, swizzle, copies: 1, offset, outside: false });
         Place::Shared(BufferId(self.kernel.buffers.len() as u32 - 1))
     }
 
@@ -396,9 +396,16 @@ fn blocks_of_a_team_exchange_what_they_put() {
     };
     assert_eq!(diagnostics(TEAM), [] as [String; 0]);
     assert_eq!(right(TEAM), [true; 8]);
+    // The same through memory, which no buffer of the block meets.
+    let apart = TEAM.replace("copies 1", "copies 1 outside");
+    assert_eq!(diagnostics(&apart), [] as [String; 0]);
+    assert_eq!(right(&apart), [true; 8]);
+    let early = apart.replacen("meet", "", 1);
+    assert!(diagnostics(&early).iter().any(|d| d.contains("no meeting is between")), "{:?}", diagnostics(&early));
+    assert!(right(&early).contains(&false));
     // What another has not put yet is read.
     let early = TEAM.replacen("meet", "", 1);
-    assert!(diagnostics(&early).iter().any(|d| d.contains("written by other threads")), "{:?}", diagnostics(&early));
+    assert!(diagnostics(&early).iter().any(|d| d.contains("no meeting is between")), "{:?}", diagnostics(&early));
     assert!(right(&early).contains(&false));
     // A block may go on, or end, while another still reads what it has put.
     let at = TEAM.rfind("meet").expect("it meets");

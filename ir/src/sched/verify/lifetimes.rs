@@ -105,7 +105,7 @@ fn between_roles(kernel: &Scheduled, needs: &[(Unit, Life, BufferId, Need)], pha
 
 /// Whether two buffers share a byte.
 pub(super) fn overlap(a: &Buffer, b: &Buffer) -> bool {
-    a.offset < b.offset + b.bytes() && b.offset < a.offset + a.bytes()
+    a.outside == b.outside && a.offset < b.offset + b.bytes() && b.offset < a.offset + a.bytes()
 }
 
 /// A loop: its start, what is used in it that was made before, and its body.

@@ -257,7 +257,9 @@ impl Places<'_, '_, '_> {
         if let Some(b) = inst.scratch {
             problems.extend(self.owned(b));
         }
-        if let Op::Put { buffer, .. } | Op::Get { buffer, .. } = inst.op {
+        if let Op::Put { buffer, .. } | Op::Get { buffer, .. } = inst.op
+            && !self.kernel.buffers.get(buffer.0 as usize).is_some_and(|b| b.outside)
+        {
             problems.extend(self.owned(buffer));
         }
         if matches!(&inst.op, Op::If { cond, .. } if matches!(self.place(*cond), Place::Fragment(_) | Place::Slot(..)))
@@ -315,6 +317,9 @@ impl Places<'_, '_, '_> {
     fn owned(&self, b: BufferId) -> Option<String> {
         if b.0 as usize >= self.kernel.buffers.len() {
             return Some(format!("there is no buffer {b}"));
+        }
+        if self.kernel.buffers[b.0 as usize].outside {
+            return Some(format!("{b} is outside of the block, for what others get"));
         }
         let channel = self.kernel.channels.iter().position(|c| c.slots.contains(&b))?;
         Some(format!("{b} is a slot of channel c{channel}"))

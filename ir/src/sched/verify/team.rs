@@ -10,8 +10,9 @@ use crate::sched::{Block, BufferId, Op, Place, Scheduled};
 use crate::tile::Type;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Most blocks of a team.
+/// Most blocks of a team in a cluster, and through memory.
 const MOST: u32 = 16;
+const MOST_APART: u32 = 64;
 
 /// In which phases of a tile each buffer is used; none where blocks do not meet.
 pub(super) struct Phases(BTreeMap<BufferId, BTreeSet<u32>>);
@@ -106,9 +107,11 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     if !exchanges {
         return;
     }
-    if kernel.team > MOST {
-        report.add("", format!("a team of {}, but at most {MOST} blocks run together", kernel.team));
+    let most_blocks = if kernel.apart() { MOST_APART } else { MOST };
+    if kernel.team > most_blocks {
+        report.add("", format!("a team of {}, but at most {most_blocks} blocks run together", kernel.team));
     }
+    exchanged(kernel, report);
     for role in &kernel.roles {
         let last = role.body.insts.last().is_some_and(|i| i.op == Op::Meet);
         if !last || role.elected || meets(&role.body) != most {
@@ -116,6 +119,40 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
                 &format!(", role {}", role.name),
                 "all roles meet the team's other blocks equally often, by all threads, and last of all",
             );
+        }
+    }
+}
+
+/// What is exchanged lies where the others find it, and is got behind a meeting that whoever puts it comes to first.
+fn exchanged(kernel: &Scheduled, report: &mut Report) {
+    let (apart, mut put, mut got) = (kernel.apart(), BTreeMap::new(), BTreeMap::new());
+    for role in &kernel.roles {
+        let mut phase = 0u32;
+        for inst in &role.body.insts {
+            phase += u32::from(inst.op == Op::Meet);
+            let mut pending = vec![inst];
+            while let Some(inst) = pending.pop() {
+                pending.extend(inst.op.blocks().into_iter().flat_map(|b| &b.insts));
+                match inst.op {
+                    Op::Put { buffer, .. } => {
+                        let last = put.entry(buffer).or_insert(phase);
+                        *last = phase.max(*last);
+                    }
+                    Op::Get { buffer, .. } => {
+                        let first = got.entry(buffer).or_insert(phase);
+                        *first = phase.min(*first);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    for (buffer, last) in put {
+        if kernel.buffers.get(buffer.0 as usize).is_some_and(|b| b.outside != apart) {
+            report.add("", format!("{buffer} is in a block's shared memory, others outside: blocks meet in one way"));
+        }
+        if got.get(&buffer).is_some_and(|&first: &u32| first <= last) {
+            report.add("", format!("{buffer} is got in the phase in which it is put: no meeting is between"));
         }
     }
 }

@@ -13,6 +13,7 @@ use super::ring::Ring;
 use super::select;
 use super::stream::{self, Lists};
 use super::sums::Sums;
+use super::team;
 use super::tensor_map::Maps;
 use super::wgmma::Flight;
 use crate::nvidia::arch::Arch;
@@ -95,6 +96,8 @@ pub struct Emit<'a> {
     pub member: Val,
     /// How often this tile's code has met the team's other blocks.
     pub met: usize,
+    /// Whether this block has a further tile, where its team exchanges through memory.
+    pub more: Option<Val>,
     /// Bytes from an address in this block's shared memory to the same place in those of the others of the cluster.
     pub peers: Vec<Val>,
     /// The tile's coordinates in the grid.
@@ -172,6 +175,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         rank: i32(0),
         member: i32(0),
         met: 0,
+        more: None,
         peers: Vec::new(),
         block: [i32(0); 3],
         role_tid: i32(0),
@@ -207,8 +211,9 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
     let gpu = GpuKernel {
         threads: s.threads,
         shared_bytes: if selects { select::shared_bytes() } else { barriers },
-        cluster: if selects { s.team } else { e.cluster * e.team },
+        cluster: if selects { s.team } else { e.cluster * if s.apart() { 1 } else { e.team } },
         team: if e.team > 1 { e.team } else { 0 },
+        apart: s.apart(),
         persistent: s.persistent.is_some(),
         turns: if uneven(s) { TURNS } else { 0 },
         dependent: true,
@@ -232,8 +237,11 @@ fn uneven(s: &Scheduled) -> bool {
     s.channels.len() == 1 && moved.flat_map(|r| &r.body.insts).any(|i| i.op.blocks().into_iter().any(around))
 }
 
-/// Bytes of memory that a block has to itself: the lists of selections.
+/// Bytes of memory that a block has to itself: what it puts there for its team, or the lists of selections.
 pub fn scratch_bytes(s: &Scheduled) -> u64 {
+    if s.apart() {
+        return team::outside_bytes(s);
+    }
     let begun = |i: &Inst| match i.op {
         Op::Tile(tile::Op::TopkInit { rows, .. }) if !s.roles.is_empty() => Some(stream::scratch_bytes(rows)),
         _ => None,
@@ -275,7 +283,9 @@ impl<'a> Emit<'a> {
         }
         let warp = ptx::uniform(&mut self.t.f, self.t.warp);
         self.t.warp = warp;
-        if self.cluster * self.team > 1 {
+        if self.s.apart() {
+            self.begin_apart();
+        } else if self.cluster * self.team > 1 {
             self.rank = isa::sreg(&mut self.t.f, "cluster.ctarank");
             if self.team > 1 {
                 let rank = self.rank;
@@ -304,7 +314,7 @@ impl<'a> Emit<'a> {
         }
         self.t.f.br(end, &[]);
         self.t.f.start(end, &[]);
-        if self.cluster > 1 && self.team == 1 {
+        if self.cluster > 1 && (self.team == 1 || self.s.apart()) {
             // Another block may still fill this one's memory, or arrive on its barriers.
             ptx::cluster_barrier(&mut self.t.f);
         }
@@ -456,6 +466,11 @@ impl<'a> Emit<'a> {
             Op::Get { buffer, after, own } => self.get_part(inst.results[0], *buffer, *after, *own),
             Op::If { .. } => Err("branches inside roles".into()),
         }
+    }
+
+    /// Whether the role has the block's first thread.
+    pub fn first_role(&self) -> bool {
+        self.role_barrier.0 <= 1
     }
 
     /// Threads of the role.

@@ -112,14 +112,7 @@ impl<'a> Emit<'a> {
     /// One f32 a row: a thread of each that have it.
     pub fn fill_rows(&mut self, g: &Geometry, value: ValueId, buffer: &Buffer, base: Val) -> Result<(), String> {
         let mut seen = HashMap::new();
-        let (lane, warp) = (self.t.lane, g.warp);
-        let writes = if g.transposed {
-            let (quad, first) = (self.t.f.cmp("ult", lane, i32(4)), self.t.f.cmp("eq", warp, i32(0)));
-            self.t.f.bin("and", quad, first)
-        } else {
-            let within = self.t.f.rem(lane, 4);
-            self.t.f.cmp("eq", within, i32(0))
-        };
+        let writes = self.writes_rows(g);
         for at in g.varying(true, false) {
             let [row, _] = g.coordinates(&mut self.t, at);
             let byte = self.t.f.mul(row, i32(buffer.pitch.into()));
@@ -148,6 +141,17 @@ impl<'a> Emit<'a> {
         }
         self.held.insert(r, Held::Registers(values, [true, false]));
         Ok(())
+    }
+
+    /// Whether this thread is the one of those that have a row's value.
+    pub fn writes_rows(&mut self, g: &Geometry) -> Val {
+        let (lane, warp) = (self.t.lane, g.warp);
+        if g.transposed {
+            let (quad, first) = (self.t.f.cmp("ult", lane, i32(4)), self.t.f.cmp("eq", warp, i32(0)));
+            return self.t.f.bin("and", quad, first);
+        }
+        let within = self.t.f.rem(lane, 4);
+        self.t.f.cmp("eq", within, i32(0))
     }
 
     /// 16-bit elements, each warp its 16 rows.

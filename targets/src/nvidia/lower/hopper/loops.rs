@@ -62,6 +62,10 @@ impl<'a> Emit<'a> {
             let (rings, mut loaded) = state.split_at(counters);
             e.resume(rings);
             e.block = e.tile_at(tile, [tiles, blocks], sizes, band);
+            if e.s.apart() {
+                let next = e.t.f.add(tile, blocks);
+                e.more = Some(e.t.f.cmp("slt", next, tiles));
+            }
             let mut made = Vec::new();
             match front {
                 Some(front) => {

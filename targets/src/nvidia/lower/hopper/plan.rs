@@ -406,6 +406,7 @@ impl<'a> Planner<'a> {
             swizzle: STEP_BYTES,
             copies: self.config.stages,
             offset,
+            outside: false,
         };
         let (mut buffers, mut end) = (Vec::new(), 0);
         let slots = [("left", left, self.c.lefts.len()), ("right", right, self.c.rights.len())];
@@ -435,6 +436,7 @@ impl<'a> Planner<'a> {
                 swizzle: 0,
                 copies: 1,
                 offset: end,
+                outside: false,
             });
         }
         buffers

@@ -394,6 +394,35 @@ pub fn store_shared_floats(f: &mut Fn, at: Val, v: &[Val]) {
     effect(f, "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", &args);
 }
 
+/// Writes four f32 to memory.
+pub fn store_floats(f: &mut Fn, at: Val, v: &[Val]) {
+    let args: Vec<Val> = [at].into_iter().chain(v.iter().copied()).collect();
+    effect(f, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", &args);
+}
+
+/// Writes an f32 to memory where `c` holds.
+pub fn store_f32_if(f: &mut Fn, c: Val, at: Val, v: Val) {
+    let c = f.cast("zext", c, Ty::I32);
+    effect(f, "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.global.f32 [$1], $2;\n}", "r,l,f", &[c, at, v]);
+}
+
+/// Four f32 of memory that other blocks have written: not what the first cache may still have.
+pub fn load_others_floats(f: &mut Fn, at: Val) -> Vec<Val> {
+    f.asm("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", &[at], &[Ty::F32; 4], true, true)
+}
+
+/// An f32 of such memory.
+pub fn load_others_f32(f: &mut Fn, at: Val) -> Val {
+    f.asm("ld.relaxed.gpu.global.f32 $0, [$1];", "=f,l", &[at], &[Ty::F32], true, true)[0]
+}
+
+/// Adds `step` to the counter of a team, and waits until others have turned its first bit over.
+pub fn meet_through(f: &mut Fn, counter: Val, step: Val) {
+    let text = "{\n.reg .pred p;\n.reg .b32 o, n;\natom.acq_rel.gpu.global.add.u32 o, [$0], $1;\nadd.s32 n, o, $1;\nW:\nxor.b32 n, n, o;\n\
+                setp.lt.s32 p, n, 0;\n@p bra D;\nld.acquire.gpu.global.u32 n, [$0];\nbra W;\nD:\n}";
+    effect(f, text, "l,r", &[counter, step]);
+}
+
 /// First half of a [`cluster_barrier`] that whole warps come to; shared memory written before is visible after the second.
 pub fn cluster_arrive(f: &mut Fn) {
     effect(f, "barrier.cluster.arrive.release.aligned;", "", &[]);

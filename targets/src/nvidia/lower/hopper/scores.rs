@@ -728,6 +728,7 @@ impl<'a> Planner<'a> {
             swizzle: STEP_BYTES,
             copies,
             offset,
+            outside: false,
         };
         let [ahead, depth] = c.stages;
         let mut end = 0;
@@ -749,6 +750,7 @@ impl<'a> Planner<'a> {
                 swizzle: 0,
                 copies: depth,
                 offset: end,
+                outside: false,
             });
             end += ROWS * 4 * depth;
         }
@@ -762,6 +764,7 @@ impl<'a> Planner<'a> {
                 swizzle: 0,
                 copies: 1,
                 offset: end,
+                outside: false,
             });
             end += c.lists;
         }
@@ -775,6 +778,7 @@ impl<'a> Planner<'a> {
                 swizzle: 0,
                 copies: 1,
                 offset: end,
+                outside: false,
             });
             end += rows * 4;
         }

@@ -1,13 +1,20 @@
-//! Tiles that the blocks of a team exchange, through one another's shared memory.
+//! Tiles that the blocks of a team exchange, through one another's shared memory or, where a team is no cluster, through memory.
 //!
 //! A matrix lies there as registers have it: four of a thread's registers together, those of neighbouring threads side by side, so that a warp moves
 //! whole lines and no bank waits. Registers of a piece are neighbours: pieces are numbered as registers are, by 64 of the instruction's rows first.
+//!
+//! **Through memory** each block has a part of its own, at its place in the grid, and each team a counter. Who comes to a meeting adds 1 to it, the first block
+//! 2^31 − (n − 1), so that n blocks turn its first bit over and leave the rest as it was: zeros. So no launch has to clear it. A block waits
+//! until the bit is not as it found it. Blocks that do not all run at once would wait for ever: a launch has no more than fit.
 
 use super::config::WARPGROUP;
 use super::emit::{Emit, Held};
+use super::fragment::Geometry;
 use super::ptx;
-use crate::nvidia::lower::mlir::{Val, i32};
-use dsc_ir::sched::{BufferId, Op};
+use crate::nvidia::lower::isa;
+use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
+use dsc_ir::artifact::COUNTER_PITCH;
+use dsc_ir::sched::{Buffer, BufferId, Op, Scheduled};
 use dsc_ir::tile::ValueId;
 use std::collections::HashMap;
 
@@ -18,6 +25,9 @@ const BYTES: u32 = 16;
 impl Emit<'_> {
     /// Rank in the cluster of a block of this one's number in its team, by its number among those that share copies.
     pub fn rank_of(&mut self, shares: Val) -> Val {
+        if self.s.apart() {
+            return shares;
+        }
         let first = self.t.f.mul(self.member, i32(self.cluster.into()));
         self.t.f.add(first, shares)
     }
@@ -27,6 +37,9 @@ impl Emit<'_> {
         self.settle_all();
         self.met += 1;
         let all = self.s.roles.iter().map(|r| r.body.insts.iter().filter(|i| i.op == Op::Meet).count()).max();
+        if self.s.apart() {
+            return self.meet_apart(all == Some(self.met));
+        }
         if all == Some(self.met) {
             // What comes next into this memory may come by the copy engine.
             ptx::fence_async(&mut self.t.f);
@@ -38,6 +51,9 @@ impl Emit<'_> {
     /// Writes a tile for the team's other blocks.
     pub fn put_part(&mut self, buffer: BufferId, value: ValueId) -> Result<(), String> {
         let (geometry, data) = (self.seen_in(value)?, &self.s.buffers[buffer.0 as usize]);
+        if data.outside {
+            return self.put_outside(&geometry, value, data);
+        }
         let base = self.t.f.add(self.t.shared32, i32(data.offset.into()));
         if data.shape[1] == 1 {
             return self.fill_rows(&geometry, value, data, base);
@@ -69,6 +85,10 @@ impl Emit<'_> {
         }
         let other = self.t.f.add(self.member, i32(after.into()));
         let other = self.t.f.bin("urem", other, i32(team.into()));
+        if data.outside {
+            let piece = [row, column];
+            return self.get_outside(r, data, other, own.then_some((piece, down)));
+        }
         let rank = self.t.f.mul(other, i32(self.cluster.into()));
         let rank = self.t.f.add(rank, self.rank);
         let base = self.t.f.add(self.t.shared32, i32(data.offset.into()));
@@ -103,5 +123,171 @@ impl Emit<'_> {
     fn own_place(&mut self, base: Val) -> Val {
         let own = self.t.f.mul(self.role_tid, i32(BYTES.into()));
         self.t.f.add(base, own)
+    }
+}
+
+/// Bytes that a block puts outside, whole lines of the cache.
+pub fn outside_bytes(s: &Scheduled) -> u64 {
+    let ends = s.buffers.iter().filter(|b| b.outside).map(|b| b.offset + b.bytes());
+    ends.max().map_or(0, |end| u64::from(end.next_multiple_of(LINE)))
+}
+
+/// Bytes of a line of the cache.
+const LINE: u32 = 128;
+
+impl Emit<'_> {
+    /// This block's numbers, where a team is no cluster: the blocks of a cluster are neighbours, and the clusters of a team.
+    pub fn begin_apart(&mut self) {
+        let block = isa::sreg(&mut self.t.f, "ctaid.x");
+        if self.cluster > 1 {
+            self.rank = isa::sreg(&mut self.t.f, "cluster.ctarank");
+        }
+        let cluster = self.t.f.div(block, self.cluster);
+        self.member = self.t.f.rem(cluster, self.team);
+    }
+
+    /// Where this block's memory begins, or the memory of all.
+    fn outside(&mut self, own: bool) -> Val {
+        let all = Val::Arg(self.s.params.len() as u32 + 1, Ty::Global);
+        if !own {
+            return all;
+        }
+        let block = isa::sreg(&mut self.t.f, "ctaid.x");
+        let block = self.t.f.cast("zext", block, Ty::I64);
+        let bytes = self.t.f.mul(block, i64(outside_bytes(self.s) as i64));
+        self.t.f.offset(all, bytes)
+    }
+
+    /// All threads of the team wait for one another; at the end of a tile only if there is another, for which memory is written anew.
+    fn meet_apart(&mut self, ends: bool) -> Result<(), String> {
+        let after = match self.more.filter(|_| ends) {
+            Some(more) => {
+                let (inside, after) = (self.t.f.label(), self.t.f.label());
+                self.t.f.cond_br(more, (inside, &[]), (after, &[]));
+                self.t.f.start(inside, &[]);
+                Some(after)
+            }
+            None => None,
+        };
+        // What all threads of the block have put, one of them releases; what it acquires, all may get.
+        self.t.barrier();
+        if self.first_role() {
+            let block = isa::sreg(&mut self.t.f, "ctaid.x");
+            let together = self.cluster * self.team;
+            let number = self.t.f.div(block, together);
+            let number = self.t.f.mul(number, i32(self.cluster.into()));
+            let number = self.t.f.add(number, self.rank);
+            let number = self.t.f.add(number, i32(1));
+            let bytes = self.t.f.mul(number, i32(-(COUNTER_PITCH as i64)));
+            let bytes = self.t.f.cast("sext", bytes, Ty::I64);
+            let all = self.outside(false);
+            let counter = self.t.f.offset(all, bytes);
+            let leads = self.t.f.cmp("eq", self.member, i32(0));
+            let turns = i64::from(i32::MAX) + 2 - i64::from(self.team);
+            let step = self.t.f.select(leads, i32(turns), i32(1));
+            let one = self.t.f.cmp("eq", self.t.tid, i32(0));
+            self.t.when(one, |t| ptx::meet_through(&mut t.f, counter, step));
+        }
+        self.t.barrier();
+        if let Some(after) = after {
+            self.t.f.br(after, &[]);
+            self.t.f.start(after, &[]);
+        }
+        Ok(())
+    }
+
+    fn put_outside(&mut self, geometry: &Geometry, value: ValueId, data: &Buffer) -> Result<(), String> {
+        let base = self.outside(true);
+        let base = self.t.f.offset(base, i64(data.offset.into()));
+        let mut seen = HashMap::new();
+        if data.shape[1] == 1 {
+            let writes = self.writes_rows(geometry);
+            for at in geometry.varying(true, false) {
+                let [row, _] = geometry.coordinates(&mut self.t, at);
+                let at_byte = self.byte_of_row(row, data);
+                let to = self.t.f.offset(base, at_byte);
+                let v = self.element(value, at, &mut seen)?;
+                ptx::store_f32_if(&mut self.t.f, writes, to, v);
+            }
+            return Ok(());
+        }
+        let registers = geometry.registers();
+        if geometry.shape != data.shape || !registers.len().is_multiple_of(TOGETHER) {
+            return Err(format!("%{} is no tile of a product's shape", value.0));
+        }
+        let own = self.own_byte();
+        let own = self.t.f.offset(base, own);
+        for (n, four) in (0..).zip(registers.chunks(TOGETHER)) {
+            let values = four.iter().map(|&at| self.element(value, at, &mut seen)).collect::<Result<Vec<_>, _>>()?;
+            let at = self.t.f.offset(own, i64((n * WARPGROUP * BYTES).into()));
+            ptx::store_floats(&mut self.t.f, at, &values);
+        }
+        Ok(())
+    }
+
+    /// What the block of that number in the team has put, or this block's piece of it: its place, and pieces down.
+    fn get_outside(
+        &mut self,
+        r: ValueId,
+        data: &Buffer,
+        other: Val,
+        own: Option<([Val; 2], u32)>,
+    ) -> Result<(), String> {
+        let away = self.t.f.sub(other, self.member);
+        let away = self.t.f.mul(away, i32(self.cluster.into()));
+        let away = self.t.f.cast("sext", away, Ty::I64);
+        let away = self.t.f.mul(away, i64(outside_bytes(self.s) as i64));
+        let base = self.outside(true);
+        let base = self.t.f.offset(base, away);
+        let mut base = self.t.f.offset(base, i64(data.offset.into()));
+        let &[rows, columns] = self.shape(r) else { return Err(format!("%{} is no matrix", r.0)) };
+        if columns == 1 {
+            if let Some(([row, _], _)) = own {
+                let first = self.t.f.mul(row, i32((rows * data.pitch).into()));
+                let first = self.t.f.cast("zext", first, Ty::I64);
+                base = self.t.f.offset(base, first);
+            }
+            let geometry = self.seen_in(r)?;
+            let mut values = Vec::new();
+            for at in geometry.varying(true, false) {
+                let [row, _] = geometry.coordinates(&mut self.t, at);
+                let byte = self.byte_of_row(row, data);
+                let at = self.t.f.offset(base, byte);
+                values.push(ptx::load_others_f32(&mut self.t.f, at));
+            }
+            self.held.insert(r, Held::Registers(values, [true, false]));
+            return Ok(());
+        }
+        let registers = self.geometry(r)?.registers().len();
+        if !registers.is_multiple_of(TOGETHER) {
+            return Err(format!("%{} is a piece of {registers} registers", r.0));
+        }
+        let groups = (registers / TOGETHER) as u32;
+        if let Some(([row, column], down)) = own {
+            let number = self.t.f.mul(column, i32(down.into()));
+            let number = self.t.f.add(number, row);
+            let first = self.t.f.mul(number, i32((groups * WARPGROUP * BYTES).into()));
+            let first = self.t.f.cast("zext", first, Ty::I64);
+            base = self.t.f.offset(base, first);
+        }
+        let thread = self.own_byte();
+        let base = self.t.f.offset(base, thread);
+        let mut values = Vec::new();
+        for n in 0..groups {
+            let at = self.t.f.offset(base, i64((n * WARPGROUP * BYTES).into()));
+            values.extend(ptx::load_others_floats(&mut self.t.f, at));
+        }
+        self.held.insert(r, Held::Registers(values, [true, true]));
+        Ok(())
+    }
+
+    fn own_byte(&mut self) -> Val {
+        let own = self.t.f.mul(self.role_tid, i32(BYTES.into()));
+        self.t.f.cast("zext", own, Ty::I64)
+    }
+
+    fn byte_of_row(&mut self, row: Val, data: &Buffer) -> Val {
+        let byte = self.t.f.mul(row, i32(data.pitch.into()));
+        self.t.f.cast("zext", byte, Ty::I64)
     }
 }

@@ -304,11 +304,20 @@ impl Attention {
 
     /// The same where so many blocks divide the keys.
     fn check_split(self, split: u32, tokens: u32, lengths: &[i32]) {
+        self.check_schedule(Schedule { split, ..Schedule::default() }, tokens, lengths);
+    }
+
+    /// The same where they join through memory.
+    fn check_apart(self, split: u32, tokens: u32, lengths: &[i32]) {
+        self.check_schedule(Schedule { split, apart: true, ..Schedule::default() }, tokens, lengths);
+    }
+
+    fn check_schedule(self, schedule: Schedule, tokens: u32, lengths: &[i32]) {
+        let (split, apart) = (schedule.split.max(1), schedule.apart);
         let program = self.program("attention");
-        let schedule = Schedule { split, ..Schedule::default() };
         let kernel = Kernel { program: program.clone(), schedule };
         let scheduled = attention_plan::plan(&kernel, hopper()).expect("it is attention");
-        assert_eq!(scheduled.team, split);
+        assert_eq!((scheduled.team, scheduled.apart()), (split, apart));
         // Weights round relative to the base of each part.
         let tolerance = if split > 1 { 6e-3 } else { 2e-3 };
         assert_eq!(sched::verify::verify(&scheduled, &BUDGET), vec![], "{scheduled}");
@@ -472,6 +481,19 @@ fn blocks_of_a_team_join_their_parts() {
     // Fewer pieces than blocks.
     few.check_split(16, 1, &[192]);
     Attention { heads: 32, tile: 32, ..few }.check_split(16, 1, &[100]);
+}
+
+#[test]
+fn teams_that_are_no_clusters_join_through_memory() {
+    let codes = Attention { fp8: true, ..SPARSE };
+    codes.check_apart(2, 2, &[192, 0]);
+    Attention { k: 384, ..codes }.check_apart(4, 5, &[384, 64, 300, 384, 1]);
+    // Pairs that share keys, and more blocks than a cluster has.
+    Attention { fp8: true, heads: 128, ..SPARSE }.check_apart(16, 1, &[130]);
+    codes.check_apart(32, 1, &[192]);
+    let few = Attention { heads: 16, tile: 16, fp8: true, ..SPARSE };
+    few.check_apart(8, 2, &[192, 70]);
+    few.check_apart(32, 1, &[192]);
 }
 
 #[test]

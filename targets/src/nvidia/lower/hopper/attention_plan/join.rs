@@ -12,6 +12,18 @@
 //! meet                           nobody reads this block's memory any more
 //! ```
 //!
+//! **Through memory** ([`Schedule::apart`](dsc_ir::schedule::Schedule::apart)) nothing waits for the memory of keys, and the accumulator is put at once:
+//!
+//! ```text
+//! put m, l, acc
+//! meet
+//! M, w, L, acc = Σ w acc         of all blocks, of the piece that has this block's number
+//! what stands behind the loop
+//! meet                           if there is another tile
+//! ```
+//!
+//! Any blocks that run at once may be such a team, where clusters have to fit into groups of multiprocessors; but a block also writes 128 KiB.
+//!
 //! Blocks read one another's pieces round the team, each from another, and add them in that order: the same bits each time. With 64 heads and 512
 //! columns a block of a team of `n` reads 128 KiB, (n − 1) / n of it from the others.
 
@@ -21,9 +33,15 @@ use dsc_ir::tile::{MapArg, MapInst, ScalarOp};
 
 /// Most blocks of a cluster.
 const MOST_BLOCKS: u32 = 16;
+/// Most blocks that exchange through memory.
+const MOST_APART: u32 = 64;
 /// Registers for what comes from other blocks at once, with many heads and with few.
 const ROOM: u32 = 128;
 const ROOM_OF_FEW: u32 = 32;
+/// The same for all that comes through memory, whose way is long: rows, what they become, and the accumulator together.
+const ROOM_APART: u32 = 192;
+/// Registers for rows of all blocks, of those.
+const ROOM_OF_ROWS: u32 = 64;
 /// A column outside of every view.
 const OUTSIDE: i32 = 1 << 24;
 
@@ -32,6 +50,8 @@ const OUTSIDE: i32 = 1 << 24;
 pub(super) struct Team {
     /// Blocks.
     pub blocks: u32,
+    /// Whether they exchange through memory.
+    apart: bool,
     /// The carried rows that a softmax has.
     softmax: Softmax,
     /// Rows and columns of a group's accumulator that a block joins.
@@ -46,7 +66,7 @@ pub(super) struct Joined {
 
 impl<'a> Planner<'a> {
     /// As many blocks as the schedule wants, if they can join what they have, or the most that can.
-    pub(super) fn team_of(&self, wanted: u32) -> Option<Team> {
+    pub(super) fn team_of(&self, wanted: u32, apart: bool) -> Option<Team> {
         let softmax = self.a.softmax(self.program, &self.defs)?;
         let [heads, _, columns] = self.a.shape;
         let (wide, shared) = (columns / self.groups, self.cluster.map_or(1, |c| c.blocks));
@@ -60,9 +80,10 @@ impl<'a> Planner<'a> {
             let whole = heads.is_multiple_of(down * unit[0]) && wide.is_multiple_of(across * unit[1]);
             whole.then_some([heads / down, wide / across])
         };
-        let fits = |&blocks: &u32| blocks > 1 && blocks * shared <= MOST_BLOCKS;
+        let most = if apart { MOST_APART } else { MOST_BLOCKS / shared };
+        let fits = |&blocks: &u32| blocks > 1 && blocks <= most;
         let mut counts = std::iter::successors(Some(wanted), |&n| (n > 2).then(|| n.next_power_of_two() / 2));
-        counts.find_map(|n| Some(n).filter(fits).and_then(|n| Some(Team { blocks: n, softmax, piece: piece(n)? })))
+        counts.find_map(|n| Some(n).filter(fits).and_then(|n| Some(Team { blocks: n, apart, softmax, piece: piece(n)? })))
     }
 
     /// Blocks of the team.
@@ -72,10 +93,20 @@ impl<'a> Planner<'a> {
 
     /// Buffers through which blocks join: rows, and behind them each group's columns, in the memory of keys.
     pub(super) fn exchange(&self, buffers: &mut Vec<Buffer>, channels: &[Channel]) -> Option<()> {
-        if self.team.is_none() {
+        let Some(team) = &self.team else { return Some(()) };
+        let [heads, _, columns] = self.a.shape;
+        if team.apart {
+            let mut offset = 0;
+            let [rows, wide] = [1, columns / self.groups];
+            let parts = ["part_largest", "part_totals"].map(|name| (name.to_owned(), rows));
+            let groups = (0..self.groups).map(|group| (format!("part_sums{group}"), wide));
+            for (name, wide) in parts.into_iter().chain(groups) {
+                let column = memory::column(name, heads);
+                buffers.push(Buffer { shape: [heads, wide], pitch: wide * 4, offset, outside: true, ..column });
+                offset += heads * wide * 4;
+            }
             return Some(());
         }
-        let [heads, _, columns] = self.a.shape;
         let end = |buffers: &[Buffer]| buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0);
         for name in ["part_largest", "part_totals"] {
             let offset = end(buffers);
@@ -144,8 +175,8 @@ impl<'a> Planner<'a> {
 
     /// What a role without accumulator or rows does while the others join.
     pub(super) fn looks_on(&self, out: &mut Vec<Inst>) {
-        if self.team.is_some() {
-            out.extend((0..3).map(|_| plain(Op::Meet)));
+        if let Some(team) = &self.team {
+            out.extend((0..if team.apart { 2 } else { 3 }).map(|_| plain(Op::Meet)));
         }
     }
 
@@ -180,50 +211,112 @@ impl<'a> Planner<'a> {
                 out.push(plain(Op::Put { buffer: self.exchanged(n), value: *names.get(&v)? }));
             }
         }
-        out.push(plain(Op::Meet));
+        if !team.apart {
+            out.push(plain(Op::Meet));
+        }
         let acc = self.behind_loop(self.a.acc);
         if let Some(group) = group {
             out.push(plain(Op::Put { buffer: self.exchanged(2 + group), value: *names.get(&acc)? }));
+        }
+        if team.apart {
+            out.push(plain(Op::Meet));
         }
         // Who has no accumulator has the rows whole.
         let rows = if group.is_some() { team.piece[0] } else { self.a.shape[0] };
         let own = rows < self.a.shape[0];
         let each = if self.transposed { rows / 4 } else { 2 };
+        let registers = team.piece[0] * team.piece[1] / WARPGROUP;
+        let all = 2 * each * team.blocks;
+        let (rows_joined, early) = if team.apart && !self.transposed && all <= ROOM_OF_ROWS {
+            // All on its way together, rows and as much of the accumulator as there is room for.
+            let [m, l] = [0, 1].map(|n| (0..team.blocks).map(|after| self.got(n, after, [rows, 1], own, out)).collect());
+            let some = ((ROOM_APART - 2 * all) / registers.max(1)).clamp(1, team.blocks);
+            let early = group.map(|g| self.pieces(g, 0..some, &team, out)).unwrap_or_default();
+            (self.join_rows(m, l, out), early)
+        } else {
+            // What many blocks' parts count takes registers, too.
+            let room = if team.apart && !self.transposed { 6 * each } else { 2 * each };
+            (self.join_rows_by_parts(&team, (rows, own, room), out)?, Vec::new())
+        };
+        let (most, total, weights) = rows_joined;
+        if !team.apart {
+            out.push(plain(Op::Meet));
+        }
+        names.insert(largest, most);
+        names.insert(totals, total);
+        let Some(group) = group else { return Some(Joined { first: [None; 2] }) };
+        let begun = early.len() as u32;
+        let mut sum = (begun > 0).then(|| self.made(team.piece, weighted(early, &weights[..begun as usize], None), out));
+        let room = registers * if all >= ROOM { 2 } else { 1 };
+        for some in self.some_of(begun..team.blocks, room) {
+            let weights = &weights[some.start as usize..some.end as usize];
+            let parts = self.pieces(group, some, &team, out);
+            sum = Some(self.made(team.piece, weighted(parts, weights, sum), out));
+        }
+        names.insert(acc, sum?);
+        Some(self.piece_at(&team, group, out))
+    }
+
+    /// The largest score of each row among all blocks, the sum, and what each block's part counts, where all rows of all blocks are held.
+    fn join_rows(
+        &mut self,
+        m: Vec<ValueId>,
+        l: Vec<ValueId>,
+        out: &mut Vec<Inst>,
+    ) -> (ValueId, ValueId, Vec<ValueId>) {
+        let (shape, count) = (self.rows_shape(m[0]), m.len() as u32);
+        let most = self.made(shape, mapped(m.clone(), folded(ScalarOp::Max, count)), out);
+        let weights = self.weights_of_parts(m, most, out);
+        let total = self.made(shape, weighted(l, &weights, None), out);
+        (most, total, weights)
+    }
+
+    /// The same where there may be no registers for all of them: what was got is got again. Rows, whether they are a piece, and registers that a
+    /// block's take.
+    fn join_rows_by_parts(
+        &mut self,
+        team: &Team,
+        (rows, own, registers): (u32, bool, u32),
+        out: &mut Vec<Inst>,
+    ) -> Option<(ValueId, ValueId, Vec<ValueId>)> {
         let mut most = None;
-        for some in self.some_of(team.blocks, 2 * each) {
+        for some in self.some_of(0..team.blocks, registers) {
             let mut largest: Vec<ValueId> = some.map(|after| self.got(0, after, [rows, 1], own, out)).collect();
             largest.extend(most);
             let count = largest.len() as u32;
             most = Some(self.made([rows, 1], mapped(largest, folded(ScalarOp::Max, count)), out));
         }
-        let most = most?;
+        let (most, mut total, mut weights) = (most?, None, Vec::new());
+        for some in self.some_of(0..team.blocks, registers) {
+            let m: Vec<ValueId> = some.clone().map(|after| self.got(0, after, [rows, 1], own, out)).collect();
+            let l: Vec<ValueId> = some.map(|after| self.got(1, after, [rows, 1], own, out)).collect();
+            let w = self.weights_of_parts(m, most, out);
+            total = Some(self.made([rows, 1], weighted(l, &w, total), out));
+            weights.extend(w);
+        }
+        Some((most, total?, weights))
+    }
+
+    /// `2^(m − M)`.
+    fn weights_of_parts(&mut self, m: Vec<ValueId>, most: ValueId, out: &mut Vec<Inst>) -> Vec<ValueId> {
+        let shape = self.rows_shape(most);
         let weight = vec![
             arithmetic(ScalarOp::Sub, &[MapArg::Input(0), MapArg::Input(1)]),
             arithmetic(ScalarOp::Exp2, &[MapArg::Inst(0)]),
         ];
-        let (mut total, mut weights) = (None, Vec::new());
-        for some in self.some_of(team.blocks, 2 * each) {
-            // Read again: there may be no registers for all of them.
-            let m: Vec<ValueId> = some.clone().map(|after| self.got(0, after, [rows, 1], own, out)).collect();
-            let l: Vec<ValueId> = some.map(|after| self.got(1, after, [rows, 1], own, out)).collect();
-            let w: Vec<ValueId> =
-                m.into_iter().map(|m| self.made([rows, 1], mapped(vec![m, most], weight.clone()), out)).collect();
-            total = Some(self.made([rows, 1], weighted(l, &w, total), out));
-            weights.extend(w);
+        m.into_iter().map(|m| self.made(shape, mapped(vec![m, most], weight.clone()), out)).collect()
+    }
+
+    fn rows_shape(&self, v: ValueId) -> [u32; 2] {
+        match &self.values.types[v.0 as usize] {
+            Type::Tile(t) => [t.shape[0], 1],
+            _ => [1, 1],
         }
-        let total = total?;
-        out.push(plain(Op::Meet));
-        names.insert(largest, most);
-        names.insert(totals, total);
-        let Some(group) = group else { return Some(Joined { first: [None; 2] }) };
-        let mut sum = None;
-        for some in self.some_of(team.blocks, team.piece[0] * team.piece[1] / WARPGROUP) {
-            let weights = &weights[some.start as usize..some.end as usize];
-            let parts: Vec<ValueId> = some.map(|after| self.got(2 + group, after, team.piece, true, out)).collect();
-            sum = Some(self.made(team.piece, weighted(parts, weights, sum), out));
-        }
-        names.insert(acc, sum?);
-        Some(self.piece_at(&team, group, out))
+    }
+
+    /// This block's piece of what some blocks have of a group's columns.
+    fn pieces(&mut self, group: u32, some: std::ops::Range<u32>, team: &Team, out: &mut Vec<Inst>) -> Vec<ValueId> {
+        some.map(|after| self.got(2 + group, after, team.piece, true, out)).collect()
     }
 
     /// Where this block's piece of a group's columns lies.
@@ -263,10 +356,10 @@ impl<'a> Planner<'a> {
     }
 
     /// Blocks by as many as have room in registers at once, where each takes so many.
-    fn some_of(&self, blocks: u32, registers: u32) -> Vec<std::ops::Range<u32>> {
+    fn some_of(&self, blocks: std::ops::Range<u32>, registers: u32) -> Vec<std::ops::Range<u32>> {
         let room = if self.transposed { ROOM_OF_FEW } else { ROOM };
-        let some = (room / registers.max(1)).clamp(1, blocks);
-        (0..blocks).step_by(some as usize).map(|first| first..(first + some).min(blocks)).collect()
+        let (some, end) = ((room / registers.max(1)).max(1), blocks.end);
+        blocks.step_by(some as usize).map(|first| first..(first + some).min(end)).collect()
     }
 
     fn got(&mut self, n: u32, after: u32, shape: [u32; 2], own: bool, out: &mut Vec<Inst>) -> ValueId {

@@ -32,7 +32,7 @@ impl<'a> Planner<'a> {
     /// An operand of products: panels of a swizzled span.
     fn panel(&self, name: String, rows: u32, columns: u32, copies: u32) -> Buffer {
         let (pitch, swizzle) = (STEP_BYTES, STEP_BYTES);
-        Buffer { name, dtype: self.a.dtype, shape: [rows, columns], pitch, swizzle, copies, offset: 0 }
+        Buffer { name, dtype: self.a.dtype, shape: [rows, columns], pitch, swizzle, copies, offset: 0, outside: false }
     }
 
     /// Weights, and what goes with them: a value a row each.
@@ -150,5 +150,5 @@ impl<'a> Planner<'a> {
 
 /// An f32 a row.
 pub(super) fn column(name: String, rows: u32) -> Buffer {
-    Buffer { name, dtype: DType::F32, shape: [rows, 1], pitch: 4, swizzle: 0, copies: 1, offset: 0 }
+    Buffer { name, dtype: DType::F32, shape: [rows, 1], pitch: 4, swizzle: 0, copies: 1, offset: 0, outside: false }
 }

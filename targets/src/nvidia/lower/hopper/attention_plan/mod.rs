@@ -103,7 +103,7 @@ pub fn plan(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     let (cluster, team, exchanges) = (None, None, 0);
     let mut planner = Planner { program, a, defs, parts, transposed, groups, cluster, team, exchanges, values };
     planner.cluster = planner.pair(kernel.schedule.cluster);
-    planner.team = planner.team_of(kernel.schedule.split);
+    planner.team = planner.team_of(kernel.schedule.split, kernel.schedule.apart);
     planner.scheduled(arch)
 }
 
