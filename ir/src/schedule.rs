@@ -55,39 +55,48 @@ pub struct Schedule {
     pub blocks_per_task: u32,
 }
 
-/// What of a target's blocks can read one another's memory, so that those of a team divide a loop and join what they have
-/// ([`Schedule::split`]): how many clusters run at once.
+/// What of a target's blocks can join what they have, so that those of a team divide a loop ([`Schedule::split`]): how many run at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Teams {
-    /// Clusters of two blocks; 0: blocks are each by themselves.
+    /// Blocks, which can wait for one another through memory ([`Schedule::apart`]).
+    pub blocks: u32,
+    /// Clusters of two blocks, which can read one another's memory; 0: blocks are each by themselves.
     pub pairs: u32,
-    /// Clusters of as many blocks as there can be.
-    pub large: u32,
-    /// Blocks of such a cluster.
-    pub most: u32,
 }
+
+/// How attention is divided: into how many parts, and whether through memory.
+pub type Split = (u32, bool);
 
 impl Teams {
     /// Heads of a block where blocks have teams.
     pub const HEADS: u32 = 64;
-    /// Tokens up to which more parts than a cluster has blocks, which another launch joins, are faster.
-    const FEW: u32 = 2;
+    /// Most parts of a team: what a thread of 64 heads can keep of each while it joins them, and of fewer heads pieces for all of its blocks.
+    const MOST: [u32; 2] = [16, 8];
+    /// Tokens of fewer heads up to which more parts than that, which another launch joins, are faster; tiles of heads of one token for which they are.
+    const FEW: u32 = 4;
+    const ALONE: u64 = 1;
 
-    /// Into how many parts a team divides the selected keys of attention of that many tokens; 1: not. Blocks of two tiles of heads share keys,
-    /// and are in one cluster then.
-    pub fn split(&self, tokens: u32, heads: u32) -> u32 {
-        let tiles = heads / Self::HEADS;
-        if self.pairs == 0 || tiles == 0 || !heads.is_multiple_of(Self::HEADS) {
-            return 1;
+    /// Into how many parts a team divides the selected keys, that many rounds of a loop, of attention of that many tokens; 1: not. As many as
+    /// all run at once.
+    pub fn split(&self, tokens: u32, heads: u32, rounds: u32) -> Split {
+        let few = heads < Self::HEADS;
+        if self.pairs == 0 || !few && !heads.is_multiple_of(Self::HEADS) {
+            return (1, false);
         }
-        let shared = if tiles.is_multiple_of(2) { 2 } else { 1 };
-        let clusters = u64::from(tokens) * u64::from(tiles / shared);
-        match () {
-            () if tokens > Self::FEW && clusters <= self.large.into() => self.most / shared,
-            // One part each leaves half of the blocks out, two do not.
-            () if shared == 1 && clusters <= self.pairs.into() && 2 * clusters > self.pairs.into() => 2,
-            () => 1,
+        let tiles = u64::from(tokens) * u64::from(heads.div_ceil(Self::HEADS));
+        // Blocks of two tiles of heads share keys, and are in one cluster then.
+        let alone = !(heads / Self::HEADS).is_multiple_of(2);
+        if tiles <= Self::ALONE || few && tokens <= Self::FEW {
+            return (1, false);
         }
+        // One part each leaves half of the blocks out, two in a cluster do not.
+        if alone && tiles <= self.pairs.into() && 2 * tiles > self.pairs.into() {
+            return (2, false);
+        }
+        let most = Self::MOST[usize::from(few)].min(rounds.max(1));
+        let parts = u32::try_from(u64::from(self.blocks) / tiles).unwrap_or(0).clamp(1, most);
+        let parts = 1 << parts.ilog2();
+        (parts, parts > 1)
     }
 }
 
@@ -210,12 +219,16 @@ mod tests {
 
     #[test]
     fn teams_divide_keys_where_their_clusters_run_at_once() {
-        let teams = Teams { pairs: 66, large: 4, most: 16 };
-        let split = |heads: u32| [1, 2, 4, 8, 16, 32, 64, 96, 128].map(|tokens| teams.split(tokens, heads));
-        assert_eq!(split(64), [1, 1, 16, 1, 1, 1, 2, 1, 1]);
-        assert_eq!(split(128), [1, 1, 8, 1, 1, 1, 1, 1, 1]);
-        assert_eq!(split(16), [1; 9]);
-        assert_eq!(Teams::default().split(4, 64), 1);
+        let teams = Teams { blocks: 132, pairs: 66 };
+        let split = |heads: u32| [1, 2, 4, 8, 16, 32, 64, 96, 128].map(|tokens| teams.split(tokens, heads, 32).0);
+        assert_eq!(split(64), [1, 16, 16, 16, 8, 4, 2, 1, 1]);
+        assert_eq!(split(128), [16, 16, 16, 8, 4, 2, 1, 1, 1]);
+        assert_eq!(split(16), [1, 1, 1, 8, 8, 4, 2, 1, 1]);
+        assert_eq!([4, 64].map(|tokens| teams.split(tokens, 64, 32).1), [true, false]);
+        // A part has a round of its own at least.
+        assert_eq!(teams.split(4, 128, 8), (8, true));
+        assert_eq!(teams.split(4, 96, 32), (1, false));
+        assert_eq!(Teams::default().split(4, 64, 32), (1, false));
     }
 
     #[test]

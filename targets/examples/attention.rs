@@ -50,7 +50,7 @@ fn params(program: &Program) -> String {
 /// Programs by name, and what a launch has to know of each, as JSON.
 fn described() -> Vec<(String, Kernel, String)> {
     let mut all = Vec::new();
-    let mut kernel = |name: String, a: Attention, cluster: u32, split: u32| {
+    let mut kernel = |name: String, a: Attention, cluster: u32, (split, apart): (u32, bool)| {
         let (parts, fp8) = (a.parts.unwrap_or(0), a.fp8);
         let program = a.program(&name);
         let text = format!(
@@ -61,30 +61,37 @@ fn described() -> Vec<(String, Kernel, String)> {
             a.row_bytes(),
             params(&program)
         );
-        all.push((name, Kernel { program, schedule: Schedule { cluster, split, ..Schedule::default() } }, text));
+        all.push((name, Kernel { program, schedule: Schedule { cluster, split, apart, ..Schedule::default() } }, text));
     };
     for heads in [64, 128] {
-        kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL }, 0, 0);
+        kernel(format!("prefill_h{heads}"), Attention { heads, ..PREFILL }, 0, (0, false));
     }
     for (heads, tile, parts) in DECODES {
         let name = if tile < heads.min(64) { format!("decode_h{heads}t{tile}") } else { format!("decode_h{heads}") };
         for &parts in parts {
             let attention = Attention { heads, tile, parts: (parts > 1).then_some(parts), ..DECODE };
-            kernel(format!("{name}_p{parts}"), attention, 0, 0);
+            kernel(format!("{name}_p{parts}"), attention, 0, (0, false));
             if heads > tile && tile == 64 {
                 // Each block computes all keys itself.
-                kernel(format!("{name}_p{parts}_alone"), attention, 1, 0);
+                kernel(format!("{name}_p{parts}_alone"), attention, 1, (0, false));
             }
         }
     }
-    kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE }, 0, 0);
+    kernel("decode_h128_p4_searched".into(), Attention { parts: Some(4), searched: true, ..DECODE }, 0, (0, false));
     for (heads, tile, splits) in JOINED {
         let name = if tile < heads.min(64) { format!("decode_h{heads}t{tile}") } else { format!("decode_h{heads}") };
         for &split in splits {
-            kernel(format!("{name}_s{split}"), Attention { heads, tile, ..DECODE }, 0, split);
+            kernel(format!("{name}_s{split}"), Attention { heads, tile, ..DECODE }, 0, (split, false));
             if heads > tile && tile == 64 {
-                kernel(format!("{name}_s{split}_alone"), Attention { heads, tile, ..DECODE }, 1, split);
+                kernel(format!("{name}_s{split}_alone"), Attention { heads, tile, ..DECODE }, 1, (split, false));
             }
+        }
+    }
+    // Through memory.
+    for heads in [16, 64, 128] {
+        for split in [2, 4, 8, 16, 32] {
+            let attention = Attention { heads, tile: heads.min(64), ..DECODE };
+            kernel(format!("decode_h{heads}_m{split}"), attention, 0, (split, true));
         }
     }
     for heads in [16, 64, 128] {

@@ -25,6 +25,10 @@ from hopper import CLUSTER_DIMENSION, Attribute, Config, TensorMap, check, cuda,
 LATENT, ROPE, GROUP = 512, 64, 128
 SCALE = (LATENT + ROPE) ** -0.5
 TOKENS, ROWS = 0, 5  # symbols
+DEPENDENT = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+COUNTERS = 64 * 1024  # in front of blocks' memory: a counter a team, zeros at first
+SCRATCH = {}
+OVERLAP = False
 
 
 class Launch:
@@ -33,22 +37,32 @@ class Launch:
     def __init__(self, function, kernel, tensors, views, syms, grid):
         tiles = math.prod(grid)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        cluster = kernel["cluster"]
-        held = min(tiles * max(1, kernel["team"]), sms * kernel["blocks_per_sm"] // cluster * cluster)
+        cluster, apart = kernel["cluster"], kernel.get("apart", False)
+        # Blocks that exchange through memory all run at once.
+        together = cluster * (kernel["team"] if apart else 1)
+        held = min(tiles * max(1, kernel["team"]), sms * kernel["blocks_per_sm"] // together * together)
         self.grid = (-(-held // cluster) * cluster, 1, 1) if kernel["persistent"] else (*grid, 1, 1)[:3]
-        self.attribute = Attribute(CLUSTER_DIMENSION, b"", (cluster, 1, 1))
+        attributes = [Attribute(CLUSTER_DIMENSION, b"", (cluster, 1, 1))] if cluster > 1 else []
+        attributes += [Attribute(DEPENDENT, b"", (1, 0, 0))] if OVERLAP and kernel["dependent"] else []
+        self.attributes = (Attribute * max(1, len(attributes)))(*attributes)
+        self.count = len(attributes)
         self.function, self.kernel = function, kernel
         names = kernel["params"]
         self.maps = [TensorMap(views[names[m["param"]]], m["tile"], m["swizzle"]) for m in kernel["maps"]]
         self.keep = [tensors[n] for n in names] + [syms]
         self.pointers = [ctypes.c_uint64(t.data_ptr()) for t in self.keep]
+        if kernel.get("apart"):
+            if kernel["name"] not in SCRATCH:
+                SCRATCH[kernel["name"]] = torch.zeros(COUNTERS + kernel["scratch"] * sms, dtype=torch.uint8, device="cuda")
+            self.keep.append(SCRATCH[kernel["name"]])
+            self.pointers.append(ctypes.c_uint64(self.keep[-1].data_ptr() + COUNTERS))
         addresses = [ctypes.addressof(p) for p in self.pointers] + [m.address for m in self.maps]
         self.args = (ctypes.c_void_p * len(addresses))(*addresses)
 
     def __call__(self):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         k = self.kernel
-        config = Config(self.grid, (k["threads"], 1, 1), k["shared_bytes"], stream, ctypes.pointer(self.attribute), int(k["cluster"] > 1))
+        config = Config(self.grid, (k["threads"], 1, 1), k["shared_bytes"], stream, self.attributes, self.count)
         code = cuda.cuLaunchKernelEx(ctypes.byref(config), self.function, self.args, None)
         check(code, f"launch of {k['name']}")
 
@@ -180,7 +194,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="check, and time little")
     parser.add_argument("--beside", type=pathlib.Path, help="the folder of another build, whose kernels take turns with these")
     parser.add_argument("--cases", default="", help="which of them: name:tokens,..")
+    parser.add_argument("--overlap", action="store_true", help="a launch may start while the one before ends, as in a library")
     args = parser.parse_args()
+    global OVERLAP
+    OVERLAP = args.overlap
     torch.manual_seed(0)
     torch.empty(1, device="cuda")
     if args.beside:

@@ -104,7 +104,8 @@ fn by_teams(graph: &Graph, cx: &Cx, attention: NodeId) -> bool {
     let heads = graph.tensor(graph.inputs(attention)[0]).shape[1].constant().unwrap_or(1);
     let narrow = matches!(graph.dag[attention].op, Op::MqaAttention { narrow: true, .. });
     let result = Value { node: attention, output: 0 };
-    narrow && graph.is_output(result) && cx.teams.split(cx.class.max.get(Sym::T), heads) > 1
+    let rounds = graph.tensor(graph.inputs(attention)[3]).shape[1].constant().unwrap_or(1).div_ceil(ROUND);
+    narrow && graph.is_output(result) && cx.teams.split(cx.class.max.get(Sym::T), heads, rounds).0 > 1
 }
 
 /// Parts of the selected keys such that all blocks together are done soonest: in turns of as many as the target runs at once.

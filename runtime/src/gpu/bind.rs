@@ -95,9 +95,8 @@ pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, s
     let cluster = gpu.cluster.max(1);
     let mut grid = [1u32; 3];
     if gpu.persistent {
-        let per_multiprocessor = gpu.resources.map_or(1, |r| r.blocks_per_sm.max(1));
         // Clusters are whole, and one that is not held at once would run after all others.
-        let held = (multiprocessors.saturating_mul(per_multiprocessor) / cluster * cluster).max(cluster);
+        let held = Kernel::held(gpu, multiprocessors);
         let tiles = u32::try_from(entry.blocks(syms).filter(|&n| n > 0)?).unwrap_or(u32::MAX);
         let tiles = tiles.saturating_mul(gpu.team.max(1));
         grid[0] = if gpu.turns > 0 { tiles.div_ceil(gpu.turns) } else { tiles.min(held) };
@@ -314,6 +313,10 @@ mod tests {
         assert_eq!(grid(&entry, &team, 4, &syms(100)), Some([8, 1, 1]));
         assert_eq!(grid(&entry, &team, 40, &syms(1)), Some([16, 1, 1]));
         assert_eq!(grid(&entry, &team, 40, &syms(2)), Some([24, 1, 1]));
+        // Teams that wait for one another through memory are all there at once.
+        let apart = GpuKernel { team: 3, apart: true, ..persistent(2) };
+        assert_eq!(grid(&entry, &apart, 4, &syms(100)), Some([6, 1, 1]));
+        assert_eq!(grid(&entry, &apart, 40, &syms(2)), Some([18, 1, 1]));
         let turns = GpuKernel { turns: 2, ..persistent(1) };
         assert_eq!(grid(&entry, &turns, 4, &syms(100)), Some([150, 1, 1]));
         assert_eq!(grid(&entry, &turns, 4, &syms(1)), Some([2, 1, 1]));

@@ -4,7 +4,7 @@ use super::context::Context;
 use super::driver::{Handle, Refusal};
 use crate::device::{Code, Vendor};
 use crate::error::DeviceError;
-use dsc_ir::artifact::{GpuKernel, Header, KernelEntry};
+use dsc_ir::artifact::{COUNTERS, GpuKernel, Header, KernelEntry};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ffi::CString;
@@ -69,6 +69,19 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
+    /// Blocks that the GPU holds at a time, in whole clusters, or whole teams of several: those wait for one another. At least one of them.
+    pub(super) fn held(gpu: &GpuKernel, multiprocessors: u32) -> u32 {
+        let together = Kernel::together(gpu);
+        let each = gpu.resources.map_or(1, |r| r.blocks_per_sm.max(1));
+        let held = (multiprocessors.saturating_mul(each) / together).max(1);
+        held.min(if gpu.apart { COUNTERS / gpu.cluster.max(1) } else { u32::MAX / together }) * together
+    }
+
+    /// Blocks that must run at once.
+    fn together(gpu: &GpuKernel) -> u32 {
+        gpu.cluster.max(1).saturating_mul(if gpu.apart { gpu.team.max(1) } else { 1 })
+    }
+
     /// Bytes that all blocks of a launch together want to themselves: those that the GPU holds at a time.
     pub(super) fn scratch_bytes(&self, multiprocessors: u32) -> u64 {
         let blocks = self.gpu.resources.map_or(1, |r| r.blocks_per_sm.max(1));
@@ -122,6 +135,7 @@ impl Kernels {
                 }
             };
             check_shared(context, gpu)?;
+            check_teams(context, gpu)?;
             let (module, shared) = match loaded.entry(image) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => {
@@ -149,6 +163,17 @@ fn check_shared(context: &Context, gpu: &GpuKernel) -> Result<(), DeviceError> {
     let wanted = u64::from(gpu.shared_bytes) + u64::from(fixed);
     if wanted > u64::from(context.max_shared_bytes) {
         let missing = format!("{wanted} bytes of shared memory a block (it has {})", context.max_shared_bytes);
+        return Err(DeviceError::Features { missing: vec![missing] });
+    }
+    Ok(())
+}
+
+/// Blocks that wait for one another must all have a multiprocessor.
+fn check_teams(context: &Context, gpu: &GpuKernel) -> Result<(), DeviceError> {
+    let each = gpu.resources.map_or(1, |r| r.blocks_per_sm.max(1));
+    let wanted = Kernel::together(gpu);
+    if gpu.apart && wanted > context.multiprocessors.saturating_mul(each) {
+        let missing = format!("room for {wanted} blocks at once (it has {} multiprocessors)", context.multiprocessors);
         return Err(DeviceError::Features { missing: vec![missing] });
     }
     Ok(())

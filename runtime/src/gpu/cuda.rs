@@ -93,6 +93,8 @@ const JIT_ERROR_LOG: [c_uint; 2] = [5, 6];
 const DYNAMIC_SHARED_BYTES: c_int = 8;
 /// `CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`.
 const LARGE_CLUSTERS: c_int = 14;
+/// `CU_LAUNCH_ATTRIBUTE_COOPERATIVE`: all blocks run at once, or the launch is refused.
+const LAUNCH_TOGETHER: c_uint = 2;
 /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
 const LAUNCH_CLUSTER: c_uint = 4;
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel itself waits for the launches before it.
@@ -191,7 +193,8 @@ impl Api for Cuda {
         };
         let cluster = (launch.cluster > 1).then(|| attribute(LAUNCH_CLUSTER, [launch.cluster, 1, 1]));
         let dependent = launch.dependent.then(|| attribute(LAUNCH_DEPENDENT, [1, 0, 0]));
-        let mut attributes: Vec<LaunchAttribute> = cluster.into_iter().chain(dependent).collect();
+        let together = launch.together.then(|| attribute(LAUNCH_TOGETHER, [1, 0, 0]));
+        let mut attributes: Vec<LaunchAttribute> = cluster.into_iter().chain(dependent).chain(together).collect();
         let config = LaunchConfig {
             grid: launch.grid,
             block: [launch.threads, 1, 1],

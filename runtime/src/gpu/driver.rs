@@ -113,6 +113,8 @@ pub(super) struct Launch {
     pub(super) cluster: u32,
     /// Whether it waits by itself for the launches before it.
     pub(super) dependent: bool,
+    /// Whether all its blocks must run at once: if they cannot, the launch is refused.
+    pub(super) together: bool,
     pub(super) stream: Handle,
     /// A pointer to each of the function's parameters.
     pub(super) params: *mut *mut c_void,

@@ -5,7 +5,7 @@ use super::code::Kernels;
 use super::context::Context;
 use super::driver::{Address, Handle, Spec};
 use super::graph::launch_raw;
-use super::memory::DeviceMemory;
+use super::memory::Scratch;
 use crate::device::{Code, Vendor};
 use crate::error::DeviceError;
 use dsc_ir::SymValues;
@@ -19,7 +19,7 @@ pub(crate) struct GpuFunctions {
     context: Arc<Context>,
     kernels: Kernels,
     /// Memory for blocks of kernels that want such.
-    scratch: Option<DeviceMemory>,
+    scratch: Option<Scratch>,
 }
 
 impl GpuFunctions {
@@ -52,8 +52,7 @@ impl GpuFunctions {
         }
         let kernels = Kernels::load(&context, header, code)?;
         let wanted = kernels.kernels.iter().map(|k| k.scratch_bytes(context.multiprocessors)).max().unwrap_or(0);
-        let scratch =
-            (wanted > 0).then(|| DeviceMemory::new(&context, wanted, "scratch memory of kernels")).transpose()?;
+        let scratch = (wanted > 0).then(|| Scratch::new(&context, wanted)).transpose()?;
         Ok(GpuFunctions { context, kernels, scratch })
     }
 
@@ -91,7 +90,7 @@ impl GpuFunctions {
         }
         let symbols = syms.0;
         let addresses = addresses.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast::<c_void>());
-        let scratch = self.scratch.as_ref().filter(|_| kernel.gpu.scratch_bytes > 0).map(DeviceMemory::address);
+        let scratch = self.scratch.as_ref().filter(|_| kernel.gpu.scratch_bytes > 0).map(Scratch::address);
         let scratch = scratch.iter().map(|a| std::ptr::from_ref(a).cast_mut().cast());
         let values = [std::ptr::from_ref(&symbols).cast_mut().cast()];
         let maps = maps.iter().map(|m| std::ptr::from_ref(m).cast_mut().cast());

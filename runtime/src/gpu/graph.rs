@@ -49,6 +49,7 @@ pub(super) unsafe fn launch_raw(
         shared_bytes: kernel.gpu.shared_bytes,
         cluster: kernel.gpu.cluster.max(1),
         dependent: kernel.gpu.dependent,
+        together: kernel.gpu.apart,
         stream,
         params,
     };

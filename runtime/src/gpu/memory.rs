@@ -3,6 +3,7 @@
 use super::context::Context;
 use super::driver::{Address, EVENT_NO_TIMING, Handle, STREAM_NON_BLOCKING};
 use crate::error::DeviceError;
+use dsc_ir::artifact::{COUNTER_PITCH, COUNTERS};
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +54,37 @@ impl Drop for DeviceMemory {
             // SAFETY: allocated by `new`, freed once. The driver waits for work that uses it.
             unsafe { (self.context.driver.functions.memory_free)(self.address) };
         }
+    }
+}
+
+/// Memory that blocks of kernels have to themselves, behind the counters of their teams.
+pub(super) struct Scratch(DeviceMemory);
+
+impl Scratch {
+    /// Bytes of all counters.
+    const COUNTERS: u64 = COUNTER_PITCH * COUNTERS as u64;
+
+    /// `bytes` bytes for blocks, and counters at zero: no launch has to clear them, as each leaves them so.
+    ///
+    /// # Errors
+    /// [`DeviceError::Memory`], [`DeviceError::Driver`].
+    pub(super) fn new(context: &Arc<Context>, bytes: u64) -> Result<Scratch, DeviceError> {
+        let all = bytes.saturating_add(Scratch::COUNTERS);
+        let memory = DeviceMemory::new(context, all, "scratch memory of kernels")?;
+        let stream = Stream::new(context)?;
+        stream.clear(&memory)?;
+        stream.wait()?;
+        Ok(Scratch(memory))
+    }
+
+    /// The first byte for blocks.
+    pub(super) fn address(&self) -> Address {
+        self.0.address() + Scratch::COUNTERS
+    }
+
+    /// Bytes for blocks.
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.bytes() - Scratch::COUNTERS
     }
 }
 

@@ -38,7 +38,7 @@ use dsc_ir::artifact::Header;
 use dsc_ir::{Sym, SymValues};
 pub(crate) use functions::GpuFunctions;
 use graph::{Graph, Graphs};
-use memory::{DeviceMemory, Event, Pinned, Stream};
+use memory::{DeviceMemory, Event, Pinned, Scratch, Stream};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -83,7 +83,7 @@ pub struct GpuDevice {
     current: Option<SymValues>,
     /// Memory for blocks of kernels that want such: launches follow one another, so all share it. What was made first stays, for its
     /// bindings.
-    scratch: Vec<DeviceMemory>,
+    scratch: Vec<Scratch>,
     /// What uploads go through, and how much of it copies under way may still read.
     inbox: Pinned,
     inbox_used: usize,
@@ -190,7 +190,7 @@ impl GpuDevice {
         let wanted = launches.iter().filter_map(|l| kernels.get(l.kernel as usize));
         let wanted = wanted.map(|k| k.scratch_bytes(context.multiprocessors)).max().unwrap_or(0);
         if self.scratch.iter().all(|m| m.bytes() < wanted) && wanted > 0 {
-            self.scratch.push(DeviceMemory::new(context, wanted, "scratch memory of kernels")?);
+            self.scratch.push(Scratch::new(context, wanted)?);
         }
         Ok(())
     }

@@ -108,6 +108,7 @@ fn gpu_header() -> (Header, Vec<u8>, Vec<u8>) {
         cluster: 1,
         persistent: false,
         team: 1,
+        apart: false,
         turns: 0,
         maps: Vec::new(),
         dependent: false,
@@ -334,6 +335,29 @@ fn clusters_and_tensor_maps_reach_the_driver() {
     assert!(log.contains(&"launch count 272x1x1 of 128, 65536 bytes, cluster 16, dependent".into()), "{log:?}");
     let error = device.bind(&launches(buffer, &[8]), &syms).unwrap_err().to_string();
     assert!(error.contains("launch 0 (count)") && error.contains("16 bytes do not divide"), "{error}");
+}
+
+#[test]
+fn teams_that_wait_for_one_another_run_at_once() {
+    let fake = Fake::new(&[]);
+    let team = |team: u32| {
+        move |header: &mut Header| {
+            let gpu = header.kernels[0].gpu.as_mut().unwrap();
+            (gpu.persistent, gpu.team, gpu.apart, gpu.scratch_bytes) = (true, team, true, 256);
+        }
+    };
+    let mut device = loaded(&fake, team(4));
+    let buffer = device.alloc(256 * 20 + 64, "test").unwrap();
+    let syms = SymValues([20, 1, 1, 1, 1, 1]);
+    let bound = device.bind(&launches(buffer, &[16]), &syms).unwrap();
+    device.run(bound, 0..1, &syms.with(Sym::T, 1), None).unwrap();
+    let log = fake.log();
+    assert!(log.contains(&"launch count 4x1x1 of 128, 65536 bytes, cluster 1, together".into()), "{log:?}");
+    // No GPU has as many multiprocessors.
+    let (mut header, native, portable) = gpu_header();
+    team(1 << 20)(&mut header);
+    let error = fake.refusal(&header, Code { native: &native, portable: &portable });
+    assert!(error.contains("room for 1048576 blocks at once"), "{error}");
 }
 
 #[test]

@@ -415,15 +415,16 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     _: *mut *mut c_void,
 ) -> Status {
     let config = unsafe { &*config };
-    let (mut cluster, mut dependent) = (1, "");
+    let (mut cluster, mut dependent, mut together) = (1, "", "");
     for i in 0..config.attribute_count as usize {
         match unsafe { *config.attributes.add(i) } {
             [4, _, blocks, 1, 1, ..] => cluster = blocks,
             [6, _, 1, ..] => dependent = ", dependent",
+            [2, _, 1, ..] => together = ", together",
             other => panic!("attribute {other:?}"),
         }
     }
-    let how = format!("{} bytes, cluster {cluster}{dependent}", config.shared_bytes);
+    let how = format!("{} bytes, cluster {cluster}{dependent}{together}", config.shared_bytes);
     unsafe { enqueue(function, config.grid, config.block[0], &how, params) };
     0
 }

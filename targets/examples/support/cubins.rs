@@ -22,7 +22,7 @@ pub fn write(folder: &Path, described: &[(Kernel, String)]) -> Result<(), Box<dy
         let maps: Vec<String> = gpu.maps.iter().map(map).collect();
         let r = gpu.resources.unwrap_or_default();
         lines.push(format!(
-            r#"{{"name":"{}",{text},"threads":{},"shared_bytes":{},"scratch":{},"persistent":{},"turns":{},"dependent":{},"cluster":{},"team":{},"registers":{},"spills":{:?},"blocks_per_sm":{},"maps":[{}]}}"#,
+            r#"{{"name":"{}",{text},"threads":{},"shared_bytes":{},"scratch":{},"persistent":{},"turns":{},"dependent":{},"cluster":{},"team":{},"apart":{},"registers":{},"spills":{:?},"blocks_per_sm":{},"maps":[{}]}}"#,
             kernel.name,
             gpu.threads,
             gpu.shared_bytes,
@@ -32,6 +32,7 @@ pub fn write(folder: &Path, described: &[(Kernel, String)]) -> Result<(), Box<dy
             gpu.dependent,
             gpu.cluster,
             gpu.team,
+            gpu.apart,
             r.registers,
             r.spill_bytes,
             r.blocks_per_sm,

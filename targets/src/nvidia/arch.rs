@@ -42,8 +42,8 @@ pub struct Device {
     pub sms: u32,
     /// Boost clock in MHz.
     pub clock_mhz: u32,
-    /// Clusters of large blocks that run at once, as far as kernels use them. Large ones: as many as were seen to, four of 16 or eight of 8 (twice
-    /// as many take two turns: multiprocessors are in groups of unlike size).
+    /// Blocks, and clusters of two, that take a multiprocessor each and run at once. (Clusters of more do not fill the device: multiprocessors are in
+    /// groups of unlike size.)
     pub teams: Teams,
 }
 
@@ -89,7 +89,7 @@ impl Arch {
 
 const KIB: u32 = 1024;
 
-const NO_TEAMS: Teams = Teams { pairs: 0, large: 0, most: 0 };
+const NO_TEAMS: Teams = Teams { blocks: 0, pairs: 0 };
 
 /// Every architecture that code is made for, the oldest first.
 pub const ARCHS: &[Arch] = &[
@@ -130,7 +130,7 @@ pub const ARCHS: &[Arch] = &[
         has_wgmma: true,
         has_tma: true,
         exact_division: true,
-        device: Device { name: "H200", sms: 132, clock_mhz: 1980, teams: Teams { pairs: 66, large: 4, most: 16 } },
+        device: Device { name: "H200", sms: 132, clock_mhz: 1980, teams: Teams { blocks: 132, pairs: 66 } },
     },
     Arch {
         name: "sm_100a",

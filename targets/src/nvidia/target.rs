@@ -141,7 +141,8 @@ impl Target for NvidiaTarget {
             chosen.tile_h = shape.heads.clamp(1, Teams::HEADS);
         }
         if shape.op == "attention" {
-            chosen.split = self.teams().split(tokens, shape.heads);
+            let rounds = shape.k.div_ceil(chosen.tile_n.max(1));
+            (chosen.split, chosen.apart) = self.teams().split(tokens, shape.heads, rounds);
         }
         Rule::applied(tiles::measured(), chosen, shape, tokens, "")
     }

@@ -98,6 +98,8 @@ pub struct Emit<'a> {
     pub met: usize,
     /// Whether this block has a further tile, where its team exchanges through memory.
     pub more: Option<Val>,
+    /// What this thread has put of its block's own pieces, by buffer.
+    pub own_pieces: HashMap<BufferId, Vec<Val>>,
     /// Bytes from an address in this block's shared memory to the same place in those of the others of the cluster.
     pub peers: Vec<Val>,
     /// The tile's coordinates in the grid.
@@ -176,6 +178,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         member: i32(0),
         met: 0,
         more: None,
+        own_pieces: HashMap::new(),
         peers: Vec::new(),
         block: [i32(0); 3],
         role_tid: i32(0),

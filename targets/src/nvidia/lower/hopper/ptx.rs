@@ -400,6 +400,14 @@ pub fn store_floats(f: &mut Fn, at: Val, v: &[Val]) {
     effect(f, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", &args);
 }
 
+/// The same where `c` holds.
+pub fn store_floats_if(f: &mut Fn, c: Val, at: Val, v: &[Val]) {
+    let c = f.cast("zext", c, Ty::I32);
+    let args: Vec<Val> = [c, at].into_iter().chain(v.iter().copied()).collect();
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.global.v4.f32 [$1], {$2, $3, $4, $5};\n}";
+    effect(f, text, "r,l,f,f,f,f", &args);
+}
+
 /// Writes an f32 to memory where `c` holds.
 pub fn store_f32_if(f: &mut Fn, c: Val, at: Val, v: Val) {
     let c = f.cast("zext", c, Ty::I32);

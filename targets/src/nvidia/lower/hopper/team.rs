@@ -14,7 +14,7 @@ use super::ptx;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::artifact::COUNTER_PITCH;
-use dsc_ir::sched::{Buffer, BufferId, Op, Scheduled};
+use dsc_ir::sched::{Buffer, BufferId, Inst, Op, Scheduled};
 use dsc_ir::tile::ValueId;
 use std::collections::HashMap;
 
@@ -52,7 +52,7 @@ impl Emit<'_> {
     pub fn put_part(&mut self, buffer: BufferId, value: ValueId) -> Result<(), String> {
         let (geometry, data) = (self.seen_in(value)?, &self.s.buffers[buffer.0 as usize]);
         if data.outside {
-            return self.put_outside(&geometry, value, data);
+            return self.put_outside(&geometry, value, buffer);
         }
         let base = self.t.f.add(self.t.shared32, i32(data.offset.into()));
         if data.shape[1] == 1 {
@@ -86,6 +86,11 @@ impl Emit<'_> {
         let other = self.t.f.add(self.member, i32(after.into()));
         let other = self.t.f.bin("urem", other, i32(team.into()));
         if data.outside {
+            let kept = if own && after == 0 { self.own_pieces.remove(&buffer) } else { None };
+            if let Some(values) = kept {
+                self.held.insert(r, Held::Registers(values, [true, true]));
+                return Ok(());
+            }
             let piece = [row, column];
             return self.get_outside(r, data, other, own.then_some((piece, down)));
         }
@@ -196,7 +201,17 @@ impl Emit<'_> {
         Ok(())
     }
 
-    fn put_outside(&mut self, geometry: &Geometry, value: ValueId, data: &Buffer) -> Result<(), String> {
+    /// Registers of a piece, where each block has one of its own: what a block has put of that nobody else gets, so that it stays where it is.
+    fn kept(&self, buffer: BufferId) -> Option<usize> {
+        let own = |i: &&Inst| matches!(i.op, Op::Get { buffer: b, own: true, .. } if b == buffer);
+        let got = self.s.roles.iter().flat_map(|r| &r.body.insts).find(own)?;
+        let elements = |shape: &[u32]| shape.iter().product::<u32>();
+        let (whole, piece) = (elements(&self.s.buffers[buffer.0 as usize].shape), elements(self.shape(got.results[0])));
+        (whole == piece * self.team).then_some((piece / WARPGROUP) as usize)
+    }
+
+    fn put_outside(&mut self, geometry: &Geometry, value: ValueId, buffer: BufferId) -> Result<(), String> {
+        let data = &self.s.buffers[buffer.0 as usize];
         let base = self.outside(true);
         let base = self.t.f.offset(base, i64(data.offset.into()));
         let mut seen = HashMap::new();
@@ -217,10 +232,28 @@ impl Emit<'_> {
         }
         let own = self.own_byte();
         let own = self.t.f.offset(base, own);
-        for (n, four) in (0..).zip(registers.chunks(TOGETHER)) {
-            let values = four.iter().map(|&at| self.element(value, at, &mut seen)).collect::<Result<Vec<_>, _>>()?;
-            let at = self.t.f.offset(own, i64((n * WARPGROUP * BYTES).into()));
-            ptx::store_floats(&mut self.t.f, at, &values);
+        let kept = self.kept(buffer);
+        let mut mine: Vec<Val> = Vec::new();
+        let mut at = 0;
+        for (number, piece) in (0..).zip(registers.chunks(kept.unwrap_or(registers.len()))) {
+            let own_piece = self.t.f.cmp("eq", self.member, i32(number));
+            let others = self.t.f.cmp("ne", self.member, i32(number));
+            let values = piece.iter().map(|&at| self.element(value, at, &mut seen)).collect::<Result<Vec<_>, _>>()?;
+            for four in values.chunks(TOGETHER) {
+                let to = self.t.f.offset(own, i64(at.into()));
+                match kept {
+                    Some(_) => ptx::store_floats_if(&mut self.t.f, others, to, four),
+                    None => ptx::store_floats(&mut self.t.f, to, four),
+                }
+                at += WARPGROUP * BYTES;
+            }
+            mine = match mine.is_empty() {
+                true => values,
+                false => mine.iter().zip(&values).map(|(&m, &v)| self.t.f.select(own_piece, v, m)).collect(),
+            };
+        }
+        if kept.is_some() {
+            self.own_pieces.insert(buffer, mine);
         }
         Ok(())
     }
