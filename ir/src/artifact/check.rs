@@ -160,7 +160,8 @@ impl<'a> Check<'a> {
                 fault(gpu.shared_bytes <= MAX_SHARED_BYTES, &|| format!("{} bytes of shared memory", gpu.shared_bytes));
                 fault((1..=16).contains(&gpu.cluster), &|| format!("clusters of {} blocks", gpu.cluster));
                 fault(
-                    gpu.team <= 1 || gpu.persistent && gpu.turns == 0 && (gpu.apart || gpu.cluster.is_multiple_of(gpu.team)),
+                    gpu.team <= 1
+                        || gpu.persistent && gpu.turns == 0 && (gpu.apart || gpu.cluster.is_multiple_of(gpu.team)),
                     &|| format!("teams of {} in clusters of {} blocks", gpu.team, gpu.cluster),
                 );
                 fault(!gpu.apart || (2..=MAX_TEAM).contains(&gpu.team) && gpu.scratch_bytes > 0, &|| {

@@ -14,7 +14,8 @@ pub(super) fn check(kernel: &Scheduled, limits: &Budget, report: &mut Report) {
     if kernel.threads > limits.threads {
         report.add("", format!("{} threads, but a block has at most {}", kernel.threads, limits.threads));
     }
-    let bytes = kernel.buffers.iter().filter(|b| !b.outside).map(|b| b.offset.saturating_add(b.bytes())).max().unwrap_or(0);
+    let bytes =
+        kernel.buffers.iter().filter(|b| !b.outside).map(|b| b.offset.saturating_add(b.bytes())).max().unwrap_or(0);
     if bytes > limits.shared_bytes {
         let limit = limits.shared_bytes;
         let message =

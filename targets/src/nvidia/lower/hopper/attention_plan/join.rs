@@ -83,7 +83,8 @@ impl<'a> Planner<'a> {
         let most = if apart { MOST_APART } else { MOST_BLOCKS / shared };
         let fits = |&blocks: &u32| blocks > 1 && blocks <= most;
         let mut counts = std::iter::successors(Some(wanted), |&n| (n > 2).then(|| n.next_power_of_two() / 2));
-        counts.find_map(|n| Some(n).filter(fits).and_then(|n| Some(Team { blocks: n, apart, softmax, piece: piece(n)? })))
+        counts
+            .find_map(|n| Some(n).filter(fits).and_then(|n| Some(Team { blocks: n, apart, softmax, piece: piece(n)? })))
     }
 
     /// Blocks of the team.
@@ -229,7 +230,8 @@ impl<'a> Planner<'a> {
         let all = 2 * each * team.blocks;
         let (rows_joined, early) = if team.apart && !self.transposed && all <= ROOM_OF_ROWS {
             // All on its way together, rows and as much of the accumulator as there is room for.
-            let [m, l] = [0, 1].map(|n| (0..team.blocks).map(|after| self.got(n, after, [rows, 1], own, out)).collect());
+            let [m, l] =
+                [0, 1].map(|n| (0..team.blocks).map(|after| self.got(n, after, [rows, 1], own, out)).collect());
             let some = ((ROOM_APART - 2 * all) / registers.max(1)).clamp(1, team.blocks);
             let early = group.map(|g| self.pieces(g, 0..some, &team, out)).unwrap_or_default();
             (self.join_rows(m, l, out), early)
@@ -246,7 +248,8 @@ impl<'a> Planner<'a> {
         names.insert(totals, total);
         let Some(group) = group else { return Some(Joined { first: [None; 2] }) };
         let begun = early.len() as u32;
-        let mut sum = (begun > 0).then(|| self.made(team.piece, weighted(early, &weights[..begun as usize], None), out));
+        let mut sum =
+            (begun > 0).then(|| self.made(team.piece, weighted(early, &weights[..begun as usize], None), out));
         let room = registers * if all >= ROOM { 2 } else { 1 };
         for some in self.some_of(begun..team.blocks, room) {
             let weights = &weights[some.start as usize..some.end as usize];
@@ -258,12 +261,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The largest score of each row among all blocks, the sum, and what each block's part counts, where all rows of all blocks are held.
-    fn join_rows(
-        &mut self,
-        m: Vec<ValueId>,
-        l: Vec<ValueId>,
-        out: &mut Vec<Inst>,
-    ) -> (ValueId, ValueId, Vec<ValueId>) {
+    fn join_rows(&mut self, m: Vec<ValueId>, l: Vec<ValueId>, out: &mut Vec<Inst>) -> (ValueId, ValueId, Vec<ValueId>) {
         let (shape, count) = (self.rows_shape(m[0]), m.len() as u32);
         let most = self.made(shape, mapped(m.clone(), folded(ScalarOp::Max, count)), out);
         let weights = self.weights_of_parts(m, most, out);
