@@ -85,7 +85,17 @@ fn products() -> Vec<(Linear, u32, Rows)> {
 fn experts() -> Vec<(Experts, Rows)> {
     let mut all: Vec<(Experts, Rows)> = Vec::new();
     for (per_token, n, k) in [(8, 4096, 7168), (0, 7168, 2048)] {
-        let of = |experts, tile, parts| Experts { experts, per_token, n, k, tile, parts, glu: false, sorted: false };
+        let of = |experts, tile, parts| Experts {
+            experts,
+            per_token,
+            n,
+            k,
+            tile,
+            parts,
+            apart: false,
+            glu: false,
+            sorted: false,
+        };
         let many = of(32, [128, 128], 4);
         all.push((many, &[4096, 32768]));
         all.push((of(32, [128, 128], 1), &[2048, 4096]));
@@ -102,6 +112,8 @@ fn experts() -> Vec<(Experts, Rows)> {
         ] {
             all.push((Experts { sorted: true, ..of(experts, tile, parts) }, &[32768]));
         }
+        let apart = Experts { sorted: true, apart: true, ..of(32, [192, 128], 6) };
+        all.push((apart, &[32768]));
         all.push((of(32, [64, 128], 1), &[1000, 2048]));
         all.push((of(32, [32, 64], 1), &[512]));
         all.push((of(32, [16, 64], 1), &[8, 128]));
@@ -148,8 +160,9 @@ fn described() -> Vec<(Kernel, String, Rows)> {
     for (e, rows) in experts() {
         let [m, n] = e.tile;
         let (parts, glu) = (if e.parts > 1 { "_parts" } else { "" }, if e.glu { "_glu" } else { "" });
+        let apart = if e.apart { "_apart" } else { "" };
         let sorted = if e.sorted { "_sorted" } else { "" };
-        let name = format!("experts{}_n{}_k{}_{m}x{n}{glu}{sorted}{parts}", e.experts, e.n, e.k);
+        let name = format!("experts{}_n{}_k{}_{m}x{n}{glu}{sorted}{parts}{apart}", e.experts, e.n, e.k);
         let mut text = format!(r#""kind":"experts","dtype":"e4m3","out":"bf16","n":{},"k":{},"#, e.n, e.k);
         let _ = write!(
             text,

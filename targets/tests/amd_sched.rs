@@ -40,8 +40,17 @@ fn programs() -> Vec<Program> {
     let bf16 =
         |n, k| Linear { dtype: DType::Bf16, n, k, tile: [16, 32], step: 32, out: DType::F32, glu: false, part: None };
     let fp8 = |n, k| Linear { dtype: DType::E4m3, step: 128, ..bf16(n, k) };
-    let experts =
-        Experts { experts: 3, per_token: 2, n: 64, k: 256, tile: [16, 32], parts: 1, glu: false, sorted: false };
+    let experts = Experts {
+        experts: 3,
+        per_token: 2,
+        n: 64,
+        k: 256,
+        tile: [16, 32],
+        parts: 1,
+        apart: false,
+        glu: false,
+        sorted: false,
+    };
     vec![
         bf16(48, 160).program("plain"),
         // Fewer rounds than stages.

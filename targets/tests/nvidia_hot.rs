@@ -45,15 +45,26 @@ fn kernels() -> Vec<Kernel> {
         (Linear { dtype: DType::Bf16, step: 64, out: DType::F32, ..fp8(256, 7168, [64, 16]) }, 0),
     ];
     let experts = [[128, 128], [64, 128], [32, 64], [16, 64]].into_iter().flat_map(|tile| {
-        let of =
-            move |per_token, n, k| Experts { experts: 257, per_token, n, k, tile, parts: 4, glu: false, sorted: false };
+        let of = move |per_token, n, k| Experts {
+            experts: 257,
+            per_token,
+            n,
+            k,
+            tile,
+            parts: 4,
+            apart: false,
+            glu: false,
+            sorted: false,
+        };
         [of(9, 4096, 7168), of(0, 7168, 2048), Experts { glu: true, ..of(9, 2048, 7168) }]
     });
     let sorted = [[192, 128], [128, 128]].map(|tile| {
         let (experts, parts) = (257, 4);
-        Experts { experts, per_token: 0, n: 7168, k: 2048, tile, parts, glu: false, sorted: true }
+        Experts { experts, per_token: 0, n: 7168, k: 2048, tile, parts, apart: false, glu: false, sorted: true }
     });
-    let experts = experts.chain(sorted);
+    // Experts with many rows each.
+    let apart = sorted.map(|e| Experts { experts: 32, parts: 6, apart: true, ..e });
+    let experts = experts.chain(sorted).chain(apart);
     let linear = linear.into_iter().enumerate().map(|(i, (l, cluster))| {
         let schedule = Schedule { cluster, ..Schedule::default() };
         Kernel { program: l.program(&format!("linear{i}_{}x{}", l.tile[0], l.tile[1])), schedule }
@@ -61,7 +72,8 @@ fn kernels() -> Vec<Kernel> {
     let experts = experts.map(|e| {
         let glu = if e.glu { "_glu" } else { "" };
         let sorted = if e.sorted { "_sorted" } else { "" };
-        let name = format!("experts{}_{}x{}{glu}{sorted}", e.per_token, e.tile[0], e.tile[1]);
+        let apart = if e.apart { "_apart" } else { "" };
+        let name = format!("experts{}_{}x{}{glu}{sorted}{apart}", e.per_token, e.tile[0], e.tile[1]);
         Kernel { program: e.program(&name), schedule: Schedule::default() }
     });
     let heads = Heads { heads: 128, n: 512, k: 128, tile: [128, 256], step: 64 };

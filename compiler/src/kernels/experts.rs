@@ -22,8 +22,11 @@ use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{Builder, Ix, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent};
 
-/// Blocks that share an expert's rows where there are more rows than a tile for every expert.
+/// Blocks that share an expert's rows where there are more rows than a tile for every expert, but not several.
 const ROW_PARTS: u32 = 4;
+
+/// Rows of a tile that can be left out together.
+const GRAIN: u32 = 64;
 
 /// The kernel of a grouped [`Op::ExpertLinear`] node, or of a fused one.
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
@@ -79,15 +82,28 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
 
     let b = &mut e.b;
     let most = flat.eval(&class.max);
-    let parts = if most > u64::from(experts * tm) { ROW_PARTS } else { 1 };
+    // Where every expert has several tall tiles, blocks take turns at them along an axis of their own: all columns of one part are neighbours,
+    // and blocks have about as much to do each. Else one expert may still have all rows; then parts are neighbours, and find the expert's
+    // weights in the cache.
+    let each = most / u64::from(experts.max(1));
+    let apart = owners.is_none() && tm > 2 * GRAIN && each >= u64::from(2 * tm);
+    let parts = match most > u64::from(experts * tm) {
+        true if apart => each.div_ceil(tm.into()) as u32,
+        true => ROW_PARTS,
+        false => 1,
+    };
     let groups = if owners.is_some() { most as u32 } else { experts };
-    // Parts next to one another, so that they find the expert's weights in the cache.
-    let (place, group) = (b.grid(n.div_ceil(tn) * parts, 1), b.grid(groups, 1));
-    let n0 = divided(b, place, parts);
-    let n0 = times(b, n0, tn);
-    let part = b.map(&[place], |m, v| {
-        let parts = m.i32(parts as i32);
-        m.rem(v[0], parts)
+    let columns = n.div_ceil(tn);
+    let place = b.grid(if apart { columns } else { columns * parts }, 1);
+    let own_axis = apart.then(|| b.grid(parts, 1));
+    let group = b.grid(groups, 1);
+    let column = if apart { place } else { divided(b, place, parts) };
+    let n0 = times(b, column, tn);
+    let part = own_axis.unwrap_or_else(|| {
+        b.map(&[place], |m, v| {
+            let parts = m.i32(parts as i32);
+            m.rem(v[0], parts)
+        })
     });
     // From the last on: a shared expert is the last, has every row, and should not be what all others wait for.
     let group = b.map(&[group], |m, v| {
@@ -109,10 +125,11 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         }),
         None => lo,
     };
-    // Blocks that take turns at an expert's tiles of rows: with many rows one expert may have them all.
+    let latest = apart.then(|| latest_tile(b, [lo, hi], tm));
     let first = times(b, part, tm);
-    let lo = sum(b, lo, first);
-    b.for_(lo, hi, tm * parts, &[], |b, at, _| {
+    let start = sum(b, lo, first);
+    b.for_(start, hi, tm * parts, &[], |b, at, _| {
+        let [at, hi] = latest.map_or([at, hi], |latest| tile_among(b, [at, latest, hi], tm));
         let place = range(b, at, tm);
         let order = (!x_sorted || !y_sorted).then(|| b.load(orders, &[at.into()], &[tm]));
         let to = where_below(b, order.filter(|_| !y_sorted).unwrap_or(place), place, hi);
@@ -172,6 +189,35 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let what = epilogue.what();
     let matrices = format!("{experts} of [{rows_of_w} x {k}]{what}");
     e.finish(format!("expert_linear {} x {}: {matrices}, {per_token} a token", types[0], types[1]))
+}
+
+/// Where the last tile of rows `lo .. hi` starts at the latest: so that it has half a tile's rows or all there are, not a few that leave most of
+/// a block idle.
+fn latest_tile(b: &mut Builder, [lo, hi]: [ValueId; 2], tm: u32) -> ValueId {
+    let least = (tm / 2).next_multiple_of(GRAIN);
+    b.map(&[lo, hi], |m, v| {
+        let [up, grain, least] = [GRAIN - 1, GRAIN, least].map(|n| m.i32(n as i32));
+        let rows = m.sub(v[1], v[0]);
+        let rows = m.add(rows, up);
+        let rows = m.div(rows, grain);
+        let rows = m.mul(rows, grain);
+        let last = m.sub(rows, least);
+        let zero = m.i32(0);
+        let last = m.max(last, zero);
+        m.add(v[0], last)
+    })
+}
+
+/// Where the tile at `at` starts and ends, if the last one starts at `latest` and ends at `end`.
+fn tile_among(b: &mut Builder, [at, latest, end]: [ValueId; 3], tm: u32) -> [ValueId; 2] {
+    let start = b.map(&[at, latest], |m, v| m.min(v[0], v[1]));
+    let next = plus(b, at, tm as i32);
+    let end = b.map(&[next, latest, end], |m, v| {
+        let more = m.lt(v[0], v[2]);
+        let end = m.min(v[0], v[1]);
+        m.select(more, end, v[2])
+    });
+    [start, end]
 }
 
 /// Lines of all its experts that a block of a route ranks by, one a thread; and of one of them at least.

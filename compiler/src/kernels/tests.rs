@@ -566,6 +566,17 @@ fn experts_gate_and_route() {
 }
 
 #[test]
+fn experts_of_several_tall_tiles() {
+    for sorted in [false, true] {
+        let mut lab = Lab::new(4);
+        (lab.schedule.tile_m, lab.schedule.tile_n) = (192, 32);
+        let x = lab.act(DType::F32, &[40]);
+        moe(&mut lab, x, false, [false, sorted], [4, 1, 1, 2], 40);
+        lab.check(&[sequence(790, 0)]);
+    }
+}
+
+#[test]
 fn scores_that_vanish_weigh_nothing() {
     let mut lab = Lab::new(4);
     let x = lab.act(DType::F32, &[12]);

@@ -3,6 +3,9 @@
 use dsc_ir::tile::{Access, Builder, Ix, Program, ReduceKind, ValueId};
 use dsc_ir::{DType, Sym};
 
+/// Rows of a tile that can be left out together.
+const GRAIN: u32 = 64;
+
 /// `y[r] = x[order r / per_token] w[e]ᵀ` for the rows `r` that `order[offsets e .. offsets e + 1]` lists of each expert `e`, in e4m3 with
 /// scales of 1x128 and 128x128. There are `L` rows, `T` tokens.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +22,8 @@ pub struct Experts {
     pub tile: [u32; 2],
     /// Blocks that take turns at the tiles of an expert's rows.
     pub parts: u32,
+    /// Whether those have an axis of the grid of their own, and the tiles of an expert about as many rows each.
+    pub apart: bool,
     /// Whether a weight has gate and up, `n` rows each, and the result is `silu(gate) · up` in e4m3, with a scale for every row of a tile.
     pub glu: bool,
     /// Whether rows of `x` lie in the order of the experts, so that nothing is gathered.
@@ -40,7 +45,7 @@ fn arithmetic(
 impl Experts {
     /// The program.
     pub fn program(self, name: &str) -> Program {
-        let Experts { experts, per_token, n, k, tile: [tm, tn], parts, glu, sorted } = self;
+        let Experts { experts, per_token, n, k, tile: [tm, tn], parts, apart, glu, sorted } = self;
         let w_rows = if glu { 2 * n } else { n };
         let (blocks, scale_rows) = (k.div_ceil(128), w_rows.div_ceil(128));
         let tokens = if per_token > 0 && !sorted { Sym::T } else { Sym::L };
@@ -55,21 +60,55 @@ impl Experts {
         let y = b.param("y", out, &[Sym::L.into(), n.into()], Access::Write);
         let y_scales =
             glu.then(|| b.param("y_scales", DType::F32, &[Sym::L.into(), n.div_ceil(tn).into()], Access::Write));
-        // Parts next to one another, so that they find the expert's weights in the cache.
-        let (place, expert) = (b.grid(n.div_ceil(tn) * parts, 1), b.grid(experts, 1));
-        let group = arithmetic(&mut b, place, parts, |m, v| m.div(v[0], v[1]));
-        let part = arithmetic(&mut b, place, parts, |m, v| m.rem(v[0], v[1]));
-        let n0 = group;
-        let n0 = arithmetic(&mut b, n0, tn, |m, v| m.mul(v[0], v[1]));
+        let columns = n.div_ceil(tn);
+        // Parts next to one another, so that they find the expert's weights in the cache; or behind one another, all columns each.
+        let first_axis = b.grid(if apart { columns } else { columns * parts }, 1);
+        let own_axis = apart.then(|| b.grid(parts, 1));
+        let expert = b.grid(experts, 1);
+        let (group, part) = match own_axis {
+            Some(part) => (first_axis, part),
+            None => {
+                let part = arithmetic(&mut b, first_axis, parts, |m, v| m.rem(v[0], v[1]));
+                (arithmetic(&mut b, first_axis, parts, |m, v| m.div(v[0], v[1])), part)
+            }
+        };
+        let n0 = arithmetic(&mut b, group, tn, |m, v| m.mul(v[0], v[1]));
         let row = arithmetic(&mut b, expert, w_rows, |m, v| m.mul(v[0], v[1]));
         let row = b.map(&[row, n0], |m, v| m.add(v[0], v[1]));
         let first_scale = arithmetic(&mut b, expert, scale_rows, |m, v| m.mul(v[0], v[1]));
         let lo = b.load_scalar(bounds, &[expert.into()]);
         let next = arithmetic(&mut b, expert, 1, |m, v| m.add(v[0], v[1]));
         let hi = b.load_scalar(bounds, &[next.into()]);
+        // Where the last tile starts at the latest, so that it has not much less to do than the others.
+        let latest = (apart && tm > 2 * GRAIN).then(|| {
+            b.map(&[lo, hi], |m, v| {
+                let [up, grain, least] = [GRAIN - 1, GRAIN, (tm / 2).next_multiple_of(GRAIN)].map(|n| m.i32(n as i32));
+                let rows = m.sub(v[1], v[0]);
+                let rows = m.add(rows, up);
+                let rows = m.div(rows, grain);
+                let rows = m.mul(rows, grain);
+                let last = m.sub(rows, least);
+                let zero = m.i32(0);
+                let last = m.max(last, zero);
+                m.add(v[0], last)
+            })
+        });
         let first = arithmetic(&mut b, part, tm, |m, v| m.mul(v[0], v[1]));
-        let lo = b.map(&[lo, first], |m, v| m.add(v[0], v[1]));
-        b.for_(lo, hi, tm * parts, &[], |b, first, _| {
+        let start = b.map(&[lo, first], |m, v| m.add(v[0], v[1]));
+        b.for_(start, hi, tm * parts, &[], |b, at, _| {
+            let (first, hi) = match latest {
+                Some(latest) => {
+                    let first = b.map(&[at, latest], |m, v| m.min(v[0], v[1]));
+                    let next = arithmetic(b, at, tm, |m, v| m.add(v[0], v[1]));
+                    let end = b.map(&[next, latest, hi], |m, v| {
+                        let more = m.lt(v[0], v[2]);
+                        let end = m.min(v[0], v[1]);
+                        m.select(more, end, v[2])
+                    });
+                    (first, end)
+                }
+                None => (at, hi),
+            };
             let counted = b.iota(0, &[tm]);
             let place = b.map(&[counted, first], |m, v| m.add(v[0], v[1]));
             let order = b.load(orders, &[first.into()], &[tm]);

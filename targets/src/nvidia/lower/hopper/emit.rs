@@ -232,12 +232,15 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
     Ok((module(s, &gpu, symbols, sharing, e.t.f.text()), gpu))
 }
 
-/// Whether tiles of a contraction differ in their work, and each has much: the contraction is in a loop of its own, and large.
-fn uneven(s: &Scheduled) -> bool {
+/// Whether tiles of a contraction differ in their work, and each has much: the contraction is in a loop of its own, and large. Where blocks take
+/// turns at that loop along an axis of the grid of their own, all have about as much.
+pub fn uneven(s: &Scheduled) -> bool {
     let multiplies = |b: &Block| any(b, &|op| matches!(op, Op::Tile(tile::Op::Dot { .. })));
     let around = |b: &Block| b.insts.iter().any(|i| i.op.blocks().into_iter().any(multiplies));
     let moved = s.roles.iter().filter(|r| r.registers.is_some());
-    s.channels.len() == 1 && moved.flat_map(|r| &r.body.insts).any(|i| i.op.blocks().into_iter().any(around))
+    s.grid.len() < 3
+        && s.channels.len() == 1
+        && moved.flat_map(|r| &r.body.insts).any(|i| i.op.blocks().into_iter().any(around))
 }
 
 /// Bytes of memory that a block has to itself: what it puts there for its team, or the lists of selections.

@@ -11,7 +11,9 @@
 //! matrix unit is left to the others.
 
 use super::emit::Emit;
-use dsc_ir::sched::{Block, Op, Place};
+use super::front::in_lists;
+use crate::nvidia::lower::mlir::Val;
+use dsc_ir::sched::{Block, Inst, Op, Place};
 use dsc_ir::tile::{self, MapArg, MapFn, Scalar, ScalarOp, ValueId};
 
 use super::config::ROWS;
@@ -19,9 +21,24 @@ use super::config::ROWS;
 impl<'a> Emit<'a> {
     /// Runs what a loop does in a round: what of it gives stages back, where the warpgroup has none of the rows that it stores.
     pub fn block_unless_idle(&mut self, body: &'a Block) -> Result<(), String> {
-        let Some(bounds) = self.bounds_of_rows(body) else { return self.block(body) };
+        let run = |e: &mut Self| e.block(body).map(|()| Vec::new());
+        self.unless_idle(body, run, |_| Ok(Vec::new())).map(|_| ())
+    }
+
+    /// The same with what `run` makes beside it, of which an idle warpgroup has what `rest` makes.
+    pub fn unless_idle(
+        &mut self,
+        body: &'a Block,
+        run: impl FnOnce(&mut Self) -> Result<Vec<Vec<Val>>, String>,
+        rest: impl FnOnce(&mut Self) -> Result<Vec<Vec<Val>>, String>,
+    ) -> Result<Vec<Vec<Val>>, String> {
+        let Some(bounds) = self.bounds_of_rows(body) else { return run(self) };
         let first = self.the_geometry()?.first[0];
         self.settle_all();
+        // Where a tile's end is computed for each.
+        if bounds.iter().any(|[_, end]| !self.held.contains_key(end)) {
+            body.insts.iter().take_while(|i| matches!(i.op, Op::Tile(_))).try_for_each(|i| self.known_scalar(i))?;
+        }
         let mut idle = None;
         for [place, end] in bounds {
             let (place, end) = (self.row_element(place, first)?, self.uniform(end)?);
@@ -30,26 +47,28 @@ impl<'a> Emit<'a> {
         }
         let idle = idle.ok_or("a loop that stores nothing")?;
         let (works, rests, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
-        let types: Vec<_> = self.ring_state().iter().map(|v| v.ty()).collect();
         let before = self.ring_state();
         self.t.f.cond_br(idle, (rests, &[]), (works, &[]));
         self.t.f.start(rests, &[]);
         let held = self.held.clone();
         self.stages_only(body)?;
         self.held = held;
-        let state = self.ring_state();
+        let made = rest(self)?;
+        let (counters, lengths) = (before.len(), made.iter().map(Vec::len).collect::<Vec<_>>());
+        let state: Vec<Val> = self.ring_state().into_iter().chain(made.concat()).collect();
+        let types: Vec<_> = state.iter().map(|x| x.ty()).collect();
         self.t.f.br(after, &state);
         self.t.f.start(works, &[]);
         self.resume(&before);
-        self.block(body)?;
+        let made = run(self)?;
         self.settle_all();
-        let state = self.ring_state();
+        let state: Vec<Val> = self.ring_state().into_iter().chain(made.concat()).collect();
         self.t.f.br(after, &state);
         let state = self.t.f.start(after, &types);
-        self.resume(&state);
+        self.resume(&state[..counters]);
         self.spare.clear();
         self.settled = None;
-        Ok(())
+        Ok(in_lists(&state[counters..], &lengths))
     }
 
     /// What a block does with stages, and the scalars that its loops are bounded by.
@@ -57,13 +76,7 @@ impl<'a> Emit<'a> {
         for inst in &block.insts {
             match &inst.op {
                 Op::Wait(_) | Op::Release { .. } => self.inst(inst)?,
-                Op::Tile(op) if !matches!(op, tile::Op::Load { .. } | tile::Op::Gather { .. }) => {
-                    let scalar = inst.results.first().is_some_and(|r| self.s.places[r.0 as usize] == Place::Uniform);
-                    let known = tile::operands(op).iter().all(|v| self.held.contains_key(v));
-                    if scalar && known {
-                        self.inst(inst)?;
-                    }
-                }
+                Op::Tile(_) => self.known_scalar(inst)?,
                 Op::For { lo, hi, step, body, .. } => {
                     let bounds = (self.index(*lo)?, self.index(*hi)?, crate::nvidia::lower::mlir::i32((*step).into()));
                     let state = self.ring_state();
@@ -79,6 +92,15 @@ impl<'a> Emit<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Computes a scalar that does not come from memory, if its operands are known.
+    fn known_scalar(&mut self, inst: &'a Inst) -> Result<(), String> {
+        let Op::Tile(op) = &inst.op else { return Ok(()) };
+        let loaded = matches!(op, tile::Op::Load { .. } | tile::Op::Gather { .. });
+        let scalar = inst.results.first().is_some_and(|r| self.s.places[r.0 as usize] == Place::Uniform);
+        let known = tile::operands(op).iter().all(|v| self.held.contains_key(v));
+        if scalar && known && !loaded { self.inst(inst) } else { Ok(()) }
     }
 
     /// Of everything that a body stores, the rows' places, which count up, and their bound; none if there is something else, or if all

@@ -1,6 +1,7 @@
 //! Loops: over the tiles of a block, and those of the kernel.
 
 use super::emit::{Emit, Held};
+use super::front::in_lists;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::sched::{Block, Inst, Place};
@@ -50,39 +51,58 @@ impl<'a> Emit<'a> {
         let band = self.s.persistent.unwrap_or(1);
         let mut state: Vec<Val> = self.ring_state();
         let counters = state.len();
-        let front = self.front(body);
-        let mut widths = Vec::new();
-        if let Some(front) = front {
-            let block = self.tile_or_first(first, [tiles, blocks], sizes, band);
-            let loaded = self.run_front(front, block)?;
-            widths = loaded.iter().map(Vec::len).collect();
-            state.extend(loaded.into_iter().flatten());
-        }
+        let dealt = [tiles, blocks];
+        let (front, nest) = (self.front(body), self.nest(body));
+        let mut bounds = 0;
+        let loaded = match (front, nest) {
+            (Some(front), _) => {
+                let block = self.tile_or_first(first, dealt, sizes, band);
+                self.run_front(front, block)?
+            }
+            (None, Some(nest)) => {
+                let block = self.tile_or_first(first, dealt, sizes, band);
+                let (scalars, known) = self.bounds_of(nest, block, None)?;
+                bounds = known.len();
+                state.extend(known);
+                self.first_front(nest, &scalars)?
+            }
+            (None, None) => Vec::new(),
+        };
+        let lengths: Vec<usize> = loaded.iter().map(Vec::len).collect();
+        state.extend(loaded.into_iter().flatten());
         let end = self.counted((first, tiles, blocks), &state, |e, tile, state| {
-            let (rings, mut loaded) = state.split_at(counters);
+            let (rings, carried) = state.split_at(counters);
+            let (known, loaded) = carried.split_at(bounds);
             e.resume(rings);
-            e.block = e.tile_at(tile, [tiles, blocks], sizes, band);
+            e.block = e.tile_at(tile, dealt, sizes, band);
             if e.s.apart() {
                 let next = e.t.f.add(tile, blocks);
                 e.more = Some(e.t.f.cmp("slt", next, tiles));
             }
-            let mut made = Vec::new();
-            match front {
-                Some(front) => {
-                    let mut each = Vec::new();
-                    for &n in &widths {
-                        let (here, after) = loaded.split_at(n);
-                        each.push(here.to_vec());
-                        loaded = after;
-                    }
+            let loaded = in_lists(loaded, &lengths);
+            let mut after = Vec::new();
+            let made = match (front, nest) {
+                (Some(front), _) => {
                     let next = e.t.f.add(tile, blocks);
-                    let next = e.tile_or_first(next, [tiles, blocks], sizes, band);
-                    made = e.block_behind_front(front, &each, next)?;
+                    let next = e.tile_or_first(next, dealt, sizes, band);
+                    e.block_behind_front(front, &loaded, |e| e.run_front(front, next))?
                 }
-                None => e.block(body)?,
-            }
+                (None, Some(nest)) => {
+                    let here = e.block;
+                    let (here, _) = e.bounds_of(nest, here, Some(known))?;
+                    let next = e.t.f.add(tile, blocks);
+                    let next = e.tile_or_first(next, dealt, sizes, band);
+                    let (scalars, known) = e.bounds_of(nest, next, None)?;
+                    after = known;
+                    e.run_nest(nest, [&here, &scalars], &loaded)?
+                }
+                (None, None) => {
+                    e.block(body)?;
+                    Vec::new()
+                }
+            };
             e.settle_all();
-            Ok(e.ring_state().into_iter().chain(made.into_iter().flatten()).collect())
+            Ok(e.ring_state().into_iter().chain(after).chain(made.into_iter().flatten()).collect())
         })?;
         let end = &end[..counters];
         self.resume(end);

@@ -200,8 +200,17 @@ fn parts_of_the_sum() {
 
 #[test]
 fn gathered_rows() {
-    let experts =
-        Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false, sorted: false };
+    let experts = Experts {
+        experts: 3,
+        per_token: 2,
+        n: 128,
+        k: 256,
+        tile: [64, 128],
+        parts: 1,
+        apart: false,
+        glu: false,
+        sorted: false,
+    };
     experts.check(41, &[70, 0, 12]);
     Experts { per_token: 0, tile: [128, 64], ..experts }.check(0, &[5, 130, 2]);
     Experts { tile: [16, 64], k: 384, ..experts }.check(9, &[0, 17, 1]);
@@ -213,6 +222,10 @@ fn gathered_rows() {
     sorted.check(0, &[70, 0, 12]);
     Experts { tile: [192, 64], parts: 2, ..sorted }.check(0, &[300, 1, 65]);
     Experts { tile: [256, 128], k: 1024, ..sorted }.check(0, &[130, 5, 0]);
+    // Turns at an expert's tiles along an axis of the grid: of 4 x 64 rows two tiles, neither of 64; none; a tile and a row.
+    let apart = Experts { apart: true, tile: [192, 64], k: 1024, ..sorted };
+    Experts { parts: 2, ..apart }.check(0, &[256, 0, 193]);
+    Experts { parts: 3, ..apart }.check(0, &[0, 700, 64]);
 }
 
 #[test]
@@ -263,8 +276,18 @@ fn clusters_share_the_larger_operand() {
     let alone = |program: Program, cluster| assert_eq!(clustered(program, cluster).cluster, None);
     alone(Linear { tile: [64, 8], ..FP8 }.program("linear"), 16);
     alone(
-        Experts { experts: 3, per_token: 2, n: 128, k: 256, tile: [64, 128], parts: 1, glu: false, sorted: false }
-            .program("experts"),
+        Experts {
+            experts: 3,
+            per_token: 2,
+            n: 128,
+            k: 256,
+            tile: [64, 128],
+            parts: 1,
+            apart: false,
+            glu: false,
+            sorted: false,
+        }
+        .program("experts"),
         2,
     );
 }
