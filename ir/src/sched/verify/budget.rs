@@ -162,6 +162,9 @@ fn fragment_elements(f: Fragment, shape: [u64; 2]) -> u64 {
     if f.atom == Atom::WgmmaTransposed && shape[1] == 1 {
         return side(0) / 4;
     }
+    if f.atom == Atom::Wgmma && shape[1] == 1 {
+        return side(0) / 32;
+    }
     // A row may be spread over the lanes of each warp.
     if f.atom == Atom::Wgmma && shape[0] == 1 {
         return side(1).div_ceil(32);

@@ -88,6 +88,8 @@ impl Emit<'_> {
         if data.outside {
             let kept = if own && after == 0 { self.own_pieces.remove(&buffer) } else { None };
             if let Some(values) = kept {
+                // What is made of it is seen so.
+                self.geometry(r)?;
                 self.held.insert(r, Held::Registers(values, [true, true]));
                 return Ok(());
             }

@@ -41,7 +41,7 @@ const ROOM_OF_FEW: u32 = 32;
 /// The same for all that comes through memory, whose way is long: rows, what they become, and the accumulator together.
 const ROOM_APART: u32 = 192;
 /// Registers for rows of all blocks, of those.
-const ROOM_OF_ROWS: u32 = 64;
+const ROOM_OF_ROWS: u32 = 128;
 /// A column outside of every view.
 const OUTSIDE: i32 = 1 << 24;
 
@@ -232,7 +232,7 @@ impl<'a> Planner<'a> {
             // All on its way together, rows and as much of the accumulator as there is room for.
             let [m, l] =
                 [0, 1].map(|n| (0..team.blocks).map(|after| self.got(n, after, [rows, 1], own, out)).collect());
-            let some = ((ROOM_APART - 2 * all) / registers.max(1)).clamp(1, team.blocks);
+            let some = ((ROOM_APART.saturating_sub(2 * all)) / registers.max(1)).clamp(1, team.blocks);
             let early = group.map(|g| self.pieces(g, 0..some, &team, out)).unwrap_or_default();
             (self.join_rows(m, l, out), early)
         } else {
