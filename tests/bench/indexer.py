@@ -307,7 +307,7 @@ def between(kernels, pool, sms, note):
     def scores(contexts, width=0, tag=""):
         for rows in (1, 2):
             tokens = len(contexts) * rows
-            pages = next(p for most, p in ((2, 1), (8, 2), (24, 4), (128, 8), (2048, 16)) if tokens <= most)
+            pages = next(p for most, p in ((1, 1), (8, 2), (24, 4), (128, 8), (2048, 16)) if tokens <= most)
             kernel = kernels.get(f"decode_h64_r{rows}_p{pages}")
             if kernel:
                 us = timed(decode_sets(kernel, pool, contexts, sms, width)[0], rounds=5)

@@ -7,19 +7,38 @@ the kernels of others and on the same inputs:
 
 The module is `bench_peers`; a section hands over a case with the fields used here. A call is a closure on one set of inputs; it is
 captured in a CUDA graph. Where no library has the case's heads, nothing is registered for it. DSC_NAME is the name in the results.
+
+Implementations of a case are timed one after the other. Where the work meets the GPU's power cap, the clock falls from one to the next, and the last
+has the slowest. DSC_REST=0.2 lets the GPU rest for so many seconds before each is timed, those of others too.
 """
 import glob
 import os
+import time
 
+import bench_peers
 import dsc_kernels
 import torch
 from bench_peers import impl
 
 NAME = os.environ.get("DSC_NAME", "dsc")
+REST = float(os.environ.get("DSC_REST", 0))
 LIBRARIES = {}
 for _path in sorted(glob.glob(os.path.join(os.environ.get("DSC_KERNELS", "."), "*.dsc"))):
     _library = dsc_kernels.open(_path)
     LIBRARIES.setdefault(_library.facts["heads"], _library)
+
+
+def rested(measure):
+    def after_rest(*args, **kwargs):
+        torch.cuda.synchronize()
+        time.sleep(REST)
+        return measure(*args, **kwargs)
+
+    return after_rest
+
+
+if REST:
+    bench_peers.time_calls = rested(bench_peers.time_calls)
 
 
 def library(heads=None):

@@ -89,8 +89,8 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
         }
         "indexer_logits" => {
             let pages = match tokens {
-                0..=2 => 1,
-                3..=8 => 2,
+                0..=1 => 1,
+                2..=8 => 2,
                 9..=24 => 4,
                 25..=128 => 8,
                 // Many sequences, perhaps with several tokens each; of more tokens a block takes several.

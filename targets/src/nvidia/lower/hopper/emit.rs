@@ -24,7 +24,7 @@ use crate::nvidia::lower::symbols_parameter;
 use dsc_ir::Sym;
 use dsc_ir::artifact::GpuKernel;
 use dsc_ir::sched::verify::registers;
-use dsc_ir::sched::{Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::sched::{Atom, Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
 use dsc_ir::tile::{self, ValueId};
 use std::collections::{HashMap, HashSet};
 
@@ -227,6 +227,10 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
     // Where a second block of a contraction fits and accumulators are few, the assembler leaves it registers.
     let fits = |n: u32| n <= FEW_REGISTERS && Arch::REGISTERS_PER_SM / (2 * s.threads) >= ALL_REGISTERS;
     let few = s.channels.len() == 1 && registers(s).into_iter().max().is_some_and(fits);
+    // So it does where sums are made while the next product is.
+    let sums = |p: &Place| matches!(p, Place::Fragment(Fragment { atom: Atom::WgmmaSums, .. }));
+    let still = s.roles.iter().all(|r| r.registers.is_none()) && scratch_bytes(s) == 0;
+    let few = few || still && s.places.iter().any(sums);
     let fitting = arch.shared_per_sm / (gpu.shared_bytes + Arch::SHARED_RESERVED);
     let sharing = if few { sharing.max(fitting.min(2)) } else { sharing };
     Ok((module(s, &gpu, symbols, sharing, e.t.f.text()), gpu))

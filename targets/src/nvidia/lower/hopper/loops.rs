@@ -19,6 +19,18 @@ enum Carry {
     With(usize),
 }
 
+/// A band of all tiles of axis 0, however many there are.
+pub const ALL_ROWS: u32 = i32::MAX as u32;
+
+/// A block's way over the tiles of a grid of two axes, axis 0 fastest.
+struct Walk {
+    /// Coordinates of the first tile.
+    at: [Val; 2],
+    /// What is added to each from one tile to the next, before the first of them goes back by its size.
+    by: [Val; 2],
+    size: Val,
+}
+
 impl<'a> Emit<'a> {
     /// Runs a role's body for every tile of this block: tile numbers from the block's on, in steps of the number of blocks, so that any
     /// launch grid does all the work.
@@ -70,11 +82,17 @@ impl<'a> Emit<'a> {
         };
         let lengths: Vec<usize> = loaded.iter().map(Vec::len).collect();
         state.extend(loaded.into_iter().flatten());
+        let walks = band == ALL_ROWS && !self.s.folded && self.s.cluster.is_none() && front.is_none() && nest.is_none();
+        let walk = walks.then(|| self.walk(first, blocks, sizes));
+        state.extend(walk.iter().flat_map(|w| w.at));
         let end = self.counted((first, tiles, blocks), &state, |e, tile, state| {
             let (rings, carried) = state.split_at(counters);
             let (known, loaded) = carried.split_at(bounds);
             e.resume(rings);
-            e.block = e.tile_at(tile, dealt, sizes, band);
+            e.block = match &walk {
+                Some(_) => [loaded[0], loaded[1], i32(0)],
+                None => e.tile_at(tile, dealt, sizes, band),
+            };
             if e.s.apart() {
                 let next = e.t.f.add(tile, blocks);
                 e.more = Some(e.t.f.cmp("slt", next, tiles));
@@ -102,11 +120,36 @@ impl<'a> Emit<'a> {
                 }
             };
             e.settle_all();
+            if let Some(walk) = &walk {
+                after = e.next_of(walk, [e.block[0], e.block[1]]).to_vec();
+            }
             Ok(e.ring_state().into_iter().chain(after).chain(made.into_iter().flatten()).collect())
         })?;
         let end = &end[..counters];
         self.resume(end);
         Ok(())
+    }
+
+    /// The walk from that tile on, in steps of the number of blocks.
+    fn walk(&mut self, first: Val, blocks: Val, sizes: [Val; 3]) -> Walk {
+        let f = &mut self.t.f;
+        let [at, by] = [first, blocks].map(|n| {
+            let whole = f.bin("udiv", n, sizes[0]);
+            let before = f.mul(whole, sizes[0]);
+            [f.sub(n, before), whole]
+        });
+        Walk { at, by, size: sizes[0] }
+    }
+
+    /// Coordinates of a block's next tile, without the divisions that take longer than finding that a tile has nothing to do.
+    fn next_of(&mut self, walk: &Walk, at: [Val; 2]) -> [Val; 2] {
+        let f = &mut self.t.f;
+        let within = f.add(at[0], walk.by[0]);
+        let over = f.cmp("sge", within, walk.size);
+        let less = f.sub(within, walk.size);
+        let number = f.add(at[1], walk.by[1]);
+        let after = f.add(number, i32(1));
+        [f.select(over, less, within), f.select(over, after, number)]
     }
 
     /// Coordinates of the tile of this block in the cluster's tile of that number; `dealt`: how many tiles to how many blocks or clusters.
@@ -163,6 +206,9 @@ impl<'a> Emit<'a> {
             let number = f.bin("udiv", within, sizes[1]);
             let before = f.mul(number, sizes[1]);
             return [number, f.sub(within, before), z];
+        }
+        if band == ALL_ROWS {
+            return [f.bin("urem", within, sizes[0]), f.bin("udiv", within, sizes[0]), z];
         }
         let of_band = f.mul(sizes[1], i32(band.into()));
         let number = f.bin("udiv", within, of_band);

@@ -1,6 +1,6 @@
-//! Rounds of two products, whose last sums are made while the next round multiplies.
+//! Rounds whose last sums are made while the next round multiplies.
 //!
-//! A round that makes two products and then the sums of each has nothing to multiply while it makes the last of them. So a loop makes several rounds
+//! A round that makes one product or two and then the sums of each has nothing to multiply while it makes the last of them. So a loop makes several rounds
 //! in one, and issues the first product of the next before those sums:
 //!
 //! ```text
@@ -14,12 +14,17 @@
 //!                                       the rest as before
 //! ```
 //!
+//! A round of one product is such a round without `p` and its sums.
+//!
 //! No product is in flight across the loop's end: the assembler would not have sums of it made while another is.
 
 use super::values::{Names, added, added_number, arithmetic, constant, mapped, plain, plus, renamed};
 use dsc_ir::sched::{Block, ChannelId, Inst, Op, Scheduled};
-use dsc_ir::tile::{self, Index, MapArg, ScalarOp, ValueId};
+use dsc_ir::tile::{self, Index, MapArg, ScalarOp, Type, ValueId};
 
+/// Rows of the resident operand of which rounds of a single product are made so too. Of fewer, more blocks share a multiprocessor, and what
+/// one sums hides behind products of the others; of more, registers do not hold two products.
+pub const ALONE: u32 = 128;
 /// Rounds in one.
 const ROUNDS: u32 = 2;
 
@@ -36,7 +41,7 @@ pub fn overlapped(mut s: Scheduled) -> Scheduled {
 fn change(block: &mut Block, s: &mut Scheduled) {
     let mut at = 0;
     while at < block.insts.len() {
-        if let Some((changed, rest)) = Rounds::of(&block.insts[at]).and_then(|rounds| rounds.changed(s)) {
+        if let Some((changed, rest)) = Rounds::of(&block.insts[at], &s.types).and_then(|rounds| rounds.changed(s)) {
             if let Op::For { lo, .. } = &mut block.insts[at].op {
                 *lo = Index::Value(rest);
             }
@@ -58,23 +63,26 @@ struct Rounds {
     channel: ChannelId,
     /// What a round begins with, and its products.
     begin: Vec<Inst>,
-    products: [Inst; 2],
-    /// What is made of the first product, and of the second.
+    products: Vec<Inst>,
+    /// What is made of the first of two products, and of the last.
     sums: [Vec<Inst>; 2],
 }
 
 impl Rounds {
-    fn of(inst: &Inst) -> Option<Rounds> {
+    fn of(inst: &Inst, types: &[Type]) -> Option<Rounds> {
         let Op::For { lo: Index::Value(lo), hi: Index::Value(hi), step: 1, init, body } = &inst.op else { return None };
         let insts = &body.insts;
         let is_product = |i: &Inst| matches!(i.op, Op::Tile(tile::Op::Dot { acc: None, .. }));
         let first = insts.iter().position(is_product)?;
         let released = insts.iter().position(|i| matches!(i.op, Op::Release { lag: 0, .. }))?;
         let Op::Release { channel, .. } = insts[released].op else { return None };
-        let two = insts.iter().filter(|i| is_product(i)).count() == 2 && is_product(insts.get(first + 1)?);
-        let sums = [insts.get(first + 2..released)?.to_vec(), insts[released + 1..].to_vec()];
+        let products: Vec<Inst> = insts[first..].iter().take_while(|i| is_product(i)).cloned().collect();
+        let all = insts.iter().filter(|i| is_product(i)).count() == products.len();
+        let enough =
+            products.len() == 2 || products.len() == 1 && rows(&types[insts[first].results[0].0 as usize]) == ALONE;
+        let sums = [insts.get(first + products.len()..released)?.to_vec(), insts[released + 1..].to_vec()];
         let plain = sums.iter().flatten().all(|i| matches!(i.op, Op::Tile(_)));
-        let whole = init.is_empty() && body.yields.is_empty() && two && plain;
+        let whole = init.is_empty() && body.yields.is_empty() && all && enough && plain;
         whole.then_some(())?;
         Some(Rounds {
             lo: *lo,
@@ -82,7 +90,7 @@ impl Rounds {
             counter: body.args[0],
             channel,
             begin: insts[..first].to_vec(),
-            products: [insts[first].clone(), insts[first + 1].clone()],
+            products,
             sums,
         })
     }
@@ -130,6 +138,14 @@ impl Rounds {
             computed(rest, behind_whole(self.lo, self.hi)),
         ];
         Some((front, rest))
+    }
+}
+
+/// Rows of a tile.
+fn rows(ty: &Type) -> u32 {
+    match ty {
+        Type::Tile(t) => t.shape.first().copied().unwrap_or(1),
+        _ => 1,
     }
 }
 

@@ -23,6 +23,8 @@
 
 use super::config::{ROWS, WARPGROUP};
 use super::contraction::{STEP_BYTES, definitions};
+use super::loops::ALL_ROWS;
+use super::overlap::ALONE;
 use super::tensor_map::{can_describe, view_type};
 use super::twins::twins;
 use super::values::{Names, Values, plain, rename_index, slice};
@@ -43,10 +45,8 @@ const MOST_SUMS: u32 = 4;
 const REGISTERS: [u32; 2] = [40, 232];
 /// Deepest ring, and least.
 const STAGES: [u32; 2] = [2, 8];
-/// Blocks that share a multiprocessor where one has a single consumer warpgroup with at most 64 rows, or 128.
+/// Blocks that share a multiprocessor where one has a single consumer warpgroup with at most 64 rows, or 128; two where two products are in flight.
 const SHARING: [u32; 2] = [4, 3];
-/// Tiles of axis 0 that are walked together: all that there may be, so that neighbours share the resident operand.
-const BAND: u32 = 4096;
 /// Alignment of operands.
 const ALIGN: u32 = 1024;
 
@@ -282,8 +282,8 @@ impl Config {
             (rows * STEP_BYTES, ROWS * STEP_BYTES, ROWS * 4 * (p.streamed.len() as u32 - 1));
         let limit = match rows * warpgroups {
             0..=64 => arch.shared_per_sm / SHARING[0] - Arch::SHARED_RESERVED,
-            65..=128 => arch.shared_per_sm / SHARING[1] - Arch::SHARED_RESERVED,
-            129..=256 => arch.shared_per_sm / 2 - Arch::SHARED_RESERVED,
+            n @ 65..=128 if n != ALONE || p.selects => arch.shared_per_sm / SHARING[1] - Arch::SHARED_RESERVED,
+            65..=256 => arch.shared_per_sm / 2 - Arch::SHARED_RESERVED,
             _ => arch.shared_per_block,
         };
         let lists = if p.selects { warpgroups * super::stream::SHARED } else { 0 };
@@ -696,7 +696,8 @@ impl<'a> Planner<'a> {
         Some(Scheduled {
             name: self.program.name.clone(),
             grid: self.program.grid.clone(),
-            persistent: Some(if folded { 1 } else { BAND }),
+            // Neighbours share the resident operand.
+            persistent: Some(if folded { 1 } else { ALL_ROWS }),
             folded,
             cluster: None,
             team: 1,
