@@ -77,7 +77,7 @@ fn dsc() -> PathBuf {
 fn demo() -> Outcome {
     need("cc", "gcc", "to link Rust programs")?;
     cargo(&["build", "--release", "--package", "dsc"])?;
-    let (dsc, bundle) = (dsc(), root().join("target").join("tiny-model.dsc"));
+    let (dsc, bundle) = (dsc(), dsc().with_file_name("tiny-model.dsc"));
     let (dsc, bundle) = (dsc.to_string_lossy(), bundle.to_string_lossy());
     run(&dsc, &["compile", "examples/tiny-model", "--target", "cpu", "-o", &bundle])?;
     let prompt = "\"My dear Watson,\" said Sherlock Holmes,";
@@ -153,7 +153,7 @@ fn same_bytes_twice() -> Outcome {
     let dsc = dsc();
     let mut artifacts = Vec::new();
     for name in ["first", "second"] {
-        let path = root().join("target").join(format!("v3.2-{name}.dsc"));
+        let path = dsc.with_file_name(format!("v3.2-{name}.dsc"));
         run(&dsc.to_string_lossy(), &["compile", "examples/deepseek-v3.2", "-o", &path.to_string_lossy()])?;
         artifacts.push(std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?);
     }
