@@ -4,6 +4,7 @@ use super::{ALIGN, Arg, Header, Launch, MAX_BUFFER_BYTES, Section, Step, TensorP
 use crate::DType;
 use crate::extent::{Sym, SymValues};
 use crate::graph::{Elem, PAGE_TOKENS, StateFormat};
+use crate::sched::MOST_APART;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Entries a table may have.
@@ -12,8 +13,6 @@ const MAX_ENTRIES: usize = 1 << 20;
 pub(super) const MAX_ROW: u32 = 1 << 16;
 /// Scratch bytes a worker may need.
 const MAX_SCRATCH_BYTES: u64 = 1 << 32;
-/// Most blocks of a team that exchanges through memory.
-const MAX_TEAM: u32 = 64;
 /// Shared memory of a block; no hardware has as much.
 const MAX_SHARED_BYTES: u32 = 1 << 20;
 /// Problems reported at most.
@@ -164,7 +163,7 @@ impl<'a> Check<'a> {
                         || gpu.persistent && gpu.turns == 0 && (gpu.apart || gpu.cluster.is_multiple_of(gpu.team)),
                     &|| format!("teams of {} in clusters of {} blocks", gpu.team, gpu.cluster),
                 );
-                fault(!gpu.apart || (2..=MAX_TEAM).contains(&gpu.team) && gpu.scratch_bytes > 0, &|| {
+                fault(!gpu.apart || (2..=MOST_APART).contains(&gpu.team) && gpu.scratch_bytes > 0, &|| {
                     format!("teams of {} that exchange through {} bytes of memory", gpu.team, gpu.scratch_bytes)
                 });
                 fault(gpu.scratch_bytes <= MAX_SCRATCH_BYTES, &|| {

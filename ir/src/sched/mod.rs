@@ -89,6 +89,11 @@ pub struct Scheduled {
     pub roles: Vec<Role>,
 }
 
+/// Most blocks of a cluster, and so of a team that is one.
+pub const MOST_IN_CLUSTER: u32 = 16;
+/// Most blocks of a team that exchanges through memory.
+pub const MOST_APART: u32 = 64;
+
 impl Scheduled {
     /// Whether the blocks of a team exchange through memory. They must all run at once.
     pub fn apart(&self) -> bool {

@@ -6,13 +6,9 @@
 use super::{Report, location, matrix};
 use crate::sched::ring::{channel_of, units};
 use crate::sched::visit::Definitions;
-use crate::sched::{Block, BufferId, Op, Place, Scheduled};
+use crate::sched::{Block, BufferId, MOST_APART, MOST_IN_CLUSTER, Op, Place, Scheduled};
 use crate::tile::Type;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Most blocks of a team in a cluster, and through memory.
-const MOST: u32 = 16;
-const MOST_APART: u32 = 64;
 
 /// In which phases of a tile each buffer is used; none where blocks do not meet.
 pub(super) struct Phases(BTreeMap<BufferId, BTreeSet<u32>>);
@@ -107,7 +103,7 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     if !exchanges {
         return;
     }
-    let most_blocks = if kernel.apart() { MOST_APART } else { MOST };
+    let most_blocks = if kernel.apart() { MOST_APART } else { MOST_IN_CLUSTER };
     if kernel.team > most_blocks {
         report.add("", format!("a team of {}, but at most {most_blocks} blocks run together", kernel.team));
     }

@@ -4,7 +4,7 @@ use super::config::WARPGROUP;
 use super::emit::{Emit, Held};
 use super::fragment::{Geometry, Register};
 use super::ptx;
-use crate::nvidia::lower::mlir::{Fn, Ty, Val, i32};
+use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use crate::nvidia::lower::{arith, isa};
 use dsc_ir::DType;
 use dsc_ir::sched::{Block, Buffer, ChannelId, Inst, Op};
@@ -123,21 +123,14 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
-    /// The same read again: every thread takes the values of its own rows, `pitch` bytes apart behind `base`.
-    pub fn read_rows(
-        &mut self,
-        r: ValueId,
-        pitch: u32,
-        base: Val,
-        load: fn(&mut Fn, Val) -> Val,
-    ) -> Result<(), String> {
+    /// The same read again: every thread takes the values of its own rows, `pitch` bytes apart, by how many bytes they are behind the first.
+    pub fn read_rows(&mut self, r: ValueId, pitch: u32, load: impl Fn(&mut Self, Val) -> Val) -> Result<(), String> {
         let geometry = self.seen_in(r)?;
         let mut values = Vec::new();
         for at in geometry.varying(true, false) {
             let [row, _] = geometry.coordinates(&mut self.t, at);
             let byte = self.t.f.mul(row, i32(pitch.into()));
-            let at = self.t.f.add(base, byte);
-            values.push(load(&mut self.t.f, at));
+            values.push(load(self, byte));
         }
         self.held.insert(r, Held::Registers(values, [true, false]));
         Ok(())

@@ -379,7 +379,10 @@ impl<'a> Emit<'a> {
             return Err(format!("{} is read by threads and is no column of f32", data.name));
         }
         let base = self.slot_at(channel, slot, stage);
-        self.read_rows(result, data.pitch, base, ptx::load_shared_f32)
+        self.read_rows(result, data.pitch, |e, byte| {
+            let at = e.t.f.add(base, byte);
+            ptx::load_shared_f32(&mut e.t.f, at)
+        })
     }
 
     /// Frees the stage waited for `lag` waits before the last, once the products that read it have ended.

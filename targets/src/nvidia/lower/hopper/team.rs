@@ -103,7 +103,10 @@ impl Emit<'_> {
             let first = self.t.f.mul(row, i32((rows * data.pitch).into()));
             let base = self.t.f.add(base, first);
             let base = ptx::address_in(&mut self.t.f, base, rank);
-            return self.read_rows(r, data.pitch, base, ptx::load_cluster_f32);
+            return self.read_rows(r, data.pitch, |e, byte| {
+                let at = e.t.f.add(base, byte);
+                ptx::load_cluster_f32(&mut e.t.f, at)
+            });
         }
         let registers = self.geometry(r)?.registers().len();
         if !registers.is_multiple_of(TOGETHER) {
@@ -112,9 +115,7 @@ impl Emit<'_> {
         let groups = registers / TOGETHER;
         let mut base = self.own_place(base);
         if own {
-            let number = self.t.f.mul(column, i32(down.into()));
-            let number = self.t.f.add(number, row);
-            let first = self.t.f.mul(number, i32((groups as u32 * WARPGROUP * BYTES).into()));
+            let first = self.first_of_piece([row, column], down, groups as u32);
             base = self.t.f.add(base, first);
         }
         let base = ptx::address_in(&mut self.t.f, base, rank);
@@ -125,6 +126,13 @@ impl Emit<'_> {
         }
         self.held.insert(r, Held::Registers(values, [true, true]));
         Ok(())
+    }
+
+    /// Bytes in front of a piece at that place, of so many groups of registers, where that many pieces are one under another.
+    fn first_of_piece(&mut self, [row, column]: [Val; 2], down: u32, groups: u32) -> Val {
+        let number = self.t.f.mul(column, i32(down.into()));
+        let number = self.t.f.add(number, row);
+        self.t.f.mul(number, i32((groups * WARPGROUP * BYTES).into()))
     }
 
     fn own_place(&mut self, base: Val) -> Val {
@@ -221,8 +229,9 @@ impl Emit<'_> {
             let writes = self.writes_rows(geometry);
             for at in geometry.varying(true, false) {
                 let [row, _] = geometry.coordinates(&mut self.t, at);
-                let at_byte = self.byte_of_row(row, data);
-                let to = self.t.f.offset(base, at_byte);
+                let byte = self.t.f.mul(row, i32(data.pitch.into()));
+                let byte = self.t.f.cast("zext", byte, Ty::I64);
+                let to = self.t.f.offset(base, byte);
                 let v = self.element(value, at, &mut seen)?;
                 ptx::store_f32_if(&mut self.t.f, writes, to, v);
             }
@@ -282,16 +291,11 @@ impl Emit<'_> {
                 let first = self.t.f.cast("zext", first, Ty::I64);
                 base = self.t.f.offset(base, first);
             }
-            let geometry = self.seen_in(r)?;
-            let mut values = Vec::new();
-            for at in geometry.varying(true, false) {
-                let [row, _] = geometry.coordinates(&mut self.t, at);
-                let byte = self.byte_of_row(row, data);
-                let at = self.t.f.offset(base, byte);
-                values.push(ptx::load_others_f32(&mut self.t.f, at));
-            }
-            self.held.insert(r, Held::Registers(values, [true, false]));
-            return Ok(());
+            return self.read_rows(r, data.pitch, |e, byte| {
+                let byte = e.t.f.cast("zext", byte, Ty::I64);
+                let at = e.t.f.offset(base, byte);
+                ptx::load_others_f32(&mut e.t.f, at)
+            });
         }
         let registers = self.geometry(r)?.registers().len();
         if !registers.is_multiple_of(TOGETHER) {
@@ -299,9 +303,7 @@ impl Emit<'_> {
         }
         let groups = (registers / TOGETHER) as u32;
         if let Some(([row, column], down)) = own {
-            let number = self.t.f.mul(column, i32(down.into()));
-            let number = self.t.f.add(number, row);
-            let first = self.t.f.mul(number, i32((groups * WARPGROUP * BYTES).into()));
+            let first = self.first_of_piece([row, column], down, groups);
             let first = self.t.f.cast("zext", first, Ty::I64);
             base = self.t.f.offset(base, first);
         }
@@ -319,10 +321,5 @@ impl Emit<'_> {
     fn own_byte(&mut self) -> Val {
         let own = self.t.f.mul(self.role_tid, i32(BYTES.into()));
         self.t.f.cast("zext", own, Ty::I64)
-    }
-
-    fn byte_of_row(&mut self, row: Val, data: &Buffer) -> Val {
-        let byte = self.t.f.mul(row, i32(data.pitch.into()));
-        self.t.f.cast("zext", byte, Ty::I64)
     }
 }

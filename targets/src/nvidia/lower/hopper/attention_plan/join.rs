@@ -29,12 +29,9 @@
 
 use super::*;
 use crate::nvidia::lower::hopper::attention::Softmax;
+use dsc_ir::sched::{MOST_APART, MOST_IN_CLUSTER};
 use dsc_ir::tile::{MapArg, MapInst, ScalarOp};
 
-/// Most blocks of a cluster.
-const MOST_BLOCKS: u32 = 16;
-/// Most blocks that exchange through memory.
-const MOST_APART: u32 = 64;
 /// Registers for what comes from other blocks at once, with many heads and with few.
 const ROOM: u32 = 128;
 const ROOM_OF_FEW: u32 = 32;
@@ -80,7 +77,7 @@ impl<'a> Planner<'a> {
             let whole = heads.is_multiple_of(down * unit[0]) && wide.is_multiple_of(across * unit[1]);
             whole.then_some([heads / down, wide / across])
         };
-        let most = if apart { MOST_APART } else { MOST_BLOCKS / shared };
+        let most = if apart { MOST_APART } else { MOST_IN_CLUSTER / shared };
         let fits = |&blocks: &u32| blocks > 1 && blocks <= most;
         let mut counts = std::iter::successors(Some(wanted), |&n| (n > 2).then(|| n.next_power_of_two() / 2));
         counts
