@@ -123,7 +123,7 @@ pub fn barrier(f: &mut Fn) {
     f.raw("nvvm.barrier0");
 }
 
-/// Threads of barrier `id` (1..16), `threads` of them, wait for one another.
+/// Threads of barrier `id` (below 16), `threads` of them, wait for one another.
 pub fn named_barrier(f: &mut Fn, id: u32, threads: u32) {
     f.asm(&format!("bar.sync {id}, {threads};"), "", &[], &[], true, true);
 }

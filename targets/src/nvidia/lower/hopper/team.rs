@@ -184,8 +184,10 @@ impl Emit<'_> {
             }
             None => None,
         };
-        // What all threads of the block have put, one of them releases; what it acquires, all may get.
-        self.t.barrier();
+        // What all threads of the block have put, one of them releases; what it acquires, all may get. Each role has a barrier instruction of its
+        // own here, which is only allowed to one that says how many threads it is for.
+        let threads = self.t.threads;
+        isa::named_barrier(&mut self.t.f, 0, threads);
         if self.first_role() {
             let block = isa::sreg(&mut self.t.f, "ctaid.x");
             let together = self.cluster * self.team;
@@ -203,7 +205,7 @@ impl Emit<'_> {
             let one = self.t.f.cmp("eq", self.t.tid, i32(0));
             self.t.when(one, |t| ptx::meet_through(&mut t.f, counter, step));
         }
-        self.t.barrier();
+        isa::named_barrier(&mut self.t.f, 0, threads);
         if let Some(after) = after {
             self.t.f.br(after, &[]);
             self.t.f.start(after, &[]);
