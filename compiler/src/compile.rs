@@ -310,6 +310,7 @@ fn classes(config: &ModelConfig, options: &Options, max_context: u32, blocks: u3
             .with(Sym::N, MAX_PAGES)
             .with(Sym::C, context),
         keep_mha,
+        keep_scores: false,
     };
     let short = max_context.min(config.index_topk as u32);
     let mut classes = vec![

@@ -26,7 +26,7 @@ use crate::compile::{self, CompileError, Compiled, Event};
 use crate::passes::{self, Class};
 use crate::plan::entry::{Function, plan_entries};
 use crate::plan::{self};
-use dsc_ir::artifact::{LibraryFacts, ModelFacts, Numerics};
+use dsc_ir::artifact::{LibraryFacts, ModelFacts, Numerics, Pieces};
 use dsc_ir::graph::{Argument, Graph, Op, PAGE_TOKENS, Quant, StateFormat, TensorType, Value, ValueType};
 use dsc_ir::schedule::{Rule, Schedule};
 use dsc_ir::{DType, Extent, Sym, SymValues};
@@ -40,6 +40,9 @@ pub const V32_SCALE: f32 = 0.135_233_78;
 pub const SEQUENCES: [u32; 10] = [1, 2, 4, 8, 16, 32, 64, 96, 128, 1024];
 /// Tokens that prefill takes at most, by class. The first is so small that a matrix of its scores has less than 64 MiB.
 pub const TOKENS: [u32; 2] = [64, 16384];
+/// How the chain of a prefill is made: scores of a piece are a matrix in memory, 128 MiB with 32K columns or more, beside its selection. (Scores and
+/// selection in one kernel need no matrix, and take a fifth longer.)
+pub const PIECES: Pieces = Pieces { tokens: 2048, bytes: 136 << 20 };
 /// Pages a cache may have.
 const MAX_PAGES: u32 = 1 << 24;
 
@@ -95,6 +98,10 @@ pub fn compile_for(
     check(facts).map_err(CompileError::Option)?;
     let mut functions = functions(facts);
     for function in &mut functions {
+        if target.blocks() == 0 {
+            // There a chain is one kernel, which keeps no matrix.
+            function.pieces = None;
+        }
         let cx = compile::context(target, function.class.clone(), Numerics::Deployed, true, facts.topk);
         let class = function.class.name.clone();
         passes::run(&mut function.graph, &cx, &mut |name, graph, took| {
@@ -171,7 +178,7 @@ fn functions(facts: &LibraryFacts) -> Vec<Function> {
         for seqs in SEQUENCES {
             let class = |op: &str| class(facts, op, &decode_name(seqs, queries), (seqs * queries, seqs));
             let mut add = |op: &str, graph: Graph, relations: Vec<(Extent, Extent)>| {
-                all.push(Function { op: op.into(), class: class(op), graph, relations });
+                all.push(Function { op: op.into(), class: class(op), graph, relations, pieces: None });
             };
             add("paged_logits", paged_logits(facts), per_sequence.clone());
             let mut relations = per_sequence.clone();
@@ -182,7 +189,7 @@ fn functions(facts: &LibraryFacts) -> Vec<Function> {
     for tokens in SEQUENCES {
         let class = |op: &str| class(facts, op, &decode_name(tokens, 1), (tokens, tokens));
         for (op, graph) in [("topk_decode", topk(facts, false)), ("mla_decode", mla_decode(facts))] {
-            all.push(Function { op: op.into(), class: class(op), graph, relations: Vec::new() });
+            all.push(Function { op: op.into(), class: class(op), graph, relations: Vec::new(), pieces: None });
         }
     }
     for tokens in TOKENS {
@@ -193,8 +200,10 @@ fn functions(facts: &LibraryFacts) -> Vec<Function> {
             ("prefill", prefill(facts)),
         ];
         for (op, graph) in operations {
-            let class = class(facts, op, &format!("prefill{tokens}"), (tokens, 1));
-            all.push(Function { op: op.into(), class, graph, relations: Vec::new() });
+            let mut class = class(facts, op, &format!("prefill{tokens}"), (tokens, 1));
+            let pieces = (op == "prefill" && tokens > PIECES.tokens).then_some(PIECES);
+            class.keep_scores = pieces.is_some();
+            all.push(Function { op: op.into(), class, graph, relations: Vec::new(), pieces });
         }
     }
     all.sort_by(|a, b| a.op.cmp(&b.op));
@@ -214,7 +223,7 @@ fn class(facts: &LibraryFacts, op: &str, name: &str, (tokens, seqs): (u32, u32))
         .with(Sym::L, 1)
         .with(Sym::N, MAX_PAGES)
         .with(Sym::C, pages * PAGE_TOKENS);
-    Class { name: format!("{op}/{name}"), max, keep_mha: false }
+    Class { name: format!("{op}/{name}"), max, keep_mha: false, keep_scores: false }
 }
 
 /// A graph on the way.

@@ -19,7 +19,7 @@ use crate::device::{Code, Device, Vendor};
 use crate::error::{CallError, DeviceError, Error};
 use crate::gpu::GpuFunctions;
 use dsc_ir::artifact::{ArgElem, Entry, EntryArg, Header, Misfit, WORKSPACE_ALIGN};
-use dsc_ir::{DType, SymValues};
+use dsc_ir::{DType, Sym, SymValues};
 use std::ffi::c_void;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -55,9 +55,21 @@ enum Place {
 struct Call<'a> {
     entry: &'a Entry,
     syms: SymValues,
-    /// Parts of the workspace, and bytes of all.
+    /// Sizes of the pieces that it is made in, but for the last.
+    piece: SymValues,
+    /// Parts of a piece's workspace, and bytes of all.
     parts: Vec<u64>,
     workspace: u64,
+}
+
+/// A call's arguments from one of its pieces on.
+struct PieceOf<'a, 'b> {
+    call: &'a Call<'a>,
+    tensors: &'a [Tensor<'b>],
+    workspace: *mut c_void,
+    /// Pieces before.
+    number: usize,
+    syms: SymValues,
 }
 
 impl Library {
@@ -120,7 +132,7 @@ impl Library {
         stream: *mut c_void,
     ) -> Result<(), CallError> {
         let call = self.call(op, tensors)?;
-        if call.syms.get(dsc_ir::Sym::T) == 0 {
+        if call.syms.get(Sym::T) == 0 {
             return Ok(());
         }
         for (arg, tensor) in call.entry.args.iter().zip(tensors) {
@@ -128,26 +140,41 @@ impl Library {
             check_address(arg, tensor.data, bytes)?;
         }
         check_workspace(&call, workspace)?;
+        let each = call.piece.get(Sym::T);
+        for number in 0..call.syms.get(Sym::T).div_ceil(each) {
+            let tokens = each.min(call.syms.get(Sym::T) - number * each);
+            let syms = call.syms.with(Sym::T, tokens);
+            let piece = PieceOf { call: &call, tensors, workspace: workspace.0, number: number as usize, syms };
+            // SAFETY: the caller vouches for the memory, of which this is a part.
+            unsafe { self.launch_piece(&piece, stream)? };
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`Library::launch`].
+    unsafe fn launch_piece(&self, piece: &PieceOf, stream: *mut c_void) -> Result<(), CallError> {
+        let kernels = &self.header().kernels;
+        let launches = &piece.call.entry.launches;
         match &self.device {
             Place::Cpu(device) => {
                 let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-                let kernels = &self.header().kernels;
-                for launch in &call.entry.launches {
+                for launch in launches {
                     let kernel = launch.kernel as usize;
-                    let places = call.places(launch, &kernels[kernel].params, tensors, workspace.0)?;
+                    let places = piece.places(launch, &kernels[kernel].params)?;
                     let places: Vec<*mut u8> = places.into_iter().map(|p| p.cast()).collect();
                     // SAFETY: the caller vouches for the memory; `places` has compared every view with it.
-                    unsafe { device.launch(kernel, &places, &call.syms)? };
+                    unsafe { device.launch(kernel, &places, &piece.syms)? };
                 }
             }
             Place::Gpu(functions) => {
                 functions.enter()?;
-                for launch in &call.entry.launches {
+                for launch in launches {
                     let kernel = launch.kernel as usize;
-                    let places = call.places(launch, &self.header().kernels[kernel].params, tensors, workspace.0)?;
+                    let places = piece.places(launch, &kernels[kernel].params)?;
                     let places = places.into_iter().map(|p| p.addr() as u64).collect();
                     // SAFETY: as above; the stream is the caller's word.
-                    unsafe { functions.launch(stream, kernel, places, &call.syms)? };
+                    unsafe { functions.launch(stream, kernel, places, &piece.syms)? };
                 }
             }
         }
@@ -167,8 +194,9 @@ impl Library {
             let shapes: Vec<&[u64]> = shapes.iter().map(Vec::as_slice).collect();
             match entry.symbols(&shapes) {
                 Ok(syms) => {
-                    let (parts, workspace) = entry.workspace(&syms).unwrap_or((Vec::new(), u64::MAX));
-                    return Ok(Call { entry, syms, parts, workspace });
+                    let piece = entry.piece(&syms);
+                    let (parts, workspace) = entry.workspace(&piece).unwrap_or((Vec::new(), u64::MAX));
+                    return Ok(Call { entry, syms, piece, parts, workspace });
                 }
                 // Of classes that are refused for as good a reason, the last is the largest.
                 Err(why) if refused.as_ref().is_none_or(|r| r.rank() <= why.rank()) => refused = Some(why),
@@ -184,26 +212,28 @@ impl Library {
     }
 }
 
-impl Call<'_> {
+impl PieceOf<'_, '_> {
     /// The address of each parameter of a launch, whose view is inside the memory it is on.
     fn places(
         &self,
         launch: &dsc_ir::artifact::Launch,
         params: &[dsc_ir::artifact::ParamEntry],
-        tensors: &[Tensor],
-        workspace: *mut c_void,
     ) -> Result<Vec<*mut c_void>, CallError> {
         use dsc_ir::artifact::Arg;
+        let Call { entry, piece, parts, .. } = self.call;
         let mut places = Vec::with_capacity(params.len());
         for (param, &arg) in params.iter().zip(&launch.args) {
             let base = match arg {
-                Arg::Caller(i) => tensors.get(i as usize).map(|t| t.data),
-                Arg::Workspace(i) => self.parts.get(i as usize).map(|&at| workspace.wrapping_byte_add(at as usize)),
+                Arg::Caller(i) => {
+                    let before = entry.piece_bytes(i as usize, piece) as usize * self.number;
+                    self.tensors.get(i as usize).map(|t| t.data.wrapping_byte_add(before))
+                }
+                Arg::Workspace(i) => parts.get(i as usize).map(|&at| self.workspace.wrapping_byte_add(at as usize)),
                 _ => None,
             };
             let fault = |what: String| DeviceError::Binding { launch: 0, node: launch.node.clone(), what };
             let missing = || fault(format!("parameter {} is bound to {arg:?}", param.name));
-            let (bytes, at) = self.entry.buffer(arg, &self.syms).ok_or_else(missing)?;
+            let (bytes, at) = entry.buffer(arg, &self.syms).ok_or_else(missing)?;
             param.check_binding(at, bytes, &self.syms).map_err(fault)?;
             places.push(base.ok_or_else(missing)?.wrapping_byte_add(at as usize));
         }

@@ -224,7 +224,7 @@ def section_chains():
         ref = lib.mla_decode(q, pool, slots.view(s, n, K))
         (e, ok), (e2, ok2) = close(out, ref[0], 2e-2), close(lse, ref[1], 1e-4)
         report("decode", (s, n, ctx), ok and ok2 and same, out=e, lse=e2, same_bits=same)
-    for t, c in ((9, 3000), (200, 6000)):
+    for t, c in ((9, 3000), (200, 6000), (2500, 5000)):
         iq, k, ks, w = fp8(t, HI, D), fp8(c, D), torch.rand(c, device=DEV) * 0.01 + 0.005, torch.randn(t, HI, device=DEV)
         q, kv = torch.randn(t, H, L + R, device=DEV).bfloat16(), torch.randn(c, 1, L + R, device=DEV).bfloat16()
         ends = torch.arange(c - t + 1, c + 1, dtype=torch.int32, device=DEV)

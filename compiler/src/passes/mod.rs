@@ -66,6 +66,8 @@ pub struct Class {
     /// Keep attention in its MHA form: keys and values of the whole context are expanded once. Meant for a short prefill of one
     /// sequence (`S == 1`) whose context is at most `index_topk`, so that everything is selected.
     pub keep_mha: bool,
+    /// Write the indexer's scores to memory however many tokens there are: who runs the step sees to it that they fit.
+    pub keep_scores: bool,
 }
 
 /// What passes know besides the graph.

@@ -7,7 +7,7 @@
 use super::{Interned, Plan, PlanError, Scheduler, launch, launch_order, memory};
 use crate::kernels::{ArgRef, Part, state_root};
 use crate::passes::Class;
-use dsc_ir::artifact::{Arg, ArgElem, Entry, EntryArg, WorkspacePart};
+use dsc_ir::artifact::{Arg, ArgElem, Entry, EntryArg, Pieces, WorkspacePart};
 use dsc_ir::graph::{Elem, Graph, Op, Value, ValueType};
 use dsc_ir::{DType, Extent, Sym};
 use std::collections::HashMap;
@@ -22,6 +22,8 @@ pub struct Function {
     pub graph: Graph,
     /// See [`Entry::relations`].
     pub relations: Vec<(Extent, Extent)>,
+    /// See [`Entry::pieces`].
+    pub pieces: Option<Pieces>,
 }
 
 /// Plans entry points, of each operation in the order the runtime should try them.
@@ -44,7 +46,7 @@ fn plan_entry(
     function: &Function,
     scheduler: &Scheduler,
 ) -> Result<Entry, PlanError> {
-    let Function { op, class, graph, relations } = function;
+    let Function { op, class, graph, relations, pieces } = function;
     let mut memory = Memory::of(graph);
     let (launches, _) = launch_order(graph);
     for &node in &launches {
@@ -60,6 +62,7 @@ fn plan_entry(
         args: memory.args.clone(),
         workspace: memory.workspace.clone(),
         launches: Vec::new(),
+        pieces: *pieces,
     };
     let bind = |arg: &ArgRef| {
         memory.bind(graph, arg).ok_or_else(|| PlanError::Unbound {

@@ -90,6 +90,20 @@ pub struct WorkspacePart {
     pub shape: Vec<Extent>,
 }
 
+/// How a call of many tokens is made: in pieces of tokens, one after the other in the same workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pieces {
+    /// Tokens of a piece at most: a power of two, so that what has an element a token stays aligned.
+    pub tokens: u32,
+    /// Bytes of a piece's workspace at most, unless [`Pieces::FEWEST`] tokens take more.
+    pub bytes: u64,
+}
+
+impl Pieces {
+    /// Tokens that a piece has if the call has as many.
+    pub const FEWEST: u32 = 64;
+}
+
 /// One operation of a kernel library for one shape class.
 ///
 /// A caller gives an array for each argument; their shapes bind the symbols. Intermediate results lie in a workspace of the
@@ -110,6 +124,8 @@ pub struct Entry {
     pub workspace: Vec<WorkspacePart>,
     /// Launches in order.
     pub launches: Vec<Launch>,
+    /// Whether it is made in pieces: then tokens are the first dim of all that has them, and no token needs another.
+    pub pieces: Option<Pieces>,
 }
 
 /// Why a call is not one of a class; of several classes the latest says most.
@@ -197,6 +213,23 @@ impl Entry {
         Ok(syms)
     }
 
+    /// The sizes of the first piece of a call, which is its largest: half as many tokens, and half of that, until the workspace is small enough.
+    pub fn piece(&self, syms: &SymValues) -> SymValues {
+        let Some(pieces) = self.pieces else { return *syms };
+        let fits = |n: u32| self.workspace(&syms.with(Sym::T, n)).is_some_and(|w| w.1 <= pieces.bytes);
+        let mut tokens = pieces.tokens;
+        while tokens > Pieces::FEWEST && !fits(tokens) {
+            tokens /= 2;
+        }
+        syms.with(Sym::T, tokens.min(syms.get(Sym::T)).max(1))
+    }
+
+    /// Bytes from a piece's first token to the next piece's in an argument, if pieces have so many tokens; 0 in what they share.
+    pub fn piece_bytes(&self, arg: usize, piece: &SymValues) -> u64 {
+        let by_token = |a: &&EntryArg| a.shape.first().is_some_and(|e| e.sym == Some(Sym::T));
+        self.args.get(arg).filter(by_token).and_then(|a| a.bytes(piece)).unwrap_or(0)
+    }
+
     /// Where each part of the workspace starts, and the bytes of all.
     pub fn workspace(&self, syms: &SymValues) -> Option<(Vec<u64>, u64)> {
         let mut at = 0u64;
@@ -255,6 +288,13 @@ impl Entry {
         };
         expect(self.args.iter().all(pages), "an argument's type or pages cannot be");
         expect(self.relations.iter().all(|(a, _)| a.factor == 1), "a relation binds a multiple");
+        let tokens = |e: &Extent| e.sym == Some(Sym::T);
+        let leads = |a: &EntryArg| {
+            !a.shape.iter().skip(1).any(tokens) && a.shape.first().is_none_or(|e| !tokens(e) || e.factor == 1)
+        };
+        let apart = self.args.iter().all(leads) && !self.relations.iter().any(|(a, b)| tokens(a) || tokens(b));
+        let even = |p: Pieces| p.tokens.is_power_of_two() && p.tokens >= Pieces::FEWEST;
+        expect(self.pieces.is_none_or(|p| apart && even(p)), "it cannot be made in pieces of tokens");
         let fits = |n: Option<u64>| n.is_some_and(|n| n <= MAX_BUFFER_BYTES);
         expect(self.args.iter().all(|a| fits(a.bytes(&self.max))), "an argument is beyond reason");
         expect(fits(self.workspace(&self.max).map(|w| w.1)), "its workspace is beyond reason");

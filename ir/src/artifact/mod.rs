@@ -27,7 +27,7 @@ mod entries;
 mod file;
 mod sizes;
 
-pub use entries::{ArgElem, Entry, EntryArg, LibraryFacts, Misfit, WORKSPACE_ALIGN, WorkspacePart};
+pub use entries::{ArgElem, Entry, EntryArg, LibraryFacts, Misfit, Pieces, WORKSPACE_ALIGN, WorkspacePart};
 pub use file::{ArtifactError, MAX_HEADER_BYTES, read, section, write};
 pub use sizes::Overflow;
 

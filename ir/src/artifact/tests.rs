@@ -301,7 +301,23 @@ fn entry() -> Entry {
             WorkspacePart { element_bytes: 2, shape: vec![Sym::T.into()] },
         ],
         launches: Vec::new(),
+        pieces: None,
     }
+}
+
+#[test]
+fn calls_are_cut_where_the_workspace_is_too_large() {
+    let mut e = entry();
+    e.relations.clear();
+    let tokens = |e: &Entry, t: u32, c: u32| e.piece(&SymValues([t, 1, 1, 1, 1, c])).get(Sym::T);
+    assert_eq!(tokens(&e, 5000, 1 << 17), 5000);
+    e.pieces = Some(Pieces { tokens: 1024, bytes: 128 << 20 });
+    // 4 bytes a column and 2 besides, each part rounded up.
+    assert_eq!([1, 700, 5000].map(|t| tokens(&e, t, 8192)), [1, 700, 1024]);
+    assert_eq!([16384, 32768, 131072].map(|c| tokens(&e, 5000, c)), [1024, 512, 128]);
+    assert_eq!([1 << 20, 1 << 30].map(|c| tokens(&e, 5000, c)), [64, 64]);
+    let piece = SymValues([64, 3, 5, 1, 1, 7]);
+    assert_eq!([0, 1, 2, 3].map(|i| e.piece_bytes(i, &piece)), [64 * 3 * 4, 0, 64 * 4, 0]);
 }
 
 #[test]
@@ -339,6 +355,12 @@ fn what_is_wrong_with_an_entry_point_is_found() {
     wrong(&|e| e.args[0].shape = vec![], "no dims");
     wrong(&|e| e.relations[0].0.factor = 2, "binds a multiple");
     wrong(&|e| e.workspace[0].element_bytes = u32::MAX, "workspace is beyond reason");
+    let cut = |tokens| Some(Pieces { tokens, bytes: 1 });
+    wrong(&|e| e.pieces = cut(64), "in pieces");
+    for tokens in [0, 32, 96] {
+        wrong(&|e| (e.pieces, e.relations) = (cut(tokens), Vec::new()), "in pieces");
+    }
+    wrong(&|e| (e.pieces, e.relations[0].0, e.args[1].shape[1]) = (cut(64), Sym::L.into(), Sym::T.into()), "in pieces");
     let launch = |arg| Launch { kernel: 0, args: vec![arg], node: "n".into() };
     wrong(&|e| e.launches = vec![launch(Arg::Caller(9))], "does not exist");
     wrong(&|e| e.launches = vec![launch(Arg::Arena(0))], "does not exist");

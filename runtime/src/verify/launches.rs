@@ -129,7 +129,13 @@ impl Sizes {
                 // The largest class of tokens is the only one with two.
                 && (max.get(Sym::T) < 32 || s.tokens > 1)
         };
-        all.into_iter().map(|(tokens, seqs, before)| Sizes { tokens, seqs, before }).filter(fits).collect()
+        let mut sizes: Vec<Sizes> =
+            all.into_iter().map(|(tokens, seqs, before)| Sizes { tokens, seqs, before }).filter(fits).collect();
+        if sizes.is_empty() {
+            // A class of short contexts, of a model that selects few positions.
+            sizes.push(Sizes { tokens: max.get(Sym::C).min(max.get(Sym::T)), seqs: 1, before: 0 });
+        }
+        sizes
     }
 }
 

@@ -11,6 +11,7 @@ use super::config::WARPGROUP;
 use super::emit::{Emit, Held};
 use super::fragment::Geometry;
 use super::ptx;
+use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::artifact::COUNTER_PITCH;
@@ -184,33 +185,43 @@ impl Emit<'_> {
             }
             None => None,
         };
-        // What all threads of the block have put, one of them releases; what it acquires, all may get. Each role has a barrier instruction of its
-        // own here, which is only allowed to one that says how many threads it is for.
-        let threads = self.t.threads;
-        isa::named_barrier(&mut self.t.f, 0, threads);
-        if self.first_role() {
-            let block = isa::sreg(&mut self.t.f, "ctaid.x");
-            let together = self.cluster * self.team;
-            let number = self.t.f.div(block, together);
-            let number = self.t.f.mul(number, i32(self.cluster.into()));
-            let number = self.t.f.add(number, self.rank);
-            let number = self.t.f.add(number, i32(1));
-            let bytes = self.t.f.mul(number, i32(-(COUNTER_PITCH as i64)));
-            let bytes = self.t.f.cast("sext", bytes, Ty::I64);
-            let all = self.outside(false);
-            let counter = self.t.f.offset(all, bytes);
-            let leads = self.t.f.cmp("eq", self.member, i32(0));
-            let turns = i64::from(i32::MAX) + 2 - i64::from(self.team);
-            let step = self.t.f.select(leads, i32(turns), i32(1));
-            let one = self.t.f.cmp("eq", self.t.tid, i32(0));
-            self.t.when(one, |t| ptx::meet_through(&mut t.f, counter, step));
+        // What all threads of the block have put, one of them releases; what it acquires, all may get. Roles wait for one another by a warp of each: a
+        // barrier of all threads is for one place in the code, and each role meets at its own.
+        let (first, warps) = (self.first_role(), Arch::WARP * self.s.roles.len().max(1) as u32);
+        self.role_waits();
+        let speaks = self.t.f.cmp("ult", self.role_tid, i32(Arch::WARP.into()));
+        let inside = self.t.f.open_if(speaks);
+        isa::named_barrier(&mut self.t.f, 0, warps);
+        if first {
+            self.meet_others();
         }
-        isa::named_barrier(&mut self.t.f, 0, threads);
+        isa::named_barrier(&mut self.t.f, 0, warps);
+        self.t.f.close_if(inside);
+        self.role_waits();
         if let Some(after) = after {
             self.t.f.br(after, &[]);
             self.t.f.start(after, &[]);
         }
         Ok(())
+    }
+
+    /// The block's first thread meets those of the team's other blocks.
+    fn meet_others(&mut self) {
+        let block = isa::sreg(&mut self.t.f, "ctaid.x");
+        let together = self.cluster * self.team;
+        let number = self.t.f.div(block, together);
+        let number = self.t.f.mul(number, i32(self.cluster.into()));
+        let number = self.t.f.add(number, self.rank);
+        let number = self.t.f.add(number, i32(1));
+        let bytes = self.t.f.mul(number, i32(-(COUNTER_PITCH as i64)));
+        let bytes = self.t.f.cast("sext", bytes, Ty::I64);
+        let all = self.outside(false);
+        let counter = self.t.f.offset(all, bytes);
+        let leads = self.t.f.cmp("eq", self.member, i32(0));
+        let turns = i64::from(i32::MAX) + 2 - i64::from(self.team);
+        let step = self.t.f.select(leads, i32(turns), i32(1));
+        let one = self.t.f.cmp("eq", self.t.tid, i32(0));
+        self.t.when(one, |t| ptx::meet_through(&mut t.f, counter, step));
     }
 
     /// Registers of a piece, where each block has one of its own: what a block has put of that nobody else gets, so that it stays where it is.
