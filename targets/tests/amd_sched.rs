@@ -19,7 +19,7 @@ use dsc_ir::tile::{self, Program, interp};
 use dsc_ir::{DType, SymValues};
 use dsc_targets::Kernel;
 use dsc_targets::amd::arch::{ARCHS, Arch};
-use dsc_targets::amd::lower::lower;
+use dsc_targets::amd::lower::{Bounds, lower};
 use experts::Experts;
 use linear::Linear;
 
@@ -111,7 +111,7 @@ fn rings_are_sound_and_change_nothing() {
         for (arch, stages) in ARCHS.iter().flat_map(|a| [(a, 2), (a, 4)]) {
             let schedule = Schedule { stages, near: true, dies: 3, ..Schedule::default() };
             let kernel = Kernel { program: program.clone(), schedule };
-            let lowered = lower(&kernel, arch).unwrap_or_else(|e| panic!("{}: {e}", program.name));
+            let lowered = lower(&kernel, arch, Bounds::Tested).unwrap_or_else(|e| panic!("{}: {e}", program.name));
             let name = format!("{} on {} in {stages} stages", program.name, arch.name);
             let converts = arch.name == "gfx942" && lowered.sched.contains("e4m3");
             if lowered.sched.contains("copy c0.0") == converts {
@@ -162,7 +162,7 @@ fn loads_ahead_are_sound_and_change_nothing() {
     for (program, archs) in cases {
         for arch in archs {
             let kernel = Kernel { program: program.clone(), schedule: Schedule::default() };
-            let lowered = lower(&kernel, arch).unwrap_or_else(|e| panic!("{}: {e}", program.name));
+            let lowered = lower(&kernel, arch, Bounds::Tested).unwrap_or_else(|e| panic!("{}: {e}", program.name));
             let name = format!("{} on {}", program.name, arch.name);
             if !lowered.sched.contains("@held") {
                 problems.push(format!("{name}: nothing is loaded ahead\n{}", lowered.sched));

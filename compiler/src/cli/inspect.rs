@@ -141,7 +141,10 @@ fn multiprocessor(header: &Header) -> String {
                     (0, 0) => r.registers.to_string(),
                     (a, s) => format!("{} ({a} for accumulators), {s} scalar", r.registers),
                 },
-                format!("{} / {}", r.spill_bytes[0], r.spill_bytes[1]),
+                match (r.spill_bytes, r.scalar_spills) {
+                    ([stores, loads], 0) => format!("{stores} / {loads}"),
+                    ([stores, loads], n) => format!("{stores} / {loads}, {n} scalar registers"),
+                },
                 r.stack_bytes.to_string(),
                 format!("{} + {}", gpu.shared_bytes, r.static_shared_bytes),
                 r.blocks_per_sm.to_string(),

@@ -226,6 +226,9 @@ pub struct Resources {
     pub scalar_registers: u32,
     /// Bytes a thread spills: stores and loads.
     pub spill_bytes: [u32; 2],
+    /// Scalar registers kept in lanes of vector registers.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub scalar_spills: u32,
     /// Bytes of a thread's stack frame.
     pub stack_bytes: u32,
     /// Bytes of static shared memory of a block.

@@ -149,7 +149,9 @@ impl Isa for Arch {
             let word = self.uniform(f, word);
             return f.cmp("ne", word, i32(0));
         }
-        call(f, &format!("llvm.amdgcn.readfirstlane.{}", ty.name()), &[v], ty)
+        let same = call(f, &format!("llvm.amdgcn.readfirstlane.{}", ty.name()), &[v], ty);
+        f.learn(|k| k.same(same, v));
+        same
     }
 
     fn moved(&self, f: &mut Fn, v: Val) -> Val {

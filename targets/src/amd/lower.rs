@@ -2,7 +2,7 @@
 
 use super::arch::Arch;
 use super::isa::MEET_BYTES;
-use crate::gpu::{Lowered, block, emit, mlir, schedule};
+use crate::gpu::{Lowered, block, emit, known, mlir, schedule};
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
 use std::fmt::Write;
@@ -28,14 +28,24 @@ const UNUSED: [&str; 13] = [
 /// needs more than the 256 vector registers is better off without these words.
 pub const NO_ACCUMULATORS: &str = "[\"amdgpu-agpr-alloc\", \"0\"], ";
 
+/// Bounds of views.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bounds {
+    /// Every access is asked about.
+    Tested,
+    /// Not those that are inside by what is known of threads and blocks.
+    Folded,
+}
+
 /// Lowers a kernel for a chip.
 ///
 /// # Errors
 /// [`TargetError::Unsupported`] if the tiles do not fit its LDS.
-pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
+pub fn lower(kernel: &Kernel, arch: &Arch, bounds: Bounds) -> Result<Lowered, TargetError> {
     let scheduled = schedule::schedule(kernel, arch)?;
     let mut function = mlir::Fn::default();
     function.asks_last = true;
+    function.known = (bounds == Bounds::Folded).then(known::Known::default);
     let mut threads = block::Threads::new(function, arch, scheduled.threads);
     if kernel.schedule.symbols_by_value {
         threads.symbols = mlir::Ty::Constant;

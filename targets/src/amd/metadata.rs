@@ -68,6 +68,7 @@ impl Metadata {
             scalar_registers: self.scalar,
             // Each is stored and loaded at least once.
             spill_bytes: [spilled, spilled],
+            scalar_spills: self.spills[1],
             stack_bytes: self.scratch_bytes,
             static_shared_bytes: self.lds_bytes,
             blocks_per_sm: 0,

@@ -2,7 +2,7 @@
 
 use super::arch::Arch;
 use super::lld::Lld;
-use super::lower::{NO_ACCUMULATORS, lower};
+use super::lower::{Bounds, NO_ACCUMULATORS, lower};
 use super::metadata::Metadata;
 use crate::gpu::{self, Lowered, llvm};
 use crate::parallel::in_parallel;
@@ -12,9 +12,9 @@ use dsc_ir::schedule::{KernelShape, Schedule};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// LLVM's passes for a kernel with more masks than scalar registers: bounds that always hold, of a thread's number against an extent, go. Not for all:
+/// LLVM's passes for a kernel with more truth values than scalar registers: tests become fewer, and what is tested twice is so once. Not for all:
 /// products of gfx950 issue 4 to 8 % more instructions a round with them.
-const FEWER_MASKS: &str = "function(early-cse,instcombine<no-verify-fixpoint>)";
+const FEWER_TESTS: &str = "function(early-cse,instcombine<no-verify-fixpoint>)";
 
 /// Code for one AMD chip.
 #[derive(Clone, Debug)]
@@ -22,6 +22,18 @@ pub struct AmdTarget {
     arch: &'static Arch,
     levels: Vec<Level>,
     lld: Option<PathBuf>,
+    bounds: Bounds,
+}
+
+/// What is to be said of a kernel that spills.
+fn spills(name: &str, resources: &Resources) -> Vec<String> {
+    let ([bytes, _], registers) = (resources.spill_bytes, resources.registers);
+    let (scalars, scalar_registers) = (resources.scalar_spills, resources.scalar_registers);
+    let vectors = format!("kernel {name} spills {bytes} bytes a lane, with {registers} registers");
+    let lanes = format!(
+        "kernel {name} keeps {scalars} scalars in lanes of a vector register, with {scalar_registers} scalar registers"
+    );
+    [(bytes, vectors), (scalars, lanes)].into_iter().filter(|s| s.0 > 0).map(|s| s.1).collect()
 }
 
 /// A kernel and its code object.
@@ -30,15 +42,18 @@ struct Built {
     code: llvm::Code,
     object: Vec<u8>,
     resources: Resources,
-    /// Scalar registers kept in lanes of vector registers.
-    scalar_spills: u32,
 }
 
 impl AmdTarget {
     /// The target of that name.
     pub fn named(name: &str, options: &TargetOptions) -> Option<AmdTarget> {
         let arch = Arch::named(name)?;
-        Some(AmdTarget { arch, levels: options.levels.clone(), lld: options.lld.clone() })
+        Some(AmdTarget { arch, levels: options.levels.clone(), lld: options.lld.clone(), bounds: Bounds::Tested })
+    }
+
+    /// The same, with bounds folded in all kernels instead of those that have too few scalar registers.
+    pub fn folding(self) -> AmdTarget {
+        AmdTarget { bounds: Bounds::Folded, ..self }
     }
 
     /// The chip compiled for.
@@ -51,30 +66,31 @@ impl AmdTarget {
     }
 
     /// A kernel's code object. The first of these that spills nothing, or else the one that spills least: all there is, the same with
-    /// accumulator registers, and then without loads ahead. Of that, with fewer masks where scalar registers are too few.
+    /// accumulator registers, and then without loads ahead. Of that, with bounds that always hold folded where scalar registers are too few.
     fn build(&self, lld: &Lld, kernel: &Kernel) -> Result<Built, TargetError> {
         let plain = Arch { ahead_bytes: 0, ..*self.arch };
-        let attempt = |(arch, accumulators), passes| {
-            let mut lowered = lower(kernel, arch)?;
+        let attempt = |(arch, accumulators), bounds| {
+            let mut lowered = lower(kernel, arch, bounds)?;
             if accumulators {
                 lowered.mlir = lowered.mlir.replace(NO_ACCUMULATORS, "");
             }
+            let passes = if bounds == Bounds::Folded { FEWER_TESTS } else { "" };
             self.assemble(lld, &kernel.program.name, lowered, passes)
         };
         let mut way = (self.arch, false);
-        let mut best = attempt(way, "")?;
+        let mut best = attempt(way, self.bounds)?;
         for other_way in [(self.arch, true), (&plain, false), (&plain, true)] {
             if best.resources.spill_bytes == [0, 0] {
                 break;
             }
-            let other = attempt(other_way, "")?;
+            let other = attempt(other_way, self.bounds)?;
             if other.resources.spill_bytes < best.resources.spill_bytes {
                 (way, best) = (other_way, other);
             }
         }
-        if best.scalar_spills > 0 {
-            let other = attempt(way, FEWER_MASKS)?;
-            let [now, before] = [&other, &best].map(|b| (b.resources.spill_bytes, b.scalar_spills));
+        if best.resources.scalar_spills > 0 {
+            let other = attempt(way, Bounds::Folded)?;
+            let [now, before] = [&other, &best].map(|b| (b.resources.spill_bytes, b.resources.scalar_spills));
             if now < before && other.resources.blocks_per_sm >= best.resources.blocks_per_sm {
                 best = other;
             }
@@ -84,8 +100,8 @@ impl AmdTarget {
 
     fn assemble(&self, lld: &Lld, name: &str, lowered: Lowered, passes: &'static str) -> Result<Built, TargetError> {
         let failed = |reason| TargetError::Codegen { kernel: name.to_owned(), reason };
-        let options =
-            llvm::Options { passes, llvm_ir: self.keeps(Level::Llvm), assembly: self.keeps(Level::Asm), object: true };
+        let (llvm_ir, assembly) = (self.keeps(Level::Llvm), self.keeps(Level::Asm));
+        let options = llvm::Options { passes, llvm_ir, assembly, object: true };
         let chip = llvm::Chip { triple: "amdgcn-amd-amdhsa", cpu: self.arch.name, features: "" };
         let code = llvm::generate(name, &lowered.mlir, chip, options).map_err(failed)?;
         let object = lld.link(&code.object).map_err(failed)?;
@@ -102,7 +118,7 @@ impl AmdTarget {
                 self.arch.lds_bytes
             )));
         }
-        Ok(Built { lowered, code, object, resources, scalar_spills: metadata.spills[1] })
+        Ok(Built { lowered, code, object, resources })
     }
 }
 
@@ -145,13 +161,7 @@ impl Target for AmdTarget {
         for (kernel, built) in kernels.iter().zip(&built) {
             let name = &kernel.program.name;
             let entry = *entries.entry(&built.object).or_insert_with(|| module.append(&built.object));
-            let [spilled, _] = built.resources.spill_bytes;
-            if spilled > 0 {
-                let registers = built.resources.registers;
-                module
-                    .warnings
-                    .push(format!("kernel {name} spills {spilled} bytes a lane, with {registers} registers"));
-            }
+            module.warnings.extend(spills(name, &built.resources));
             let mut gpu = built.lowered.gpu.clone();
             gpu.resources = Some(built.resources);
             module.kernels.push(KernelCode {

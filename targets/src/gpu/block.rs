@@ -32,6 +32,7 @@ impl<'a> Threads<'a> {
     /// The whole block, at the start of the function's body.
     pub fn new(mut f: Fn, arch: &'a dyn Isa, threads: u32) -> Threads<'a> {
         let tid = arch.thread(&mut f);
+        f.set_below(tid, threads.into());
         let lane = f.bin("and", tid, i32(31));
         let warp = f.bin("lshr", tid, i32(5));
         let shared = f.op("llvm.mlir.addressof @shared : !llvm.ptr<3>", Ty::Shared);

@@ -103,6 +103,7 @@ impl<'a> Emitter<'a> {
         e.t.f.cond_br(inside, (body, &[]), (end, &[]));
         e.t.f.start(body, &[]);
         e.deal_to_dies();
+        e.bound_blocks();
         e.block(&s.common);
         e.t.f.br(end, &[]);
         e.t.f.start(end, &[]);
@@ -137,6 +138,21 @@ impl<'a> Emitter<'a> {
         let (line, place) = (f.bin("udiv", number, columns), f.bin("urem", number, columns));
         self.blocks[0] = self.t.arch.uniform(&mut self.t.f, place);
         self.blocks[1] = self.t.arch.uniform(&mut self.t.f, line);
+    }
+
+    /// Notes that blocks are inside of the grid.
+    fn bound_blocks(&mut self) {
+        for (axis, dim) in self.s.grid.iter().enumerate().take(3) {
+            let block = self.blocks[axis];
+            match dim.extent.sym {
+                None => self.t.f.set_below(block, dim.extent.factor.div_ceil(dim.tile).into()),
+                Some(_) if dim.tile == 1 => {
+                    let extent = self.extent(dim.extent);
+                    self.t.f.learn(|k| k.set_less(block, extent));
+                }
+                Some(_) => {}
+            }
+        }
     }
 
     /// Type of a tile's elements.
@@ -317,6 +333,12 @@ impl<'a> Emitter<'a> {
         let stages = self.ring_state(&rings);
         carried.extend(&stages);
         let l = self.t.f.open_loop(lo, hi, &carried);
+        if let (Some(lo), Some(hi)) = (lo.int(), hi.int())
+            && (0..hi).contains(&lo)
+        {
+            let last = (hi - 1 - lo) / i64::from(step) * i64::from(step) + lo;
+            self.t.f.set_below(l.args[0], last + 1);
+        }
         self.uniform.insert(body.args[0], l.args[0]);
         let mut at = 1;
         for (&arg, &given) in body.args[1..].iter().zip(init) {

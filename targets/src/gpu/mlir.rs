@@ -4,6 +4,7 @@
 //! compile time (register numbers, strides, offsets in shared memory) costs no instruction and little text. What
 //! a chip has and the dialects do not is its [`super::isa::Isa`]'s business.
 
+use super::known::Known;
 use std::collections::HashSet;
 use std::fmt::Write;
 
@@ -136,6 +137,8 @@ pub struct Fn {
     tame: HashSet<u32>,
     /// Whether loops ask at the end of a round whether there is another one, as some compilers take loops best.
     pub asks_last: bool,
+    /// What is known of integers, if tests are to be folded by it.
+    pub known: Option<Known>,
 }
 
 impl Fn {
@@ -192,12 +195,28 @@ impl Fn {
         self.op(&format!("llvm.{op} {a}, {b} : {}", ty.name()), ty)
     }
 
+    /// Notes that `0 <= v < n`.
+    pub fn set_below(&mut self, v: Val, n: i64) {
+        self.learn(|k| k.set_below(v, n));
+    }
+
+    /// Notes something of integers, if that is asked for.
+    pub fn learn(&mut self, what: impl FnOnce(&mut Known)) {
+        if let Some(known) = &mut self.known {
+            what(known);
+        }
+    }
+
     /// `a + b` of integers.
     pub fn add(&mut self, a: Val, b: Val) -> Val {
         match (a, b) {
             (Val::Int(x, ty), Val::Int(y, _)) => Val::Int(wrap(x + y, ty), ty),
             (Val::Int(0, _), v) | (v, Val::Int(0, _)) => v,
-            _ => self.binary("add", a, b),
+            _ => {
+                let v = self.binary("add", a, b);
+                self.learn(|k| k.sum(v, a, b));
+                v
+            }
         }
     }
 
@@ -216,33 +235,64 @@ impl Fn {
             (Val::Int(x, ty), Val::Int(y, _)) => Val::Int(wrap(x.wrapping_mul(y), ty), ty),
             (Val::Int(0, ty), _) | (_, Val::Int(0, ty)) => Val::Int(0, ty),
             (Val::Int(1, _), v) | (v, Val::Int(1, _)) => v,
-            (Val::Int(n, ty), v) | (v, Val::Int(n, ty)) if n > 0 && n & (n - 1) == 0 => {
-                self.binary("shl", v, Val::Int(n.trailing_zeros().into(), ty))
+            (Val::Int(n, ty), v) | (v, Val::Int(n, ty)) => {
+                let product = match n {
+                    1.. if n & (n - 1) == 0 => self.binary("shl", v, Val::Int(n.trailing_zeros().into(), ty)),
+                    _ => self.binary("mul", a, b),
+                };
+                self.learn(|k| k.product(product, v, n));
+                product
             }
             _ => self.binary("mul", a, b),
         }
+    }
+
+    /// A number's quotient and rest by `n`, if they are known without a division.
+    fn split(&mut self, a: Val, n: u32) -> Option<(Val, Val)> {
+        let (terms, rest) = self.known.as_ref()?.split(a, n.into())?;
+        let quotient = terms.into_iter().fold(Val::Int(0, a.ty()), |all, (v, factor)| {
+            let term = self.mul(v, Val::Int(factor, a.ty()));
+            self.add(all, term)
+        });
+        Some((quotient, rest))
     }
 
     /// `a / n` of a number known not to be negative.
     pub fn div(&mut self, a: Val, n: u32) -> Val {
         let ty = a.ty();
         match a {
-            Val::Int(x, _) => Val::Int(x / i64::from(n), ty),
-            _ if n == 1 => a,
-            _ if n.is_power_of_two() => self.binary("lshr", a, Val::Int(n.trailing_zeros().into(), ty)),
-            _ => self.binary("udiv", a, Val::Int(n.into(), ty)),
+            Val::Int(x, _) => return Val::Int(x / i64::from(n), ty),
+            _ if n == 1 => return a,
+            _ => {}
         }
+        if let Some((quotient, _)) = self.split(a, n) {
+            return quotient;
+        }
+        let v = match n.is_power_of_two() {
+            true => self.binary("lshr", a, Val::Int(n.trailing_zeros().into(), ty)),
+            false => self.binary("udiv", a, Val::Int(n.into(), ty)),
+        };
+        self.learn(|k| k.quotient(v, a, n.into()));
+        v
     }
 
     /// `a mod n` of a number known not to be negative.
     pub fn rem(&mut self, a: Val, n: u32) -> Val {
         let ty = a.ty();
         match a {
-            Val::Int(x, _) => Val::Int(x % i64::from(n), ty),
-            _ if n == 1 => Val::Int(0, ty),
-            _ if n.is_power_of_two() => self.binary("and", a, Val::Int(i64::from(n) - 1, ty)),
-            _ => self.binary("urem", a, Val::Int(n.into(), ty)),
+            Val::Int(x, _) => return Val::Int(x % i64::from(n), ty),
+            _ if n == 1 => return Val::Int(0, ty),
+            _ => {}
         }
+        if let Some((_, rest)) = self.split(a, n) {
+            return rest;
+        }
+        let v = match n.is_power_of_two() {
+            true => self.binary("and", a, Val::Int(i64::from(n) - 1, ty)),
+            false => self.binary("urem", a, Val::Int(n.into(), ty)),
+        };
+        self.set_below(v, n.into());
+        v
     }
 
     /// Integer operation by its name in the dialect (`and`, `or`, `xor`, `shl`, `lshr`, `sdiv`, `srem`), or float (`fadd`, ..).
@@ -253,7 +303,15 @@ impl Fn {
             ("and", Val::Int(1, Ty::I1), v) | ("and", v, Val::Int(1, Ty::I1)) => v,
             ("or" | "xor", Val::Int(0, _), v) | ("or" | "xor" | "shl" | "lshr", v, Val::Int(0, _)) => v,
             ("shl", Val::Int(x, ty), Val::Int(y, _)) => Val::Int(wrap(x << y, ty), ty),
-            _ => self.binary(op, a, b),
+            _ => {
+                let v = self.binary(op, a, b);
+                self.learn(|k| match (op, b.int()) {
+                    ("and", Some(mask)) => k.set_below(v, mask + 1),
+                    ("lshr", Some(by)) => k.quotient(v, a, 1 << by),
+                    _ => {}
+                });
+                v
+            }
         }
     }
 
@@ -287,9 +345,14 @@ impl Fn {
             };
             return Val::Int(holds.into(), Ty::I1);
         }
+        if let Some(holds) = self.known.as_ref().and_then(|k| k.test(how, a, b)) {
+            return Val::Int(holds.into(), Ty::I1);
+        }
         let ty = a.ty().name();
-        let (a, b) = (self.name(a), self.name(b));
-        self.op(&format!("llvm.icmp \"{how}\" {a}, {b} : {ty}"), Ty::I1)
+        let names = [self.name(a), self.name(b)];
+        let v = self.op(&format!("llvm.icmp \"{how}\" {}, {} : {ty}", names[0], names[1]), Ty::I1);
+        self.learn(|k| k.compared(v, how, a, b));
+        v
     }
 
     /// Compares floats: `olt`, `ole`, `oeq`, `ogt`, `une`.
@@ -306,8 +369,10 @@ impl Fn {
             _ if a == b => a,
             _ => {
                 let ty = a.ty();
-                let (c, a, b) = (self.name(c), self.name(a), self.name(b));
-                self.op(&format!("llvm.select {c}, {a}, {b} : i1, {}", ty.name()), ty)
+                let names = [c, a, b].map(|v| self.name(v)).join(", ");
+                let v = self.op(&format!("llvm.select {names} : i1, {}", ty.name()), ty);
+                self.learn(|k| k.choice(v, c, a, b));
+                v
             }
         }
     }
@@ -319,9 +384,12 @@ impl Fn {
             ("bitcast", Val::Float(bits)) if to == Ty::I32 => Val::Int(i64::from(bits as i32), Ty::I32),
             ("bitcast", Val::Int(n, Ty::I32)) if to == Ty::F32 => Val::Float(n as u32),
             _ => {
-                let from = a.ty().name();
-                let a = self.name(a);
-                self.op(&format!("llvm.{op} {a} : {from} to {}", to.name()), to)
+                let (from, name) = (a.ty().name(), self.name(a));
+                let v = self.op(&format!("llvm.{op} {name} : {from} to {}", to.name()), to);
+                if matches!(op, "zext" | "sext") {
+                    self.learn(|k| k.same(v, a));
+                }
+                v
             }
         }
     }

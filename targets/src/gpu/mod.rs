@@ -16,7 +16,7 @@
 //! | `fragment` | tiles in registers as a matrix product leaves them |
 //! | `dot`, `reduce`, `scan`, `topk` | the ops of those names |
 //! | `arith` | scalar arithmetic of maps |
-//! | `mlir`, `block` | text of the dialects, and the running threads |
+//! | `mlir`, `known`, `block` | text of the dialects, what is known of its integers, and the running threads |
 //! | `llvm` | MLIR text to code, through the LLVM linked into this binary (feature `llvm`) |
 
 mod ahead;
@@ -33,6 +33,7 @@ pub mod fill;
 pub mod fragment;
 pub mod held;
 pub mod isa;
+pub mod known;
 mod lifetimes;
 #[cfg(feature = "llvm")]
 pub mod llvm;

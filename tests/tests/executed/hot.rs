@@ -1,4 +1,4 @@
-//! What the kernels of the real config must be, statically: nothing spills; loops of products keep loads and copies under way, move 16 bytes at a time
+//! What the kernels of the real config must be, statically: nothing spills, scalar registers among it; loops of products keep loads and copies under way, move 16 bytes at a time
 //! where the chip does, and have the share of matrix instructions that they had. Floors are a little below what there is; raise them with it.
 
 use super::Executed;
@@ -51,7 +51,7 @@ fn check(chip: &str, floors: &[Floor], rings: usize) {
     let mut problems = module.warnings.clone();
     for kernel in &module.kernels {
         let resources = kernel.gpu.as_ref().and_then(|g| g.resources).expect("machine code");
-        if (resources.spill_bytes, resources.stack_bytes) != ([0, 0], 0) {
+        if (resources.spill_bytes, resources.scalar_spills, resources.stack_bytes) != ([0, 0], 0, 0) {
             problems.push(format!("{} spills", kernel.name));
         }
     }

@@ -106,8 +106,7 @@ fn launch(program: &Program, rows: u32) -> Launch<'_> {
     Launch { program, syms, buffers, bindings }
 }
 
-fn check(chip: &str) {
-    let target = Executed::keeping(chip, vec![Level::Sched]);
+fn check(chip: &str, target: &Executed) {
     let cases = cases();
     let products = cases.iter().enumerate();
     let mut kernels: Vec<Kernel> = products
@@ -154,12 +153,23 @@ fn check(chip: &str) {
     assert!(failures.is_empty(), "{chip}: {}", failures.join("\n"));
 }
 
+fn target(chip: &str) -> Executed {
+    Executed::keeping(chip, vec![Level::Sched])
+}
+
 #[test]
 fn products_gfx942() {
-    check("gfx942");
+    check("gfx942", &target("gfx942"));
 }
 
 #[test]
 fn products_gfx950() {
-    check("gfx950");
+    check("gfx950", &target("gfx950"));
+}
+
+#[test]
+fn products_with_folded_bounds() {
+    for chip in ["gfx942", "gfx950"] {
+        check(chip, &target(chip).folding());
+    }
 }
