@@ -129,6 +129,8 @@ pub fn ptx(name: &str) -> Option<Scalar> {
         "cvt.f32.f16" => |[a, ..], _, _| real(f16::from_bits(a as u16).to_f32()),
         // Towards zero, saturating; NaN is 0: what `as` does.
         "cvt.rzi.s32.f32" => |[a, ..], _, _| Some((float(a) as i32) as u32 as u64),
+        "setp.ge.f32" => |[a, b, _], _, _| Some((float(a) >= float(b)).into()),
+        "add.s32" => |[a, b, _], _, _| Some((a as u32).wrapping_add(b as u32).into()),
         "setp.ne.b32" => |[a, b, _], _, _| Some((a != b).into()),
         _ => return None,
     })

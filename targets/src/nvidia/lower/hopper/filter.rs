@@ -6,26 +6,29 @@
 //!    Warps take turns along the row, so that what is large in one stretch of it is spread over all.
 //! 3. The first block finds the best of the lists exactly and puts them in order ([`super::group`]).
 //!
-//! A row that one block, or all of a cluster, can take in registers needs no sample ([`super::short`], [`super::spread`]). If the lists have too few candidates, or more than there is
+//! A row that one block, or all of a cluster, can take in registers needs no sample ([`super::short`], [`super::spread`]); with more columns, up to 32 or 64 a thread, a bound is enough ([`super::bounded`]). If the lists have too few candidates, or more than there is
 //! room for (no sample can say much of rows of equal values), all blocks know and the row is counted instead ([`super::select`]). A
 //! sample therefore decides how long a selection takes, never what it is.
 //!
 //! **Cost.** One read of the row, one barrier of the cluster. Floors: the row's bytes; by count of the code some 10 instructions a
 //! column of a thread's share, and 500 more.
 
+use super::bounded::{self, Columns};
 use super::emit::Emit;
-use super::group::{self, Group};
+use super::group::{self, Choice, Group, Members};
 use super::ptx;
 use super::select::{COUNT, COUNTS, MOST, OUT, Stream, THREADS, WARPS};
 use super::short;
 use super::window::{VECTOR, Window};
 use crate::nvidia::lower::isa;
-use crate::nvidia::lower::mlir::{Ty, Val, i32};
+use crate::nvidia::lower::mlir::{Label, Ty, Val, i32};
 use dsc_ir::tile::{Index, ValueId};
 
 /// Vectors of a thread of a block that takes a row, or its part of one, in its registers: as few as the row needs; only the first where blocks share a
 /// multiprocessor, and where a cluster could do the rest.
 const VECTORS: [u32; 3] = [4, 8, 16];
+/// Vectors of a thread from which on reading a row twice is faster than a sample of it.
+const FEWEST_TWICE: u32 = 12;
 /// Most candidates of a row.
 const LIST: u32 = 8192;
 /// Vectors of the sample of a thread, and columns of all: so many that a count of `k` in a row, which few of a sample are, is known well enough.
@@ -34,13 +37,13 @@ const SAMPLES: u32 = SAMPLE * THREADS * VECTOR;
 /// Most columns selected: there must be room for candidates that are not.
 pub const MOST_K: u32 = LIST / 2;
 /// Vectors of a thread that are read at a time.
-const BATCH: u32 = 4;
+pub const BATCH: u32 = 4;
 /// The key of the lowest number that can be selected.
-const LOWEST: i64 = 0x0080_0000;
+pub const LOWEST: i64 = 0x0080_0000;
 /// Candidates of a thread that are read at a time.
 const TOGETHER: u32 = 4;
 /// Bytes of a candidate: value and column.
-const CANDIDATE: u32 = 8;
+pub const CANDIDATE: u32 = 8;
 /// Where lists and then the group's memory lie; what counting a row uses lies there too.
 pub const WORK: u32 = LIST * CANDIDATE;
 /// Bytes of both.
@@ -83,6 +86,11 @@ impl<'a> Emit<'a> {
             let few = self.t.f.cmp("sle", w.vectors, i32((blocks * short::capacity(vectors) / VECTOR).into()));
             self.t.f.cond_br(few, (short, &[]), (long, &[]));
             self.t.f.start(short, &[]);
+            // Fewer columns a thread and fewer blocks are as fast without a bound.
+            if blocks >= 4 && vectors > VECTORS[0] && stream.k <= bounded::MOST_K {
+                let way = (w, vectors, Columns::Registers);
+                self.bounded_or(stream, &g, way, (rank, leads), join, numbers, stores)?;
+            }
             if blocks > 1 {
                 self.spread_row(stream, &g, (w, vectors), rank, numbers, stores)?;
             } else {
@@ -93,10 +101,57 @@ impl<'a> Emit<'a> {
             self.t.f.br(join, &[i32(1)]);
             self.t.f.start(long, &[]);
         }
+        if stream.k <= bounded::MOST_K
+            && let Some(columns) = self.more_columns()
+        {
+            let (short, long) = (self.t.f.label(), self.t.f.label());
+            let columns_of = |vectors: u32| i32((team * short::capacity(vectors) / VECTOR).into());
+            let mut few = self.t.f.cmp("sle", w.vectors, columns_of(VECTORS[2]));
+            if columns == Columns::Twice {
+                // A sample is faster with fewer.
+                let more = self.t.f.cmp("sgt", w.vectors, columns_of(FEWEST_TWICE));
+                few = self.t.f.bin("and", few, more);
+            }
+            self.t.f.cond_br(few, (short, &[]), (long, &[]));
+            self.t.f.start(short, &[]);
+            self.bounded_or(stream, &g, (w, VECTORS[2], columns), (rank, leads), join, numbers, stores)?;
+            self.t.f.br(long, &[]);
+            self.t.f.start(long, &[]);
+        }
         let done = self.long_row(stream, &g, w, (rank, leads), numbers, stores)?;
         self.t.f.br(join, &[done]);
         let done = self.t.f.start(join, &[Ty::I32])[0];
         Ok(self.t.f.cmp("ne", done, i32(0)))
+    }
+
+    /// How a thread has the most columns of a row for which there is a bound but nothing else that takes them; none if it has them in another way.
+    fn more_columns(&self) -> Option<Columns> {
+        match (self.s.team, self.sharing) {
+            (1, 1) | (8.., _) => None,
+            (1, _) => Some(Columns::Twice),
+            (_, 1) => Some(Columns::Registers),
+            _ => None,
+        }
+    }
+
+    /// Goes to `join` if a bound says which columns are selected, and on where that can not be.
+    #[allow(clippy::too_many_arguments, reason = "what the ways to select have in common, and where it ends")]
+    fn bounded_or(
+        &mut self,
+        stream: &Stream,
+        g: &Group,
+        way: (&Window, u32, Columns),
+        block: (Val, Val),
+        join: Label,
+        numbers: ValueId,
+        stores: Stores<'_, 'a>,
+    ) -> Result<(), String> {
+        let done = self.bounded_row(stream, g, way, block, numbers, stores)?;
+        let found = self.t.f.cmp("ne", done, i32(0));
+        let rest = self.t.f.label();
+        self.t.f.cond_br(found, (join, &[i32(1)]), (rest, &[]));
+        self.t.f.start(rest, &[]);
+        Ok(())
     }
 
     /// Selects from more columns; whether the sample told enough (i32).
@@ -122,7 +177,7 @@ impl<'a> Emit<'a> {
         let first = self.t.f.mul(first, i32(32));
         let share = Share { first, step: THREADS * team, rank };
         // On their way while the sample is looked at. A block that has a row to itself shares the multiprocessor with others instead.
-        let batch = if team > 1 { self.batch(w, &share, first) } else { Vec::new() };
+        let batch = if team > 1 { self.next_batch(w, &share, first) } else { Vec::new() };
         let cut = self.least_of_sample(stream, g, w);
         if team > 1 {
             ptx::cluster_wait(&mut self.t.f);
@@ -147,7 +202,7 @@ impl<'a> Emit<'a> {
             let vector = self.t.f.add(vector, w.whole[0]);
             let column = self.column_of(w, vector);
             let at = self.column_address(w, column);
-            for v in ptx::load_four_if(&mut self.t.f, Val::Int(1, Ty::I1), at) {
+            for v in ptx::load_four_if(&mut self.t.f, Val::Int(1, Ty::I1), at, false) {
                 let key = self.key(v);
                 sample.push(self.t.f.intrinsic("umax", &[key, i32(1)]));
             }
@@ -166,37 +221,59 @@ impl<'a> Emit<'a> {
     }
 
     /// The next vectors of the running lane, of the share from that vector of its warp on.
-    fn batch(&mut self, w: &Window, share: &Share, first: Val) -> Vec<Val> {
-        let own = self.t.f.add(first, self.t.lane);
-        let numbers: Vec<Val> = (0..BATCH).map(|i| self.t.f.add(own, i32((i * share.step).into()))).collect();
-        self.vectors(w, &numbers)
+    fn next_batch(&mut self, w: &Window, share: &Share, first: Val) -> Vec<Val> {
+        self.batch(w, (first, share.step, BATCH), false)
     }
 
     /// Lists the columns of this block's share whose keys are at least `cut`, in any order, and notes the largest key. `ahead`: the first batch, if each is read while the one
     /// before is looked at.
     fn list(&mut self, w: &Window, share: &Share, ahead: Vec<Val>, cut: Val) {
-        let team = self.s.team;
-        let room = LIST / team;
-        // The first block's list of this block.
-        let byte = self.t.f.mul(share.rank, i32((room * CANDIDATE).into()));
-        let list = self.t.f.add(self.t.shared32, byte);
-        let list = if team > 1 { ptx::address_in(&mut self.t.f, list, i32(0)) } else { list };
+        let room = LIST / self.s.team;
+        let list = self.list_of(share.rank, room);
         let least = self.value(cut);
         let carried: Vec<Val> = [least].into_iter().chain(ahead.iter().copied()).collect();
         let l = self.t.f.open_loop(share.first, w.vectors, &carried);
         let (values, following) = if ahead.is_empty() {
-            (self.batch(w, share, l.args[0]), Vec::new())
+            (self.next_batch(w, share, l.args[0]), Vec::new())
         } else {
             let next = self.t.f.add(l.args[0], i32((BATCH * share.step).into()));
-            (l.args[2..].to_vec(), self.batch(w, share, next))
+            (l.args[2..].to_vec(), self.next_batch(w, share, next))
         };
         let most = values.iter().fold(l.args[1], |most, &v| ptx::larger(&mut self.t.f, most, v));
-        let kept: Vec<Val> = values.iter().map(|&v| self.t.f.fcmp("oge", v, least)).collect();
-        let mut own = i32(0);
-        for &keep in &kept {
-            let one = self.t.f.cast("zext", keep, Ty::I32);
-            own = self.t.f.add(own, one);
-        }
+        self.list_values(w, (list, room), (l.args[0], share.step), &values, least);
+        let carried: Vec<Val> = [most].into_iter().chain(following).collect();
+        self.t.f.close_loop(&l, i32((BATCH * share.step).into()), &carried);
+        self.tell_most(l.args[1]);
+    }
+
+    /// The first block's list of this block, which has room for so many.
+    pub fn list_of(&mut self, rank: Val, room: u32) -> Val {
+        let byte = self.t.f.mul(rank, i32((room * CANDIDATE).into()));
+        let list = self.t.f.add(self.t.shared32, byte);
+        if self.s.team > 1 { ptx::address_in(&mut self.t.f, list, i32(0)) } else { list }
+    }
+
+    /// Makes the first block's largest key at least that of this value.
+    pub fn tell_most(&mut self, most: Val) {
+        let most = self.ordered(most);
+        let most = isa::reduce_warp(&mut self.t.f, "umax", most);
+        let at = self.t.f.add(self.t.shared32, i32(MOST.into()));
+        let team = self.s.team;
+        let at = if team > 1 { ptx::address_in(&mut self.t.f, at, i32(0)) } else { at };
+        let one = self.t.f.cmp("eq", self.t.lane, i32(0));
+        ptx::shared_most_if(&mut self.t.f, one, at, most, team > 1);
+    }
+
+    /// Lists those of the running thread's values that are at least `least`, in a list with room for so many: of vectors from `first` of its warp on, every `step`th.
+    pub fn list_values(
+        &mut self,
+        w: &Window,
+        (list, room): (Val, u32),
+        (first, step): (Val, u32),
+        values: &[Val],
+        least: Val,
+    ) {
+        let own = values.chunks(VECTOR as usize).fold(i32(0), |sum, v| ptx::count_least(&mut self.t.f, sum, v, least));
         let upto = group::sum_upto(&mut self.t, own);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let counter = self.t.f.add(self.t.shared32, i32(COUNT.into()));
@@ -208,25 +285,13 @@ impl<'a> Emit<'a> {
         let place = self.t.f.sub(end, own);
         let byte = self.t.f.mul(place, i32(CANDIDATE.into()));
         let mut at = self.t.f.add(list, byte);
-        let vector = self.t.f.add(l.args[0], self.t.lane);
+        let vector = self.t.f.add(first, self.t.lane);
         let column = self.column_of(w, vector);
-        for (i, (&value, &keep)) in values.iter().zip(&kept).enumerate() {
-            let (vector, within) = (i as u32 / VECTOR, i as u32 % VECTOR);
-            let column = self.t.f.add(column, i32((vector * share.step * VECTOR + within).into()));
-            let bits = self.t.f.cast("bitcast", value, Ty::I32);
-            ptx::store_pair_if(&mut self.t.f, keep, at, [bits, column], team > 1);
-            let bytes = self.t.f.select(keep, i32(CANDIDATE.into()), i32(0));
-            at = self.t.f.add(at, bytes);
+        for (i, some) in values.chunks(VECTOR as usize).enumerate() {
+            let column = self.t.f.add(column, i32((i as u32 * step * VECTOR).into()));
+            at = ptx::list_least(&mut self.t.f, at, some, least, column, self.s.team > 1);
         }
         self.t.f.close_if(after);
-        let carried: Vec<Val> = [most].into_iter().chain(following).collect();
-        self.t.f.close_loop(&l, i32((BATCH * share.step).into()), &carried);
-        let most = self.ordered(l.args[1]);
-        let most = isa::reduce_warp(&mut self.t.f, "umax", most);
-        let at = self.t.f.add(self.t.shared32, i32(MOST.into()));
-        let at = if team > 1 { ptx::address_in(&mut self.t.f, at, i32(0)) } else { at };
-        let one = self.t.f.cmp("eq", self.t.lane, i32(0));
-        ptx::shared_most_if(&mut self.t.f, one, at, most, team > 1);
     }
 
     /// How many candidates each block has listed, and whether they are all that is needed.
@@ -265,7 +330,7 @@ impl<'a> Emit<'a> {
 
     /// Hands the running thread's candidates to `take`, key and column, key 0 for none: lists are shared out among as many groups of threads. Several
     /// are read at a time, which hides how long that takes.
-    fn each_candidate(&mut self, (list, count): (Val, Val), take: &mut dyn FnMut(&mut Self, Val, Val)) {
+    fn each_candidate(&mut self, (list, count): (Val, Val), take: &mut dyn FnMut(&mut Self, &[[Val; 2]])) {
         let threads = THREADS / self.s.team;
         let own = self.t.f.rem(self.t.tid, threads);
         let l = self.t.f.open_loop(own, count, &[]);
@@ -278,12 +343,13 @@ impl<'a> Emit<'a> {
             let at = self.t.f.add(list, byte);
             pairs.push((real, self.t.load_shared(at, Ty::I32, 2)));
         }
+        let mut some = Vec::new();
         for (real, pair) in pairs {
             let value = self.t.f.cast("bitcast", pair[0], Ty::F32);
             let key = self.ordered(value);
-            let key = self.t.f.select(real, key, i32(0));
-            take(self, key, pair[1]);
+            some.push([self.t.f.select(real, key, i32(0)), pair[1]]);
         }
+        take(self, &some);
         self.t.f.close_loop(&l, i32((TOGETHER * threads).into()), &[]);
     }
 
@@ -308,21 +374,40 @@ impl<'a> Emit<'a> {
         }
         let own = (list, count);
         let most = self.t.load_shared(i32(MOST.into()), Ty::I32, 1)[0];
-        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| e.each_candidate(own, take);
+        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, &[[Val; 2]])| e.each_candidate(own, take);
         let choice = self.choose(g, [cut, most], (stream.k, 0), &mut candidates);
+        self.write_chosen(stream, g, w, (&choice, total), &mut candidates, numbers, stores)
+    }
+
+    /// Writes those of the candidates, so many in all, that are of the choice, in order.
+    #[allow(clippy::too_many_arguments, reason = "what the ways to select have in common, and what was chosen")]
+    pub fn write_chosen(
+        &mut self,
+        stream: &Stream,
+        g: &Group,
+        w: &Window,
+        (choice, total): (&Choice, Val),
+        candidates: Members<'_, 'a>,
+        numbers: ValueId,
+        stores: Stores<'_, 'a>,
+    ) -> Result<(), String> {
         let end = self.t.f.sub(w.to, w.from);
-        let mut members = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
-            candidates(e, &mut |e, key, column| {
-                let chosen = e.is_chosen(&choice, [key, column]);
-                let number = e.t.f.sub(column, w.from);
-                take(e, chosen, number);
+        let mut members = |e: &mut Self, take: &mut dyn FnMut(&mut Self, &[[Val; 2]])| {
+            candidates(e, &mut |e, some| {
+                let mut members = Vec::new();
+                for &[key, column] in some {
+                    let chosen = e.is_chosen(choice, [key, column]);
+                    members.push([chosen, e.t.f.sub(column, w.from)]);
+                }
+                take(e, &members);
             });
         };
-        self.in_order(g, end, &mut members, &mut |e, number, place| {
+        self.in_order(g, end, &mut members, &mut |e, number, place, real| {
             let column = e.t.f.add(number, w.from);
             let byte = e.t.f.mul(place, i32(4));
             let at = e.t.f.add(byte, i32(OUT.into()));
-            e.t.store_shared(at, &[column]);
+            let at = e.t.f.add(e.t.shared32, at);
+            ptx::store_shared_word_if(&mut e.t.f, real, at, column);
         });
         self.deliver(stream.k, total, numbers, stores)
     }

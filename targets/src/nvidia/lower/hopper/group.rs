@@ -49,7 +49,8 @@ const fn words(threads: u32) -> u32 {
     if threads < 256 { 1024 } else { 4096 }
 }
 
-const fn bits(threads: u32) -> u32 {
+/// Where the bits are.
+pub const fn bits(threads: u32) -> u32 {
     HISTOGRAM + 4 * bins(threads)
 }
 
@@ -87,11 +88,21 @@ pub struct Choice {
     least: Val,
 }
 
+/// A window of numbers that are put in order: its first, how many were given out before, where its bits and counts are.
+struct Bits {
+    start: Val,
+    given: Val,
+    bits_at: u32,
+    counts_at: u32,
+}
+
 /// Hands each word of the running thread to what counts it.
 pub type Words<'w, 'a> = &'w mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut Emit<'a>, Val));
 
-/// Hands each candidate of the running thread, whether it is in and its number, to what takes it.
-pub type Members<'m, 'a> = &'m mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut Emit<'a>, Val, Val));
+/// Hands the candidates of the running thread, of each its key or whether it is in and its number, to what takes them: as many at a time as it has in registers.
+pub type Members<'m, 'a> = &'m mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut Emit<'a>, &[[Val; 2]]));
+/// Takes a number, its place, and whether it is in.
+pub type Put<'p, 'a> = &'p mut dyn FnMut(&mut Emit<'a>, Val, Val, Val);
 
 /// The sum of the lanes up to this one.
 pub fn sum_upto(t: &mut Threads, v: Val) -> Val {
@@ -322,19 +333,21 @@ impl<'a> Emit<'a> {
         let bits = self.t.f.sub(i32(32), zeros);
         let wanted = (i32(k.into()), i32(slack.into()));
         let best = self.search(g, (low, last, bits), wanted, &mut |e, count| {
-            candidates(e, &mut |e, key, _| count(e, key));
+            candidates(e, &mut |e, some| some.iter().for_each(|&[key, _]| count(e, key)));
         });
         let second = self.t.f.bin("xor", best.done, i32(1));
         let second = self.t.f.open_loop(i32(0), second, &[i32(0)]);
         // Inverted numbers have the highest bit, those that do not tie are 0.
         let inverted = (i32(i32::MIN.into()), i32(i32::MAX.into()), i32(31));
         let lowest = self.search(g, inverted, (best.ties, i32(0)), &mut |e, count| {
-            candidates(e, &mut |e, key, number| {
-                let far = e.t.f.sub(key, best.low);
-                let ties = e.t.f.cmp("ule", far, best.last);
-                let inverse = e.t.f.bin("xor", number, i32(-1));
-                let word = e.t.f.select(ties, inverse, i32(0));
-                count(e, word);
+            candidates(e, &mut |e, some| {
+                for &[key, number] in some {
+                    let far = e.t.f.sub(key, best.low);
+                    let ties = e.t.f.cmp("ule", far, best.last);
+                    let inverse = e.t.f.bin("xor", number, i32(-1));
+                    let word = e.t.f.select(ties, inverse, i32(0));
+                    count(e, word);
+                }
             });
         });
         self.t.f.close_loop(&second, i32(1), &[lowest.low]);
@@ -354,14 +367,9 @@ impl<'a> Emit<'a> {
         f.bin("or", above, tied)
     }
 
-    /// Hands each number below `end` that is in, with its place among all of them, to `put`. Bits are empty.
-    pub fn in_order(
-        &mut self,
-        g: &Group,
-        end: Val,
-        members: Members<'_, 'a>,
-        put: &mut dyn FnMut(&mut Self, Val, Val),
-    ) {
+    /// Hands each number below `end` that is in, with its place among all of them, to `put`. Bits are empty. Where a thread has several at a time there is no
+    /// branch around one: their loads are under way together.
+    pub fn in_order(&mut self, g: &Group, end: Val, members: Members<'_, 'a>, put: Put<'_, 'a>) {
         let window = 32 * words(g.threads);
         let windows = self.t.f.open_loop(i32(0), end, &[i32(0)]);
         let (start, given) = (windows.args[0], windows.args[1]);
@@ -375,17 +383,25 @@ impl<'a> Emit<'a> {
         let own_counts = self.group_word(g, counts_at, pairs);
         let all_bits = self.group_word(g, bits_at, i32(0));
         let all_bits = self.t.f.add(self.t.shared32, all_bits);
-        members(self, &mut |e, real, number| {
-            let f = &mut e.t.f;
-            let own = f.sub(number, start);
-            let here = f.cmp("ult", own, i32(window.into()));
-            let here = f.bin("and", here, real);
-            let word = f.bin("lshr", own, i32(5));
-            let byte = f.mul(word, i32(4));
-            let lane = f.bin("and", own, i32(31));
-            let bit = f.bin("shl", i32(1), lane);
-            let at = f.add(all_bits, byte);
-            ptx::shared_or_if(f, here, at, bit);
+        let others = self.counted_nowhere(g);
+        members(self, &mut |e, some| {
+            for &[real, number] in some {
+                let f = &mut e.t.f;
+                let own = f.sub(number, start);
+                let here = f.cmp("ult", own, i32(window.into()));
+                let here = f.bin("and", here, real);
+                let word = f.bin("lshr", own, i32(5));
+                let byte = f.mul(word, i32(4));
+                let lane = f.bin("and", own, i32(31));
+                let bit = f.bin("shl", i32(1), lane);
+                let at = f.add(all_bits, byte);
+                if some.len() == 1 {
+                    ptx::shared_or_if(f, here, at, bit);
+                } else {
+                    let (at, bit) = (f.select(here, at, others), f.select(here, bit, i32(0)));
+                    ptx::shared_or(f, at, bit);
+                }
+            }
         });
         self.group_wait(g);
         let mut counts = Vec::new();
@@ -407,33 +423,27 @@ impl<'a> Emit<'a> {
             self.t.store_shared(at, some);
         }
         self.group_wait(g);
-        members(self, &mut |e, real, number| {
-            let own = e.t.f.sub(number, start);
-            let here = e.t.f.cmp("ult", own, i32(window.into()));
-            let here = e.t.f.bin("and", here, real);
-            let after = e.t.f.open_if(here);
-            let pair = e.t.f.bin("lshr", own, i32(6));
-            let word = e.t.f.mul(pair, i32(2));
-            let at = e.group_word(g, bits_at, word);
-            let both = e.t.load_shared(at, Ty::I32, 2);
-            let at = e.group_word(g, counts_at, pair);
-            let rank = e.t.load_shared(at, Ty::I32, 1)[0];
-            let f = &mut e.t.f;
-            let second = f.bin("and", own, i32(32));
-            let second = f.cmp("ne", second, i32(0));
-            let lane = f.bin("and", own, i32(31));
-            let bit = f.bin("shl", i32(1), lane);
-            let below = f.sub(bit, i32(1));
-            let word = f.select(second, both[1], both[0]);
-            let before = f.select(second, both[0], i32(0));
-            let below = f.bin("and", word, below);
-            let below = isa::popcount(f, below);
-            let before = isa::popcount(f, before);
-            let rank = f.add(rank, given);
-            let rank = f.add(rank, below);
-            let rank = f.add(rank, before);
-            put(e, number, rank);
-            e.t.f.close_if(after);
+        let at = Bits { start, given, bits_at, counts_at };
+        members(self, &mut |e, some| {
+            if let &[[real, number]] = some {
+                let (own, here) = e.in_window(&at, window, [real, number]);
+                let after = e.t.f.open_if(here);
+                let found = e.bits_of(g, &at, own);
+                let rank = e.rank(&at, own, &found);
+                put(e, number, rank, Val::Int(1, Ty::I1));
+                e.t.f.close_if(after);
+                return;
+            }
+            let mut found = Vec::new();
+            for &member in some {
+                let (own, here) = e.in_window(&at, window, member);
+                let own = e.t.f.select(here, own, i32(0));
+                found.push((own, here, e.bits_of(g, &at, own)));
+            }
+            for ((own, here, bits), &[_, number]) in found.iter().zip(some) {
+                let rank = e.rank(&at, *own, bits);
+                put(e, number, rank, *here);
+            }
         });
         self.group_wait(g);
         let next = self.t.f.add(start, i32(window.into()));
@@ -444,5 +454,41 @@ impl<'a> Emit<'a> {
         self.t.f.close_if(after);
         let given = self.t.f.add(given, all);
         self.t.f.close_loop(&windows, i32(window.into()), &[given]);
+    }
+
+    /// Where a member's number is in the window, and whether it is in it.
+    fn in_window(&mut self, at: &Bits, window: u32, [real, number]: [Val; 2]) -> (Val, Val) {
+        let own = self.t.f.sub(number, at.start);
+        let here = self.t.f.cmp("ult", own, i32(window.into()));
+        (own, self.t.f.bin("and", here, real))
+    }
+
+    /// The two words of bits in which a number of the window is, and how many bits are set before them.
+    fn bits_of(&mut self, g: &Group, at: &Bits, own: Val) -> [Val; 3] {
+        let pair = self.t.f.bin("lshr", own, i32(6));
+        let word = self.t.f.mul(pair, i32(2));
+        let byte = self.group_word(g, at.bits_at, word);
+        let both = self.t.load_shared(byte, Ty::I32, 2);
+        let byte = self.group_word(g, at.counts_at, pair);
+        let rank = self.t.load_shared(byte, Ty::I32, 1)[0];
+        [both[0], both[1], rank]
+    }
+
+    /// The place of a number of the window.
+    fn rank(&mut self, at: &Bits, own: Val, &[low, high, rank]: &[Val; 3]) -> Val {
+        let f = &mut self.t.f;
+        let second = f.bin("and", own, i32(32));
+        let second = f.cmp("ne", second, i32(0));
+        let lane = f.bin("and", own, i32(31));
+        let bit = f.bin("shl", i32(1), lane);
+        let below = f.sub(bit, i32(1));
+        let word = f.select(second, high, low);
+        let before = f.select(second, low, i32(0));
+        let below = f.bin("and", word, below);
+        let below = isa::popcount(f, below);
+        let before = isa::popcount(f, before);
+        let rank = f.add(rank, at.given);
+        let rank = f.add(rank, below);
+        f.add(rank, before)
     }
 }

@@ -11,7 +11,7 @@
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
 //! | `overlap` | the last sums of such a round are made while the next one multiplies |
 //! | `skip` | tiles with an empty loop cost their bounds only |
-//! | `select`, `window`, `short`, `spread`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a sample |
+//! | `select`, `window`, `short`, `spread`, `bounded`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a bound, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
 //! | `emit`, `held`, `loops`, `channels`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
@@ -21,6 +21,7 @@
 
 mod attention;
 mod attention_plan;
+mod bounded;
 mod channels;
 mod config;
 mod contraction;

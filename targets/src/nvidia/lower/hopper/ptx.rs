@@ -253,6 +253,11 @@ pub fn pin(f: &mut Fn, values: &[Val]) -> Vec<Val> {
     f.asm("", &constraints, values, &vec![Ty::F32; values.len()], true, true)
 }
 
+/// The same word, of whose origin the assembler knows nothing.
+pub fn pin_word(f: &mut Fn, word: Val) -> Val {
+    f.asm("", "=r,0", &[word], &[Ty::I32], true, true)[0]
+}
+
 /// Values times the factors of these numbers, where some factor of the warp's is not 1.
 pub fn multiply_unless_one(f: &mut Fn, values: &[Val], factors: &[Val], of: &[usize]) -> Vec<Val> {
     let n = values.len();
@@ -338,12 +343,31 @@ pub fn store_shared_word(f: &mut Fn, at: Val, v: Val) {
     effect(f, "st.shared.b32 [$0], $1;", "r,r", &[at, v]);
 }
 
-/// Two words to shared memory, of any block of the cluster if `cluster`, where `c` holds.
-pub fn store_pair_if(f: &mut Fn, c: Val, at: Val, v: [Val; 2], cluster: bool) {
-    let c = f.cast("zext", c, Ty::I32);
+/// `sum` and how many of the values are at least `least`. One instruction compares and one adds: predicates that the assembler keeps for later take it two more each.
+pub fn count_least(f: &mut Fn, sum: Val, values: &[Val], least: Val) -> Val {
+    let mut text = String::from("{\n.reg .pred p;\nmov.b32 $0, $1;\n");
+    for i in 3..3 + values.len() {
+        text += &format!("setp.ge.f32 p, ${i}, $2;\n@p add.s32 $0, $0, 1;\n");
+    }
+    let args: Vec<Val> = [sum, least].into_iter().chain(values.iter().copied()).collect();
+    let constraints = format!("=&r,r,f{}", ",f".repeat(values.len()));
+    f.asm(&(text + "}"), &constraints, &args, &[Ty::I32], false, true)[0]
+}
+
+/// Writes those of a vector's values that are at least `least`, each with its column, one after another to shared memory, of any block of the cluster if `cluster`:
+/// the address behind them. The first value is `column`'s.
+pub fn list_least(f: &mut Fn, at: Val, values: &[Val], least: Val, column: Val, cluster: bool) -> Val {
     let place = if cluster { "shared::cluster" } else { "shared" };
-    let text = format!("{{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.{place}.v2.b32 [$1], {{$2, $3}};\n}}");
-    effect(f, &text, "r,r,r,r", &[c, at, v[0], v[1]]);
+    let mut text = String::from("{\n.reg .pred p;\n.reg .b32 c;\nmov.b32 $0, $1;\n");
+    for i in 0..values.len() {
+        let v = 4 + i;
+        text += &format!(
+            "add.s32 c, $3, {i};\nsetp.ge.f32 p, ${v}, $2;\n@p st.{place}.v2.b32 [$0], {{${v}, c}};\n@p add.s32 $0, $0, 8;\n"
+        );
+    }
+    let args: Vec<Val> = [at, least, column].into_iter().chain(values.iter().copied()).collect();
+    let constraints = format!("=&r,r,f,r{}", ",f".repeat(values.len()));
+    f.asm(&(text + "}"), &constraints, &args, &[Ty::I32], true, true)[0]
 }
 
 /// Writes a word to shared memory where `c` holds.
@@ -459,6 +483,11 @@ pub fn larger(f: &mut Fn, a: Val, b: Val) -> Val {
     f.asm("max.f32 $0, $1, $2;", "=f,f,f", &[a, b], &[Ty::F32], false, false)[0]
 }
 
+/// Sets bits of a word of shared memory.
+pub fn shared_or(f: &mut Fn, at: Val, bits: Val) {
+    effect(f, "red.shared.or.b32 [$0], $1;", "r,r", &[at, bits]);
+}
+
 /// Sets bits of a word of shared memory where `c` holds.
 pub fn shared_or_if(f: &mut Fn, c: Val, at: Val, bits: Val) {
     let c = f.cast("zext", c, Ty::I32);
@@ -500,13 +529,19 @@ pub fn load_f32_here_if(f: &mut Fn, c: Val, at: Val) -> Val {
     f.asm(text, "=&f,l,r", &[at, c], &[Ty::F32], true, true)[0]
 }
 
-/// Four neighbouring f32 of memory that no one writes meanwhile, at a multiple of 16 bytes, or −inf where `c` does not hold.
-pub fn load_four_if(f: &mut Fn, c: Val, at: Val) -> Vec<Val> {
+/// Four neighbouring f32 of memory that no one writes meanwhile, at a multiple of 16 bytes, or −inf where `c` does not hold. `again`: they are read here even if
+/// they have been read before, and have no registers in between.
+pub fn load_four_if(f: &mut Fn, c: Val, at: Val, again: bool) -> Vec<Val> {
     let c = f.cast("zext", c, Ty::I32);
     let none: String = (0..4).map(|i| format!("mov.b32 ${i}, 0xff800000;\n")).collect();
     let text =
         format!("{{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n{none}@p ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}");
-    f.asm(&text, "=&f,=&f,=&f,=&f,l,r", &[at, c], &[Ty::F32; 4], false, true)
+    f.asm(&text, "=&f,=&f,=&f,=&f,l,r", &[at, c], &[Ty::F32; 4], again, true)
+}
+
+/// The same without a question.
+pub fn load_four(f: &mut Fn, at: Val, again: bool) -> Vec<Val> {
+    f.asm("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", &[at], &[Ty::F32; 4], again, true)
 }
 
 /// The value of that lane of the running lane's quad.

@@ -55,14 +55,17 @@ const TOTALS: u32 = FOUND + 3 * 16;
 const BLOCK: u32 = TOTALS + WARPS * 8;
 /// Bytes of what counting uses.
 const COUNTING: u32 = BLOCK + 8;
-/// Candidates that this block has listed, the largest key of the cluster, and candidates of each of its blocks.
+/// Candidates that this block has listed, the largest key of the cluster, whether lists were enough; candidates of each of its blocks, and their bounds.
 pub const COUNT: u32 = if filter::BYTES > COUNTING { filter::BYTES } else { COUNTING };
 pub const MOST: u32 = COUNT + 4;
+pub const VERDICT: u32 = COUNT + 8;
 pub const COUNTS: u32 = COUNT + 16;
+pub const BOUNDS: u32 = COUNTS + 4 * MOST_BLOCKS;
 /// Columns selected, in order.
-pub const OUT: u32 = COUNTS + 4 * MOST_BLOCKS;
+pub const OUT: u32 = BOUNDS + 4 * MOST_BLOCKS;
+pub const OUT_BYTES: u32 = 4 * filter::MOST_K;
 /// End.
-const BYTES: u32 = OUT + 4 * filter::MOST_K;
+const BYTES: u32 = OUT + OUT_BYTES;
 
 /// Places of a thread that are written together.
 const DELIVERED: u32 = 4;

@@ -238,10 +238,10 @@ impl<'a> Emit<'a> {
         // What is listed was more than the threshold.
         let threshold = ptx::load_shared_f32(&mut self.t.f, at);
         let lowest = self.ordered(threshold);
-        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
+        let mut candidates = |e: &mut Self, take: &mut dyn FnMut(&mut Self, &[[Val; 2]])| {
             let chunks = e.t.f.open_loop(i32(0), count, &[]);
-            for [key, number] in e.chunk(l, row, (chunks.args[0], count)) {
-                take(e, key, number);
+            for candidate in e.chunk(l, row, (chunks.args[0], count)) {
+                take(e, &[candidate]);
             }
             e.t.f.close_loop(&chunks, i32((EACH * WARPGROUP).into()), &[]);
         };
@@ -314,10 +314,10 @@ impl<'a> Emit<'a> {
         let line = self.t.f.add(l.first_row, row);
         let line = self.t.f.mul(line, i32(l.k.into()));
         let mut fault = Ok(());
-        let mut hand = |e: &mut Self, take: &mut dyn FnMut(&mut Self, Val, Val)| {
-            members.iter().for_each(|&(real, number)| take(e, real, number));
+        let mut hand = |e: &mut Self, take: &mut dyn FnMut(&mut Self, &[[Val; 2]])| {
+            members.iter().for_each(|&(real, number)| take(e, &[[real, number]]));
         };
-        self.in_order(&l.group, end, &mut hand, &mut |e, number, rank| {
+        self.in_order(&l.group, end, &mut hand, &mut |e, number, rank, _| {
             let place = e.t.f.add(line, rank);
             if let Err(e) = e.put(numbers, number, place, &stores) {
                 fault = Err(e);

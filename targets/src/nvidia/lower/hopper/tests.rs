@@ -730,6 +730,23 @@ fn rows_are_spread_over_the_blocks_of_a_cluster() {
 }
 
 #[test]
+fn bounds_say_what_may_be_the_best() {
+    let many = Select { k: 2048, step: 512, ..SELECT };
+    // Two blocks a multiprocessor read a row twice; of values that are few, or that are the largest of few groups, too many reach the bound.
+    for value in [&scattered as &dyn Fn(u32) -> f32, &|i| (i % 5) as f32, &|i| (i / 128 % 8) as f32, &|i| i as f32] {
+        many.check_blocks((1, 2), &[30011], value);
+    }
+    SELECT.check_blocks((1, 2), &[25003, 32760], &scattered);
+    // Four blocks, of which one has all of the best: others' bounds are no bounds.
+    for value in [&scattered as &dyn Fn(u32) -> f32, &|i| scattered(i) + if i / 128 % 4 == 1 { 2048.0 } else { 0.0 }] {
+        many.check_blocks((4, 1), &[40003], value);
+        many.check_blocks((2, 1), &[40001], value);
+    }
+    many.check_blocks((4, 1), &[34000], &|i| if i % 40 == 0 { scattered(i) } else { f32::NEG_INFINITY });
+    SELECT.check_blocks((4, 1), &[50001, 66000], &|i| -(i as f32));
+}
+
+#[test]
 fn rows_of_which_samples_say_little_are_counted() {
     SELECT.check(&[33000], |i| if i % 7 == 0 { f32::NEG_INFINITY } else { 1.5 });
 }

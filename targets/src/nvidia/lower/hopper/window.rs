@@ -103,8 +103,42 @@ impl<'a> Emit<'a> {
         self.t.f.add(w.start, columns)
     }
 
+    /// So many vectors of the running lane, from the one of a warp's first on, every `step`th: −inf where a column is outside of the stretch. `again`: whatever has been
+    /// read of them before. Most warps find whole vectors only, and one address is enough.
+    pub fn batch(&mut self, w: &Window, (first, step, count): (Val, u32, u32), again: bool) -> Vec<Val> {
+        let own = self.t.f.add(first, self.t.lane);
+        // No addresses are kept from the first time.
+        let own = if again { ptx::pin_word(&mut self.t.f, own) } else { own };
+        let f = &mut self.t.f;
+        let behind = f.sub(first, w.whole[0]);
+        let last = f.add(behind, i32(i64::from((count - 1) * step) + 31));
+        let begun = f.cmp("sge", behind, i32(0));
+        let open = f.cmp("slt", last, w.whole[1]);
+        let whole = f.bin("and", begun, open);
+        let [all, some, join] = [0; 3].map(|_| self.t.f.label());
+        self.t.f.cond_br(whole, (all, &[]), (some, &[]));
+        self.t.f.start(all, &[]);
+        let column = self.column_of(w, own);
+        let at = self.column_address(w, column);
+        let mut values = Vec::new();
+        for i in 0..count {
+            let at = self.t.f.offset(at, i64((i * step * VECTOR * 4).into()));
+            values.extend(ptx::load_four(&mut self.t.f, at, again));
+        }
+        self.t.f.br(join, &values);
+        self.t.f.start(some, &[]);
+        let numbers: Vec<Val> = (0..count).map(|i| self.t.f.add(own, i32((i * step).into()))).collect();
+        let values = self.vectors_read(w, &numbers, again);
+        self.t.f.br(join, &values);
+        self.t.f.start(join, &vec![Ty::F32; values.len()])
+    }
+
     /// Vectors of these numbers, −inf where a column is outside of the stretch.
     pub fn vectors(&mut self, w: &Window, numbers: &[Val]) -> Vec<Val> {
+        self.vectors_read(w, numbers, false)
+    }
+
+    fn vectors_read(&mut self, w: &Window, numbers: &[Val], again: bool) -> Vec<Val> {
         let mut loaded = Vec::new();
         let mut edges = Vec::new();
         for &number in numbers {
@@ -116,7 +150,7 @@ impl<'a> Emit<'a> {
             let rest = f.bin("xor", whole, Val::Int(1, Ty::I1));
             let edge = f.bin("and", some, rest);
             let at = self.column_address(w, column);
-            loaded.extend(ptx::load_four_if(&mut self.t.f, whole, at));
+            loaded.extend(ptx::load_four_if(&mut self.t.f, whole, at, again));
             edges.push((edge, column));
         }
         let any = edges.iter().skip(1).fold(edges[0].0, |any, e| self.t.f.bin("or", any, e.0));
