@@ -111,6 +111,8 @@ pub fn compile_for(
     let stage = Instant::now();
     let choose = |shape: &crate::kernels::KernelShape, class: &Class| Schedule {
         symbols_by_value: true,
+        // Chains of few, short launches: their blocks would wait on multiprocessors that those before them want.
+        late: true,
         ..compile::schedule(target, &options.schedules, shape, class)
     };
     let scheduler = plan::Scheduler { choose: &choose, fits: &|kernel| target.fits(kernel) };

@@ -26,6 +26,10 @@ pub struct Schedule {
     /// Whether a GPU kernel takes the symbols by value rather than the address of them: for callers that capture launches themselves.
     #[serde(skip_serializing_if = "is_false")]
     pub symbols_by_value: bool,
+    /// Whether, where launches overlap, the next one may start only when this one has waited for those before it: then one is ahead at most, and
+    /// its blocks keep no others from the multiprocessors that they want.
+    #[serde(skip_serializing_if = "is_false")]
+    pub late: bool,
     /// Blocks that share what they bring, or run one block of the grid together, on targets whose blocks can; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub cluster: u32,
@@ -70,8 +74,10 @@ pub type Split = (u32, bool);
 impl Teams {
     /// Heads of a block where blocks have teams.
     pub const HEADS: u32 = 64;
-    /// Most parts of a team: what a thread of 64 heads can keep of each while it joins them, and of fewer heads pieces for all of its blocks.
+    /// Most parts of a team; of fewer heads, those that there are pieces for.
     const MOST: [u32; 2] = [16, 8];
+    /// The same where so many leave half of the blocks out: with all of them, what they exchange takes longer than a round.
+    const MOST_OF_HALF: u32 = 32;
     /// Tokens of fewer heads up to which more parts than that, which another launch joins, are faster; tiles of heads of one token for which they are.
     const FEW: u32 = 4;
     const ALONE: u64 = 1;
@@ -93,7 +99,8 @@ impl Teams {
         if alone && tiles <= self.pairs.into() && 2 * tiles > self.pairs.into() {
             return (2, false);
         }
-        let most = Self::MOST[usize::from(few)].min(rounds.max(1));
+        let half = !few && 2 * tiles * u64::from(Self::MOST_OF_HALF) <= self.blocks.into();
+        let most = if half { Self::MOST_OF_HALF } else { Self::MOST[usize::from(few)] }.min(rounds.max(1));
         let parts = u32::try_from(u64::from(self.blocks) / tiles).unwrap_or(0).clamp(1, most);
         let parts = 1 << parts.ilog2();
         (parts, parts > 1)
@@ -221,8 +228,8 @@ mod tests {
     fn teams_divide_keys_where_their_clusters_run_at_once() {
         let teams = Teams { blocks: 132, pairs: 66 };
         let split = |heads: u32| [1, 2, 4, 8, 16, 32, 64, 96, 128].map(|tokens| teams.split(tokens, heads, 32).0);
-        assert_eq!(split(64), [1, 16, 16, 16, 8, 4, 2, 1, 1]);
-        assert_eq!(split(128), [16, 16, 16, 8, 4, 2, 1, 1, 1]);
+        assert_eq!(split(64), [1, 32, 16, 16, 8, 4, 2, 1, 1]);
+        assert_eq!(split(128), [32, 16, 16, 8, 4, 2, 1, 1, 1]);
         assert_eq!(split(16), [1, 1, 1, 8, 8, 4, 2, 1, 1]);
         assert_eq!([4, 64].map(|tokens| teams.split(tokens, 64, 32).1), [true, false]);
         // A part has a round of its own at least.

@@ -187,9 +187,13 @@ pub fn shared_atomic_add(f: &mut Fn, at: Val, v: Val) -> Val {
 }
 
 /// Lets the next launch start, whose blocks take what room there is, and waits until the launches before this one are done and what they
-/// wrote is visible. Nothing touches global memory in front of it.
-pub fn launch_wait(f: &mut Fn) {
-    f.asm("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;", "", &[], &[], true, true);
+/// wrote is visible; in that order, or, if it is `late`, the other way round. Nothing touches global memory in front of it.
+pub fn launch_wait(f: &mut Fn, late: bool) {
+    let mut steps = ["griddepcontrol.launch_dependents;", "griddepcontrol.wait;"];
+    if late {
+        steps.reverse();
+    }
+    f.asm(&steps.join("\n"), "", &[], &[], true, true);
 }
 
 /// Two words at an address of shared memory (in i32), of the block of that rank in the cluster.

@@ -45,7 +45,7 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     threads.symbols = symbols;
     let dependent = arch.has_tma;
     if dependent {
-        isa::launch_wait(&mut threads.f);
+        isa::launch_wait(&mut threads.f, kernel.schedule.late);
     }
     let mut emitter = emit::Emitter::run(threads, &scheduled);
     if let Some(fault) = emitter.fault.take() {

@@ -5,6 +5,7 @@
 //! arrive: all threads where they read a stage themselves; else one thread of each warpgroup, where a product that read it or a barrier
 //! has brought its warps together, or of each warp. Products stay in flight until something needs their end: [`super::wgmma`].
 
+use super::begin::Begun;
 use super::channels::{self, any, waits};
 use super::fragment::Geometry;
 use super::ptx;
@@ -25,6 +26,7 @@ use dsc_ir::Sym;
 use dsc_ir::artifact::GpuKernel;
 use dsc_ir::sched::verify::registers;
 use dsc_ir::sched::{Atom, Block, BufferId, ChannelId, Fragment, Inst, Op, Place, Role, Scheduled};
+use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::{self, ValueId};
 use std::collections::{HashMap, HashSet};
 
@@ -146,14 +148,38 @@ pub struct Emit<'a> {
     pub lists: Option<Lists>,
     /// Blocks for which a multiprocessor has registers.
     pub sharing: u32,
+    /// Whether the next launch starts no earlier than this one's work.
+    pub late: bool,
+    /// The first round of the next loop that computes rows, if it is under way.
+    pub begun: Option<Begun>,
+    /// The last rows that lanes of quads got of four blocks of the team, each of one: from where, by fours, and whether of the own piece.
+    pub rows_of_four: Option<((BufferId, u32, bool), Vec<Val>)>,
 }
 
-/// MLIR of a scheduled kernel, and how to launch it. `symbols` is where they are read from ([`Threads::symbols`]); a multiprocessor has registers
-/// for `sharing` blocks.
+/// What of a schedule is not in the scheduled kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Where symbols are read from ([`Threads::symbols`]).
+    pub symbols: Ty,
+    /// Blocks for which a multiprocessor has registers.
+    pub sharing: u32,
+    /// Whether the next launch starts no earlier than this one's work ([`Schedule::late`](dsc_ir::schedule::Schedule::late)).
+    pub late: bool,
+}
+
+impl How {
+    /// As a schedule says.
+    pub fn of(schedule: &Schedule, symbols: Ty) -> How {
+        How { symbols, sharing: schedule.sharing.max(1), late: schedule.late }
+    }
+}
+
+/// MLIR of a scheduled kernel, and how to launch it.
 ///
 /// # Errors
 /// What of the kernel this lowering does not do.
-pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(String, GpuKernel), String> {
+pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel), String> {
+    let How { symbols, sharing, late } = how;
     // Results that matrix units made have no more bits than that; a division by IEEE's rules is a call an element.
     let arch = &Arch { exact_division: false, ..*arch };
     let mut t = Threads::new(Fn::default(), arch, s.threads);
@@ -196,6 +222,9 @@ pub fn lower(s: &Scheduled, arch: &Arch, symbols: Ty, sharing: u32) -> Result<(S
         sums: None,
         lists: None,
         sharing,
+        late,
+        begun: None,
+        rows_of_four: None,
         spare: Vec::new(),
         never: i32(0),
         settled: None,
@@ -333,7 +362,7 @@ impl<'a> Emit<'a> {
 
     /// What every thread begins with: the launches before, and the values of the symbols.
     fn start(&mut self) {
-        isa::launch_wait(&mut self.t.f);
+        isa::launch_wait(&mut self.t.f, self.late);
         let syms = Val::Arg(self.s.params.len() as u32, self.t.symbols);
         for sym in Sym::ALL {
             let at = self.t.f.offset(syms, i64(4 * sym as i64));
@@ -433,7 +462,11 @@ impl<'a> Emit<'a> {
     pub fn block(&mut self, block: &'a Block) -> Result<(), String> {
         let fills = |i: &Inst| matches!(i.op, Op::Acquire(_));
         let first = block.insts.iter().position(fills);
+        let begun = self.begin_rows(block)?;
         for (i, inst) in block.insts.iter().enumerate() {
+            if inst.results.first().is_some_and(|r| begun.contains(r)) {
+                continue;
+            }
             if first == Some(i) {
                 // Numbers of rows are on their way while stages are not free yet.
                 self.numbers.clear();

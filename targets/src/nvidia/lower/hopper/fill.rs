@@ -1,5 +1,6 @@
 //! Tiles that a role writes into a stage: what products left in registers, or keys computed from gathered rows.
 
+use super::begin::Begun;
 use super::config::WARPGROUP;
 use super::emit::{Emit, Held};
 use super::fragment::{Geometry, Register};
@@ -16,13 +17,13 @@ pub const ROW_THREADS: u32 = 8;
 /// Neighbouring elements of a row that a thread computes at a time: 16 codes are one load.
 const PIECE: u32 = 16;
 /// Registers that loads may take which run a round ahead.
-const MOST_LOADED: usize = 40;
+pub(super) const MOST_LOADED: usize = 40;
 /// Bytes that a thread writes at a time.
 const WORD_BYTES: u32 = 16;
 
 /// What a thread has loaded of gathered rows.
 #[derive(Default)]
-struct Loaded {
+pub(super) struct Loaded {
     /// 16 codes as words, by gather, row of the thread's and first column of the row's threads.
     words: HashMap<(ValueId, u32, u32), Vec<Val>>,
     /// The same decoded.
@@ -41,7 +42,7 @@ impl Loaded {
     }
 
     /// What is there, in order: gather, row and column, and whether it is codes.
-    fn keys(&self) -> Vec<((ValueId, u32, u32), bool)> {
+    pub(super) fn keys(&self) -> Vec<((ValueId, u32, u32), bool)> {
         let words = self.words.keys().map(|&k| (k, true));
         let mut keys: Vec<_> = words.chain(self.scalars.keys().map(|&k| (k, false))).collect();
         keys.sort_unstable();
@@ -49,7 +50,7 @@ impl Loaded {
     }
 
     /// The registers of that.
-    fn values(&self, keys: &[((ValueId, u32, u32), bool)]) -> Vec<Val> {
+    pub(super) fn values(&self, keys: &[((ValueId, u32, u32), bool)]) -> Vec<Val> {
         let of = |&(key, codes): &((ValueId, u32, u32), bool)| match codes {
             true => self.words[&key].clone(),
             false => vec![self.scalars[&key]],
@@ -86,9 +87,18 @@ struct Spot {
 
 /// A tile that a stage is filled with, and whether the blocks of the cluster compute it together.
 #[derive(Clone, Copy)]
-struct Filled {
+pub(super) struct Filled {
     value: ValueId,
     shared: bool,
+}
+
+/// The tiles that a body fills stages with.
+pub(super) fn fills_of(body: &Block) -> Vec<Filled> {
+    let fill = |i: &Inst| match &i.op {
+        Op::Fill { value, shared, .. } => Some(Filled { value: *value, shared: *shared }),
+        _ => None,
+    };
+    body.insts.iter().filter_map(fill).collect()
 }
 
 /// The number of a thread's row, by what gives the numbers and the first of the rows that threads bring together.
@@ -217,25 +227,14 @@ impl<'a> Emit<'a> {
         if !inst.results.is_empty() {
             return Err("a loop that computes rows and carries values".into());
         }
-        let fill = |i: &Inst| match &i.op {
-            Op::Fill { value, shared, .. } => Some(Filled { value: *value, shared: *shared }),
-            _ => None,
-        };
-        let fills: Vec<Filled> = body.insts.iter().filter_map(fill).collect();
+        let fills = fills_of(body);
         self.find_peers(&fills);
         let (lo, hi) = (self.index(lo)?, self.index(hi)?);
         let step = i32(step.into());
-        let listed = self.read_lists(body, lo)?;
-        let numbers = self.numbers_at(body, lo, hi, &listed)?;
-        let second = self.t.f.add(lo, step);
-        let listed = self.read_lists(body, second)?;
-        let mut loaded = Loaded::default();
-        self.load_rows(fills[0], &numbers, &mut loaded)?;
-        let whole = loaded.values(&loaded.keys()).len() * fills.len() <= MOST_LOADED;
-        let ahead = if whole { fills.len() } else { 1 };
-        for &fill in &fills[1..ahead] {
-            self.load_rows(fill, &numbers, &mut loaded)?;
-        }
+        let Begun { numbers, listed, loaded, ahead } = match self.begun.take() {
+            Some(begun) => begun,
+            None => self.first_round((lo, Some(hi), step), body, &fills)?,
+        };
         let mut carried: Vec<Val> = self.ring_state();
         let counters = carried.len();
         let keys = loaded.keys();
@@ -275,7 +274,7 @@ impl<'a> Emit<'a> {
                 }
             }
             let next = e.t.f.add(counter, step);
-            let next_numbers = e.numbers_at(body, next, hi, &listed)?;
+            let next_numbers = e.numbers_at(body, next, Some(hi), &listed)?;
             for &fill in &fills[..ahead] {
                 e.load_rows(fill, &next_numbers, &mut loaded)?;
             }
@@ -378,24 +377,25 @@ impl<'a> Emit<'a> {
         Ok(listed)
     }
 
-    /// Numbers of this thread's rows in the round of that counter, from what was read for it; none of any view where there is no
-    /// such round.
-    fn numbers_at(
+    /// Numbers of this thread's rows in the round of that counter, from what was read for it; none of any view where it is known that
+    /// there is no such round.
+    pub(super) fn numbers_at(
         &mut self,
         body: &'a Block,
         counter: Val,
-        hi: Val,
+        hi: Option<Val>,
         listed: &[Numbered],
     ) -> Result<Vec<Numbered>, String> {
         self.uniforms_at(body, counter)?;
-        let some = self.t.f.cmp("slt", counter, hi);
+        let some = hi.map(|hi| self.t.f.cmp("slt", counter, hi));
         let first = self.t.f.div(self.role_tid, ROW_THREADS);
         let mut numbers = Vec::new();
         for (rows, start) in self.numbered(body) {
             let row = self.t.f.add(first, i32(start.into()));
             let here = listed.iter().filter(|n| n.0.1 == start).map(|n| (n.0.0, n.1));
             let number = self.vector_element(rows, row, &mut here.collect())?;
-            numbers.push(((rows, start), self.t.f.select(some, number, i32(-1))));
+            let number = some.map_or(number, |some| self.t.f.select(some, number, i32(-1)));
+            numbers.push(((rows, start), number));
         }
         Ok(numbers)
     }
@@ -412,7 +412,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Issues the loads of a tile's rows.
-    fn load_rows(&mut self, fill: Filled, numbers: &[Numbered], loaded: &mut Loaded) -> Result<(), String> {
+    pub(super) fn load_rows(&mut self, fill: Filled, numbers: &[Numbered], loaded: &mut Loaded) -> Result<(), String> {
         (0..self.rows_of(fill)?).try_for_each(|row| self.load_row(fill, row, numbers, loaded))
     }
 

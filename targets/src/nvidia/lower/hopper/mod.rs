@@ -9,11 +9,12 @@
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `twins` | weighted sums as those of two halves, each with a product of its own |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
+//! | `pages` | what a round copies by is read a round ahead |
 //! | `overlap` | the last sums of such a round are made while the next one multiplies |
 //! | `skip` | tiles with an empty loop cost their bounds only |
 //! | `select`, `window`, `short`, `spread`, `bounded`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a bound, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
-//! | `emit`, `held`, `loops`, `channels`, `ring`, `gather`, `fill`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
+//! | `emit`, `held`, `loops`, `channels`, `ring`, `gather`, `fill`, `begin`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
@@ -21,6 +22,7 @@
 
 mod attention;
 mod attention_plan;
+mod begin;
 mod bounded;
 mod channels;
 mod config;
@@ -38,6 +40,7 @@ mod idle;
 mod loops;
 mod memory;
 mod overlap;
+mod pages;
 mod plan;
 mod promote;
 pub mod ptx;
@@ -63,7 +66,7 @@ mod values;
 mod wgmma;
 mod window;
 
-pub use emit::lower;
+pub use emit::{How, lower};
 
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
@@ -77,7 +80,9 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
         return None;
     }
     plan::plan(kernel, arch)
-        .or_else(|| scores::plan(&kernel.program, arch).map(skip::empty_tiles).map(overlap::overlapped))
+        .or_else(|| {
+            scores::plan(&kernel.program, arch).map(skip::empty_tiles).map(overlap::overlapped).map(pages::ahead)
+        })
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(kernel, arch))
 }
@@ -86,6 +91,6 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
 /// stands around it.
 pub fn compile(kernel: &Kernel, arch: &Arch, symbols: Ty) -> Option<(Scheduled, String, GpuKernel)> {
     let scheduled = schedule(kernel, arch)?;
-    let (mlir, gpu) = lower(&scheduled, arch, symbols, kernel.schedule.sharing.max(1)).ok()?;
+    let (mlir, gpu) = lower(&scheduled, arch, How::of(&kernel.schedule, symbols)).ok()?;
     Some((scheduled, mlir, gpu))
 }

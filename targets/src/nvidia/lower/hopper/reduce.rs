@@ -139,12 +139,21 @@ impl Emit<'_> {
         })
     }
 
-    /// The largest of such a vector, from its end on: a list is mostly full, so one look is enough.
+    /// The largest of such a vector, from its end on: a list is mostly full, so one look at its last elements, a lane each, is enough. Else many
+    /// are looked at together; what would be in front of the first counts as none.
     fn last_place(&mut self, r: ValueId, x: ValueId, count: u32) -> Result<(), String> {
         let together = LOADED_BACKWARDS * Arch::WARP;
-        let start = i32((count.div_ceil(together) * together).into());
+        let start = i32(count.saturating_sub(Arch::WARP).into());
+        let at = self.t.f.add(self.t.lane, start);
+        let mut last = self.vector_element(x, at, &mut HashMap::new())?;
+        if count < Arch::WARP {
+            let within = self.t.f.cmp("ult", at, i32(count.into()));
+            last = self.t.f.select(within, last, i32(0));
+        }
+        let last = self.t.f.intrinsic("smax", &[last, i32(0)]);
+        let last = isa::reduce_warp(&mut self.t.f, "max", last);
         let (head, inside, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
-        self.t.f.br(head, &[start, i32(0)]);
+        self.t.f.br(head, &[start, last]);
         let state = self.t.f.start(head, &[Ty::I32, Ty::I32]);
         let (left, none) = (self.t.f.cmp("sgt", state[0], i32(0)), self.t.f.cmp("eq", state[1], i32(0)));
         let more = self.t.f.bin("and", left, none);
@@ -155,11 +164,9 @@ impl Emit<'_> {
         let mut most = i32(0);
         for skip in (0..together).step_by(Arch::WARP as usize) {
             let at = self.t.f.add(own, i32(skip.into()));
-            let mut element = self.vector_element(x, at, &mut HashMap::new())?;
-            if !count.is_multiple_of(together) {
-                let within = self.t.f.cmp("ult", at, i32(count.into()));
-                element = self.t.f.select(within, element, i32(0));
-            }
+            let element = self.vector_element(x, at, &mut HashMap::new())?;
+            let there = self.t.f.cmp("sge", at, i32(0));
+            let element = self.t.f.select(there, element, i32(0));
             most = self.t.f.intrinsic("smax", &[most, element]);
         }
         let most = isa::reduce_warp(&mut self.t.f, "max", most);

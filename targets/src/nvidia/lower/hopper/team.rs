@@ -22,6 +22,8 @@ use std::collections::HashMap;
 /// Registers that a thread moves at a time, and their bytes.
 const TOGETHER: usize = 4;
 const BYTES: u32 = 16;
+/// Lanes that have the same rows.
+const QUAD: u32 = 4;
 
 impl Emit<'_> {
     /// Rank in the cluster of a block of this one's number in its team, by its number among those that share copies.
@@ -37,6 +39,7 @@ impl Emit<'_> {
     pub fn meet(&mut self) -> Result<(), String> {
         self.settle_all();
         self.met += 1;
+        self.rows_of_four = None;
         let all = self.s.roles.iter().map(|r| r.body.insts.iter().filter(|i| i.op == Op::Meet).count()).max();
         if self.s.apart() {
             return self.meet_apart(all == Some(self.met));
@@ -84,7 +87,17 @@ impl Emit<'_> {
             let there = self.t.f.cmp("ult", column, i32(across.into()));
             column = self.t.f.select(there, column, i32(i64::from(across) - 1));
         }
-        let other = self.t.f.add(self.member, i32(after.into()));
+        let quads = self.quads_share(r, data)?;
+        let (name, lane) = ((buffer, after / QUAD, own), after % QUAD);
+        if let Some((_, rows)) = self.rows_of_four.as_ref().filter(|(of, _)| quads && *of == name) {
+            self.held.insert(r, Held::Shared(rows.clone(), [true, false], lane));
+            return Ok(());
+        }
+        let mut other = self.t.f.add(self.member, i32((if quads { after - lane } else { after }).into()));
+        if quads {
+            let own = self.t.f.rem(self.t.lane, QUAD);
+            other = self.t.f.add(other, own);
+        }
         let other = self.t.f.bin("urem", other, i32(team.into()));
         if data.outside {
             let kept = if own && after == 0 { self.own_pieces.remove(&buffer) } else { None };
@@ -95,7 +108,12 @@ impl Emit<'_> {
                 return Ok(());
             }
             let piece = [row, column];
-            return self.get_outside(r, data, other, own.then_some((piece, down)));
+            self.get_outside(r, data, other, own.then_some((piece, down)))?;
+            if let (true, Some(Held::Registers(values, varies))) = (quads, self.held.get(&r).cloned()) {
+                self.rows_of_four = Some((name, values.clone()));
+                self.held.insert(r, Held::Shared(values, varies, lane));
+            }
+            return Ok(());
         }
         let rank = self.t.f.mul(other, i32(self.cluster.into()));
         let rank = self.t.f.add(rank, self.rank);
@@ -127,6 +145,13 @@ impl Emit<'_> {
         }
         self.held.insert(r, Held::Registers(values, [true, true]));
         Ok(())
+    }
+
+    /// Whether rows of four blocks, one behind the other, are got by a quad, whose lanes have the same rows: each lane those of a block. All of
+    /// them by every lane would be four times as many loads.
+    fn quads_share(&mut self, r: ValueId, data: &Buffer) -> Result<bool, String> {
+        let rows = data.outside && data.shape[1] == 1 && self.team.is_multiple_of(QUAD);
+        Ok(rows && !self.seen_in(r)?.transposed)
     }
 
     /// Bytes in front of a piece at that place, of so many groups of registers, where that many pieces are one under another.

@@ -13,7 +13,7 @@ mod scores;
 #[path = "../../../../tests/support/select.rs"]
 mod select;
 
-use super::{attention_plan, lower, schedule};
+use super::{How, attention_plan, lower, schedule};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::Ty;
@@ -29,6 +29,8 @@ use heads::Heads;
 use linear::Linear;
 use scores::Scores;
 use select::Select;
+
+const GLOBAL: How = How { symbols: Ty::Global, sharing: 1, late: false };
 
 const BF16: Linear =
     Linear { dtype: DType::Bf16, n: 256, k: 256, tile: [128, 256], step: 64, out: DType::Bf16, glu: false, part: None };
@@ -81,7 +83,7 @@ fn check_scheduled(program: &Program, scheduled: Scheduled, syms: SymValues, set
         sched::interp::run(&scheduled, &syms, &mut buffers, &bindings, options).expect("runs");
         assert!(buffers == expected, "seed {seed} of\n{scheduled}");
     }
-    lower(&scheduled, hopper(), Ty::Global, 1).unwrap_or_else(|e| panic!("{e}, in\n{scheduled}"));
+    lower(&scheduled, hopper(), GLOBAL).unwrap_or_else(|e| panic!("{e}, in\n{scheduled}"));
 }
 
 impl Linear {
@@ -295,7 +297,7 @@ fn clusters_share_the_larger_operand() {
 #[test]
 fn products_stay_in_flight() {
     let waits = |l: Linear| -> Vec<u32> {
-        let (mlir, _) = lower(&scheduled(l.program("linear")), hopper(), Ty::Global, 1).expect("lowers");
+        let (mlir, _) = lower(&scheduled(l.program("linear")), hopper(), GLOBAL).expect("lowers");
         let found = mlir.match_indices("wgmma.wait_group.sync.aligned ");
         found
             .map(|(at, text)| mlir[at + text.len()..].chars().next().and_then(|c| c.to_digit(10)).unwrap_or(9))
@@ -418,7 +420,7 @@ impl Attention {
             let same = first.get_or_insert_with(|| got.clone());
             assert!(*same == got, "seed {seed} gives other bits");
         }
-        lower(&scheduled, hopper(), Ty::Global, 1).expect("lowers");
+        lower(&scheduled, hopper(), GLOBAL).expect("lowers");
     }
 }
 
@@ -428,6 +430,8 @@ fn attention_over_gathered_rows() {
     Attention { heads: 128, ..SPARSE }.check(1, &[100]);
     Attention { latent: 128, k: 100, ..SPARSE }.check(3, &[100, 0, 64]);
     Attention { searched: true, ..SPARSE }.check(2, &[192, 150]);
+    // Lists whose last element is far from their end, and one that has none.
+    Attention { searched: true, k: 700, ..SPARSE }.check(3, &[700, 20, 0]);
 }
 
 #[test]
@@ -438,7 +442,7 @@ fn two_warpgroups_score_in_turn() {
     // Keys that are no values have one stage, which leaves room for both ways of weights.
     let stages = |name: &str| scheduled.channels.iter().find(|c| c.name == name).map(|c| c.stages);
     assert_eq!(["keys0", "keys1", "keys2"].map(stages), [Some(2), Some(2), Some(1)]);
-    let (mlir, _) = lower(&scheduled, hopper(), Ty::Global, 1).expect("lowers");
+    let (mlir, _) = lower(&scheduled, hopper(), GLOBAL).expect("lowers");
     // A stage of keys is given back by each warp: who has no use for it comes to it by no product.
     let stage = |count: u32| mlir.matches(&format!("mbarrier.init.shared::cta.b64 [$0], {count};")).count();
     assert_eq!((stage(8), stage(2)), (5, 1), "five stages of keys, one of queries");
@@ -514,6 +518,8 @@ fn teams_that_are_no_clusters_join_through_memory() {
     // Pairs that share keys, and more blocks than a cluster has.
     Attention { fp8: true, heads: 128, ..SPARSE }.check_apart(16, 1, &[130]);
     codes.check_apart(32, 1, &[192]);
+    // The first round begins before the end of the list is known, also where there is no such round.
+    Attention { searched: true, ..codes }.check_apart(4, 2, &[130, 0]);
     let few = Attention { heads: 16, tile: 16, fp8: true, ..SPARSE };
     few.check_apart(8, 2, &[192, 70]);
     few.check_apart(32, 1, &[192]);
@@ -602,6 +608,29 @@ fn scores_of_a_token_each() {
     Scores { heads: 32, pages: 1, scaled: false, ..SCORES }.check(&[200, 70]);
     // Tiles that nobody sees anything of.
     Scores { fill: false, pages: 1, ..SCORES }.check(&[1, 300, 64]);
+}
+
+#[test]
+fn pages_are_read_a_round_ahead() {
+    for fill in [true, false] {
+        let text = clustered(Scores { fill, ..SCORES }.program("scores"), 0).to_string();
+        let producer = text.split("role ").find(|role| role.starts_with("producer")).expect("who copies keys");
+        let of = |what: &str| producer.match_indices(what).map(|m| m.0).collect::<Vec<_>>();
+        let (pages, copies, ends) = (of("load %pages["), of("copy c1.0, %keys["), of("load %positions["));
+        // The first round's beside where the keys end, the next one's behind a round's copies.
+        assert_eq!((pages.len(), copies.len()), (2, 1), "{producer}");
+        assert!(pages[0] < copies[0] && copies[0] < pages[1] && !ends.is_empty(), "{producer}");
+    }
+}
+
+#[test]
+fn the_next_launch_waits_for_a_late_one() {
+    let starts_first = |late| {
+        let how = How { late, ..GLOBAL };
+        let (mlir, _) = lower(&scheduled(BF16.program("linear")), hopper(), how).expect("lowers");
+        mlir.find("griddepcontrol.launch_dependents") < mlir.find("griddepcontrol.wait")
+    };
+    assert_eq!([false, true].map(starts_first), [true, false]);
 }
 
 #[test]

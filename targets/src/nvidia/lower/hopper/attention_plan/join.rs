@@ -1,6 +1,6 @@
 //! Parts of the keys by the blocks of a team, and what joins them.
 //!
-//! Each block runs an equal share of the rounds, and has of its keys the largest scores `m` of the rows, the sums `l` and the accumulator. Then
+//! Of `n` blocks each runs every `n`-th round, so that its first does not depend on how many there are. It has of its keys the largest scores `m` of the rows, the sums `l` and the accumulator. Then
 //!
 //! ```text
 //! put m, l                       those who score
@@ -135,7 +135,7 @@ impl<'a> Planner<'a> {
         v
     }
 
-    /// This block's share of the rounds `lo..hi` of that step.
+    /// This block's share of the rounds `lo..hi` of that step: every so many-th. Which its first is does not depend on where they end.
     pub(super) fn part_of(
         &mut self,
         (lo, hi, step): (Index, Index, u32),
@@ -145,30 +145,14 @@ impl<'a> Planner<'a> {
         if blocks == 1 {
             return Some((lo, hi, step));
         }
-        let number = self.number(out);
-        let (lo, hi) = (self.scalar_of(lo, out)?, self.scalar_of(hi, out)?);
-        let each = vec![
-            arithmetic(ScalarOp::Sub, &[MapArg::Input(1), MapArg::Input(0)]),
-            constant((step * blocks - 1) as i32),
-            arithmetic(ScalarOp::Add, &[MapArg::Inst(0), MapArg::Inst(1)]),
-            constant((step * blocks) as i32),
-            arithmetic(ScalarOp::Div, &[MapArg::Inst(2), MapArg::Inst(3)]),
-            constant(step as i32),
-            arithmetic(ScalarOp::Mul, &[MapArg::Inst(4), MapArg::Inst(5)]),
-        ];
-        let each = self.scalar(mapped(vec![lo, hi], each), out);
+        let (number, lo) = (self.number(out), self.scalar_of(lo, out)?);
         let from = vec![
-            arithmetic(ScalarOp::Mul, &[MapArg::Input(3), MapArg::Input(2)]),
-            arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(0)]),
-            arithmetic(ScalarOp::Min, &[MapArg::Inst(1), MapArg::Input(1)]),
+            constant(step as i32),
+            arithmetic(ScalarOp::Mul, &[MapArg::Input(1), MapArg::Inst(0)]),
+            arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(1)]),
         ];
-        let from = self.scalar(mapped(vec![lo, hi, each, number], from), out);
-        let to = vec![
-            arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Input(1)]),
-            arithmetic(ScalarOp::Min, &[MapArg::Inst(0), MapArg::Input(2)]),
-        ];
-        let to = self.scalar(mapped(vec![from, each, hi], to), out);
-        Some((Index::Value(from), Index::Value(to), step))
+        let from = self.scalar(mapped(vec![lo, number], from), out);
+        Some((Index::Value(from), hi, step * blocks))
     }
 
     /// What a role without accumulator or rows does while the others join.
@@ -229,7 +213,7 @@ impl<'a> Planner<'a> {
             // All on its way together, rows and as much of the accumulator as there is room for.
             let [m, l] =
                 [0, 1].map(|n| (0..team.blocks).map(|after| self.got(n, after, [rows, 1], own, out)).collect());
-            let some = ((ROOM_APART.saturating_sub(2 * all)) / registers.max(1)).clamp(1, team.blocks);
+            let some = ((ROOM_APART.saturating_sub(all)) / registers.max(1)).clamp(1, team.blocks);
             let early = group.map(|g| self.pieces(g, 0..some, &team, out)).unwrap_or_default();
             (self.join_rows(m, l, out), early)
         } else {
@@ -244,6 +228,10 @@ impl<'a> Planner<'a> {
         names.insert(largest, most);
         names.insert(totals, total);
         let Some(group) = group else { return Some(Joined { first: [None; 2] }) };
+        if puts {
+            // While pieces are on their way.
+            self.finish_rows_once(None, names, out)?;
+        }
         let begun = early.len() as u32;
         let mut sum =
             (begun > 0).then(|| self.made(team.piece, weighted(early, &weights[..begun as usize], None), out));

@@ -50,12 +50,20 @@ impl<'a> Planner<'a> {
         if queries {
             roots.extend(self.query_places());
         }
-        let mut out = self.before(roots, names)?;
-        if queries {
+        let mut out;
+        // Computing keys begins with loads whose way is long, and so is that of queries: they do not wait for the search of the last round.
+        if queries && self.parts.iter().any(|p| p.computed) {
+            out = self.before(self.query_places(), names)?;
             self.queries(names, &mut out)?;
+            out.extend(self.before(roots, names)?);
+        } else {
+            out = self.before(roots, names)?;
+            if queries {
+                self.queries(names, &mut out)?;
+            }
         }
         let body: &'a Region = self.a.body;
-        let step = self.a.range.2;
+        let step = self.step();
         // Rounds of these parts, one behind the other: what numbers of rows of all of them are computed from comes first.
         let rounds = |p: &mut Self, rounds: &[Vec<usize>], names: &mut Names| {
             let (mut insts, mut named) = (Vec::new(), Vec::new());

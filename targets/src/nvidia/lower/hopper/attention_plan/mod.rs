@@ -354,7 +354,7 @@ impl<'a> Planner<'a> {
         let mut out = Vec::new();
         let (program, results) = (self.program, self.a.key_loop.results.clone());
         for inst in program.body.insts.iter().take_while(|i| i.results != results) {
-            if inst.results.first().is_some_and(|r| needed.contains(r)) {
+            if inst.results.first().is_some_and(|r| needed.contains(r) && !names.contains_key(r)) {
                 let place = if self.tile(inst.results[0])?.elements() == 1 { Place::Uniform } else { Place::Lazy };
                 out.push(self.copied(inst, place, names)?);
             }
@@ -380,6 +380,11 @@ impl<'a> Planner<'a> {
     fn range(&mut self, names: &Names, out: &mut Vec<Inst>) -> Option<(Index, Index, u32)> {
         let (lo, hi, step) = self.a.range;
         self.part_of((rename_index(lo, names)?, rename_index(hi, names)?, step), out)
+    }
+
+    /// From one round of a block to its next.
+    fn step(&self) -> u32 {
+        self.a.range.2 * self.blocks()
     }
 
     /// A loop over rounds.

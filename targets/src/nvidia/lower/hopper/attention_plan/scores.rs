@@ -232,7 +232,7 @@ impl<'a> Planner<'a> {
         names.insert(self.a.scores.last()?.dot.results[0], scored.sum?);
         // While the products run: what the next round knows already.
         let counter = *names.get(&body.args[0])?;
-        let next = self.moved(counter, self.a.range.2, &mut insts);
+        let next = self.moved(counter, self.step(), &mut insts);
         let known = self.known_in(split, next, names, &mut insts)?;
         insts.extend((0..self.parts.len()).map(|i| plain(Op::Release { channel: self.key_channel(i), lag: 0 })));
         for inst in &body.insts {

@@ -116,9 +116,6 @@ impl<'a> Planner<'a> {
         let turn = Turn { split, number, queries, ahead: self.rows_ahead(split) };
         self.pairs(&turn, names, &mut out)?;
         if let Some(joined) = self.joins(number == 0, Some(number), names, &mut out)? {
-            if number == 0 {
-                self.finish_rows_once(None, names, &mut out)?;
-            }
             self.finish_piece(&joined, names, &mut out)?;
             return Some(out);
         }
@@ -182,7 +179,7 @@ impl<'a> Planner<'a> {
         carried: &[usize],
         names: &mut Names,
     ) -> Option<(Vec<Inst>, Vec<ValueId>)> {
-        let step = self.a.range.2;
+        let step = self.step();
         let mut insts = Vec::new();
         let first = *names.get(&self.a.body.args[0])?;
         let own = self.moved(first, turn.number * step, &mut insts);
