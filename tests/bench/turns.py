@@ -4,7 +4,8 @@
     PYTHONPATH=python:DIR DSC_LIBRARY=target/release/libdsc_capi.so \\
         python3 tests/bench/turns.py old=OLD.dsc new=NEW.dsc --cases chain:1:8192,mla:16:0 [--plain chain:1:8192] [--out FILE.json]
 
-DIR has `bench_peers.py`, whose cases these are. A case is an operation (chain, mla, logits, topk), sequences and context (0 for mla). The results of all builds are
+DIR has `bench_peers.py`, whose cases these are. A case is an operation (chain, mla, logits, topk), sequences and context (0 for mla), of chains also the width of
+the page table in tokens. The results of all builds are
 compared with those of the first (a build that lacks the operation is left out); then each build's graph of all input sets is replayed in turns, after a rest, and the median of a call is given.
 """
 import argparse
@@ -31,10 +32,10 @@ def calls_of(library, kind, c, outs):
     return [lambda s=s: library.topk_decode(s.logits, c.lengths, out=out) for s in c.sets]
 
 
-def case_of(kind, batch, context, heads):
+def case_of(kind, batch, context, width, heads):
     make = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="cuda")
     if kind in ("chain", "mla"):
-        c = bp.chain_decode_case(batch, context, heads) if kind == "chain" else bp.mla_decode_case(batch, 1, heads)
+        c = bp.chain_decode_case(batch, context, heads, width=width) if kind == "chain" else bp.mla_decode_case(batch, 1, heads)
         return c, (make(batch, 1, heads, 512, dtype=torch.bfloat16), make(batch, 1, heads))
     if kind == "logits":
         c = bp.indexer_decode_case(batch, context, 1)
@@ -94,9 +95,9 @@ def main():
     heads = next(iter(libraries.values())).facts["heads"]
     rows = []
     for text in args.cases.split(","):
-        kind, batch, context = text.split(":")
+        kind, batch, context, width = (text.split(":") + ["0"])[:4]
         began = time.time()
-        c, outs = case_of(kind, int(batch), int(context), heads)
+        c, outs = case_of(kind, int(batch), int(context), int(width), heads)
         graphs, errors, first = {}, {}, None
         for name, library in libraries.items():
             calls = calls_of(library, kind, c, outs)

@@ -9,7 +9,6 @@
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `twins` | weighted sums as those of two halves, each with a product of its own |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
-//! | `pages` | what a round copies by is read a round ahead |
 //! | `overlap` | the last sums of such a round are made while the next one multiplies |
 //! | `skip` | tiles with an empty loop cost their bounds only |
 //! | `select`, `window`, `short`, `spread`, `bounded`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a bound, by a sample |
@@ -40,7 +39,6 @@ mod idle;
 mod loops;
 mod memory;
 mod overlap;
-mod pages;
 mod plan;
 mod promote;
 pub mod ptx;
@@ -80,9 +78,7 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
         return None;
     }
     plan::plan(kernel, arch)
-        .or_else(|| {
-            scores::plan(&kernel.program, arch).map(skip::empty_tiles).map(overlap::overlapped).map(pages::ahead)
-        })
+        .or_else(|| scores::plan(&kernel.program, arch).map(skip::empty_tiles).map(overlap::overlapped))
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(kernel, arch))
 }

@@ -11,7 +11,6 @@ use super::config::WARPGROUP;
 use super::emit::{Emit, Held};
 use super::fragment::Geometry;
 use super::ptx;
-use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::artifact::COUNTER_PITCH;
@@ -210,19 +209,14 @@ impl Emit<'_> {
             }
             None => None,
         };
-        // What all threads of the block have put, one of them releases; what it acquires, all may get. Roles wait for one another by a warp of each: a
-        // barrier of all threads is for one place in the code, and each role meets at its own.
-        let (first, warps) = (self.first_role(), Arch::WARP * self.s.roles.len().max(1) as u32);
-        self.role_waits();
-        let speaks = self.t.f.cmp("ult", self.role_tid, i32(Arch::WARP.into()));
-        let inside = self.t.f.open_if(speaks);
-        isa::named_barrier(&mut self.t.f, 0, warps);
-        if first {
+        // What all threads of the block have put, one of them releases; what it acquires, all may get. The barrier says for how many threads it is, as
+        // each role comes to it at its own place in the code.
+        let threads = self.t.threads;
+        isa::named_barrier(&mut self.t.f, 0, threads);
+        if self.first_role() {
             self.meet_others();
         }
-        isa::named_barrier(&mut self.t.f, 0, warps);
-        self.t.f.close_if(inside);
-        self.role_waits();
+        isa::named_barrier(&mut self.t.f, 0, threads);
         if let Some(after) = after {
             self.t.f.br(after, &[]);
             self.t.f.start(after, &[]);
