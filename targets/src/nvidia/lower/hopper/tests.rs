@@ -611,19 +611,6 @@ fn scores_of_a_token_each() {
 }
 
 #[test]
-fn pages_are_read_a_round_ahead() {
-    for fill in [true, false] {
-        let text = clustered(Scores { fill, ..SCORES }.program("scores"), 0).to_string();
-        let producer = text.split("role ").find(|role| role.starts_with("producer")).expect("who copies keys");
-        let of = |what: &str| producer.match_indices(what).map(|m| m.0).collect::<Vec<_>>();
-        let (pages, copies, ends) = (of("load %pages["), of("copy c1.0, %keys["), of("load %positions["));
-        // The first round's beside where the keys end, the next one's behind a round's copies.
-        assert_eq!((pages.len(), copies.len()), (2, 1), "{producer}");
-        assert!(pages[0] < copies[0] && copies[0] < pages[1] && !ends.is_empty(), "{producer}");
-    }
-}
-
-#[test]
 fn the_next_launch_waits_for_a_late_one() {
     let starts_first = |late| {
         let how = How { late, ..GLOBAL };
