@@ -111,8 +111,12 @@ fn hot_kernels_do_not_spill() {
         eprintln!("not tested: there is no ptxas");
         return;
     }
-    // Attention that computes keys has a register too few at one place in front of a tile's rounds, once a tile.
-    let most = |name: &str| if name.starts_with("attention") { [16, 16] } else { [0, 0] };
+    // Of what is said of lost speed nothing else may be: products that the assembler puts one behind the other, above all.
+    let said: Vec<&String> = module.warnings.iter().filter(|w| !w.contains(" spills: ")).collect();
+    assert_eq!(said, Vec::<&String>::new());
+    // Attention that computes keys, all but prefill's, has a register too few at one place in front of a tile's rounds, once a tile.
+    let computes_keys = |name: &str| name.starts_with("attention") && !name.starts_with("attention0_");
+    let most = |name: &str| if computes_keys(name) { [16, 16] } else { [0, 0] };
     for kernel in &module.kernels {
         let resources = kernel.gpu.as_ref().and_then(|gpu| gpu.resources).unwrap();
         let (spills, most) = (resources.spill_bytes, most(&kernel.name));

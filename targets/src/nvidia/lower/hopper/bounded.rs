@@ -67,15 +67,8 @@ impl<'a> Emit<'a> {
         stores: Stores<'_, 'a>,
     ) -> Result<Val, String> {
         let team = self.s.team;
-        let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
-        self.t.when(zero, |t| t.store_shared(i32(COUNT.into()), &[i32(0); 2]));
-        if team > 1 {
-            // The first block's memory is there, and as it is now, when the others write to it.
-            ptx::cluster_arrive(&mut self.t.f);
-        }
-        let first = self.t.f.mul(self.t.warp, i32(team.into()));
-        let first = self.t.f.add(first, rank);
-        let first = self.t.f.mul(first, i32(32));
+        self.begin_listing();
+        let first = self.first_vector(rank);
         let part = Part { first, step: THREADS * team, rank, leads };
         let (values, largest) = self.largest_of_groups(w, &part, (vectors, columns));
         let most = largest[1..].iter().fold(largest[0], |most, &v| ptx::larger(&mut self.t.f, most, v));

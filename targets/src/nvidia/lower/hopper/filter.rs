@@ -154,6 +154,23 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
+    /// Counts what is listed from nothing on.
+    pub fn begin_listing(&mut self) {
+        let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
+        self.t.when(zero, |t| t.store_shared(i32(COUNT.into()), &[i32(0); 2]));
+        if self.s.team > 1 {
+            // The first block's memory is there, and as it is now, when the others write to it.
+            ptx::cluster_arrive(&mut self.t.f);
+        }
+    }
+
+    /// The first vector of the running warp, where the warps of all blocks take turns.
+    pub fn first_vector(&mut self, rank: Val) -> Val {
+        let first = self.t.f.mul(self.t.warp, i32(self.s.team.into()));
+        let first = self.t.f.add(first, rank);
+        self.t.f.mul(first, i32(32))
+    }
+
     /// Selects from more columns; whether the sample told enough (i32).
     fn long_row(
         &mut self,
@@ -165,16 +182,9 @@ impl<'a> Emit<'a> {
         stores: Stores<'_, 'a>,
     ) -> Result<Val, String> {
         let team = self.s.team;
-        let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
-        self.t.when(zero, |t| t.store_shared(i32(COUNT.into()), &[i32(0); 2]));
-        if team > 1 {
-            // The first block's memory is there, and as it is now, when the others write to it.
-            ptx::cluster_arrive(&mut self.t.f);
-        }
+        self.begin_listing();
         self.group_clear_bits(g);
-        let first = self.t.f.mul(self.t.warp, i32(team.into()));
-        let first = self.t.f.add(first, rank);
-        let first = self.t.f.mul(first, i32(32));
+        let first = self.first_vector(rank);
         let share = Share { first, step: THREADS * team, rank };
         // On their way while the sample is looked at. A block that has a row to itself shares the multiprocessor with others instead.
         let batch = if team > 1 { self.next_batch(w, &share, first) } else { Vec::new() };
