@@ -1,4 +1,4 @@
-//! The caches' layouts as views, and `cache_latent`, `cache_rope`: the cached rows of each sequence in order of position.
+//! The caches' layouts as views, and `cache_latent`, `cache_rope`, `cache_rows`: the cached rows of each sequence, or of the first, in order of position.
 //!
 //! | format | element `(slot, i)` |
 //! |---|---|
@@ -10,10 +10,11 @@
 //! A slot is `page · 64 + offset`; a negative one is outside every view, so reads of it are zero and writes are dropped.
 //!
 //! `cache_latent` and `cache_rope` take a page of a sequence a block: one scalar load of the page's number, one load of 64 rows,
-//! dequantisation (unless the result is quantised as the cache is), one store. Floor: the bytes of the cached context, once, and of the result.
+//! dequantisation (unless the result is quantised as the cache is), one store. `cache_rows` takes [`ROWS`] rows of a page a block, so that short
+//! contexts have blocks enough. Floor: the bytes of the cached context, once, and of the result.
 
 use super::rows::dequantize;
-use super::view::{Emit, times};
+use super::view::{Emit, divided, times};
 use super::{Class, Emitted, KernelError, Part, elem_name, unsupported};
 use dsc_ir::extent::Extent;
 use dsc_ir::graph::{Elem, Graph, NodeId, Op, PAGE_TOKENS, StateFormat, Value};
@@ -143,6 +144,16 @@ impl Cached {
         if narrow { b.cast(rows, DType::Bf16) } else { rows }
     }
 
+    /// `n` rows from a slot on, dequantised to f32 if quantised, else as stored. Not for the planar format.
+    fn rows(&self, b: &mut Builder, slot: ValueId, n: u32) -> ValueId {
+        let index = [slot.into(), 0.into()];
+        let data = b.load(self.data, &index, &[n, self.columns]);
+        let Some(scales) = self.scales else { return data };
+        let scales = b.load(scales, &index, &[n, self.columns.div_ceil(StateFormat::GROUP)]);
+        let codes = b.cast(data, DType::F32);
+        dequantize(b, codes, scales, StateFormat::GROUP)
+    }
+
     /// The 64 rows of a page, as stored, and their scales `[64, groups]`.
     pub fn page(&self, b: &mut Builder, page: ValueId) -> (ValueId, Option<ValueId>) {
         let planar = self.planar;
@@ -207,4 +218,38 @@ pub fn emit(graph: &Graph, node: NodeId, _schedule: &Schedule, _class: &Class) -
     b.store(y, &[seq.into(), at.into(), 0.into()], rows);
     let columns = cached.columns;
     e.finish(format!("{} of {columns}: cached rows by position", super::op_name(&graph.dag[node].op)))
+}
+
+/// Rows of a block of `cache_rows`; they divide a page.
+const ROWS: u32 = 16;
+
+/// The kernel of an [`Op::CacheRows`] node.
+pub fn emit_rows(graph: &Graph, node: NodeId) -> Result<Emitted, KernelError> {
+    let inputs = graph.inputs(node);
+    let name = format!("{}_{}", super::op_name(&graph.dag[node].op), elem_name(&graph.dag[node].outputs[0]));
+    let mut e = Emit::new(graph, node, None, &name);
+    let arrays =
+        [array(&mut e, inputs[0], Array::Latent, Access::Read)?, array(&mut e, inputs[0], Array::Rope, Access::Read)?];
+    let pages = e.read("page_table", inputs[1])?;
+    let y = e.write("y", 0, Part::Data, None)?;
+    let b = &mut e.b;
+    let block = b.grid(Sym::C, ROWS);
+    let page = divided(b, block, PAGE_TOKENS / ROWS);
+    let page = b.load_scalar(pages, &[0.into(), page.into()]);
+    let slot = b.map(&[page, block], |m, v| {
+        let (tokens, rows, parts) = (m.i32(PAGE_TOKENS as i32), m.i32(ROWS as i32), m.i32((PAGE_TOKENS / ROWS) as i32));
+        let (first, part) = (m.mul(v[0], tokens), m.rem(v[1], parts));
+        let offset = m.mul(part, rows);
+        m.add(first, offset)
+    });
+    let to = b.dtype(y);
+    let at = times(b, block, ROWS);
+    let mut column = 0;
+    for cached in arrays {
+        let rows = cached.rows(b, slot, ROWS);
+        let rows = b.cast(rows, to);
+        b.store(y, &[at.into(), column.into()], rows);
+        column += cached.columns;
+    }
+    e.finish(format!("{} of {column}: whole cached rows by position", super::op_name(&graph.dag[node].op)))
 }

@@ -29,9 +29,13 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
             product(graph, node, class)
         }
         Op::MhaAttention { value, .. } => shape("mha_attention", tokens, *value, dim(inputs[3], 1), dim(inputs[0], 1)),
-        op @ (Op::Embed | Op::Route { .. } | Op::CacheLatent | Op::CacheRope | Op::ArgMax { .. } | Op::Sample) => {
-            shape(super::op_name(op), rows(graph, out), last(graph, out), 1, 1)
-        }
+        op @ (Op::Embed
+        | Op::Route { .. }
+        | Op::CacheLatent
+        | Op::CacheRope
+        | Op::CacheRows
+        | Op::ArgMax { .. }
+        | Op::Sample) => shape(super::op_name(op), rows(graph, out), last(graph, out), 1, 1),
         _ => match body_of(graph, node) {
             Ok(fused) => match fused.kind {
                 FusedKind::Product => {

@@ -15,7 +15,7 @@
 //! | [`sparse_attention`] | fused `sparse_attention` bodies, and each of their ops alone | tokens (× heads or pages × parts) |
 //! | [`combine`] | `mqa_combine` by itself | tokens × heads |
 //! | [`mha`] | `mha_attention` | tokens × heads |
-//! | [`cache`] | `cache_latent`, `cache_rope` | pages × sequences |
+//! | [`cache`] | `cache_latent`, `cache_rope`; `cache_rows` | pages × sequences; quarters of pages |
 //! | [`sample`] | `arg_max`, `sample` | rows with logits (× parts) |
 //!
 //! Every emitter reads its dims from the types, model numbers never appear; ragged edges need no code, because loads outside
@@ -144,6 +144,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         Op::MqaCombine => combine::emit(graph, node, schedule, class),
         Op::MhaAttention { .. } => mha::emit(graph, node, schedule, class),
         Op::CacheLatent | Op::CacheRope => cache::emit(graph, node, schedule, class),
+        Op::CacheRows => cache::emit_rows(graph, node),
         Op::ArgMax { .. } => sample::emit_arg_max(graph, node, schedule, class),
         Op::Sample => sample::emit(graph, node, schedule, class),
         _ => match body_of(graph, node)?.kind {
@@ -221,6 +222,7 @@ pub(crate) fn op_name(op: &Op) -> &'static str {
         Op::CacheWrite => "cachewrite",
         Op::CacheLatent => "cachelatent",
         Op::CacheRope => "cacherope",
+        Op::CacheRows => "cacherows",
         Op::IndexerLogits => "indexer",
         Op::TopK { .. } => "topk",
         Op::MhaAttention { .. } => "mha",

@@ -755,6 +755,10 @@ fn latent_caches_are_read_back_by_position() {
             let r = lab.op(Op::CacheRope, &[written, pages], plain(DType::Bf16, dims![Sym::S, Sym::C, rope]));
             lab.out(c);
             lab.out(r);
+            for dtype in [DType::Bf16, DType::F32] {
+                let rows = lab.op(Op::CacheRows, &[written, pages], plain(dtype, dims![Sym::C, latent + rope]));
+                lab.out(rows);
+            }
             let q = lab.op(Op::Quantize, &[c], TensorType::quant(ROWS, dims![Sym::S, Sym::C, latent]));
             lab.out(q);
             let w = lab.weight(f32s(dims![20, latent]));

@@ -144,6 +144,7 @@ fn cached(graph: &Graph, node: NodeId, ty: &ValueType, below: u32) -> Option<Ter
         Op::CacheWrite => Some(Term::of(row, &graph.tensor(inputs[1]).shape)),
         Op::CacheLatent => Some(Term::of(row - rope_bytes(*format), &context)),
         Op::CacheRope => Some(Term::of(rope_bytes(*format), &context)),
+        Op::CacheRows => Some(Term::of(row, &[Sym::C.into()])),
         Op::IndexerLogits => Some(Term { context_above: below, ..Term::of(row, &context) }),
         Op::MqaAttention { .. } | Op::MqaPartial { .. } => {
             let selected = graph.tensor(inputs[3]).shape.last()?.constant()?;

@@ -10,6 +10,7 @@
 
 mod absorb_mla;
 mod compact_tables;
+mod expand_cache;
 mod expand_fp8;
 mod fuse_gate;
 mod fuse_heads;
@@ -31,6 +32,7 @@ mod tests;
 
 pub use absorb_mla::absorb_mla;
 pub use compact_tables::compact_tables;
+pub use expand_cache::expand_cache;
 pub use expand_fp8::expand_fp8;
 pub use fuse_gate::fuse_gate;
 pub use fuse_heads::fuse_heads;
@@ -122,6 +124,7 @@ pub const PASSES: &[&str] = &[
     "merge_shared_expert",
     "merge_projections",
     "split_products",
+    "expand_cache",
     "fuse_sparse_attention",
     "skip_short_selection",
     "group_experts",
@@ -161,6 +164,7 @@ pub fn run(
     stage("merge_shared_expert", merge_shared_expert)?;
     stage("merge_projections", merge_projections)?;
     stage("split_products", split_products)?;
+    stage("expand_cache", expand_cache)?;
 
     // Kernels: what is launched together.
     stage("fuse_sparse_attention", fuse_sparse_attention)?;

@@ -71,6 +71,7 @@ pub fn arity(op: &Op) -> (usize, usize) {
         | Op::HeadLinear { .. }
         | Op::CacheLatent
         | Op::CacheRope
+        | Op::CacheRows
         | Op::SwiGlu
         | Op::TakeAlong
         | Op::WeightedSum => (2, 2),
@@ -156,6 +157,12 @@ pub fn infer(op: &Op, inputs: &[ValueType], declared: &[ValueType]) -> Result<Ve
         },
         Op::CacheWrite => cx.cache_write(),
         Op::CacheLatent | Op::CacheRope => cx.cache_read(op, declared),
+        Op::CacheRows => {
+            let (latent, rope) = cx.latent(0)?;
+            cx.page_table(1)?;
+            let columns = latent.checked_add(rope).ok_or("a dim overflows")?;
+            one(vec![Sym::C.into(), columns.into()], Elems::Float)
+        }
         Op::IndexerLogits => cx.indexer_logits(),
         Op::TopK { k } => {
             let x = cx.typed(0, DType::F32, 2)?;

@@ -316,6 +316,9 @@ pub enum Op {
     CacheLatent,
     /// `(state, page_table [S, P])` of a latent cache: `[S, C, rope]` by position.
     CacheRope,
+    /// `(state, page_table [S, P])` of a latent cache: `[C, latent + rope]`: the rows of the first sequence by position, dequantised,
+    /// rounds. Rows past the cached ones are unspecified.
+    CacheRows,
     /// `(q [T, H, D], weights [T, H] f32, state, positions [T], seqs [T], page_table)`: f32 `[T, C]`:
     /// `Σ_h max(q_h · k_s, 0) · weights_h` for positions `s` up to the token's own, −inf beyond.
     ///

@@ -1,7 +1,7 @@
 //! Passes keep what graphs compute: the interpreter's results after each pass against those before it.
 
 use super::mini::{self, Mini};
-use super::{all, cx, wide};
+use super::{all, chunk, cx, wide};
 use crate::front::config::ModelConfig;
 use crate::front::model::{BuildOptions, build};
 use crate::passes::*;
@@ -166,6 +166,14 @@ fn every_pass_keeps_the_results() {
                 }
             }
         }
+    }
+}
+
+/// Values of expanded rows are those of the codes.
+#[test]
+fn chunks_of_one_sequence_keep_the_results() {
+    for seed in 1..4 {
+        check(Mini::model(Numerics::Deployed), &chunk(Numerics::Deployed), &one_sequence(), seed);
     }
 }
 

@@ -6,8 +6,8 @@ mod real;
 mod shape;
 
 use super::{Class, Cx};
-use dsc_ir::SymValues;
 use dsc_ir::artifact::Numerics;
+use dsc_ir::{Sym, SymValues};
 
 const BOTH: [Numerics; 2] = [Numerics::Exact, Numerics::Deployed];
 
@@ -30,6 +30,13 @@ fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
 /// For a target that runs many blocks at once.
 fn wide(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
     Cx { blocks: 132, block_bytes: 192 << 10, boxes: true, ..cx(numerics, target_fp8, keep_mha) }
+}
+
+/// For a chunk of one sequence that selects each row of its context many times.
+fn chunk(numerics: Numerics) -> Cx {
+    let mut cx = wide(numerics, true, false);
+    cx.class.max = cx.class.max.with(Sym::T, 64).with(Sym::S, 1);
+    cx
 }
 
 /// Every combination of what a pipeline can be asked for.

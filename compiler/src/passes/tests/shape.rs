@@ -1,7 +1,7 @@
 //! What graphs look like after passes.
 
 use super::mini::{self, Mini};
-use super::{BOTH, all, cx};
+use super::{BOTH, all, chunk, cx};
 use crate::passes::fuse_rows::is_row_op;
 use crate::passes::*;
 use dsc_ir::DType;
@@ -196,6 +196,41 @@ fn the_mha_class_selects_in_a_node_of_its_own() {
     assert_eq!(fused.len(), 1);
     assert_eq!((fused[0].select_all_below, fused[0].body.outputs.len()), (mini::TOP_K, 1));
     assert_eq!(find(&graph, "MhaAttention").len(), 2);
+}
+
+#[test]
+fn rows_that_are_selected_often_are_expanded_once() {
+    let expanded = |cx: &Cx| {
+        let graph = piped(Mini::model(cx.numerics), cx);
+        let rows = find(&graph, "CacheRows");
+        for &n in &rows {
+            assert_eq!(graph.tensor(Value { node: n, output: 0 }).elem, Elem::Plain(DType::Bf16));
+        }
+        let attentions = bodies(&graph).into_iter().filter(|f| f.body.dag.node_weights().any(|n| is_mqa(&n.op)));
+        let inputs: Vec<usize> =
+            attentions.map(|f| f.body.order().iter().map(|&n| inputs_of_mqa(&f.body, n)).sum()).collect();
+        (rows.len(), inputs)
+    };
+    let often = chunk(Numerics::Deployed);
+    assert_eq!(expanded(&often), (2, vec![4, 4]));
+    let changed = |change: &dyn Fn(&mut Cx)| {
+        let mut cx = often.clone();
+        change(&mut cx);
+        expanded(&cx)
+    };
+    // Positions of several sequences are no rows of one matrix; few tokens select few rows; without codes there is nothing to convert.
+    assert_eq!(changed(&|cx| cx.class.max = cx.class.max.with(Sym::S, 2)).0, 0);
+    assert_eq!(changed(&|cx| cx.class.max = cx.class.max.with(Sym::C, 64)).0, 0);
+    assert_eq!(changed(&|cx| cx.target_fp8 = false).0, 0);
+    assert_eq!(expanded(&chunk(Numerics::Exact)).0, 0);
+}
+
+fn is_mqa(op: &Op) -> bool {
+    matches!(op, Op::MqaAttention { .. } | Op::MqaPartial { .. })
+}
+
+fn inputs_of_mqa(body: &Graph, node: NodeId) -> usize {
+    if is_mqa(&body.dag[node].op) { body.inputs(node).len() } else { 0 }
 }
 
 #[test]

@@ -53,6 +53,19 @@ impl<F: Real> Eval<F> {
         self.rounded(out)
     }
 
+    /// Whole rows of the first sequence by position.
+    pub(super) fn cache_rows(&self) -> Made<F> {
+        let (c, columns) = (self.out()?.shape[0], self.out()?.shape[1]);
+        let mut out = Vec::with_capacity(c * columns);
+        for position in 0..c {
+            match self.cached(0, 1, 0, position)? {
+                Some(row) => out.extend_from_slice(&row),
+                None => out.resize(out.len() + columns, F::default()),
+            }
+        }
+        self.rounded(out)
+    }
+
     /// Cached rows `0..end` of each sequence that some token of the step needs.
     pub(super) fn contexts(
         &self,

@@ -114,6 +114,7 @@ impl<F: Real> Eval<F> {
             Op::Quantize => self.quantize(),
             Op::CacheWrite => self.cache_write(),
             Op::CacheLatent | Op::CacheRope => self.cache_read(matches!(op, Op::CacheLatent)),
+            Op::CacheRows => self.cache_rows(),
             Op::IndexerLogits => self.indexer_logits(),
             Op::TopK { k } => self.topk(*k as usize),
             Op::MhaAttention { scale, nope, value, narrow } => {

@@ -293,6 +293,22 @@ fn mqa_reads_the_cache() {
     close(made[0].tensor().expect("a tensor").values(), &[1., 7.]);
 }
 
+/// Of the first sequence, whose second page is not there.
+#[test]
+fn cached_rows_come_by_position() {
+    let mut cache = Cache::<f32>::new(StateFormat::Latent { latent: 2, rope: 1, dtype: DType::F32 });
+    cache.write(64, 0, &[Arc::new(r(&[1, 2], &[1., 5.])), Arc::new(r(&[1, 1], &[1.001]))]);
+    cache.write(127, 0, &[Arc::new(r(&[1, 2], &[2., 6.])), Arc::new(r(&[1, 1], &[4.]))]);
+    let syms = SymValues::default().with(Sym::C, 66);
+    let out = TensorType::plain(DType::Bf16, &fixed(&[66, 3]));
+    let pages = StepValue::Tensor(Arc::new(i(&[2, 2], &[1, -1, 0, 0])));
+    let fed = vec![StepValue::State(Arc::new(cache)), pages];
+    let eval = Eval { fed, outs: vec![Out::new(&out, &syms).expect("a size")], syms };
+    let made = eval.op(&Op::CacheRows).expect("a result");
+    let rows = made[0].tensor().expect("a tensor").values();
+    assert_eq!([&rows[..3], &rows[189..192], &rows[192..]], [&[1., 5., 1.][..], &[2., 6., 4.], &[0.; 6]]);
+}
+
 /// Of a matrix of keys, with what is selected outside it, and nothing; logarithms of sums and largest scores too.
 #[test]
 fn mqa_reads_a_matrix() {
