@@ -114,13 +114,12 @@ fn hot_kernels_do_not_spill() {
     // Of what is said of lost speed nothing else may be: products that the assembler puts one behind the other, above all.
     let said: Vec<&String> = module.warnings.iter().filter(|w| !w.contains(" spills: ")).collect();
     assert_eq!(said, Vec::<&String>::new());
-    // Attention that computes keys, all but prefill's, has a register too few at one place in front of a tile's rounds, once a tile.
-    let computes_keys = |name: &str| name.starts_with("attention") && !name.starts_with("attention0_");
-    let most = |name: &str| if computes_keys(name) { [16, 16] } else { [0, 0] };
+    // A block that computes all keys of 64 heads keeps addresses of four tensors beside them: some it puts aside once a tile.
+    let most = |name: &str| if name.starts_with("attention") && name.ends_with("_h64") { 16 } else { 0 };
     for kernel in &module.kernels {
         let resources = kernel.gpu.as_ref().and_then(|gpu| gpu.resources).unwrap();
         let (spills, most) = (resources.spill_bytes, most(&kernel.name));
-        assert!(spills[0] <= most[0] && spills[1] <= most[1], "{} spills {spills:?} bytes", kernel.name);
-        assert!(resources.stack_bytes <= most[0], "{} has a stack of {} bytes", kernel.name, resources.stack_bytes);
+        assert!(spills.into_iter().all(|n| n <= most), "{} spills {spills:?} bytes", kernel.name);
+        assert!(resources.stack_bytes <= most, "{} has a stack of {} bytes", kernel.name, resources.stack_bytes);
     }
 }

@@ -3,6 +3,7 @@
 use super::emit::Emit;
 use super::ptx;
 use super::ring::{Delivery, Ring, share_phases};
+use super::team;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::i32;
 use dsc_ir::sched::{Block, ChannelId, Op, Role, Scheduled};
@@ -31,7 +32,7 @@ impl Emit<'_> {
         let cluster = self.cluster;
         let tid = self.t.tid;
         let one = self.t.f.cmp("eq", tid, i32(0));
-        let (s, rings): (&Scheduled, Vec<Ring>) = (self.s, self.rings.clone());
+        let (s, rings, meeting): (&Scheduled, Vec<Ring>, u32) = (self.s, self.rings.clone(), self.meeting);
         self.t.when(one, |t| {
             for (number, ring) in rings.iter().enumerate() {
                 let consumers = s.roles.iter().filter(|r| waits(&r.body, ChannelId(number as u32)));
@@ -45,6 +46,9 @@ impl Emit<'_> {
                     let empty = t.f.add(t.shared32, i32((ring.barriers + 8 * (ring.stages + stage)).into()));
                     ptx::barrier_init(&mut t.f, empty, consumers);
                 }
+            }
+            if s.apart() {
+                team::init_meeting(t, meeting);
             }
             ptx::barrier_init_fence(&mut t.f);
         });

@@ -98,6 +98,8 @@ pub struct Emit<'a> {
     pub member: Val,
     /// How often this tile's code has met the team's other blocks.
     pub met: usize,
+    /// Where the barriers lie at which the block's roles meet, if its team exchanges through memory.
+    pub meeting: u32,
     /// Whether this block has a further tile, where its team exchanges through memory.
     pub more: Option<Val>,
     /// What this thread has put of its block's own pieces, by buffer.
@@ -185,7 +187,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
     let mut t = Threads::new(Fn::default(), arch, s.threads);
     t.symbols = symbols;
     let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
-    let (rings, barriers) = channels::rings(s, data);
+    let (rings, meeting) = channels::rings(s, data);
     let mut e = Emit {
         t,
         s,
@@ -203,6 +205,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
         rank: i32(0),
         member: i32(0),
         met: 0,
+        meeting,
         more: None,
         own_pieces: HashMap::new(),
         peers: Vec::new(),
@@ -242,7 +245,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
     }?;
     let gpu = GpuKernel {
         threads: s.threads,
-        shared_bytes: if selects { select::shared_bytes() } else { barriers },
+        shared_bytes: if selects { select::shared_bytes() } else { meeting + team::meeting_bytes(s) },
         cluster: if selects { s.team } else { e.cluster * if s.apart() { 1 } else { e.team } },
         team: if e.team > 1 { e.team } else { 0 },
         apart: s.apart(),

@@ -117,7 +117,8 @@ impl<'a> Emit<'a> {
             let Op::Copy { view, rows: Some(rows), shape, .. } = &inst.op else { continue };
             if chosen_in(body, *rows) == inside {
                 self.number_rows(*rows, shape[0], inside)?;
-                self.find_rows(*view, *rows, shape[0], None)?;
+                let base = if inside { Some(self.base_of_rows(*view)) } else { None };
+                self.find_rows(*view, *rows, shape[0], base)?;
             }
         }
         Ok(())
@@ -177,8 +178,7 @@ impl<'a> Emit<'a> {
             Op::Copy { view, rows: Some(rows), shape, .. }
                 if chosen_in(body, *rows) && !self.sources.contains_key(&(*view, *rows)) =>
             {
-                let (base, _) = self.element_at(*view, &[i32(0), i32(0)]);
-                let base = self.own_part(base);
+                let base = self.base_of_rows(*view);
                 self.find_rows(*view, *rows, shape[0], Some(base))
             }
             _ => Ok(()),
@@ -214,6 +214,12 @@ impl<'a> Emit<'a> {
             self.numbers.insert(key, number);
         }
         Ok(())
+    }
+
+    /// Where this thread's part of the first row is.
+    fn base_of_rows(&mut self, view: ValueId) -> Val {
+        let (base, _) = self.element_at(view, &[i32(0), i32(0)]);
+        self.own_part(base)
     }
 
     /// Finds where this thread's part of the rows of those numbers is. From a `base` of all rows it is one instruction a row, and two registers.

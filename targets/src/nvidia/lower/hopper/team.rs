@@ -11,6 +11,8 @@ use super::config::WARPGROUP;
 use super::emit::{Emit, Held};
 use super::fragment::Geometry;
 use super::ptx;
+use crate::nvidia::arch::Arch;
+use crate::nvidia::lower::block::Threads;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::artifact::COUNTER_PITCH;
@@ -41,6 +43,10 @@ impl Emit<'_> {
         self.rows_of_four = None;
         let all = self.s.roles.iter().map(|r| r.body.insts.iter().filter(|i| i.op == Op::Meet).count()).max();
         if self.s.apart() {
+            // The barriers' phases of a tile are those of every tile.
+            if self.more.is_some() && all.is_some_and(|n| !n.is_multiple_of(2)) {
+                return Err("an odd number of meetings in tiles of a team".into());
+            }
             return self.meet_apart(all == Some(self.met));
         }
         if all == Some(self.met) {
@@ -172,6 +178,23 @@ pub fn outside_bytes(s: &Scheduled) -> u64 {
     ends.max().map_or(0, |end| u64::from(end.next_multiple_of(LINE)))
 }
 
+/// Bytes of shared memory behind the rings for the meetings of a block's roles.
+pub fn meeting_bytes(s: &Scheduled) -> u32 {
+    if s.apart() { MEETING } else { 0 }
+}
+
+/// Makes the barriers of the meetings: a thread of each warp comes to the first, the block's first thread to the second.
+pub fn init_meeting(t: &mut Threads, at: u32) {
+    for (byte, arrivals) in [(at, t.threads / Arch::WARP), (at + BARRIER, 1)] {
+        let at = t.f.add(t.shared32, i32(byte.into()));
+        ptx::barrier_init(&mut t.f, at, arrivals);
+    }
+}
+
+/// Bytes of a barrier in shared memory, and of both that a block's roles meet at.
+const BARRIER: u32 = 8;
+pub const MEETING: u32 = 2 * BARRIER;
+
 /// Bytes of a line of the cache.
 const LINE: u32 = 128;
 
@@ -209,14 +232,19 @@ impl Emit<'_> {
             }
             None => None,
         };
-        // What all threads of the block have put, one of them releases; what it acquires, all may get. The barrier says for how many threads it is, as
-        // each role comes to it at its own place in the code.
-        let threads = self.t.threads;
-        isa::named_barrier(&mut self.t.f, 0, threads);
+        // (Roles that only bring keys need not wait here. But without it the assembler gives them registers so that they spill in every round.)
+        // What all threads of the block have put, one of them releases; what it acquires, all may get. Each role comes here at its own place in
+        // the code, where barriers of the block are not meant to be met. A tile that is not the last has an even number of meetings.
+        let all = self.t.f.add(self.t.shared32, i32(self.meeting.into()));
+        let met = self.t.f.add(self.t.shared32, i32((self.meeting + BARRIER).into()));
+        let parity = i32(((self.met - 1) % 2) as i64);
+        let first = self.t.f.cmp("eq", self.t.lane, i32(0));
+        ptx::warp_barrier(&mut self.t.f);
+        ptx::barrier_arrive_if(&mut self.t.f, all, first);
         if self.first_role() {
-            self.meet_others();
+            self.meet_others([all, met], parity);
         }
-        isa::named_barrier(&mut self.t.f, 0, threads);
+        ptx::barrier_wait(&mut self.t.f, met, parity);
         if let Some(after) = after {
             self.t.f.br(after, &[]);
             self.t.f.start(after, &[]);
@@ -224,8 +252,8 @@ impl Emit<'_> {
         Ok(())
     }
 
-    /// The block's first thread meets those of the team's other blocks.
-    fn meet_others(&mut self) {
+    /// The block's first thread meets those of the team's other blocks, once `all` of its own have come; `met` is when it has.
+    fn meet_others(&mut self, [all, met]: [Val; 2], parity: Val) {
         let block = isa::sreg(&mut self.t.f, "ctaid.x");
         let together = self.cluster * self.team;
         let number = self.t.f.div(block, together);
@@ -234,13 +262,17 @@ impl Emit<'_> {
         let number = self.t.f.add(number, i32(1));
         let bytes = self.t.f.mul(number, i32(-(COUNTER_PITCH as i64)));
         let bytes = self.t.f.cast("sext", bytes, Ty::I64);
-        let all = self.outside(false);
-        let counter = self.t.f.offset(all, bytes);
+        let memory = self.outside(false);
+        let counter = self.t.f.offset(memory, bytes);
         let leads = self.t.f.cmp("eq", self.member, i32(0));
         let turns = i64::from(i32::MAX) + 2 - i64::from(self.team);
         let step = self.t.f.select(leads, i32(turns), i32(1));
         let one = self.t.f.cmp("eq", self.t.tid, i32(0));
-        self.t.when(one, |t| ptx::meet_through(&mut t.f, counter, step));
+        self.t.when(one, |t| {
+            ptx::barrier_wait(&mut t.f, all, parity);
+            ptx::meet_through(&mut t.f, counter, step);
+            ptx::barrier_arrive(&mut t.f, met);
+        });
     }
 
     /// Registers of a piece, where each block has one of its own: what a block has put of that nobody else gets, so that it stays where it is.

@@ -29,6 +29,7 @@
 
 use super::*;
 use crate::nvidia::lower::hopper::attention::Softmax;
+use crate::nvidia::lower::hopper::team::MEETING;
 use dsc_ir::sched::{MOST_APART, MOST_IN_CLUSTER};
 use dsc_ir::tile::{MapArg, MapInst, ScalarOp};
 
@@ -87,6 +88,11 @@ impl<'a> Planner<'a> {
     /// Blocks of the team.
     pub(super) fn blocks(&self) -> u32 {
         self.team.as_ref().map_or(1, |t| t.blocks)
+    }
+
+    /// Bytes of shared memory for the meetings of a block's roles.
+    pub(super) fn meeting(&self) -> u32 {
+        self.team.as_ref().map_or(0, |t| if t.apart { MEETING } else { 0 })
     }
 
     /// Buffers through which blocks join: rows, and behind them each group's columns, in the memory of keys.

@@ -80,7 +80,7 @@ impl<'a> Planner<'a> {
         let [queries, weights] = self.query_bytes();
         let vectors = (split.factors.len() + split.totals.len()) as u32 * heads * 4;
         let exchange = if self.transposed { 2 * 4 * heads * 4 } else { 0 };
-        let beside = queries + weights + vectors + exchange + ALIGN;
+        let beside = queries + weights + vectors + exchange + ALIGN + self.meeting();
         let keys = self.stage_bytes().iter().sum::<u32>();
         let stages = (arch.shared_per_block.checked_sub(beside)? / keys).min(MOST_STAGES);
         if stages < 2 {
@@ -106,7 +106,8 @@ impl<'a> Planner<'a> {
         };
         let all = (2..=MOST_STAGES).rev().flat_map(|stages| [depths(stages, 0), depths(stages, 1)]);
         let mut placed = all.map(|depths| self.placed_in_turns(split, &depths));
-        let fitting = |p: &Placed| p.end + p.channels.iter().map(|c| c.stages * BARRIERS).sum::<u32>();
+        let barriers = |p: &Placed| p.channels.iter().map(|c| c.stages * BARRIERS).sum::<u32>();
+        let fitting = |p: &Placed| p.end + barriers(p) + self.meeting();
         let placed = placed.find(|p| fitting(p) <= arch.shared_per_block)?;
         Some((placed.buffers, placed.channels))
     }
