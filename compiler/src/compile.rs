@@ -12,7 +12,7 @@ use crate::front::config::{ConfigError, ModelConfig};
 use crate::front::model::{self, BuildOptions, Shard};
 use crate::passes::{self, Class, Cx, PassError};
 use crate::plan::{self, Plan, PlanError};
-use dsc_ir::artifact::{self, Header, KernelEntry, LibraryFacts, ModelFacts, Numerics, ParamEntry};
+use dsc_ir::artifact::{self, Header, KernelEntry, LibraryFacts, ModelFacts, Numerics, ParamEntry, Pieces};
 use dsc_ir::graph::Graph;
 use dsc_ir::schedule::{KernelShape, Rule, Schedule};
 use dsc_ir::tile::Access;
@@ -186,7 +186,7 @@ pub fn compile_for(
 
     let bf16_weights = checkpoint.is_some_and(|(_, c)| dsc_runtime::weights::bf16_exact(&graph.weights, c));
     let mut graphs = Vec::new();
-    for class in classes(config, options, max_context, target.blocks()) {
+    for class in classes(config, options, max_context, target) {
         let mut graph = graph.clone();
         let cx = context(target, class.clone(), options.numerics, bf16_weights, config.index_topk as u32);
         passes::run(&mut graph, &cx, &mut |name, graph, took| {
@@ -299,7 +299,7 @@ fn check_layers(config: &ModelConfig, options: &Options) -> Result<(), CompileEr
 
 /// The shape classes of a model, the preferred first: the runtime takes the first that admits a step. A target that needs `blocks`
 /// blocks at once has matrix units, whose tiles are made for a number of tokens: it has more classes.
-fn classes(config: &ModelConfig, options: &Options, max_context: u32, blocks: u32) -> Vec<Class> {
+fn classes(config: &ModelConfig, options: &Options, max_context: u32, target: &dyn Target) -> Vec<Class> {
     let class = |name: &str, tokens: u32, seqs: u32, context: u32, keep_mha: bool| Class {
         name: name.into(),
         max: SymValues::default()
@@ -310,21 +310,26 @@ fn classes(config: &ModelConfig, options: &Options, max_context: u32, blocks: u3
             .with(Sym::N, MAX_PAGES)
             .with(Sym::C, context),
         keep_mha,
-        keep_scores: false,
+        pieces: None,
     };
     let short = max_context.min(config.index_topk as u32);
     let mut classes = vec![
         class("decode1", 1, 1, max_context, false),
         class("decode", BATCH, BATCH, max_context, false),
         class("prefill_short", options.chunk, 1, short, true),
-        class("prefill", options.chunk, 1, max_context, false),
+        Class {
+            pieces: target.selects_from_memory().then_some(PIECES),
+            ..class("prefill", options.chunk, 1, max_context, false)
+        },
     ];
-    if blocks > 0 {
+    if target.blocks() > 0 {
         classes.insert(2, class("decode_wide", WIDE_BATCH, WIDE_BATCH, max_context, false));
     }
     classes
 }
 
+/// In what pieces scores of a chunk go to memory: of a matrix of 256 MiB, which with many heads is smaller than what attention makes behind it.
+const PIECES: Pieces = Pieces { tokens: 2048, bytes: 256 << 20 };
 /// Sequences that a step of class `decode_wide` takes at most.
 const WIDE_BATCH: u32 = 64;
 /// Sequences that one decode step takes at most.

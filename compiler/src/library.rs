@@ -204,7 +204,7 @@ fn functions(facts: &LibraryFacts) -> Vec<Function> {
         for (op, graph) in operations {
             let mut class = class(facts, op, &format!("prefill{tokens}"), (tokens, 1));
             let pieces = (op == "prefill" && tokens > PIECES.tokens).then_some(PIECES);
-            class.keep_scores = pieces.is_some();
+            class.pieces = pieces;
             all.push(Function { op: op.into(), class, graph, relations: Vec::new(), pieces });
         }
     }
@@ -225,7 +225,7 @@ fn class(facts: &LibraryFacts, op: &str, name: &str, (tokens, seqs): (u32, u32))
         .with(Sym::L, 1)
         .with(Sym::N, MAX_PAGES)
         .with(Sym::C, pages * PAGE_TOKENS);
-    Class { name: format!("{op}/{name}"), max, keep_mha: false, keep_scores: false }
+    Class { name: format!("{op}/{name}"), max, keep_mha: false, pieces: None }
 }
 
 /// A graph on the way.

@@ -172,6 +172,14 @@ pub trait Device: Send {
     /// [`DeviceError::Binding`] if a view could leave its buffer at these limits, or writes a weight.
     fn bind(&mut self, launches: &[BoundLaunch], limits: &SymValues) -> Result<Bound, DeviceError>;
 
+    /// As [`bind`](Device::bind), of launches that are one of very many parts of a step: nothing is kept for when they run again.
+    ///
+    /// # Errors
+    /// As [`bind`](Device::bind).
+    fn bind_part(&mut self, launches: &[BoundLaunch], limits: &SymValues) -> Result<Bound, DeviceError> {
+        self.bind(launches, limits)
+    }
+
     /// Runs a range of bound launches, one after the other. It may return before they are done: [`read`](Device::read) waits. With
     /// `times` it waits, and adds the duration of each.
     ///
@@ -249,5 +257,19 @@ impl LaunchTimes {
         time.runs += 1;
         time.blocks += blocks;
         time.total += took;
+    }
+
+    /// Adds all runs of some launches, of which the first has that number here.
+    pub fn add_all(&mut self, first: usize, runs: &LaunchTimes) {
+        let end = first + runs.launches.len();
+        if self.launches.len() < end {
+            self.launches.resize(end, LaunchTime::default());
+        }
+        for (time, more) in self.launches[first..].iter_mut().zip(&runs.launches).filter(|(_, more)| more.runs > 0) {
+            time.shortest = if time.runs == 0 { more.shortest } else { time.shortest.min(more.shortest) };
+            time.runs += more.runs;
+            time.blocks += more.blocks;
+            time.total += more.total;
+        }
     }
 }

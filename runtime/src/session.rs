@@ -6,6 +6,7 @@
 //! give the same bits.
 
 mod generate;
+mod parts;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +14,7 @@ pub use generate::{FinishReason, GenerateOptions, Generation, Timings};
 
 use crate::Model;
 use crate::artifact::Artifact;
-use crate::device::{Bound, BoundLaunch, Buffer, Device, LaunchTime, LaunchTimes};
+use crate::device::{Buffer, Device, LaunchTime, LaunchTimes};
 use crate::error::{DeviceError, Error, RequestError};
 use crate::inputs::{Feed, Layout};
 use crate::limits::Limits;
@@ -22,6 +23,7 @@ use dsc_ir::artifact::{Arg, Header, Step, Tap};
 use dsc_ir::graph::{PAGE_TOKENS, StateFormat};
 use dsc_ir::sample::Draw;
 use dsc_ir::{DType, Sym, SymValues};
+use parts::{Binding, Parts};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -128,7 +130,7 @@ pub struct Session {
 struct ReadyStep {
     index: usize,
     limits: SymValues,
-    bound: Bound,
+    parts: Parts,
     layout: Layout,
 }
 
@@ -187,13 +189,9 @@ impl Session {
         let mut steps = Vec::new();
         for (index, limits) in limits {
             let layout = Layout::new(&limits);
-            let bind = |l: &dsc_ir::artifact::Launch| BoundLaunch {
-                kernel: l.kernel,
-                node: l.node.clone(),
-                args: l.args.iter().map(|arg| address(arg, &layout)).collect(),
-            };
-            let launches: Vec<BoundLaunch> = header.steps[index].launches.iter().map(bind).collect();
-            steps.push(ReadyStep { index, limits, bound: device.bind(&launches, &limits)?, layout });
+            let binding = Binding { header, limits, address: &|arg| address(arg, &layout) };
+            let parts = Parts::bind(&mut *device, &header.steps[index], &binding)?;
+            steps.push(ReadyStep { index, limits, parts, layout });
         }
         Ok(Session {
             device,
@@ -389,10 +387,11 @@ impl Session {
         self.ran.clear();
         for chunk in &chunks {
             self.ran.push((self.steps[chunk.step].index, chunk.syms));
-            let ReadyStep { index, bound, .. } = self.steps[chunk.step];
             self.feed(chunk)?;
-            let launches = 0..self.artifact.header().steps[index].launches.len();
-            self.device.run(bound, launches, &chunk.syms, self.profile.as_mut().map(|p| &mut p[index]))?;
+            let ReadyStep { index, parts, .. } = &self.steps[chunk.step];
+            let launches = 0..self.artifact.header().steps[*index].launches.len();
+            let times = self.profile.as_mut().map(|p| &mut p[*index]);
+            parts.run(&mut *self.device, launches, &chunk.syms, times)?;
             self.keep(chunk);
             // Chunks without rows do not wait: what follows them on the device does.
             let mut words = vec![0; 4 * chunk.rows.len()];
@@ -499,16 +498,16 @@ impl Session {
     fn run_chunk(&mut self, chunk: &Chunk<'_>, taps: bool, output: &mut StepOutput) -> Result<(), Error> {
         self.feed(chunk)?;
         let artifact = Arc::clone(&self.artifact);
-        let ReadyStep { index, bound, .. } = self.steps[chunk.step];
-        let step = &artifact.header().steps[index];
-        let mut times = self.profile.as_mut().map(|p| &mut p[index]);
+        let ReadyStep { index, parts, .. } = &self.steps[chunk.step];
+        let step = &artifact.header().steps[*index];
+        let mut times = self.profile.as_mut().map(|p| &mut p[*index]);
         let mut done = 0;
         if taps {
             let mut order: Vec<&Tap> = step.taps.iter().collect();
             order.sort_by_key(|tap| tap.after);
             for tap in order {
                 let after = tap.after as usize;
-                self.device.run(bound, done..after, &chunk.syms, times.as_deref_mut())?;
+                parts.run(&mut *self.device, done..after, &chunk.syms, times.as_deref_mut())?;
                 done = after;
                 let bytes = u64::from(chunk.syms.get(Sym::T)) * u64::from(tap.columns) * tap.dtype.bytes() as u64;
                 let mut data = vec![0; bytes as usize];
@@ -516,7 +515,7 @@ impl Session {
                 append_tap(output.taps.entry(tap.name.clone()), tap, &data);
             }
         }
-        self.device.run(bound, done..step.sampling as usize, &chunk.syms, times)?;
+        parts.run(&mut *self.device, done..step.sampling as usize, &chunk.syms, times)?;
         let count = chunk.rows.len() * artifact.header().model.vocab as usize;
         let mut bytes = vec![0; count * 4];
         self.device.read(self.logits, 0, &mut bytes)?;

@@ -68,6 +68,7 @@ pub(crate) fn header() -> Header {
             max: SymValues([16, 4, 4, 16, 16, 64]),
             arena_bytes: 256,
             launches: vec![Launch { kernel: 0, args: vec![Arg::Arena(64)], node: "count".into() }],
+            loops: Vec::new(),
             collectives: Vec::new(),
             sampling: 1,
             taps: Vec::new(),

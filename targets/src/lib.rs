@@ -180,6 +180,11 @@ pub trait Target {
         false
     }
 
+    /// Whether scores of many tokens that go to memory and are selected from there take less time than both in one kernel.
+    fn selects_from_memory(&self) -> bool {
+        false
+    }
+
     /// Whether a block of the kernel fits the device; if not, smaller tiles are tried.
     fn fits(&self, kernel: &Kernel) -> bool {
         let _ = kernel;

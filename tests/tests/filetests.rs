@@ -181,8 +181,7 @@ fn pass_test(sections: &mut Vec<Section>, name: &str, flags: &[&str]) -> Outcome
         "compact_tables" => passes::compact_tables,
         _ => return Err(format!("there is no pass {name}").into()),
     };
-    let class =
-        Class { name: "test".into(), max: SymValues([8; 6]), keep_mha: flags.contains(&"mha"), keep_scores: false };
+    let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha: flags.contains(&"mha"), pieces: None };
     let numerics = if flags.contains(&"exact") { Numerics::Exact } else { Numerics::Deployed };
     let cx = Cx {
         class,

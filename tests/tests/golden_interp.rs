@@ -239,7 +239,7 @@ fn tiny_model_deployed_on_wide_targets() {
         let mut graph = build(&config, &options);
         let max = SymValues([tokens, 1, 16, tokens, 1 << 20, context]);
         let cx = Cx {
-            class: Class { name: "test".into(), max, keep_mha, keep_scores: false },
+            class: Class { name: "test".into(), max, keep_mha, pieces: None },
             target_fp8: true,
             bf16_weights: false,
             blocks: 132,

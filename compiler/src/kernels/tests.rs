@@ -251,7 +251,7 @@ impl Machine {
         expected: &HashMap<Value, Arc<TensorData<f32>>>,
     ) -> HashMap<Value, Made> {
         let g = &lab.g;
-        let mut class = Class { name: "test".into(), max: *syms, keep_mha: true, keep_scores: false };
+        let mut class = Class { name: "test".into(), max: *syms, keep_mha: true, pieces: None };
         if roomy {
             for sym in [Sym::T, Sym::C, Sym::L] {
                 class.max = class.max.with(sym, syms.get(sym) + 7);
@@ -889,7 +889,7 @@ fn selection_of_everything_is_not_scored() {
         .node_indices()
         .find(|&n| matches!(&lab.g.dag[n].op, Op::Fused(f) if f.kind == FusedKind::SparseAttention));
     let max = SymValues([64, 1, 2, 1, 8, 100]);
-    let class = Class { name: "short".into(), max, keep_mha: false, keep_scores: false };
+    let class = Class { name: "short".into(), max, keep_mha: false, pieces: None };
     let short = emit(&lab.g, node.unwrap(), &lab.schedule, &class).unwrap();
     assert!(!format!("{:?}", short.program.body).contains("TopkPush"));
     let class = Class { max: max.with(Sym::C, 101), ..class };
@@ -933,7 +933,7 @@ fn names_and_programs_do_not_depend_on_the_layer() {
             lab.op(Op::Linear, &[x, w], f32s(dims![T, 24])).node
         })
         .collect();
-    let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha: false, keep_scores: false };
+    let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha: false, pieces: None };
     let [a, b] = [y[0], y[1]].map(|n| emit(&lab.g, n, &lab.schedule, &class).unwrap());
     assert_eq!(a.program, b.program);
     assert_ne!(a.args, b.args);
@@ -1031,7 +1031,7 @@ fn every_launch_of_small_models() {
                 let k = config.index_topk as u32;
                 let context = if keep_mha { k } else { 512 };
                 let max = SymValues([tokens, 1, 8, tokens, 8, context]);
-                let class = Class { name: "test".into(), max, keep_mha, keep_scores: false };
+                let class = Class { name: "test".into(), max, keep_mha, pieces: None };
                 let mut lab = model(&config, numerics, (target_fp8, blocks), &class, 14);
                 lab.races = !wide;
                 lab.schedule = Schedule { tile_m: 4, tile_n: 32, tile_k: 128, ..Schedule::default() };
@@ -1083,7 +1083,7 @@ fn every_launch_of_full_models_has_a_program() {
                 [(1, 1, 163_840, false), (16, 16, 163_840, false), (512, 1, 2048, true), (512, 1, 163_840, false)]
             {
                 let max = SymValues([tokens, seqs, 2560, tokens, 1 << 24, context]);
-                let class = Class { name: "test".into(), max, keep_mha, keep_scores: false };
+                let class = Class { name: "test".into(), max, keep_mha, pieces: None };
                 let mut g = graph.clone();
                 let cx = Cx {
                     class: class.clone(),

@@ -53,7 +53,7 @@ impl Bench {
 pub fn prepare(choice: Choice, target: &dyn Target, rules: &[Rule]) -> Result<Bench, BenchError> {
     let case = choice.build();
     let syms = case.syms();
-    let class = Class { name: "bench".into(), max: syms, keep_mha: case.keep_mha, keep_scores: false };
+    let class = Class { name: "bench".into(), max: syms, keep_mha: case.keep_mha, pieces: None };
     let numerics = if choice.exact() { Numerics::Exact } else { Numerics::Deployed };
     let mut graph = case.graph;
     let cx = compile::context(target, class.clone(), numerics, !choice.exact(), case.selected);

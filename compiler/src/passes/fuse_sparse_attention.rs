@@ -20,8 +20,8 @@
 //! Where nothing of the graph reads `o` and the target's blocks can join parts by themselves ([`Cx::teams`]), attention stays whole: its schedule
 //! divides it.
 //!
-//! With few tokens `l` is a matrix in memory, of fewer rows than the target has blocks; with many it never is, unless who runs the step wants it
-//! ([`Class::keep_scores`](super::Class)): a kernel library, whose pieces of a prefill are small.
+//! With few tokens `l` is a matrix in memory, of fewer rows than the target has blocks; with many only where scores and selection are made for pieces of
+//! the tokens ([`Class::pieces`](super::Class)), so that it stays small.
 //!
 //! Elsewhere the first attention that reads a selection takes the indexer with it. `sel` is a second result if something else wants it: a
 //! later layer that shares the selection (whose attention becomes a node of its own), or the tap `topk.i`. A selection that no
@@ -89,7 +89,7 @@ fn cut(graph: &mut Graph, cx: &Cx) -> usize {
     }
     for topk in nodes(graph, |op| matches!(op, Op::TopK { .. })) {
         let Some(logits) = logits_of(graph, topk) else { continue };
-        if (few || cx.class.keep_scores) && !cx.class.keep_mha {
+        if (few || cx.class.pieces.is_some()) && !cx.class.keep_mha {
             fuse(graph, &[logits]);
             fuse(graph, &[topk]);
         } else {

@@ -49,7 +49,7 @@ pub use skip_short_selection::skip_short_selection;
 pub use sort_experts::sort_experts;
 pub use split_products::split_products;
 
-use dsc_ir::artifact::Numerics;
+use dsc_ir::artifact::{Numerics, Pieces};
 use dsc_ir::graph::verify::verify;
 use dsc_ir::graph::{Graph, Op};
 use dsc_ir::schedule::Teams;
@@ -68,8 +68,8 @@ pub struct Class {
     /// Keep attention in its MHA form: keys and values of the whole context are expanded once. Meant for a short prefill of one
     /// sequence (`S == 1`) whose context is at most `index_topk`, so that everything is selected.
     pub keep_mha: bool,
-    /// Write the indexer's scores to memory however many tokens there are: who runs the step sees to it that they fit.
-    pub keep_scores: bool,
+    /// Write the indexer's scores to memory however many tokens there are, and select from there: in such pieces of the tokens, so that they fit.
+    pub pieces: Option<Pieces>,
 }
 
 /// What passes know besides the graph.

@@ -8,9 +8,10 @@
 //!
 //! Cost: quadratic in the values of a step, about 1000 for 61 layers.
 
+use super::pieces::Looped;
 use super::{ALIGN, total_bytes};
 use dsc_ir::SymValues;
-use dsc_ir::graph::{Graph, NodeId, Op, Value, ValueType};
+use dsc_ir::graph::{Graph, NodeId, Op, TensorType, Value, ValueType};
 use std::collections::HashMap;
 
 /// Where each value is.
@@ -67,7 +68,12 @@ struct Life {
 
 /// Places every tensor that `launches` write, except logits and tokens, which have buffers of their own.
 pub fn place(graph: &Graph, launches: &[NodeId], max: &SymValues) -> Placement {
-    let mut lives = lives(graph, launches, max);
+    place_looped(graph, launches, max, &[])
+}
+
+/// As [`place`], where some launches are made in pieces of the tokens.
+pub(super) fn place_looped(graph: &Graph, launches: &[NodeId], max: &SymValues, looped: &[Looped]) -> Placement {
+    let mut lives = lives(graph, launches, max, looped);
     let unshared_bytes = lives.iter().map(|l| l.bytes).sum();
     lives.sort_by_key(|l| (std::cmp::Reverse(l.bytes), l.first, l.value));
     let mut placed: Vec<(u64, &Life)> = Vec::with_capacity(lives.len());
@@ -82,17 +88,26 @@ pub fn place(graph: &Graph, launches: &[NodeId], max: &SymValues) -> Placement {
     placement
 }
 
-fn lives(graph: &Graph, launches: &[NodeId], max: &SymValues) -> Vec<Life> {
-    let time: HashMap<NodeId, usize> = launches.iter().enumerate().map(|(i, &n)| (n, i)).collect();
+fn lives(graph: &Graph, launches: &[NodeId], max: &SymValues, looped: &[Looped]) -> Vec<Life> {
+    let mut time: HashMap<NodeId, usize> = launches.iter().enumerate().map(|(i, &n)| (n, i)).collect();
+    // What the first launch of a loop reads it reads again behind the last one: all are one moment.
+    for [first, last] in looped.iter().map(|l| l.nodes) {
+        time.insert(last, time[&first]);
+    }
+    let bytes = |value: Value, ty: &TensorType| match looped.iter().find(|l| l.matrix == value) {
+        Some(looped) => looped.bytes,
+        None => total_bytes(ty, max),
+    };
     let results = graph.outputs.iter().filter(|(name, _)| ["logits", "tokens"].contains(&name.as_str()));
     let results: Vec<Value> = results.map(|(_, v)| *v).collect();
     let mut lives = Vec::new();
-    for (first, &node) in launches.iter().enumerate() {
+    for &node in launches {
+        let first = time[&node];
         for (output, ty) in graph.dag[node].outputs.iter().enumerate() {
             let value = Value { node, output: output as u32 };
             let ValueType::Tensor(ty) = ty else { continue };
             if !results.contains(&value) {
-                let bytes = total_bytes(ty, max).next_multiple_of(ALIGN);
+                let bytes = bytes(value, ty).next_multiple_of(ALIGN);
                 lives.push(Life { value, bytes, first, last: last_use(graph, value, &time).max(first) });
             }
         }
@@ -127,7 +142,7 @@ fn lowest_gap(placed: &[(u64, &Life)], life: &Life) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dsc_ir::graph::{StepInput, TensorType};
+    use dsc_ir::graph::StepInput;
     use dsc_ir::{DType, Sym};
 
     /// A chain of rowwise ops: two buffers suffice, whatever its length.

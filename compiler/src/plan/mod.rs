@@ -9,6 +9,7 @@
 
 pub mod entry;
 pub mod memory;
+mod pieces;
 
 use crate::kernels::{self, ArgRef, Emitted, Part};
 use crate::passes::Class;
@@ -117,8 +118,9 @@ fn plan_class(
     graph: &Graph,
     scheduler: &Scheduler,
 ) -> Result<Step, PlanError> {
-    let (launches, sampling) = launch_order(graph);
-    let memory = memory::place(graph, &launches, &class.max);
+    let (mut launches, sampling) = launch_order(graph);
+    let looped = pieces::find(graph, class, &mut launches);
+    let memory = memory::place_looped(graph, &launches, &class.max, &looped);
     let weights: Vec<u32> = graph.weights.iter().map(|w| intern_weight(plan, interned, w)).collect();
     let states: Vec<u32> = graph.states.iter().map(|s| intern_state(plan, s)).collect();
     let mut step = Step {
@@ -126,6 +128,7 @@ fn plan_class(
         max: class.max,
         arena_bytes: memory.bytes,
         launches: Vec::with_capacity(launches.len()),
+        loops: looped.iter().filter_map(|l| l.placed(&launches, *memory.offsets.get(&l.matrix)?)).collect(),
         collectives: collectives(graph, &launches, &memory),
         sampling: sampling as u32,
         taps: taps(graph, &launches, &memory),

@@ -1,6 +1,6 @@
 //! The rules of a header: no index or range that leaves its table or its buffer.
 
-use super::{ALIGN, Arg, Header, Launch, MAX_BUFFER_BYTES, Section, Step, TensorPart, WeightEntry, WeightSource};
+use super::{ALIGN, Arg, Header, Launch, Loop, MAX_BUFFER_BYTES, Section, Step, TensorPart, WeightEntry, WeightSource};
 use crate::DType;
 use crate::extent::{Sym, SymValues};
 use crate::graph::{Elem, PAGE_TOKENS, StateFormat};
@@ -225,8 +225,15 @@ impl<'a> Check<'a> {
                 format!("step {}: sampling begins at launch {} of {}", step.name, step.sampling, step.launches.len())
             });
             self.expect(step.launches.len() <= MAX_ENTRIES, || format!("step {}: too many launches", step.name));
+            for what in step.check_loops() {
+                self.problem(format!("step {}, {what}", step.name));
+            }
             for (i, launch) in step.launches.iter().enumerate() {
-                for what in self.launch(step, launch) {
+                let problems = match step.loop_of(i) {
+                    Some(of) => self.looped(step, of, launch),
+                    None => self.launch(step, launch),
+                };
+                for what in problems {
                     self.problem(format!("step {}, launch {i} ({}): {what}", step.name, launch.node));
                 }
             }
@@ -270,6 +277,32 @@ impl<'a> Check<'a> {
     fn launch(&self, step: &Step, launch: &Launch) -> Vec<String> {
         let buffer = |arg| self.header.buffer(arg, step.arena_bytes, &step.max);
         self.launch_of(launch, &step.max, &buffer, &|arg| !matches!(arg, Arg::Weight(..) | Arg::Input(_)))
+    }
+
+    /// Pieces of every size have the matrix, which no other memory is next to; all pieces together have rows of all tokens.
+    fn looped(&self, step: &Step, of: &Loop, launch: &Launch) -> Vec<String> {
+        let matrix = Arg::Arena(of.matrix);
+        let end = of.matrix.saturating_add(of.matrix_bytes(&step.max)).min(step.arena_bytes);
+        let buffer = |arg| match arg == matrix {
+            true => Some((end, of.matrix)),
+            false => self.header.buffer(arg, step.arena_bytes, &step.max),
+        };
+        let writable = |arg| !matches!(arg, Arg::Weight(..) | Arg::Input(_));
+        let mut problems = Vec::new();
+        for size in of.sizes(&step.max) {
+            let piece = size.with(Sym::T, size.get(Sym::T).min(step.max.get(Sym::T)));
+            problems.extend(self.launch_of(launch, &piece, &buffer, &writable));
+        }
+        let params = self.header.kernels.get(launch.kernel as usize).map_or(&[][..], |k| &k.params);
+        for (param, &arg) in params.iter().zip(&launch.args) {
+            let rows = of.pitch(param, arg).and_then(|pitch| match (pitch, buffer(arg)) {
+                (1.., Some((bytes, at))) => param.check_binding(at, bytes, &step.max),
+                _ => Ok(()),
+            });
+            problems.extend(rows.err());
+        }
+        problems.dedup();
+        problems
     }
 
     fn launch_of(

@@ -25,10 +25,12 @@
 mod check;
 mod entries;
 mod file;
+mod loops;
 mod sizes;
 
 pub use entries::{ArgElem, Entry, EntryArg, LibraryFacts, Misfit, Pieces, WORKSPACE_ALIGN, WorkspacePart};
 pub use file::{ArtifactError, MAX_HEADER_BYTES, read, section, write};
+pub use loops::Loop;
 pub use sizes::Overflow;
 
 use crate::DType;
@@ -41,7 +43,7 @@ use serde::{Deserialize, Serialize};
 /// First bytes of every artifact.
 pub const MAGIC: [u8; 8] = *b"DSC\x7fART\n";
 /// The version this crate writes and reads.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// Alignment of sections in bytes: a page, so that code can be mapped from the file.
 pub const ALIGN: u64 = 4096;
 
@@ -309,6 +311,9 @@ pub struct Step {
     pub arena_bytes: u64,
     /// Launches in order.
     pub launches: Vec<Launch>,
+    /// Launches among them that are made in pieces of the tokens, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub loops: Vec<Loop>,
     /// Sums over ranks, in order.
     pub collectives: Vec<Collective>,
     /// Launches that make the logits; those behind them choose tokens, which a step that wants no tokens leaves out.

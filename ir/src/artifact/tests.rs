@@ -89,12 +89,17 @@ fn sample() -> Header {
                 ],
                 node: "layers.0".into(),
             }],
+            loops: Vec::new(),
             collectives: Vec::new(),
             sampling: 1,
             taps: vec![Tap { name: "hidden.0".into(), after: 1, at: 0, columns: 8, dtype: DType::F32 }],
         }],
         sections: Vec::new(),
     }
+}
+
+fn of_pieces(first: u32, launches: u32, tokens: u32) -> Loop {
+    Loop { first, launches, matrix: 0, pieces: Pieces { tokens, bytes: 1 } }
 }
 
 fn file() -> (Header, Vec<u8>) {
@@ -146,9 +151,9 @@ fn every_cut_is_found() {
 #[test]
 fn other_versions_say_who_wrote_them() {
     let (_, mut bytes) = file();
-    bytes[8] = 3;
+    bytes[8] = 4;
     let error = read(&bytes).unwrap_err().to_string();
-    assert!(error.contains("version 3, written by 0.1.0") && error.contains("update dsc"), "{error}");
+    assert!(error.contains("version 4, written by 0.1.0") && error.contains("update dsc"), "{error}");
     bytes[8] = 0;
     assert!(read(&bytes).unwrap_err().to_string().ends_with("compile the model again"));
     bytes[60] ^= 1;
@@ -230,6 +235,18 @@ fn what_leaves_a_table_or_a_buffer_is_named() {
         ("tap hidden.0: its type, launch", Box::new(|h| h.steps[0].taps[0].after = 2)),
         ("tap hidden.0: it leaves the arena", Box::new(|h| h.steps[0].taps[0].columns = 1 << 30)),
         ("tap hidden.0: it leaves the arena", Box::new(|h| h.steps[0].taps[0].at = u64::MAX - 3)),
+        ("loop 0: no such launches", Box::new(|h| h.steps[0].loops = vec![of_pieces(0, 2, 64)])),
+        ("loop 1: no such launches", Box::new(|h| h.steps[0].loops = vec![of_pieces(0, 1, 64); 2])),
+        ("loop 0: pieces of tokens that are", Box::new(|h| h.steps[0].loops = vec![of_pieces(0, 1, 96)])),
+        ("loop 0: its matrix is not inside", Box::new(|h| h.steps[0].loops = vec![of_pieces(0, 1, 64)])),
+        (
+            "loop 0: something is read before",
+            Box::new(|h| {
+                let launch = h.steps[0].launches[0].clone();
+                h.steps[0].launches.push(launch);
+                (h.steps[0].sampling, h.steps[0].loops) = (2, vec![of_pieces(0, 2, 64)]);
+            }),
+        ),
         ("eos 512 is outside", Box::new(|h| h.model.eos.push(512))),
         ("vocabulary of 0", Box::new(|h| h.model.vocab = 0)),
         ("state keys", Box::new(|h| h.states[0].format = StateFormat::Index { dim: u32::MAX, dtype: DType::F32 })),

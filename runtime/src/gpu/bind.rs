@@ -49,6 +49,8 @@ impl Ready {
 pub(super) struct Program {
     pub(super) limits: SymValues,
     pub(super) launches: Vec<Ready>,
+    /// Whether graphs of them are kept.
+    pub(super) kept: bool,
     /// Symbols that a grid of theirs depends on.
     grid_syms: [bool; 6],
 }
@@ -61,7 +63,7 @@ impl Program {
                 grid_syms[sym as usize] = true;
             }
         }
-        Program { limits, launches, grid_syms }
+        Program { limits, launches, kept: true, grid_syms }
     }
 
     /// Symbols to make grids with, at least `syms` and the same for many steps: small counts as they are, larger ones and
@@ -276,8 +278,12 @@ mod tests {
 
     #[test]
     fn buckets_hold_their_steps() {
-        let mut program =
-            Program { limits: SymValues([600, 4, 40, 600, 100, 2500]), launches: Vec::new(), grid_syms: [true; 6] };
+        let mut program = Program {
+            limits: SymValues([600, 4, 40, 600, 100, 2500]),
+            launches: Vec::new(),
+            kept: true,
+            grid_syms: [true; 6],
+        };
         let bucket = |p: &Program, syms| p.bucket(&SymValues(syms)).0;
         assert_eq!(bucket(&program, [1, 1, 3, 0, 100, 130]), [1, 1, 4, 0, 100, 256]);
         assert_eq!(bucket(&program, [65, 4, 33, 600, 99, 2049]), [80, 4, 40, 600, 100, 2500]);

@@ -138,7 +138,7 @@ impl Graphs {
     ) -> Result<(), DeviceError> {
         let launches = &program.launches[range.clone()];
         let one_by_one = || launches.iter().try_for_each(|l| launch(stream, &kernels.kernels[l.kernel], l, syms));
-        if launches.len() < MIN_LAUNCHES {
+        if launches.len() < MIN_LAUNCHES || !program.kept {
             return one_by_one();
         }
         let bucket = program.bucket(syms);

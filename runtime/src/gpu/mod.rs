@@ -380,6 +380,12 @@ impl Device for GpuDevice {
         Ok(Bound(self.bound.len() - 1))
     }
 
+    fn bind_part(&mut self, launches: &[BoundLaunch], limits: &SymValues) -> Result<Bound, DeviceError> {
+        let bound = self.bind(launches, limits)?;
+        self.bound[bound.0].kept = false;
+        Ok(bound)
+    }
+
     fn run(
         &mut self,
         bound: Bound,

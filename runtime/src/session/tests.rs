@@ -1,7 +1,7 @@
 //! Requests on a model without kernels: how they are cut, what they leave in the cache.
 
 use super::*;
-use crate::device::Code;
+use crate::device::{Bound, BoundLaunch, Code};
 use crate::session::tests::toy::{VOCAB, model};
 use crate::{Options, Weights};
 use dsc_ir::artifact::Numerics;
@@ -26,6 +26,7 @@ mod toy {
             max: SymValues(*max),
             arena_bytes: 1 << 16,
             launches: Vec::new(),
+            loops: Vec::new(),
             collectives: Vec::new(),
             sampling: 0,
             taps: vec![Tap { name: "hidden.0".into(), after: 0, at: 64, columns: 2, dtype: DType::Bf16 }],

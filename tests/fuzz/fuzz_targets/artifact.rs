@@ -4,7 +4,7 @@
 //! the JSON of a header: it is read behind a valid prefix, and as a file that `write` makes of it.
 #![no_main]
 
-use dsc_ir::artifact::{self, Arg, FORMAT_VERSION, Header, MAGIC, WeightEntry};
+use dsc_ir::artifact::{self, Arg, FORMAT_VERSION, Header, MAGIC, Step, WeightEntry};
 use dsc_ir::{Sym, SymValues};
 use libfuzzer_sys::fuzz_target;
 
@@ -93,14 +93,39 @@ fn accepted(header: &Header) {
         weight_sizes(weight);
     }
     for step in &header.steps {
+        loops(header, step);
         for syms in [step.max, half(step.max), SymValues([1; 6]), SymValues::default()] {
-            for launch in &step.launches {
+            // What loops are bound to, `loops` looks at.
+            for (_, launch) in step.launches.iter().enumerate().filter(|(i, _)| step.loop_of(*i).is_none()) {
                 let kernel = &header.kernels[launch.kernel as usize];
                 assert!(kernel.blocks(&syms).is_some() && kernel.params.len() == launch.args.len());
                 for (param, &arg) in kernel.params.iter().zip(&launch.args) {
                     let (bytes, at) = header.buffer(arg, step.arena_bytes, &step.max).expect("a buffer");
                     assert!(!param.write || !matches!(arg, Arg::Weight(..) | Arg::Input(_)));
                     param.check_binding(at, bytes, &syms).expect("a smaller step stays inside");
+                }
+            }
+        }
+    }
+}
+
+/// Every piece of a step's loops, of the largest step and of a smaller one, is inside the arena.
+fn loops(header: &Header, step: &Step) {
+    for l in &step.loops {
+        for max in [step.max, half(step.max)] {
+            for size in l.sizes(&max) {
+                let tokens = size.get(Sym::T);
+                let last = max.get(Sym::T).saturating_sub(1) / tokens * tokens;
+                for first in [0, last] {
+                    let syms = size.with(Sym::T, tokens.min(max.get(Sym::T) - first));
+                    for launch in &step.launches[l.range()] {
+                        let kernel = &header.kernels[launch.kernel as usize];
+                        for (param, &arg) in kernel.params.iter().zip(&launch.args) {
+                            let (bytes, at) = header.buffer(arg, step.arena_bytes, &step.max).expect("a buffer");
+                            let at = at + l.pitch(param, arg).expect("rows of tokens") * u64::from(first);
+                            param.check_binding(at, bytes, &syms).expect("a piece stays inside");
+                        }
+                    }
                 }
             }
         }

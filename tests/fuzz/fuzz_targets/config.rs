@@ -54,7 +54,7 @@ fn compile(config: &ModelConfig, graph: &Graph, numerics: Numerics, max_context:
         let context = if keep_mha { max_context.min(config.index_topk as u32) } else { max_context };
         let pages = max_context.div_ceil(64);
         let max = SymValues([tokens, 1, pages, tokens, 1 << 10, context]);
-        let class = Class { name: name.into(), max, keep_mha, keep_scores: false };
+        let class = Class { name: name.into(), max, keep_mha, pieces: None };
         let index_topk = config.index_topk as u32;
         let cx = Cx {
             class: class.clone(),

@@ -50,6 +50,7 @@ fn header(weights: Vec<WeightEntry>) -> Header {
         max,
         arena_bytes: 0,
         launches: Vec::new(),
+        loops: Vec::new(),
         collectives: Vec::new(),
         sampling: 0,
         taps: Vec::new(),

@@ -12,7 +12,7 @@ use dsc_ir::{Sym, SymValues};
 const BOTH: [Numerics; 2] = [Numerics::Exact, Numerics::Deployed];
 
 fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
-    let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha, keep_scores: false };
+    let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha, pieces: None };
     let index_topk = mini::TOP_K;
     Cx {
         class,
