@@ -39,6 +39,10 @@ pub struct Schedule {
     /// Whether these blocks join through memory rather than in a cluster: they must all run at once.
     #[serde(skip_serializing_if = "is_false")]
     pub apart: bool,
+    /// Whether blocks divide the rounds of all tiles rather than the tiles, where each tile is one loop over what all its rounds share, on targets whose
+    /// blocks go from tile to tile: each then has a range of neighbouring rounds, as long as the others', and fetches what is shared once for them.
+    #[serde(skip_serializing_if = "is_false")]
+    pub ranges: bool,
     /// Blocks for which a processor shall have registers, where they share one; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub sharing: u32,
@@ -125,9 +129,10 @@ pub struct KernelShape {
     pub m: Extent,
     /// The most rows in this class.
     pub m_max: u64,
-    /// Results a row: outputs of a product, latent or value elements of a head, elements of a row.
+    /// Results a row: outputs of a product, latent or value elements of a head, elements of a row. Of `indexer_logits` tokens of a sequence, where all
+    /// sequences of a cache have as many; else 1.
     pub n: u32,
-    /// Contracted length; keys selected, for attention.
+    /// Contracted length; keys selected, for attention. Elements of an index key with such tokens.
     pub k: u32,
     /// Heads or experts; 1 where there are none. Heads of the indexer where it is part of the kernel.
     pub heads: u32,

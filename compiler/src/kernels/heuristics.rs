@@ -1,6 +1,7 @@
 //! What a schedule is chosen by: the shape of each node's kernel.
 
 use super::body_of;
+use super::sparse_attention::queries;
 use crate::passes::Class;
 use dsc_ir::Sym;
 use dsc_ir::extent::Extent;
@@ -61,7 +62,7 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
                 }
                 FusedKind::Gate => shape("gate", rows(graph, out), last(graph, out), 1, 1),
                 FusedKind::SparseAttention => {
-                    let (op, n, k, heads) = attention(&fused.body);
+                    let (op, n, k, heads) = attention(&fused.body, class);
                     shape(op, tokens, n, k, heads)
                 }
             },
@@ -93,8 +94,9 @@ pub fn default_schedule(shape: &KernelShape, class: &Class) -> Schedule {
     Schedule::heuristic(shape, class.max.get(Sym::T))
 }
 
-/// Kind, latent elements, keys selected and heads of a sparse attention body.
-fn attention(body: &Graph) -> (&'static str, u32, u32, u32) {
+/// Kind, latent elements, keys selected and heads of a sparse attention body; of scores of a cache where all sequences have as many tokens, how many
+/// those are, and elements of a key.
+fn attention(body: &Graph, class: &Class) -> (&'static str, u32, u32, u32) {
     let (mut op, mut n, mut k, mut heads) = ("top_k", 1, 1, 1);
     for node in body.order() {
         let inputs = body.inputs(node);
@@ -102,11 +104,16 @@ fn attention(body: &Graph) -> (&'static str, u32, u32, u32) {
             Op::IndexerLogits => {
                 heads = constant(body, inputs[0], 1);
                 op = "indexer_logits";
+                if let [q, _, state, _, _] = inputs[..]
+                    && matches!(body.ty(state), ValueType::State(_))
+                {
+                    (n, k) = (queries(class), constant(body, q, 2));
+                }
             }
             Op::TopK { k: members } => {
                 k = *members;
                 if op == "indexer_logits" {
-                    op = "sparse_attention";
+                    (op, n) = ("sparse_attention", 1);
                 }
             }
             Op::MqaAttention { .. } | Op::MqaPartial { .. } => {

@@ -172,6 +172,9 @@ impl<'a> Check<'a> {
                 fault(gpu.scratch_bytes == 0 || gpu.persistent && gpu.turns == 0, &|| {
                     "memory of its own for every block of a grid".into()
                 });
+                fault(!gpu.ranges || gpu.persistent && gpu.turns == 0 && gpu.cluster <= 1 && gpu.team <= 1, &|| {
+                    "ranges of rounds of blocks that are not persistent and each by themselves".into()
+                });
                 fault(gpu.turns == 0 || gpu.persistent, &|| "turns of a block that takes one tile".into());
                 fault(gpu.asm[0] <= gpu.asm[1] && gpu.asm[1] <= asm, &|| "its assembly is outside its section".into());
                 for map in &gpu.maps {

@@ -176,6 +176,9 @@ pub struct GpuKernel {
     /// free, in order. 0: as many blocks as the device holds.
     #[serde(skip_serializing_if = "is_zero")]
     pub turns: u32,
+    /// Blocks divide the rounds of tiles of a persistent kernel rather than its tiles: a launch has as many blocks as the device holds, however few the tiles.
+    #[serde(skip_serializing_if = "is_false")]
+    pub ranges: bool,
     /// Before it touches memory it waits, by itself, for the launches before it, and it lets the next one start: such launches may overlap.
     pub dependent: bool,
     /// Tensor maps, for hardware that copies tiles by descriptor.

@@ -11,7 +11,8 @@
 //! The blocks of a team run one after another from one meeting to the next, in any order: what one puts too late, or where another still
 //! reads, shows as wrong data.
 //!
-//! A persistent kernel is run by a few blocks, each of which takes every so many tiles; its roles go from tile to tile on their own.
+//! A persistent kernel is run by a few blocks, each of which takes every so many tiles; its roles go from tile to tile on their own. Where blocks
+//! have parts of tiles, each comes to all of them and has an equal share of every one: which ranges they have must not matter.
 //!
 //! Whether synchronisation is right is not asked of the verifier, but shown; types and places must be sound.
 //!
@@ -85,13 +86,16 @@ pub fn run(
         copies: Vec::new(),
         unit: 0,
         tiles: Vec::new(),
+        block: 0,
     };
     if kernel.persistent.is_none() {
-        return (0..blocks).try_for_each(|block| executor.block(&[block]));
+        return (0..blocks).try_for_each(|block| executor.run_block(&[block]));
     }
-    (0..PERSISTENT_BLOCKS as u64).try_for_each(|first| {
-        let tiles: Vec<u64> = (first..blocks).step_by(PERSISTENT_BLOCKS).collect();
-        if tiles.is_empty() { Ok(()) } else { executor.block(&tiles) }
+    (0..PERSISTENT_BLOCKS).try_for_each(|first| {
+        executor.block = first;
+        let (from, step) = if kernel.parts() { (0, 1) } else { (first as u64, PERSISTENT_BLOCKS) };
+        let tiles: Vec<u64> = (from..blocks).step_by(step).collect();
+        if tiles.is_empty() { Ok(()) } else { executor.run_block(&tiles) }
     })
 }
 
@@ -155,11 +159,13 @@ struct Executor<'a> {
     unit: Unit,
     /// By unit, the tile it is at.
     tiles: Vec<u64>,
+    /// Which of a persistent kernel's blocks runs.
+    block: usize,
 }
 
 impl<'a> Executor<'a> {
     /// One block or team of blocks, for one tile or, if it is persistent, several.
-    fn block(&mut self, tiles: &[u64]) -> Result<(), InterpError> {
+    fn run_block(&mut self, tiles: &[u64]) -> Result<(), InterpError> {
         let mut running = Vec::new();
         for member in 0..self.team.len() {
             self.member = member;
@@ -366,6 +372,11 @@ impl<'a> Executor<'a> {
                 let number = i32::try_from(self.member).unwrap_or(0);
                 self.define(&inst.results, vec![Rc::new(Data::I32(vec![number]))])?;
             }
+            Op::Part { lo, hi, end } => {
+                let [lo, hi] = [self.number(*lo)?, self.number(*hi)?];
+                let before = (hi - lo).max(0) * (self.block + usize::from(*end)) as i64 / PERSISTENT_BLOCKS as i64;
+                self.define(&inst.results, vec![Rc::new(Data::I32(vec![(lo + before) as i32]))])?;
+            }
             Op::Put { buffer, value } => {
                 let read = self.prepare(&[*value])?;
                 let data = self.machine.get(*value)?;
@@ -402,6 +413,12 @@ impl<'a> Executor<'a> {
             piece.extend_from_slice(&whole[at..at + columns * size]);
         }
         self.define(&inst.results, vec![Rc::new(Data::from_bytes(t.dtype, &piece))])
+    }
+
+    fn number(&mut self, v: ValueId) -> Result<i64, InterpError> {
+        let read = self.prepare(&[v])?;
+        self.note(read);
+        self.machine.index(&Index::Value(v))
     }
 
     /// Writes a value to a buffer by the threads of the unit.

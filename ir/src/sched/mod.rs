@@ -99,6 +99,11 @@ impl Scheduled {
     pub fn apart(&self) -> bool {
         self.buffers.iter().any(|b| b.outside)
     }
+
+    /// Whether blocks divide the rounds of tiles rather than tiles.
+    pub fn parts(&self) -> bool {
+        self.roles.iter().flat_map(|r| &r.body.insts).any(|i| matches!(i.op, Op::Part { .. }))
+    }
 }
 
 /// Blocks that run together and fill one another's shared memory: neighbours along an axis of the grid.
@@ -362,5 +367,16 @@ pub enum Op {
         /// Whether it is a piece: the result's shape divides the tile into pieces, numbered down its rows first, and this block's has its own number; where
         /// there are fewer, others get one of the last columns.
         own: bool,
+    },
+    /// Of the rounds `lo..hi` of this tile the first one that is this block's, or the end of those: an i32. Where a kernel has such, each block comes to
+    /// all tiles, in order, and what it has of them is a range of the rounds of all tiles; all blocks' ranges are about equal. Every role has one of
+    /// each kind in its body, of the same bounds.
+    Part {
+        /// i32: the first round.
+        lo: ValueId,
+        /// i32: the bound, exclusive; not above `lo` where there is no round.
+        hi: ValueId,
+        /// Whether it is the end.
+        end: bool,
     },
 }

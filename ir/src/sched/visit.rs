@@ -28,6 +28,7 @@ pub(crate) fn for_each_operand(op: &mut Op, f: &mut dyn FnMut(&mut ValueId)) {
         Op::Fill { value, .. } | Op::Put { value, .. } => f(value),
         Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Take { .. } | Op::Release { .. } => {}
         Op::Number | Op::Meet | Op::Get { .. } => {}
+        Op::Part { lo, hi, .. } => [lo, hi].into_iter().for_each(f),
     }
 }
 
@@ -44,6 +45,7 @@ pub fn operands(op: &Op) -> Vec<ValueId> {
         Op::Fill { value, .. } | Op::Put { value, .. } => vec![*value],
         Op::Barrier | Op::Acquire(_) | Op::Commit(_) | Op::Wait(_) | Op::Take { .. } | Op::Release { .. } => Vec::new(),
         Op::Number | Op::Meet | Op::Get { .. } => Vec::new(),
+        Op::Part { lo, hi, .. } => vec![*lo, *hi],
     }
 }
 

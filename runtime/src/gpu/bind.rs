@@ -101,7 +101,11 @@ pub(super) fn grid(entry: &KernelEntry, gpu: &GpuKernel, multiprocessors: u32, s
         let held = Kernel::held(gpu, multiprocessors);
         let tiles = u32::try_from(entry.blocks(syms).filter(|&n| n > 0)?).unwrap_or(u32::MAX);
         let tiles = tiles.saturating_mul(gpu.team.max(1));
-        grid[0] = if gpu.turns > 0 { tiles.div_ceil(gpu.turns) } else { tiles.min(held) };
+        grid[0] = match gpu.turns {
+            _ if gpu.ranges => held,
+            0 => tiles.min(held),
+            turns => tiles.div_ceil(turns),
+        };
     } else {
         for (axis, dim) in grid.iter_mut().zip(&entry.grid) {
             *axis = u32::try_from(dim.eval(syms)).ok().filter(|&n| n > 0)?;
@@ -323,6 +327,9 @@ mod tests {
         let apart = GpuKernel { team: 3, apart: true, ..persistent(2) };
         assert_eq!(grid(&entry, &apart, 4, &syms(100)), Some([6, 1, 1]));
         assert_eq!(grid(&entry, &apart, 40, &syms(2)), Some([18, 1, 1]));
+        let ranges = GpuKernel { ranges: true, ..persistent(1) };
+        assert_eq!(grid(&entry, &ranges, 4, &syms(1)), Some([8, 1, 1]));
+        assert_eq!(grid(&entry, &ranges, 4, &syms(0)), None);
         let turns = GpuKernel { turns: 2, ..persistent(1) };
         assert_eq!(grid(&entry, &turns, 4, &syms(100)), Some([150, 1, 1]));
         assert_eq!(grid(&entry, &turns, 4, &syms(1)), Some([2, 1, 1]));

@@ -110,6 +110,7 @@ fn gpu_header() -> (Header, Vec<u8>, Vec<u8>) {
         team: 1,
         apart: false,
         turns: 0,
+        ranges: false,
         maps: Vec::new(),
         dependent: false,
         scratch_bytes: 0,

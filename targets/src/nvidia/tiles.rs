@@ -36,6 +36,8 @@ const COLUMNS: [u32; 4] = [128, 64, 32, 16];
 const SCORED: u32 = 512;
 /// Most tokens of a block that scores.
 const TOKENS: u32 = 8;
+/// Tokens from which on scores of two tokens a sequence are made by blocks that divide all rounds: of fewer, finding a block's range takes longer than it saves.
+const RANGES: u32 = 128;
 /// Most blocks that select from a row together.
 const TEAM: u32 = 8;
 
@@ -97,7 +99,9 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
                 129..=2048 => 16,
                 _ => 64,
             };
-            Some(Schedule { tile_m: scored(shape, tokens), tile_n: 64 * pages, ..Schedule::default() })
+            // Two tokens a sequence have more than a page to wait for: queries, which all pages of a row share.
+            let ranges = shape.n == 2 && shape.k == 128 && tokens >= RANGES;
+            Some(Schedule { tile_m: scored(shape, tokens), tile_n: 64 * pages, ranges, ..Schedule::default() })
         }
         "top_k" => {
             // Large clusters leave some multiprocessors out, and what their blocks read of each other takes its time.
@@ -201,6 +205,17 @@ mod tests {
         assert_eq!(experts(4096), [128, 128]);
         let sorted = |tokens| tile("expert_linear_sorted", tokens, (7168, 2048, 256));
         assert_eq!([1024, 2048, 4096].map(sorted), [[64, 128], [128, 128], [192, 128]]);
+    }
+
+    #[test]
+    fn scores_of_two_tokens_of_many_sequences_are_made_in_ranges() {
+        let ranges = |n, tokens| {
+            let m = Extent::from(Sym::T);
+            let shape = KernelShape { op: "indexer_logits", m, m_max: tokens, n, k: 128, heads: 64, products: 1 };
+            choose(&shape, tokens as u32, 132).expect("scores").ranges
+        };
+        assert_eq!([64, 128, 2048].map(|tokens| ranges(2, tokens)), [false, true, true]);
+        assert!(!ranges(1, 2048) && !ranges(4, 2048));
     }
 
     #[test]

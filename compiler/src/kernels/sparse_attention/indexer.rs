@@ -228,8 +228,10 @@ pub(super) fn logits(
 ) -> Result<Emitted, KernelError> {
     let operands = body.inputs(node).len();
     let rows = tokens_of_block(schedule, class, operands);
-    let pages = tile(schedule.tile_n, PAGE_TOKENS, class.max.get(Sym::C).into()).div_ceil(PAGE_TOKENS);
-    let chunk = e.b.grid(Sym::C, PAGE_TOKENS * pages);
+    // Blocks that divide rounds take them from whole rows.
+    let columns = if schedule.ranges { class.max.get(Sym::C) } else { schedule.tile_n };
+    let pages = tile(columns, PAGE_TOKENS, class.max.get(Sym::C).into()).div_ceil(PAGE_TOKENS);
+    let chunk = if schedule.ranges { e.b.full_i32(0, &[]) } else { e.b.grid(Sym::C, PAGE_TOKENS * pages) };
     let token = e.b.grid(Sym::T, rows);
     let token = times(&mut e.b, token, rows);
     let indexer = Indexer::new(&mut e, body, node, (rows, token), class)?;

@@ -207,7 +207,7 @@ fn tokens_of_block(schedule: &Schedule, class: &Class, operands: usize) -> u32 {
 }
 
 /// Tokens of a sequence, in classes where all have as many.
-fn queries(class: &Class) -> u32 {
+pub(super) fn queries(class: &Class) -> u32 {
     (class.max.get(Sym::T) / class.max.get(Sym::S).max(1)).max(1)
 }
 

@@ -283,6 +283,10 @@ impl BlockPrinter<'_> {
             Op::Meet => "meet".into(),
             Op::Put { buffer, value } => format!("put {buffer}, {}", self.tile.v(*value)),
             Op::Get { buffer, after, own } => format!("get {buffer} after {after}{}", if *own { " own" } else { "" }),
+            Op::Part { lo, hi, end } => {
+                let what = if *end { "end" } else { "begin" };
+                format!("part {what} {} to {}", self.tile.v(*lo), self.tile.v(*hi))
+            }
             Op::For { .. } | Op::If { .. } => String::new(),
         }
     }

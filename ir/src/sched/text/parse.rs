@@ -321,6 +321,15 @@ impl<'a> BlockParser<'a> {
                 Op::Put { buffer, value: p.value()? }
             }
             "get" => Op::Get { buffer: buffer_id(p)?, after: field(p, "after", true)?, own: p.eat("own") },
+            "part" => {
+                let end = p.eat("end");
+                if !end {
+                    p.expect("begin")?;
+                }
+                let lo = p.value()?;
+                p.expect("to")?;
+                Op::Part { lo, hi: p.value()?, end }
+            }
             "acquire" => Op::Acquire(channel_id(p)?),
             "commit" => Op::Commit(channel_id(p)?),
             "wait" => Op::Wait(channel_id(p)?),

@@ -134,7 +134,11 @@ fn block(region: &Region, kernel: &mut Scheduled, bytes: &mut dyn Iterator<Item 
         let channel = ChannelId(bytes.next().unwrap_or(0).into());
         out.insts.extend(match bytes.next() {
             Some(0..12) => Some(plain(Op::Barrier)),
-            Some(12..16) => Some(plain(Op::Meet)),
+            Some(12..14) => Some(plain(Op::Meet)),
+            Some(n @ 14..16) => {
+                let part = |p: &tile::Param| Op::Part { lo: p.value, hi: p.value, end: n > 14 };
+                kernel.params.first().map(|p| plain(part(p)))
+            }
             Some(n @ 16..20) => {
                 let put = |p: &tile::Param| Op::Put { buffer: BufferId(n.into()), value: p.value };
                 kernel.params.first().map(|p| plain(put(p)))

@@ -341,7 +341,7 @@ impl<'a> Run<'a> {
                 continue;
             }
             let inputs: Vec<ValueId> = match self.definitions.inst(v).map(|i| &i.op) {
-                Some(op @ Op::Tile(_)) => operands(op),
+                Some(op @ (Op::Tile(_) | Op::Part { .. })) => operands(op),
                 _ => Vec::new(),
             };
             let get = |v: &ValueId| self.known.get(v).or_else(|| memo.get(v)).copied();
@@ -360,6 +360,8 @@ impl<'a> Run<'a> {
     fn evaluate(&self, v: ValueId, inputs: &[Known]) -> Known {
         let (op, results) = match self.definitions.inst(v) {
             Some(Inst { op: Op::Tile(op), results, .. }) => (op, results),
+            // A block may have all of a tile.
+            Some(Inst { op: Op::Part { end, .. }, .. }) => return inputs[usize::from(*end)],
             // The same in all roles.
             Some(Inst { op: Op::Number, .. }) => {
                 return Known::Int(self.trial.number(u64::MAX) % self.kernel.team.clamp(1, 64) as i32);

@@ -133,6 +133,7 @@ fn location(kernel: &Scheduled, unit: super::ring::Unit, inst: &super::Inst) -> 
         (Op::Put { buffer, .. }, _) => format!("put {buffer}"),
         (Op::Get { buffer, .. }, _) => format!("get {buffer}"),
         (Op::Number, _) => "number".into(),
+        (Op::Part { .. }, _) => "part".into(),
         (Op::For { body, .. }, _) => format!("loop of %{}", body.args.first().map_or(0, |v| v.0)),
         (Op::If { cond, .. }, _) => format!("branch on %{}", cond.0),
         (Op::Tile(crate::tile::Op::Store { value, .. } | crate::tile::Op::Scatter { value, .. }), _) => {

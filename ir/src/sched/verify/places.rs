@@ -13,7 +13,7 @@
 //! barrier and writes no shared memory but through copies. What `common` of a persistent kernel computes is the same for all tiles.
 
 use super::{Report, location, matrix};
-use crate::sched::ring::{Unit, channel_of, units};
+use crate::sched::ring::{Unit, channel_of, unit_name, units};
 use crate::sched::visit::{Definitions, operands};
 use crate::sched::{Atom, Block, Buffer, BufferId, ChannelId, Cluster, Fragment, Inst, Op, Place, Scheduled};
 use crate::tile::verify::is_identifier;
@@ -42,6 +42,7 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
     if kernel.alternate && !kernel.threads.is_multiple_of(64) {
         report.add("", format!("{} threads have no two halves of whole warps that take turns", kernel.threads));
     }
+    parts(kernel, report);
     cluster(kernel, report);
     super::team::check(kernel, report);
     for p in &kernel.params {
@@ -59,6 +60,40 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
 fn values_of(indices: [tile::Index; 2]) -> Vec<ValueId> {
     let value = |i| if let tile::Index::Value(v) = i { Some(v) } else { None };
     indices.into_iter().filter_map(value).collect()
+}
+
+/// Where blocks divide the rounds of tiles, all roles do so, of the same rounds.
+fn parts(kernel: &Scheduled, report: &mut Report) {
+    let is_part = |i: &&Inst| matches!(i.op, Op::Part { .. });
+    let mut all = 0;
+    for (unit, block) in units(kernel).into_iter().enumerate() {
+        let own: Vec<&Inst> = block.insts.iter().filter(is_part).collect();
+        let mut pending: Vec<&Block> = block.insts.iter().flat_map(|i| i.op.blocks()).collect();
+        while let Some(inner) = pending.pop() {
+            all += inner.insts.iter().filter(is_part).count();
+            pending.extend(inner.insts.iter().flat_map(|i| i.op.blocks()));
+        }
+        let pair = match own.as_slice() {
+            [a, b] => match (&a.op, &b.op) {
+                (Op::Part { lo, hi, end }, Op::Part { lo: l, hi: h, end: e }) => (lo, hi) == (l, h) && end != e,
+                _ => false,
+            },
+            other => other.is_empty() && !kernel.parts(),
+        };
+        if unit > 0 && !pair || unit == 0 && !own.is_empty() {
+            report.add(
+                &format!(", {}", unit_name(kernel, unit)),
+                "all roles have both ends of their part of a tile, once",
+            );
+        }
+    }
+    let plain = kernel.persistent.is_some() && !kernel.folded && kernel.cluster.is_none() && kernel.team == 1;
+    if all > 0 || kernel.parts() && !plain {
+        report.add(
+            "",
+            "parts of tiles are those of blocks that are persistent and each by themselves, in the bodies of roles",
+        );
+    }
 }
 
 /// Blocks of a cluster share what is the same for all of them, as often.
@@ -301,8 +336,10 @@ impl Places<'_, '_, '_> {
                 _ => Some(format!("{name} is {place}, which only a take from it gives")),
             },
             Place::Fragment(f) => self.fragment(ty, *f).map(|problem| format!("{name} {problem}")),
-            Place::Uniform if inst.op == Op::Number => None,
-            _ if inst.op == Op::Number => Some(format!("{name} is {place}, but a block's number is @uniform")),
+            Place::Uniform if matches!(inst.op, Op::Number | Op::Part { .. }) => None,
+            _ if matches!(inst.op, Op::Number | Op::Part { .. }) => {
+                Some(format!("{name} is {place}, but a block's number and its part are @uniform"))
+            }
             _ if matches!(inst.op, Op::Get { .. }) => {
                 Some(format!("{name} is {place}, but what another block has put comes to fragments"))
             }

@@ -49,6 +49,38 @@ fn only_persistent_blocks_have_turns() {
 }
 
 #[test]
+fn all_roles_have_both_ends_of_their_part() {
+    let role = |name: &str, warps: &str, ends: &str| {
+        format!(
+            "role {name} warps {warps} {{ %{name}a = sym T : i32 @uniform %{name}b = sym C : i32 @uniform {ends} }}\n"
+        )
+    };
+    let part = |name: &str, end: &str| format!("%{name}{end} = part {end} %{name}a to %{name}b : i32 @uniform ");
+    let both = |name: &str| part(name, "begin") + &part(name, "end");
+    let kernel = |how: &str, b: &str| {
+        let (a, b) = (role("x", "0..1", &both("x")), role("y", "1..2", b));
+        format!("scheduled k grid(T/1) {how} threads 64 {{ }}\n{a}{b}")
+    };
+    check_kernel(&kernel("persistent 1", &both("y")), expect![""]);
+    check_kernel(
+        &kernel("persistent 1", &part("y", "begin")),
+        expect!["kernel k, y: all roles have both ends of their part of a tile, once"],
+    );
+    check_kernel(
+        &kernel("persistent 1", &format!("for %yi = 0 to 2 step 1 {{ {} }}", both("y"))),
+        expect![[r#"
+            kernel k, y: all roles have both ends of their part of a tile, once
+            kernel k: parts of tiles are those of blocks that are persistent and each by themselves, in the bodies of roles"#]],
+    );
+    check_kernel(
+        &kernel("persistent 1 folded", &both("y")),
+        expect![
+            "kernel k: parts of tiles are those of blocks that are persistent and each by themselves, in the bodies of roles"
+        ],
+    );
+}
+
+#[test]
 fn values_of_a_role_are_its_own() {
     let mut kernel = parse(
         "scheduled k grid(T/1) threads 64 { }

@@ -5,7 +5,14 @@
 use crate::dtype::DType;
 use crate::extent::Extent;
 use crate::sched::{Block, Op, Scheduled};
-use crate::tile::{self, Access, Diagnostic, Index, Param, Program, Region, Scalar, TileType, Type, ValueId, ViewType};
+use crate::tile::{self, Access, Diagnostic, Index, MapArg, MapFn, MapInst, Param, Program, Region, Scalar, ScalarOp};
+use crate::tile::{TileType, Type, ValueId, ViewType};
+
+/// Arithmetic on two i32.
+fn sum_of(a: ValueId, b: ValueId) -> tile::Op {
+    let sum = MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Input(1)] };
+    tile::Op::Map { inputs: vec![a, b], body: MapFn { insts: vec![sum], result: MapArg::Inst(0) } }
+}
 
 /// What the verifier of tile programs says.
 pub(super) fn check(kernel: &Scheduled) -> Vec<Diagnostic> {
@@ -118,6 +125,8 @@ impl Eraser {
                     continue;
                 }
                 Op::Number => tile::Op::Full { value: Scalar::I32(0), shape: Vec::new() },
+                // As what takes such bounds and gives such a number.
+                Op::Part { lo, hi, .. } => sum_of(*lo, *hi),
                 Op::Take { .. } | Op::Get { .. } => match self.take(inst) {
                     Some(op) => op,
                     None => continue,

@@ -8,9 +8,11 @@
 use super::begin::Begun;
 use super::channels::{self, any, waits};
 use super::fragment::Geometry;
+use super::parts::Range;
 use super::ptx;
 use super::quads::Share;
 use super::ring::Ring;
+use super::scores;
 use super::select;
 use super::stream::{self, Lists};
 use super::sums::Sums;
@@ -108,6 +110,8 @@ pub struct Emit<'a> {
     pub peers: Vec<Val>,
     /// The tile's coordinates in the grid.
     pub block: [Val; 3],
+    /// The block's range of the rounds of all tiles, where blocks divide these.
+    pub range: Option<Range>,
     /// This thread's number in its role.
     pub role_tid: Val,
     /// This warp's.
@@ -181,61 +185,10 @@ impl How {
 /// # Errors
 /// What of the kernel this lowering does not do.
 pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel), String> {
-    let How { symbols, sharing, late } = how;
     // Results that matrix units made have no more bits than that; a division by IEEE's rules is a call an element.
     let arch = &Arch { exact_division: false, ..*arch };
-    let mut t = Threads::new(Fn::default(), arch, s.threads);
-    t.symbols = symbols;
-    let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
-    let (rings, meeting) = channels::rings(s, data);
-    let mut e = Emit {
-        t,
-        s,
-        defs: HashMap::new(),
-        held: HashMap::new(),
-        maps: Maps::default(),
-        rings,
-        phases: i32(0),
-        flight: Flight::default(),
-        descriptors: HashMap::new(),
-        lefts: HashSet::new(),
-        syms: [i32(0); 6],
-        cluster: s.cluster.map_or(1, |c| c.blocks),
-        team: if s.roles.is_empty() { 1 } else { s.team.max(1) },
-        rank: i32(0),
-        member: i32(0),
-        met: 0,
-        meeting,
-        more: None,
-        own_pieces: HashMap::new(),
-        peers: Vec::new(),
-        block: [i32(0); 3],
-        role_tid: i32(0),
-        role_warp: i32(0),
-        elected: false,
-        role_barrier: (0, s.threads),
-        geometries: HashMap::new(),
-        stores_boxes: false,
-        sources: HashMap::new(),
-        numbers: HashMap::new(),
-        own: Vec::new(),
-        unfenced: false,
-        split: HashMap::new(),
-        others: HashMap::new(),
-        sums: None,
-        lists: None,
-        sharing,
-        late,
-        begun: None,
-        rows_of_four: None,
-        spare: Vec::new(),
-        never: i32(0),
-        settled: None,
-        shares: HashMap::new(),
-        anchors: HashMap::new(),
-        shared_out: HashMap::new(),
-    };
-    s.roles.iter().map(|r| &r.body).chain([&s.common]).for_each(|b| define(b, &mut e.defs));
+    let How { symbols, sharing, .. } = how;
+    let mut e = Emit::new(s, arch, how);
     let selects = select::is_selection(s);
     if selects {
         e.start();
@@ -245,12 +198,13 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
     }?;
     let gpu = GpuKernel {
         threads: s.threads,
-        shared_bytes: if selects { select::shared_bytes() } else { meeting + team::meeting_bytes(s) },
+        shared_bytes: if selects { select::shared_bytes() } else { e.meeting + team::meeting_bytes(s) },
         cluster: if selects { s.team } else { e.cluster * if s.apart() { 1 } else { e.team } },
         team: if e.team > 1 { e.team } else { 0 },
         apart: s.apart(),
         persistent: s.persistent.is_some(),
         turns: if uneven(s) { TURNS } else { 0 },
+        ranges: s.parts(),
         dependent: true,
         maps: e.maps.0.clone(),
         scratch_bytes: scratch_bytes(s),
@@ -264,7 +218,8 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
     let still = s.roles.iter().all(|r| r.registers.is_none()) && scratch_bytes(s) == 0;
     let few = few || still && s.places.iter().any(sums);
     let fitting = arch.shared_per_sm / (gpu.shared_bytes + Arch::SHARED_RESERVED);
-    let sharing = if few { sharing.max(fitting.min(2)) } else { sharing };
+    let most = if s.parts() { scores::SHARING[0] } else { 2 };
+    let sharing = if few { sharing.max(fitting.min(most)) } else { sharing };
     Ok((module(s, &gpu, symbols, sharing, e.t.f.text()), gpu))
 }
 
@@ -299,7 +254,7 @@ fn define<'a>(block: &'a Block, into: &mut HashMap<ValueId, &'a Inst>) {
 }
 
 /// The module around a body.
-fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, sharing: u32, body: &str) -> String {
+pub fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, sharing: u32, body: &str) -> String {
     let scratch = (gpu.scratch_bytes > 0).then(|| format!("%{}: !llvm.ptr<1>", s.params.len() + 1));
     let addresses = s.params.len() + 1 + usize::from(scratch.is_some());
     let pointers = (0..s.params.len()).map(|i| format!("%{i}: !llvm.ptr<1>"));
@@ -319,6 +274,64 @@ fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, sharing: u32, body: &str)
 }
 
 impl<'a> Emit<'a> {
+    /// A kernel at its start.
+    pub fn new(s: &'a Scheduled, arch: &'a Arch, how: How) -> Emit<'a> {
+        let mut t = Threads::new(Fn::default(), arch, s.threads);
+        t.symbols = how.symbols;
+        let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
+        let (rings, meeting) = channels::rings(s, data);
+        let mut e = Emit {
+            t,
+            s,
+            defs: HashMap::new(),
+            held: HashMap::new(),
+            maps: Maps::default(),
+            rings,
+            phases: i32(0),
+            flight: Flight::default(),
+            descriptors: HashMap::new(),
+            lefts: HashSet::new(),
+            syms: [i32(0); 6],
+            cluster: s.cluster.map_or(1, |c| c.blocks),
+            team: if s.roles.is_empty() { 1 } else { s.team.max(1) },
+            rank: i32(0),
+            member: i32(0),
+            met: 0,
+            meeting,
+            more: None,
+            own_pieces: HashMap::new(),
+            peers: Vec::new(),
+            block: [i32(0); 3],
+            range: None,
+            role_tid: i32(0),
+            role_warp: i32(0),
+            elected: false,
+            role_barrier: (0, s.threads),
+            geometries: HashMap::new(),
+            stores_boxes: false,
+            sources: HashMap::new(),
+            numbers: HashMap::new(),
+            own: Vec::new(),
+            unfenced: false,
+            split: HashMap::new(),
+            others: HashMap::new(),
+            sums: None,
+            lists: None,
+            sharing: how.sharing,
+            late: how.late,
+            begun: None,
+            rows_of_four: None,
+            spare: Vec::new(),
+            never: i32(0),
+            settled: None,
+            shares: HashMap::new(),
+            anchors: HashMap::new(),
+            shared_out: HashMap::new(),
+        };
+        s.roles.iter().map(|r| &r.body).chain([&s.common]).for_each(|b| define(b, &mut e.defs));
+        e
+    }
+
     fn kernel(&mut self) -> Result<(), String> {
         if !self.s.common.insts.is_empty() {
             return Err("instructions before the roles".into());
@@ -337,6 +350,7 @@ impl<'a> Emit<'a> {
         self.fetch_maps()?;
         self.init_barriers();
         self.start();
+        self.find_range()?;
         let sign = self.t.f.bin("lshr", self.syms[0], i32(31));
         self.never = ptx::uniform(&mut self.t.f, sign);
         let end = self.t.f.label();
@@ -364,7 +378,7 @@ impl<'a> Emit<'a> {
     }
 
     /// What every thread begins with: the launches before, and the values of the symbols.
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         isa::launch_wait(&mut self.t.f, self.late);
         let syms = Val::Arg(self.s.params.len() as u32, self.t.symbols);
         for sym in Sym::ALL {
@@ -505,6 +519,11 @@ impl<'a> Emit<'a> {
             }
             Op::Number => {
                 self.held.insert(inst.results[0], Held::Scalar(self.member));
+                Ok(())
+            }
+            Op::Part { lo, hi, end } => {
+                let at = self.part(*lo, *hi, *end)?;
+                self.held.insert(inst.results[0], Held::Scalar(at));
                 Ok(())
             }
             Op::Meet => self.meet(),

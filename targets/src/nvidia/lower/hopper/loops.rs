@@ -35,31 +35,12 @@ impl<'a> Emit<'a> {
     /// Runs a role's body for every tile of this block: tile numbers from the block's on, in steps of the number of blocks, so that any
     /// launch grid does all the work.
     pub fn tiles(&mut self, body: &'a Block) -> Result<(), String> {
-        let f = &mut self.t.f;
-        let ids = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("ctaid.{axis}")));
-        let counts = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("nctaid.{axis}")));
-        let plane = f.mul(counts[1], ids[2]);
-        let plane = f.add(plane, ids[1]);
-        let plane = f.mul(plane, counts[0]);
-        let first = f.add(plane, ids[0]);
-        let blocks = f.mul(counts[0], counts[1]);
-        let blocks = f.mul(blocks, counts[2]);
-        // Clusters take tiles that lie together.
-        let together = self.cluster * self.team;
-        let (first, blocks) = (f.div(first, together), f.div(blocks, together));
-        let mut sizes = [i32(1); 3];
-        for (size, dim) in sizes.iter_mut().zip(&self.s.grid) {
-            let extent = self.extent(dim.extent);
-            let up = self.t.f.add(extent, i32(i64::from(dim.tile) - 1));
-            *size = self.t.f.div(up, dim.tile);
+        if self.range.is_some() {
+            return self.tiles_of_range(body);
         }
-        if let Some(cluster) = self.s.cluster {
-            let size = &mut sizes[cluster.axis as usize];
-            let up = self.t.f.add(*size, i32(i64::from(cluster.blocks) - 1));
-            *size = self.t.f.div(up, cluster.blocks);
-        }
-        let tiles = self.t.f.mul(sizes[0], sizes[1]);
-        let tiles = self.t.f.mul(tiles, sizes[2]);
+        let [first, blocks] = self.place_among_blocks();
+        let sizes = self.tiles_along_axes();
+        let tiles = self.all_tiles(sizes);
         let band = self.s.persistent.unwrap_or(1);
         let mut state: Vec<Val> = self.ring_state();
         let counters = state.len();
@@ -130,6 +111,44 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
+    /// This block's number, or its cluster's, and how many there are.
+    pub fn place_among_blocks(&mut self) -> [Val; 2] {
+        let f = &mut self.t.f;
+        let ids = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("ctaid.{axis}")));
+        let counts = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("nctaid.{axis}")));
+        let plane = f.mul(counts[1], ids[2]);
+        let plane = f.add(plane, ids[1]);
+        let plane = f.mul(plane, counts[0]);
+        let first = f.add(plane, ids[0]);
+        let blocks = f.mul(counts[0], counts[1]);
+        let blocks = f.mul(blocks, counts[2]);
+        // Clusters take tiles that lie together.
+        let together = self.cluster * self.team;
+        [f.div(first, together), f.div(blocks, together)]
+    }
+
+    /// Tiles along the axes of the grid, or clusters.
+    pub fn tiles_along_axes(&mut self) -> [Val; 3] {
+        let mut sizes = [i32(1); 3];
+        for (size, dim) in sizes.iter_mut().zip(&self.s.grid) {
+            let extent = self.extent(dim.extent);
+            let up = self.t.f.add(extent, i32(i64::from(dim.tile) - 1));
+            *size = self.t.f.div(up, dim.tile);
+        }
+        if let Some(cluster) = self.s.cluster {
+            let size = &mut sizes[cluster.axis as usize];
+            let up = self.t.f.add(*size, i32(i64::from(cluster.blocks) - 1));
+            *size = self.t.f.div(up, cluster.blocks);
+        }
+        sizes
+    }
+
+    /// How many that are.
+    pub fn all_tiles(&mut self, sizes: [Val; 3]) -> Val {
+        let tiles = self.t.f.mul(sizes[0], sizes[1]);
+        self.t.f.mul(tiles, sizes[2])
+    }
+
     /// The walk from that tile on, in steps of the number of blocks.
     fn walk(&mut self, first: Val, blocks: Val, sizes: [Val; 3]) -> Walk {
         let f = &mut self.t.f;
@@ -193,7 +212,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Coordinates of a tile by its number: planes of axis 2; in a plane bands of so many tiles of axis 0; in a band, axis 0 fastest.
-    fn coordinates(&mut self, tile: Val, sizes: [Val; 3], band: u32) -> [Val; 3] {
+    pub fn coordinates(&mut self, tile: Val, sizes: [Val; 3], band: u32) -> [Val; 3] {
         let f = &mut self.t.f;
         let of_plane = f.mul(sizes[0], sizes[1]);
         let (z, within) = if sizes[2].int() == Some(1) {

@@ -9,11 +9,12 @@
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `twins` | weighted sums as those of two halves, each with a product of its own |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
+//! | `pages` | what a round copies by is read a round ahead |
 //! | `overlap` | the last sums of such a round are made while the next one multiplies |
-//! | `skip` | tiles with an empty loop cost their bounds only |
+//! | `skip` | tiles with an empty loop cost their bounds only; rounds of tiles divided by blocks |
 //! | `select`, `window`, `short`, `spread`, `bounded`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a bound, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
-//! | `emit`, `held`, `loops`, `channels`, `ring`, `gather`, `fill`, `begin`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
+//! | `emit`, `held`, `loops`, `parts`, `channels`, `ring`, `gather`, `fill`, `begin`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
@@ -39,6 +40,8 @@ mod idle;
 mod loops;
 mod memory;
 mod overlap;
+mod pages;
+mod parts;
 mod plan;
 mod promote;
 pub mod ptx;
@@ -77,8 +80,12 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     if !arch.has_wgmma || !arch.has_tma {
         return None;
     }
+    let ranges = kernel.schedule.ranges;
     plan::plan(kernel, arch)
-        .or_else(|| scores::plan(&kernel.program, arch).map(skip::empty_tiles).map(overlap::overlapped))
+        .or_else(|| {
+            let scores = scores::plan(&kernel.program, arch, ranges);
+            scores.map(|s| skip::empty_tiles(s, ranges)).map(overlap::overlapped).map(pages::ahead)
+        })
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(kernel, arch))
 }

@@ -22,7 +22,7 @@ use super::values::{Names, added, added_number, arithmetic, constant, mapped, pl
 use dsc_ir::sched::{Block, ChannelId, Inst, Op, Scheduled};
 use dsc_ir::tile::{self, Index, MapArg, ScalarOp, Type, ValueId};
 
-/// Rows of the resident operand of which rounds of a single product are made so too. Of fewer, more blocks share a multiprocessor, and what
+/// Rows of the resident operand of which rounds of a single product are made so too, where blocks do not divide rounds. Of fewer, more blocks share a multiprocessor, and what
 /// one sums hides behind products of the others; of more, registers do not hold two products.
 pub const ALONE: u32 = 128;
 /// Rounds in one.
@@ -30,6 +30,10 @@ const ROUNDS: u32 = 2;
 
 /// The kernel with such loops changed.
 pub fn overlapped(mut s: Scheduled) -> Scheduled {
+    if s.parts() {
+        // As many blocks share a multiprocessor as of fewer rows.
+        return s;
+    }
     for role in 0..s.roles.len() {
         let mut body = std::mem::take(&mut s.roles[role].body);
         change(&mut body, &mut s);

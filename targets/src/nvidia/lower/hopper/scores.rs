@@ -45,8 +45,9 @@ const MOST_SUMS: u32 = 4;
 const REGISTERS: [u32; 2] = [40, 232];
 /// Deepest ring, and least.
 const STAGES: [u32; 2] = [2, 8];
-/// Blocks that share a multiprocessor where one has a single consumer warpgroup with at most 64 rows, or 128; two where two products are in flight.
-const SHARING: [u32; 2] = [4, 3];
+/// Blocks that share a multiprocessor where one has a single consumer warpgroup with at most 64 rows, or 128; two where two products are in flight. Four also
+/// of 128 rows where blocks divide rounds: one product each is then in flight.
+pub const SHARING: [u32; 2] = [4, 3];
 /// Alignment of operands.
 const ALIGN: u32 = 1024;
 
@@ -230,28 +231,28 @@ fn collect<'a>(
     }
 }
 
-/// The schedule of a program of this form; none if it is not.
-pub fn plan(program: &Program, arch: &Arch) -> Option<Scheduled> {
+/// The schedule of a program of this form; none if it is not. `ranges`: blocks are to divide the rounds of tiles, so that what is resident rarely changes.
+pub fn plan(program: &Program, arch: &Arch, ranges: bool) -> Option<Scheduled> {
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
     let pattern = Pattern::of(program, &defs)?;
     if pattern.is_large() {
         let [groups, each] = pattern.groups;
         let halves = twins(program, pattern.dots[0].results[0], [groups, groups * each]);
-        let planned = halves.as_ref().and_then(|halves| planned(halves, arch));
+        let planned = halves.as_ref().and_then(|halves| planned(halves, arch, ranges));
         if planned.is_some() {
             return planned;
         }
     }
-    planned(program, arch)
+    planned(program, arch, ranges)
 }
 
 /// The same of a program whose groups are as they stay.
-fn planned(program: &Program, arch: &Arch) -> Option<Scheduled> {
+fn planned(program: &Program, arch: &Arch, ranges: bool) -> Option<Scheduled> {
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
     let pattern = Pattern::of(program, &defs)?;
-    let config = Config::of(&pattern, arch)?;
+    let config = Config::of(&pattern, arch, ranges)?;
     Planner::new(program, pattern, config, defs).scheduled()
 }
 
@@ -271,7 +272,7 @@ struct Config {
 }
 
 impl Config {
-    fn of(p: &Pattern<'_>, arch: &Arch) -> Option<Config> {
+    fn of(p: &Pattern<'_>, arch: &Arch, ranges: bool) -> Option<Config> {
         let [sums, each] = [p.groups[0] * p.dots.len() as u32, p.groups[1]];
         let rows = sums * each;
         let warpgroups = if rows > MOST_ROWS || sums > MOST_SUMS { 2 } else { 1 };
@@ -280,7 +281,10 @@ impl Config {
         fits.then_some(())?;
         let (resident, streamed, vectors) =
             (rows * STEP_BYTES, ROWS * STEP_BYTES, ROWS * 4 * (p.streamed.len() as u32 - 1));
+        // Of what rarely changes nothing is brought ahead, which leaves room for more blocks.
+        let rare = ranges && !p.selects && rows == ALONE;
         let limit = match rows * warpgroups {
+            _ if rare => arch.shared_per_sm / SHARING[0] - Arch::SHARED_RESERVED,
             0..=64 => arch.shared_per_sm / SHARING[0] - Arch::SHARED_RESERVED,
             n @ 65..=128 if n != ALONE || p.selects => arch.shared_per_sm / SHARING[1] - Arch::SHARED_RESERVED,
             65..=256 => arch.shared_per_sm / 2 - Arch::SHARED_RESERVED,
@@ -291,7 +295,7 @@ impl Config {
         let weights = if shares_weights { rows * 4 * p.weights.len() as u32 } else { 0 };
         let limit = limit.checked_sub(ALIGN + lists + weights)?;
         let depth = |ahead: u32| limit.checked_sub(resident * ahead).map(|left| left / (streamed + vectors + 16));
-        let stages = [2, 1].into_iter().find_map(|ahead| {
+        let stages = if rare { 1..=1 } else { 1..=2 }.rev().find_map(|ahead| {
             let n = depth(ahead)?;
             (n >= STAGES[0]).then_some([ahead, n.min(STAGES[1])])
         })?;

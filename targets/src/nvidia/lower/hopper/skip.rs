@@ -9,6 +9,8 @@
 //! for k = lo to hi {..}                 acquire, copy q, commit
 //!                                       for k = lo to hi {..}
 //! ```
+//!
+//! Where blocks are to divide rounds rather than tiles, a block's part of `lo..hi` stands there instead of all.
 
 use super::values::{added_number, arithmetic, constant, mapped, plain};
 use dsc_ir::sched::{Block, Inst, Op, Place, Scheduled};
@@ -16,8 +18,8 @@ use dsc_ir::tile::{self, Index, MapArg, ScalarOp, ValueId};
 use std::collections::{HashMap, HashSet};
 
 /// The kernel with such loops around what its roles do, if what each of them does is one loop whose bounds are known in front of it, and
-/// what that loop shares.
-pub fn empty_tiles(mut s: Scheduled) -> Scheduled {
+/// what that loop shares. `ranges`: blocks divide the rounds of tiles.
+pub fn empty_tiles(mut s: Scheduled, ranges: bool) -> Scheduled {
     let bounds: Option<Vec<(ValueId, ValueId)>> = s.roles.iter().map(|r| bounds(&r.body, &s.places)).collect();
     let Some(bounds) = bounds else { return s };
     for (role, (lo, hi)) in bounds.into_iter().enumerate() {
@@ -26,13 +28,31 @@ pub fn empty_tiles(mut s: Scheduled) -> Scheduled {
         let needed = sources(&insts, vec![lo, hi]);
         let (mut before, within): (Vec<Inst>, Vec<Inst>) =
             insts.into_iter().partition(|i| i.results.iter().any(|r| needed.contains(r)));
-        before.push(Inst { results: vec![rounds], op: Op::Tile(one_if_less(lo, hi)), scratch: None });
+        let (mut own, mut within) = ([lo, hi], within);
+        if ranges {
+            own = [false, true].map(|end| {
+                let v = added_number(&mut s);
+                before.push(Inst { results: vec![v], op: Op::Part { lo, hi, end }, scratch: None });
+                v
+            });
+            bounded(&mut within, own);
+        }
+        before.push(Inst { results: vec![rounds], op: Op::Tile(one_if_less(own[0], own[1])), scratch: None });
         let body = Block { args: vec![counter], insts: within, yields: Vec::new() };
         let op = Op::For { lo: Index::Const(0), hi: Index::Value(rounds), step: 1, init: Vec::new(), body };
         before.push(plain(op));
         s.roles[role].body.insts = before;
     }
     s
+}
+
+/// Gives the only loop these bounds.
+fn bounded(insts: &mut [Inst], [from, end]: [ValueId; 2]) {
+    for inst in insts {
+        if let Op::For { lo, hi, .. } = &mut inst.op {
+            (*lo, *hi) = (Index::Value(from), Index::Value(end));
+        }
+    }
 }
 
 fn is_loop(inst: &Inst) -> bool {

@@ -571,6 +571,11 @@ fn attention_of_few_heads() {
 impl Scores {
     /// With contexts as given, in one sequence or, a token each, in as many.
     fn check(self, contexts: &[i32]) {
+        self.check_with(|s| scheduled(s.program("scores")), contexts);
+    }
+
+    /// The same of another schedule of it.
+    fn check_with(self, schedule: impl Fn(Scores) -> Scheduled, contexts: &[i32]) {
         let longest = contexts.iter().copied().max().unwrap_or(1) as u32;
         let (tokens, pages) = (contexts.len() as u32, longest.div_ceil(64));
         let sequences = if self.rows == 1 { tokens } else { 1 };
@@ -581,7 +586,7 @@ impl Scores {
             .with(Sym::N, pages * sequences)
             .with(Sym::C, longest);
         let program = self.program("scores");
-        check(&program, syms, |buffers| {
+        check_scheduled(&program, schedule(self), syms, |buffers| {
             let bytes = |v: Vec<i32>| v.into_iter().flat_map(i32::to_le_bytes).collect::<Vec<u8>>();
             let number = |name: &str| program.params.iter().position(|p| p.name == name);
             buffers[number("positions").unwrap()] = bytes(contexts.iter().map(|c| c - 1).collect());
@@ -654,6 +659,25 @@ fn tiles_of_many_tokens_are_dealt_back_and_forth() {
     assert_eq!(turns(Scores { rows: 8, paged: false, ..SCORES }), (Some(1), true));
     assert!(!turns(Scores { rows: 2, ..SCORES }).1);
     assert!(!turns(Scores { rows: 8, select: Some(64), ..SCORES }).1);
+}
+
+#[test]
+fn blocks_divide_the_rounds_of_rows() {
+    let ranges = |s: Scores| {
+        let schedule = Schedule { ranges: true, ..Schedule::default() };
+        super::schedule(&Kernel { program: s.program("scores"), schedule }, hopper()).expect("scores of Hopper's way")
+    };
+    let whole = Scores { rows: 2, pages: 64, fill: false, paged: false, scaled: false, ..SCORES };
+    let scheduled = ranges(whole);
+    let text = sched::canonical(&scheduled).to_string();
+    // The producer and the consumers each have both ends; a round is by itself, and four blocks share a multiprocessor.
+    assert_eq!(["= part begin", "= part end", "= dot_t"].map(|s| text.matches(s).count()), [2, 2, 1]);
+    let (mlir, gpu) = lower(&scheduled, hopper(), GLOBAL).expect("lowers");
+    assert!(gpu.ranges && gpu.persistent && mlir.contains("nvvm.minctasm = 4"), "{mlir}");
+    assert!(4 * (gpu.shared_bytes + Arch::SHARED_RESERVED) <= hopper().shared_per_sm);
+    // What a block has is a part, whichever: all is right for the interpreter's.
+    whole.check_with(ranges, &[430, 431, 432, 433]);
+    Scores { rows: 1, paged: true, ..whole }.check_with(ranges, &[300, 1, 129]);
 }
 
 #[test]
