@@ -113,7 +113,7 @@ def check_selection(op, case, got, x, starts, ends):
 
 
 def section_logits():
-    for s, n, ctx in ((1, 1, 5000), (3, 1, 2100), (4, 2, 8192), (70, 1, 640)):
+    for s, n, ctx in ((1, 1, 5000), (3, 1, 2100), (4, 2, 8192), (70, 1, 640), (70, 2, 900), (300, 2, 640)):
         pages = -(-ctx // 64)
         pool, table = index_pages(s * pages + 3), torch.randperm(s * pages + 3, device=DEV)[:s * pages].int().view(s, pages)
         ends = torch.randint(0, ctx + 1, (s, n), device=DEV, dtype=torch.int32)
@@ -210,7 +210,7 @@ def section_short():
 
 def section_chains():
     """Against the operations one after the other, so that no near tie is decided otherwise."""
-    for s, n, ctx in ((1, 1, 5000), (3, 1, 4096), (2, 2, 3000), (20, 1, 2500), (140, 1, 2200)):
+    for s, n, ctx in ((1, 1, 5000), (3, 1, 4096), (2, 2, 3000), (20, 1, 2500), (40, 2, 2500), (140, 1, 2200)):
         pages = -(-ctx // 64)
         total = s * pages + 3
         ipool, pool = index_pages(total), latent_pages(total)
