@@ -25,7 +25,7 @@ use crate::nvidia::lower::mlir::{Label, Ty, Val, i32};
 use dsc_ir::tile::{Index, ValueId};
 
 /// Vectors of a thread of a block that takes a row, or its part of one, in its registers: as few as the row needs; only the first where blocks share a
-/// multiprocessor, and where a cluster could do the rest.
+/// multiprocessor, and the first two where a cluster could do the rest.
 const VECTORS: [u32; 3] = [4, 8, 16];
 /// Vectors of a thread from which on reading a row twice is faster than a sample of it.
 const FEWEST_TWICE: u32 = 12;
@@ -77,7 +77,11 @@ impl<'a> Emit<'a> {
         let join = self.t.f.label();
         self.group_clear(&g);
         let team = self.s.team;
-        let alone = if team > 1 || self.sharing > 1 { &VECTORS[..1] } else { &VECTORS };
+        let alone = match team {
+            _ if self.sharing > 1 => &VECTORS[..1],
+            1 => &VECTORS[..],
+            _ => &VECTORS[..2],
+        };
         // With more columns a thread, a sample is faster.
         let together = if team > 1 && self.sharing == 1 { &VECTORS[..2] } else { &[] };
         let all = alone.iter().map(|&n| (n, 1)).chain(together.iter().map(|&n| (n, team)));
