@@ -30,10 +30,15 @@ pub struct Schedule {
     /// its blocks keep no others from the multiprocessors that they want.
     #[serde(skip_serializing_if = "is_false")]
     pub late: bool,
+    /// Whether a block begins with loads that need nothing of what it computes, and keeps them in registers until it does, on targets that say how many
+    /// it has for that: where launches have few blocks, which then wait once.
+    #[serde(skip_serializing_if = "is_false")]
+    pub early: bool,
     /// Blocks that share what they bring, or run one block of the grid together, on targets whose blocks can; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub cluster: u32,
-    /// Blocks that run a block of the grid together, each a part of its loop over keys, on targets whose blocks can join what they have; 0 or 1: one.
+    /// Blocks that run a block of the grid together, each a part of its loop over keys, on targets whose blocks can join what they have; 0 or 1: one. Of
+    /// rows, blocks that independent results are divided among, at most.
     #[serde(skip_serializing_if = "is_zero")]
     pub split: u32,
     /// Whether these blocks join through memory rather than in a cluster: they must all run at once.
@@ -170,9 +175,12 @@ impl Schedule {
                 Schedule { tile_m: 1, tile_n: 64, tile_h: shape.heads.clamp(1, most), ..Schedule::default() }
             }
             "mha_attention" => Schedule { tile_m: 64, tile_n: 64, ..Schedule::default() },
+            // One row: results that are independent, and columns of products, in blocks of their own.
+            "heads" if tokens == 1 => Schedule { tile_m: rows(64), tile_n: 128, split: 8, ..Schedule::default() },
             "heads" => Schedule { tile_m: rows(64), ..Schedule::default() },
             // Experts of a block, and rows that it looks at at a time: 32 lines of 65.
             "route" => Schedule { tile_m: 2080, tile_n: 8, ..Schedule::default() },
+            "row" if tokens <= 64 && shape.heads <= 1 => Schedule { tile_m: 1, split: 8, ..Schedule::default() },
             // All heads of a row, until a block has no room for them.
             "row" if shape.heads > 1 => Schedule { tile_m: 1, tile_h: shape.heads, ..Schedule::default() },
             _ => Schedule { tile_m: 1, ..Schedule::default() },

@@ -19,7 +19,7 @@ use dsc_ir::graph::{Elem, Graph, NodeId, Op, Quant, Value};
 use dsc_ir::tile::{Builder, Ix, ReduceKind, ValueId};
 use dsc_ir::{DType, Extent};
 
-/// Elements of the parts that one step of a combining product has on chip.
+/// Elements of the parts that one step of a combining product of several rows has on chip.
 pub(crate) const JOINED_ELEMENTS: u32 = 8192;
 
 /// A product and what is fused with it.

@@ -340,7 +340,9 @@ pub fn emit_heads(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
         Some(combine) => Some(Joined::new(&mut e, body, combine)?),
         None => None,
     };
-    if let Some(joined) = &joined {
+    if let Some(joined) = &joined
+        && tm > 1
+    {
         step = step.min((JOINED_ELEMENTS / (tm * joined.parts)).next_power_of_two().max(32));
     }
     let xs = if joined.is_none() { Some(e.read("x", x)?) } else { None };

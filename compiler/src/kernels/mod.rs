@@ -33,6 +33,7 @@ use dsc_ir::{DType, Sym};
 use std::borrow::Cow;
 
 pub mod cache;
+mod chains;
 pub mod combine;
 pub mod embed;
 mod epilogue;

@@ -17,6 +17,8 @@
 //! computed apart takes `tile_h` of them a block. Where numbers of heads differ, blocks past the last head of a value read zeros and
 //! store nothing.
 //!
+//! With `split` in the schedule, results that are independent have blocks of their own ([`super::chains`]).
+//!
 //! Choices. *Hadamard*: log2 D butterfly stages of reshape, add and subtract (`D log2 D` additions); with `tile_k` in the schedule, for
 //! targets with matrix units, a product with a constructed ±1 matrix (`D²`, and the matrix), which bf16 holds exactly. *Rope*: cosines and sines are gathered by position from the table, pairs are
 //! the last axis after a reshape (interleaved) or two halves. *Planar index cache*: codes and scales of a row are stored at
@@ -24,6 +26,7 @@
 //! offset and so is dropped; rows past the last token get slot -1.
 
 use super::cache::{self, Array};
+use super::chains::{Piece, chains};
 use super::gate;
 use super::view::{Emit, divided, extent, product, range, sum, times, where_below};
 use super::{Class, Emitted, KernelError, Part, body_of, op_name};
@@ -33,7 +36,7 @@ use dsc_ir::graph::{
     Elem, FusedKind, Graph, NodeId, Op, PAGE_TOKENS, RopeLayout, StateFormat, TensorType, Value, ValueType,
 };
 use dsc_ir::schedule::Schedule;
-use dsc_ir::tile::{Access, Builder, Ix, ReduceKind, ValueId};
+use dsc_ir::tile::{Access, Builder, Ix, MapBuilder, MapVal, ReduceKind, ValueId};
 use std::collections::HashMap;
 
 /// Rows, and contracted elements, of a matrix unit.
@@ -113,11 +116,10 @@ pub(crate) fn emit_body(
         batch: batch.zip(seq),
         head,
         by_product: schedule.tile_k > 0,
+        columns: None,
         values: HashMap::new(),
     };
-    for (output, (_, value)) in body.outputs.iter().enumerate() {
-        emitter.output(output as u32, *value)?;
-    }
+    emitter.outputs(schedule)?;
     emitter.e.finish(format!("{prefix}: {}", ops.join(", ")))
 }
 
@@ -192,10 +194,43 @@ struct Rows<'g> {
     head: Option<(ValueId, u32)>,
     /// Whether matrix units do what they can.
     by_product: bool,
+    /// The first column that a block takes of a head's product, and how many, if not all.
+    columns: Option<(ValueId, u32)>,
     values: HashMap<Value, Tile>,
 }
 
 impl Rows<'_> {
+    /// All results; those that are independent by blocks of their own, of which there are as many as the schedule says at most.
+    fn outputs(&mut self, schedule: &Schedule) -> Result<(), KernelError> {
+        let chains = chains(self.body, schedule.split, schedule.tile_n);
+        let blocks: u32 = chains.iter().map(|c| c.blocks).sum();
+        if blocks == 1 {
+            let all = 0..self.body.outputs.len() as u32;
+            return all.map(|output| Piece { output, array: None }).try_for_each(|piece| self.output(piece));
+        }
+        let block = self.e.b.grid(blocks, 1);
+        let mut first = 0;
+        for chain in chains {
+            let (lo, hi) = (first as i32, (first + chain.blocks) as i32);
+            first += chain.blocks;
+            let here = self.e.b.map(&[block], |m, v| {
+                let (lo, hi) = (m.i32(lo), m.i32(hi));
+                let (from, to) = (m.le(lo, v[0]), m.lt(v[0], hi));
+                m.and(from, to)
+            });
+            self.e.b.begin_when();
+            if chain.blocks > 1 {
+                let number = super::view::plus(&mut self.e.b, block, -lo);
+                self.columns = Some((times(&mut self.e.b, number, schedule.tile_n), schedule.tile_n));
+            }
+            self.values.clear();
+            chain.pieces.into_iter().try_for_each(|piece| self.output(piece))?;
+            self.columns = None;
+            self.e.b.end_when(here);
+        }
+        Ok(())
+    }
+
     /// Tile shape and start of a tensor of that shape.
     fn place(&mut self, shape: &[Extent]) -> Result<(Vec<u32>, Vec<Ix>), KernelError> {
         let (mut sizes, mut start) = (Vec::new(), Vec::new());
@@ -290,7 +325,7 @@ impl Rows<'_> {
             Op::Reshape => return self.reshape(inputs[0], value),
             Op::TakeRows => return self.take_rows(inputs[0], inputs[1]),
             Op::Quantize => return self.quantize(inputs[0], value),
-            Op::CacheWrite => return self.cache_write(&inputs),
+            Op::CacheWrite => return self.cache_write(&inputs, None),
             Op::Arg(_) => return Err(self.e.unsupported("an argument that cannot be read in place")),
             Op::WeightedSum => self.weighted_sum(inputs[0], inputs[1])?,
             Op::SumPartials => {
@@ -491,9 +526,21 @@ impl Rows<'_> {
         let x = b.cast(x, stored);
         let row = times(b, head, rows_of_head);
         let row = super::view::plus(b, row, first as i32);
-        let w = b.load(w, &[row.into(), 0.into()], &[count, k]);
-        let y = if transposed { b.dot_t(x, w, None) } else { b.dot(x, w, None) };
-        let columns = if transposed { count } else { k };
+        let (column, columns) = match self.columns {
+            Some((column, columns)) => (Ix::from(column), columns),
+            None => (0.into(), if transposed { count } else { k }),
+        };
+        let y = if transposed {
+            let row = match column {
+                Ix::Value(column) => sum(b, row, column),
+                Ix::Const(_) => row,
+            };
+            let w = b.load(w, &[row.into(), 0.into()], &[columns, k]);
+            b.dot_t(x, w, None)
+        } else {
+            let w = b.load(w, &[row.into(), column], &[count, columns]);
+            b.dot(x, w, None)
+        };
         Ok(b.reshape(y, &[self.tile, 1, columns]))
     }
 
@@ -550,7 +597,8 @@ impl Rows<'_> {
         Ok(if parts.len() == 1 { turned } else { b.concat(&parts, rank as u32 - 1) })
     }
 
-    fn cache_write(&mut self, inputs: &[Value]) -> Result<Tile, KernelError> {
+    /// Writes the rows of a cache: all of its arrays, or one.
+    fn cache_write(&mut self, inputs: &[Value], only: Option<usize>) -> Result<Tile, KernelError> {
         if matches!(self.body.dag[inputs[0].node].op, Op::CacheWrite) {
             self.value(inputs[0])?;
         }
@@ -561,7 +609,8 @@ impl Rows<'_> {
             StateFormat::LatentFp8 { .. } | StateFormat::Latent { .. } => &[Array::Latent, Array::Rope],
             StateFormat::IndexFp8 { .. } | StateFormat::Index { .. } => &[Array::Key],
         };
-        for (&array, &part) in arrays.iter().zip(&inputs[2..]) {
+        let written = arrays.iter().zip(&inputs[2..]).enumerate().filter(|(i, _)| only.is_none_or(|one| one == *i));
+        for (_, (&array, &part)) in written {
             let tile = self.value(part)?;
             let cached = cache::array(&mut self.e, inputs[0], array, Access::Write)?;
             let stored = match (tile, cached.scales) {
@@ -612,16 +661,23 @@ impl Rows<'_> {
         }
     }
 
-    fn output(&mut self, output: u32, value: Value) -> Result<(), KernelError> {
+    fn output(&mut self, Piece { output, array }: Piece) -> Result<(), KernelError> {
+        let (_, value) = self.body.outputs[output as usize];
         if let Op::Route { experts } = self.body.dag[value.node].op {
             return if value.output == 0 { self.route(value.node, experts) } else { Ok(()) };
         }
         let ty: TensorType = match self.body.ty(value) {
+            ValueType::State(_) if array.is_some() => {
+                return self.cache_write(&self.body.inputs(value.node), array).map(|_| ());
+            }
             ValueType::State(_) => return self.value(value).map(|_| ()),
             ValueType::Tensor(ty) => ty.clone(),
         };
         let tile = self.value(value)?;
-        let (_, start) = self.place(&ty.shape)?;
+        let (_, mut start) = self.place(&ty.shape)?;
+        if let (Some((column, _)), Some(last)) = (self.columns, start.last_mut()) {
+            *last = column.into();
+        }
         let y = self.e.write("y", output, Part::Data, None)?;
         match tile {
             Tile::Plain(x) => {
@@ -812,16 +868,29 @@ pub(crate) fn quantize(b: &mut Builder, x: ValueId, n: u32, pow2: bool) -> (Valu
     let groups = grouped(b, x, n);
     let magnitude = b.map(&[groups], |m, v| m.abs(v[0]));
     let amax = b.reduce(magnitude, shape.len() as u32, ReduceKind::Max);
-    let scales = b.map(&[amax], |m, v| {
+    let scale = |m: &mut MapBuilder, amax: MapVal| {
         let (floor, inverse) = (m.f32(1e-4), m.f32(f32::from_bits(0x3b12_4925)));
-        let amax = m.max(v[0], floor);
+        let amax = m.max(amax, floor);
         let scale = m.mul(amax, inverse);
         if pow2 { m.pow2_ceil(scale) } else { scale }
-    });
-    let codes = b.map(&[groups, scales], |m, v| {
-        let scaled = m.div(v[0], v[1]);
-        m.cast(scaled, DType::E4m3)
-    });
+    };
+    let scales = b.map(&[amax], |m, v| scale(m, v[0]));
+    let codes = if pow2 {
+        // What a power of two divides, its reciprocal multiplies to the same bits: no division for each element.
+        let factors = b.map(&[amax], |m, v| {
+            let scale = scale(m, v[0]);
+            m.pow2_reciprocal(scale)
+        });
+        b.map(&[groups, factors], |m, v| {
+            let scaled = m.mul(v[0], v[1]);
+            m.cast(scaled, DType::E4m3)
+        })
+    } else {
+        b.map(&[groups, scales], |m, v| {
+            let scaled = m.div(v[0], v[1]);
+            m.cast(scaled, DType::E4m3)
+        })
+    };
     let codes = ungrouped(b, codes, &shape);
     let mut scale_shape = b.shape(scales);
     scale_shape.pop();

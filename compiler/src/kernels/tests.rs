@@ -596,9 +596,9 @@ fn scores_that_vanish_weigh_nothing() {
 
 #[test]
 fn rows_of_norms_and_sums() {
-    for (dtype, tile_m) in [(DType::F32, 1), (DType::Bf16, 1), (DType::Bf16, 4)] {
+    for (dtype, tile_m, split) in [(DType::F32, 1, 0), (DType::Bf16, 1, 8), (DType::Bf16, 4, 2)] {
         let mut lab = Lab::new(5);
-        lab.schedule.tile_m = tile_m;
+        (lab.schedule.tile_m, lab.schedule.split) = (tile_m, split);
         let (a, b) = (lab.act(dtype, &[200]), lab.act(dtype, &[200]));
         let (gain, bias) = (lab.weight(f32s(dims![200])), lab.weight(f32s(dims![200])));
         let head_gain = lab.weight(plain(dtype, dims![40]));
@@ -675,6 +675,43 @@ fn heads_of_rows_in_groups() {
     }
 }
 
+/// Heads of queries as a step has them: turned, multiplied, and those of an indexer.
+fn heads(lab: &mut Lab) -> Vec<Value> {
+    let (positions, table) = (lab.input(StepInput::Positions), lab.rope_table(16));
+    let (rope, q, iq) =
+        (lab.act(DType::Bf16, &[6, 16]), lab.act(DType::Bf16, &[6, 24]), lab.act(DType::Bf16, &[5, 32]));
+    let w = lab.weight(plain(DType::Bf16, dims![6 * 44, 64]));
+    let outs = lab.fused(FusedKind::Heads, 0, &[rope, q, iq, positions, table, w], |g, x| {
+        let ty = |heads: u32, width: u32| plain(DType::Bf16, dims![T, heads, width]);
+        let layout = RopeLayout::Interleaved;
+        let rope = g.add1("rope", Op::Rope { layout, start: 0 }, &[x[0], x[3], x[4]], ty(6, 16));
+        let up = Op::HeadLinear { first: 0, count: 24, transposed: false };
+        let up = g.add1("up", up, &[x[1], x[5]], ty(6, 64));
+        let mixed = g.add1("mixed", Op::Hadamard, &[x[2]], ty(5, 32));
+        let by = Quant { block: [1, 32], pow2: true };
+        vec![rope, up, g.add1("iq", Op::Quantize, &[mixed], TensorType::quant(by, dims![T, 5, 32]))]
+    });
+    outs.iter().for_each(|&v| lab.out(v));
+    outs
+}
+
+#[test]
+fn independent_results_in_blocks_of_their_own() {
+    // All in one; one each; columns of the product in four, where blocks are allowed for all of them.
+    for (split, tile_n, blocks) in [(0, 16, None), (2, 0, Some(2)), (8, 0, Some(3)), (5, 16, Some(3)), (8, 16, Some(6))]
+    {
+        let mut lab = Lab::new(62);
+        (lab.schedule.split, lab.schedule.tile_n, lab.schedule.tile_m) = (split, tile_n, 2);
+        let outs = heads(&mut lab);
+        let class = Class { name: "test".into(), max: SymValues([8; 6]), keep_mha: false, pieces: None };
+        let made = emit(&lab.g, outs[0].node, &lab.schedule, &class).unwrap();
+        let along: Vec<Option<u32>> = made.program.grid.iter().map(|dim| dim.extent.constant()).collect();
+        let expected: Vec<Option<u32>> = [None, Some(6)].into_iter().chain(blocks.map(Some)).collect();
+        assert_eq!(along, expected, "split {split}, columns {tile_n}");
+        lab.check(&[sequence(5, 0), sequence(1, 77)]);
+    }
+}
+
 #[test]
 fn embed_and_head() {
     let mut lab = Lab::new(7);
@@ -743,9 +780,9 @@ const LATENTS: [StateFormat; 5] = [
 #[test]
 fn latent_caches_are_read_back_by_position() {
     for format in LATENTS {
-        for tile_m in [1, 4] {
+        for (tile_m, split) in [(1, 0), (4, 0), (1, 8), (4, 8)] {
             let mut lab = Lab::new(8);
-            lab.schedule.tile_m = tile_m;
+            (lab.schedule.tile_m, lab.schedule.split) = (tile_m, split);
             let written = write_latent(&mut lab, format);
             let pages = lab.input(StepInput::PageTable);
             let (StateFormat::LatentFp8 { latent, rope } | StateFormat::Latent { latent, rope, .. }) = format else {

@@ -293,6 +293,17 @@ impl Builder {
         self.push(Op::If { cond, then, otherwise })
     }
 
+    /// Begins what happens only under a condition, and gives nothing: up to [`Builder::end_when`].
+    pub fn begin_when(&mut self) {
+        self.regions.push(Region::default());
+    }
+
+    /// Ends what happens only where `cond` holds.
+    pub fn end_when(&mut self, cond: ValueId) {
+        let then = self.close(Vec::new());
+        self.push(Op::If { cond, then, otherwise: Region::default() });
+    }
+
     fn close(&mut self, yields: Vec<ValueId>) -> Region {
         let mut region = self.regions.pop().expect("opened by the caller");
         region.yields = yields;
@@ -432,5 +443,15 @@ impl MapBuilder {
         let mask = self.i32(0x7f80_0000);
         let power = self.and(up, mask);
         self.bitcast(power, DType::F32)
+    }
+    /// `1 / a`, exactly, of a power of two that is normal, as its reciprocal is; 0 of infinity.
+    pub fn pow2_reciprocal(&mut self, a: MapVal) -> MapVal {
+        let bits = self.bitcast(a, DType::I32);
+        // Exponents of a power of two and of its reciprocal add up to those of one twice.
+        let both = self.i32(0x7f00_0000);
+        let rest = self.sub(both, bits);
+        let zero = self.i32(0);
+        let rest = self.max(rest, zero);
+        self.bitcast(rest, DType::F32)
     }
 }

@@ -26,6 +26,8 @@ pub struct Threads<'a> {
     /// Where the kernel's parameter behind the addresses points to, from which symbols are read: global memory, or itself, if
     /// it holds their values.
     pub symbols: Ty,
+    /// What a kernel begins with once the symbols are on their way, which no launch writes: where launches overlap, the wait for those before.
+    pub begin: fn(&mut Fn),
 }
 
 impl<'a> Threads<'a> {
@@ -37,7 +39,7 @@ impl<'a> Threads<'a> {
         let warp = f.bin("lshr", tid, i32(5));
         let shared = f.op("llvm.mlir.addressof @shared : !llvm.ptr<3>", Ty::Shared);
         let shared32 = f.cast("ptrtoint", shared, Ty::I32);
-        Threads { f, arch, threads, tid, lane, warp, shared, shared32, meetings: 0, symbols: Ty::Global }
+        Threads { f, arch, threads, tid, lane, warp, shared, shared32, meetings: 0, symbols: Ty::Global, begin: |_| () }
     }
 
     /// The number of the group of `count` threads (a power of two) that this one is in, and its lane there.

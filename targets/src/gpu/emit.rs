@@ -86,6 +86,7 @@ impl<'a> Emitter<'a> {
             let at = e.t.f.offset(syms, i64(4 * sym as i64));
             e.syms[sym as usize] = e.t.f.load(at, Ty::I32, 1)[0];
         }
+        (e.t.begin)(&mut e.t.f);
         for axis in 0..s.grid.len().min(3) {
             e.blocks[axis] = e.t.arch.block(&mut e.t.f, axis);
         }

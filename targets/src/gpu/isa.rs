@@ -99,6 +99,13 @@ pub trait Isa: Sync {
         0
     }
 
+    /// Bytes of registers that a thread of a block of so many has for loads that are made before they are wanted, where a schedule asks for
+    /// that ([`Schedule::early`](dsc_ir::schedule::Schedule::early)).
+    fn early_bytes(&self, threads: u32) -> u32 {
+        let _ = threads;
+        0
+    }
+
     /// Bytes that a lane moves from global to shared memory in an instruction that needs no registers for them, if there is one.
     fn copies_bytes(&self) -> Option<u32> {
         None

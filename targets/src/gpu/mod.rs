@@ -27,6 +27,7 @@ pub mod block;
 pub mod direct;
 pub mod divisor;
 pub mod dot;
+mod early;
 pub mod emit;
 pub mod evaluate;
 pub mod fill;

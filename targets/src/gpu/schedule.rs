@@ -44,6 +44,10 @@ pub fn schedule(kernel: &Kernel, arch: &dyn Isa) -> Result<Scheduled, TargetErro
     // What is put down ahead takes shared memory a little longer.
     let error = match attempt(kernel, arch, How::Plain, room) {
         Ok(scheduled) => return Ok(scheduled),
+        Err(_) if kernel.schedule.early => {
+            let late = dsc_ir::schedule::Schedule { early: false, ..kernel.schedule.clone() };
+            return schedule(&Kernel { program: kernel.program.clone(), schedule: late }, arch);
+        }
         Err(error) => error,
     };
     let (late, none) = (Room { in_place: true, ..room }, Room { bytes: 0, in_place: false });
@@ -113,6 +117,9 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: Room) -> Result<Sche
         s.places[p.value.0 as usize] = Place::View;
     }
     let mut common = s.region(&program.body);
+    if kernel.schedule.early && how == How::Plain {
+        s.begin_early(&mut common, arch.early_bytes(threads));
+    }
     if let How::Ring(ring) = how {
         if s.make_rings(&mut common, ring) == 0 || s.too_many_copies(ring) {
             return Err(TargetError::Unsupported {

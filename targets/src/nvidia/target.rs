@@ -144,6 +144,7 @@ impl Target for NvidiaTarget {
             // Whole turns of two that score take one token's heads as fast as a few of them.
             chosen.tile_h = shape.heads.clamp(1, Teams::HEADS);
         }
+        tiles::hasten(&mut chosen, shape, tokens);
         if shape.op == "attention" {
             let rounds = shape.k.div_ceil(chosen.tile_n.max(1));
             (chosen.split, chosen.apart) = self.teams().split(tokens, shape.heads, rounds);

@@ -29,6 +29,10 @@ const WEIGHT: u64 = 70;
 const SORTED: u32 = 200;
 /// Rows from which on a routing is long work.
 const ROUTED: u64 = 8192;
+/// Tokens of steps of which launches take as long as what a block waits for.
+const WAITING: u32 = 64;
+/// Elements of a row from which on its arithmetic takes longer than what it waits for.
+const LONG_ROW: u32 = 4096;
 /// Columns of tiles.
 const COLUMNS: [u32; 4] = [128, 64, 32, 16];
 
@@ -65,6 +69,11 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
         // All heads of a row; a block multiplies by the matrix of a Hadamard transform.
         "row" if shape.heads > 1 => {
             Some(Schedule { tile_m: 1, tile_h: shape.heads, tile_k: 16, ..Schedule::default() })
+        }
+        // One token's parts of attention are joined and multiplied in one round, by threads enough to have all of its bytes on their way.
+        "head_linear" if tokens == 1 => {
+            let threads = if shape.k >= 512 { 512 } else { 0 };
+            Some(Schedule { tile_k: 512.min(shape.k.max(1)), threads, ..products([16, COLUMNS[0]]) })
         }
         // What is contracted is short: the wider a tile, the less is read for what it writes.
         "head_linear" if tokens > ROWS[0] => {
@@ -116,6 +125,16 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
             Some(Schedule { tile_m: 1, cluster, sharing, ..Schedule::default() })
         }
         _ => None,
+    }
+}
+
+/// Of few tokens: a block begins with what it will wait for, or has more threads where it computes longer.
+pub fn hasten(schedule: &mut Schedule, shape: &KernelShape, tokens: u32) {
+    match shape.op {
+        _ if tokens > WAITING => {}
+        "row" if shape.n >= LONG_ROW => schedule.threads = 512,
+        "row" | "heads" | "head_linear" => schedule.early = true,
+        _ => {}
     }
 }
 

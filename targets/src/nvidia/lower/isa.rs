@@ -29,6 +29,14 @@ impl Isa for Arch {
         }
     }
 
+    fn early_bytes(&self, threads: u32) -> u32 {
+        // Half of what a thread has, of 64 K registers, when its block is alone.
+        match threads {
+            0..=512 => 264,
+            _ => 64,
+        }
+    }
+
     fn matrix_step(&self, dtype: DType) -> u32 {
         32 / dtype.bytes() as u32
     }
@@ -187,7 +195,8 @@ pub fn shared_atomic_add(f: &mut Fn, at: Val, v: Val) -> Val {
 }
 
 /// Lets the next launch start, whose blocks take what room there is, and waits until the launches before this one are done and what they
-/// wrote is visible; in that order, or, if it is `late`, the other way round. Nothing touches global memory in front of it.
+/// wrote is visible; in that order, or, if it is `late`, the other way round. Nothing touches global memory in front of it but
+/// for symbols, which are there before a step's first launch.
 pub fn launch_wait(f: &mut Fn, late: bool) {
     let mut steps = ["griddepcontrol.launch_dependents;", "griddepcontrol.wait;"];
     if late {

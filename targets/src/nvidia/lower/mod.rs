@@ -15,7 +15,7 @@ pub mod isa;
 mod mma;
 
 use super::arch::Arch;
-use crate::gpu::{self, Lowered, emit, schedule};
+use crate::gpu::{self, Lowered, emit, known, schedule};
 use crate::nvidia::tiles::is_tall;
 use crate::{Kernel, TargetError};
 use dsc_ir::artifact::GpuKernel;
@@ -41,11 +41,15 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
         return Ok(Lowered { mlir, gpu, sched: scheduled.to_string() });
     }
     let scheduled = schedule::schedule(kernel, arch)?;
-    let mut threads = block::Threads::new(mlir::Fn::default(), arch, scheduled.threads);
+    let mut function = mlir::Fn::default();
+    // Products that fill the registers are what the assembler made of them before.
+    function.known = kernel.schedule.early.then(known::Known::default);
+    let mut threads = block::Threads::new(function, arch, scheduled.threads);
     threads.symbols = symbols;
     let dependent = arch.has_tma;
     if dependent {
-        isa::launch_wait(&mut threads.f, kernel.schedule.late);
+        let late = kernel.schedule.late;
+        threads.begin = if late { |f| isa::launch_wait(f, true) } else { |f| isa::launch_wait(f, false) };
     }
     let mut emitter = emit::Emitter::run(threads, &scheduled);
     if let Some(fault) = emitter.fault.take() {
