@@ -10,7 +10,7 @@
 //! A slot is `page · 64 + offset`; a negative one is outside every view, so reads of it are zero and writes are dropped.
 //!
 //! `cache_latent` and `cache_rope` take a page of a sequence a block: one scalar load of the page's number, one load of 64 rows,
-//! dequantisation (unless the result is quantised as the cache is), one store. `cache_rows` takes [`ROWS`] rows of a page a block, so that short
+//! dequantisation (unless the result is quantised as the cache is), one store. `cache_rows` takes `ROWS` rows of a page a block, so that short
 //! contexts have blocks enough. Floor: the bytes of the cached context, once, and of the result.
 
 use super::rows::dequantize;

@@ -17,7 +17,7 @@
 //! computed apart takes `tile_h` of them a block. Where numbers of heads differ, blocks past the last head of a value read zeros and
 //! store nothing.
 //!
-//! With `split` in the schedule, results that are independent have blocks of their own ([`super::chains`]).
+//! With `split` in the schedule, results that are independent have blocks of their own (`chains`).
 //!
 //! Choices. *Hadamard*: log2 D butterfly stages of reshape, add and subtract (`D log2 D` additions); with `tile_k` in the schedule, for
 //! targets with matrix units, a product with a constructed ±1 matrix (`D²`, and the matrix), which bf16 holds exactly. *Rope*: cosines and sines are gathered by position from the table, pairs are
