@@ -61,8 +61,7 @@ impl Target for Emulated {
 
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
         // As for few tokens: loads that begin with the block, and bounds that are known.
-        let early = matches!(shape.op, "row" | "heads" | "head_linear");
-        Schedule { early, ..Schedule::wide(shape, tokens) }
+        Schedule { early: true, ..Schedule::wide(shape, tokens) }
     }
 
     fn fits(&self, kernel: &Kernel) -> bool {

@@ -338,6 +338,7 @@ impl<'a> Emitter<'a> {
             && (0..hi).contains(&lo)
         {
             let last = (hi - 1 - lo) / i64::from(step) * i64::from(step) + lo;
+            // Behind the loop nobody asks for its counter.
             self.t.f.set_below(l.args[0], last + 1);
         }
         self.uniform.insert(body.args[0], l.args[0]);

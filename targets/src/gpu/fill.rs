@@ -68,8 +68,8 @@ impl<'a> Emitter<'a> {
         // The last rounds, and those that do not fill a group, come after the loop.
         let looped = (rounds - 1) / IN_FLIGHT * IN_FLIGHT;
         let l = self.t.f.open_loop(tid, i32((looped * threads).into()), &[]);
-        self.t.f.set_below(l.args[0], i64::from((looped - IN_FLIGHT + 1) * threads));
-        self.t.f.set_below(l.done[0], i64::from((looped + 1) * threads));
+        let [inside, after] = [looped - IN_FLIGHT, looped].map(|rounds| i64::from((rounds + 1) * threads));
+        self.t.f.bound_counter(&l, inside, after);
         group(self, l.args[0], IN_FLIGHT, false);
         self.t.f.close_loop(&l, i32((IN_FLIGHT * threads).into()), &[]);
         group(self, l.done[0], rounds - looped, true);

@@ -172,6 +172,20 @@ mod tests {
     }
 
     #[test]
+    fn what_holds_in_a_loop_need_not_behind_it() {
+        for asks_last in [false, true] {
+            let (mut f, thread) = function();
+            f.asks_last = asks_last;
+            let l = f.open_loop(thread, i32(2048), &[]);
+            f.bound_counter(&l, 256, 2304);
+            assert_eq!(f.cmp("slt", l.args[0], i32(256)).int(), asks_last.then_some(1));
+            f.close_loop(&l, i32(2048), &[]);
+            assert_eq!(f.cmp("slt", l.done[0], i32(2048)).int(), None);
+            assert_eq!(f.cmp("slt", l.done[0], i32(2304)).int(), Some(1));
+        }
+    }
+
+    #[test]
     fn what_is_chosen_is_below_what_was_asked() {
         let (mut f, thread) = function();
         let ok = f.cmp("slt", thread, i32(100));

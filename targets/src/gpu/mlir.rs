@@ -557,6 +557,14 @@ impl Fn {
         Loop { done: args.clone(), args, hi, head, after }
     }
 
+    /// Notes that a loop's counter is below `inside` in its body and below `after` behind it. Where both are one value, it is known to be below the
+    /// larger alone.
+    pub fn bound_counter(&mut self, l: &Loop, inside: i64, after: i64) {
+        let inside = if l.args[0] == l.done[0] { inside.max(after) } else { inside };
+        self.set_below(l.args[0], inside);
+        self.set_below(l.done[0], after);
+    }
+
     /// Ends a loop's body: the counter grows by `step`, `next` is carried on. [`Loop::done`] is what the last round left.
     pub fn close_loop(&mut self, l: &Loop, step: Val, next: &[Val]) {
         let mut args = vec![self.add(l.args[0], step)];
