@@ -136,22 +136,17 @@ impl Cached {
     /// as stored. Not for the planar format.
     pub fn gather(&self, b: &mut Builder, slots: ValueId, n: u32, narrow: bool) -> ValueId {
         let data = b.gather(self.data, slots, &[0.into()], &[n, self.columns]);
-        let Some(scales) = self.scales else { return data };
-        let groups = self.columns.div_ceil(StateFormat::GROUP);
-        let scales = b.gather(scales, slots, &[0.into()], &[n, groups]);
-        let codes = b.cast(data, DType::F32);
-        let rows = dequantize(b, codes, scales, StateFormat::GROUP);
-        if narrow { b.cast(rows, DType::Bf16) } else { rows }
+        let scales = self.scales.map(|scales| b.gather(scales, slots, &[0.into()], &[n, self.groups()]));
+        let rows = decoded(b, data, scales);
+        if narrow && scales.is_some() { b.cast(rows, DType::Bf16) } else { rows }
     }
 
     /// `n` rows from a slot on, dequantised to f32 if quantised, else as stored. Not for the planar format.
     fn rows(&self, b: &mut Builder, slot: ValueId, n: u32) -> ValueId {
         let index = [slot.into(), 0.into()];
         let data = b.load(self.data, &index, &[n, self.columns]);
-        let Some(scales) = self.scales else { return data };
-        let scales = b.load(scales, &index, &[n, self.columns.div_ceil(StateFormat::GROUP)]);
-        let codes = b.cast(data, DType::F32);
-        dequantize(b, codes, scales, StateFormat::GROUP)
+        let scales = self.scales.map(|scales| b.load(scales, &index, &[n, self.groups()]));
+        decoded(b, data, scales)
     }
 
     /// The 64 rows of a page, as stored, and their scales `[64, groups]`.
@@ -173,9 +168,21 @@ impl Cached {
             b.reshape(tile, &[PAGE_TOKENS, columns])
         };
         let data = load(self.data, &index, self.columns);
-        let groups = if planar { 1 } else { self.columns.div_ceil(StateFormat::GROUP) };
+        let groups = if planar { 1 } else { self.groups() };
         (data, self.scales.map(|s| load(s, &index[..2], groups)))
     }
+
+    /// Scales of a row. Not for the planar format.
+    fn groups(&self) -> u32 {
+        self.columns.div_ceil(StateFormat::GROUP)
+    }
+}
+
+/// Rows as stored, dequantised to f32 if they have scales.
+fn decoded(b: &mut Builder, data: ValueId, scales: Option<ValueId>) -> ValueId {
+    let Some(scales) = scales else { return data };
+    let codes = b.cast(data, DType::F32);
+    dequantize(b, codes, scales, StateFormat::GROUP)
 }
 
 /// The kernel of an [`Op::CacheLatent`] or [`Op::CacheRope`] node.
@@ -206,10 +213,7 @@ pub fn emit(graph: &Graph, node: NodeId, _schedule: &Schedule, _class: &Class) -
         b.store(view, &[seq.into(), at.into(), 0.into()], tile);
         scales = None;
     }
-    if let Some(scales) = scales {
-        let codes = b.cast(rows, DType::F32);
-        rows = dequantize(b, codes, scales, StateFormat::GROUP);
-    }
+    rows = decoded(b, rows, scales);
     if b.dtype(rows) != to && !codes {
         rows = b.cast(rows, DType::F32);
     }

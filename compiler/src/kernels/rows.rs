@@ -875,22 +875,17 @@ pub(crate) fn quantize(b: &mut Builder, x: ValueId, n: u32, pow2: bool) -> (Valu
         if pow2 { m.pow2_ceil(scale) } else { scale }
     };
     let scales = b.map(&[amax], |m, v| scale(m, v[0]));
-    let codes = if pow2 {
-        // What a power of two divides, its reciprocal multiplies to the same bits: no division for each element.
-        let factors = b.map(&[amax], |m, v| {
+    // What a power of two divides, its reciprocal multiplies to the same bits: no division for each element.
+    let factors = pow2.then(|| {
+        b.map(&[amax], |m, v| {
             let scale = scale(m, v[0]);
             m.pow2_reciprocal(scale)
-        });
-        b.map(&[groups, factors], |m, v| {
-            let scaled = m.mul(v[0], v[1]);
-            m.cast(scaled, DType::E4m3)
         })
-    } else {
-        b.map(&[groups, scales], |m, v| {
-            let scaled = m.div(v[0], v[1]);
-            m.cast(scaled, DType::E4m3)
-        })
-    };
+    });
+    let codes = b.map(&[groups, factors.unwrap_or(scales)], |m, v| {
+        let scaled = if pow2 { m.mul(v[0], v[1]) } else { m.div(v[0], v[1]) };
+        m.cast(scaled, DType::E4m3)
+    });
     let codes = ungrouped(b, codes, &shape);
     let mut scale_shape = b.shape(scales);
     scale_shape.pop();

@@ -66,13 +66,9 @@ struct Life {
     last: usize,
 }
 
-/// Places every tensor that `launches` write, except logits and tokens, which have buffers of their own.
-pub fn place(graph: &Graph, launches: &[NodeId], max: &SymValues) -> Placement {
-    place_looped(graph, launches, max, &[])
-}
-
-/// As [`place`], where some launches are made in pieces of the tokens.
-pub(super) fn place_looped(graph: &Graph, launches: &[NodeId], max: &SymValues, looped: &[Looped]) -> Placement {
+/// Places every tensor that `launches` write, except logits and tokens, which have buffers of their own. Of the launches in a loop the matrix has the
+/// loop's bytes, and what they read or write lives while it runs.
+pub(super) fn place(graph: &Graph, launches: &[NodeId], max: &SymValues, looped: &[Looped]) -> Placement {
     let mut lives = lives(graph, launches, max, looped);
     let unshared_bytes = lives.iter().map(|l| l.bytes).sum();
     lives.sort_by_key(|l| (std::cmp::Reverse(l.bytes), l.first, l.value));
@@ -158,7 +154,7 @@ mod tests {
         g.outputs.push(("hidden.0".into(), x));
         let (launches, _) = super::super::launch_order(&g);
         let max = SymValues::default().with(Sym::T, 16);
-        let placement = place(&g, &launches, &max);
+        let placement = place(&g, &launches, &max, &[]);
         assert_eq!(launches.len(), 8);
         assert_eq!(placement.bytes, 2 * 16 * 64 * 4);
         assert_eq!(placement.unshared_bytes, 8 * 16 * 64 * 4);
@@ -177,7 +173,7 @@ mod tests {
         let w = g.add1("w", Op::Sigmoid, &[half], ty(32));
         g.outputs = vec![("z".into(), z), ("w".into(), w)];
         let (launches, _) = super::super::launch_order(&g);
-        let placement = place(&g, &launches, &SymValues::default().with(Sym::T, 4));
+        let placement = place(&g, &launches, &SymValues::default().with(Sym::T, 4), &[]);
         let overlap = |a: Value, b: Value| {
             let (a, b) = (placement.offsets[&a], placement.offsets[&b]);
             a < b + 1024 && b < a + 1024

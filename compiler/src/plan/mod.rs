@@ -120,7 +120,7 @@ fn plan_class(
 ) -> Result<Step, PlanError> {
     let (mut launches, sampling) = launch_order(graph);
     let looped = pieces::find(graph, class, &mut launches);
-    let memory = memory::place_looped(graph, &launches, &class.max, &looped);
+    let memory = memory::place(graph, &launches, &class.max, &looped);
     let weights: Vec<u32> = graph.weights.iter().map(|w| intern_weight(plan, interned, w)).collect();
     let states: Vec<u32> = graph.states.iter().map(|s| intern_state(plan, s)).collect();
     let mut step = Step {

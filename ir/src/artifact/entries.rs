@@ -90,17 +90,17 @@ pub struct WorkspacePart {
     pub shape: Vec<Extent>,
 }
 
-/// How a call of many tokens is made: in pieces of tokens, one after the other in the same workspace.
+/// How a call of a library with many tokens is made, or a [`Loop`](super::Loop) of a step: in pieces of tokens, one after the other in the same memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pieces {
     /// Tokens of a piece at most: a power of two, so that what has an element a token stays aligned.
     pub tokens: u32,
-    /// Bytes of a piece's workspace at most, unless [`Pieces::FEWEST`] tokens take more.
+    /// Bytes of a piece's workspace at most, or of a loop's matrix, unless [`Pieces::FEWEST`] tokens take more.
     pub bytes: u64,
 }
 
 impl Pieces {
-    /// Tokens that a piece has if the call has as many.
+    /// Tokens that a piece has if there are as many.
     pub const FEWEST: u32 = 64;
 }
 

@@ -42,7 +42,7 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     }
     let scheduled = schedule::schedule(kernel, arch)?;
     let mut function = mlir::Fn::default();
-    // Products that fill the registers are what the assembler made of them before.
+    // Of other kernels, which may fill the registers, folding changes what the assembler makes; how fast that is was not measured.
     function.known = kernel.schedule.early.then(known::Known::default);
     let mut threads = block::Threads::new(function, arch, scheduled.threads);
     threads.symbols = symbols;
