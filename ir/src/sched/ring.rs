@@ -32,13 +32,17 @@ impl Ring {
         self.stages
     }
 
+    /// Whether a stage is free to be filled.
+    pub(crate) fn has_free(&self) -> bool {
+        self.acquired < self.readers.iter().map(|r| r.released).min().unwrap_or(0) + self.stages
+    }
+
     /// Takes the next stage to fill; none while every stage is in use.
     pub(crate) fn acquire(&mut self) -> Result<Option<u64>, String> {
         if self.acquired > self.committed {
             return Err("acquires a stage before it committed the last one".into());
         }
-        let free = self.readers.iter().map(|r| r.released).min().unwrap_or(0) + self.stages;
-        if self.acquired >= free {
+        if !self.has_free() {
             return Ok(None);
         }
         self.acquired += 1;

@@ -6,6 +6,10 @@
 //! compute them from the same things. Loops without channels are left out. Sizes tried: none, one, and a few that are unlike each other
 //! and longer than any ring.
 //!
+//! Two channels may have a buffer in common ([`in_common`]). What fills such a stage goes only when nobody else can go on: then nothing of the
+//! other channel may be full or held, and nobody else about to fill. As each role fills one of them and alone empties the other, whatever was
+//! filled before is behind it in every interleaving, and whatever comes after waits for it.
+//!
 //! Also checked on the way: a stage is filled whole between acquire and commit, stages are released in order and each once, and what was taken
 //! is not read after its stage was given back.
 
@@ -14,7 +18,7 @@ use crate::dtype::DType;
 use crate::sched::ring::{Ring, Unit, channel_of, rings, unit_name, units, users};
 use crate::sched::visit::{Definitions, operands};
 use crate::sched::walk::{Host, Walker};
-use crate::sched::{Block, ChannelId, Inst, Op, Place, Scheduled};
+use crate::sched::{Block, Channel, ChannelId, Inst, Op, Place, Scheduled};
 use crate::tile::interp::{Data, eval_map};
 use crate::tile::{self, Index, TileType, Type, ValueId};
 use std::collections::hash_map::DefaultHasher;
@@ -30,7 +34,7 @@ const PERSISTENT_TILES: usize = 3;
 const TRIALS: u64 = 8;
 
 pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
-    if !pairs(kernel, report) {
+    if !pairs(kernel, report) || !commons(kernel, report) {
         return;
     }
     let definitions = Definitions::new(kernel);
@@ -60,6 +64,36 @@ fn pairs(kernel: &Scheduled, report: &mut Report) -> bool {
         let all: BTreeSet<Unit> = users.producers.into_iter().chain(users.consumers).collect();
         if all.len() > 1 && all.contains(&0) {
             report.add(&place, "a channel is used by common alone, or by roles alone");
+        }
+    }
+    report.diagnostics.len() == before
+}
+
+/// By channel, the other one that has a buffer of it.
+fn in_common(kernel: &Scheduled) -> Vec<Option<usize>> {
+    let other = |(i, c): (usize, &Channel)| {
+        let shares = |(j, d): (usize, &Channel)| i != j && c.slots.iter().any(|b| d.slots.contains(b));
+        kernel.channels.iter().enumerate().position(shares)
+    };
+    kernel.channels.iter().enumerate().map(other).collect()
+}
+
+/// Channels with a buffer in common are two of one stage each, to and fro between two roles.
+fn commons(kernel: &Scheduled, report: &mut Report) -> bool {
+    let before = report.diagnostics.len();
+    let (in_common, users) = (in_common(kernel), users(kernel));
+    for (i, other) in in_common.iter().enumerate() {
+        let Some(other) = *other else { continue };
+        let two = in_common[other] == Some(i)
+            && kernel.channels.iter().filter(|c| c.slots.iter().any(|b| kernel.channels[i].slots.contains(b))).count()
+                == 2;
+        let single = kernel.channels[i].stages == 1;
+        let returns = users[i].producers == users[other].consumers && users[i].consumers == users[other].producers;
+        if !(two && single && returns) {
+            let what = format!(
+                "has a buffer of c{other}, and the two are not of one stage each, to and fro between two roles"
+            );
+            report.add(&format!(", channel c{i}"), what);
         }
     }
     report.diagnostics.len() == before
@@ -148,6 +182,9 @@ struct Run<'a> {
     taken: HashMap<ValueId, u64>,
     /// Slots filled of the stage acquired last.
     filled: Vec<HashSet<u32>>,
+    /// By channel, the other one that has a buffer of it; and the one of which a stage may be acquired although.
+    in_common: Vec<Option<usize>>,
+    allowed: Option<usize>,
     /// How often each unit has come to meet other blocks, and how often all have.
     come: Vec<u32>,
     met: u32,
@@ -166,6 +203,8 @@ impl<'a> Run<'a> {
             definitions: Definitions::new(kernel),
             trial: Trial { seed, stages },
             filled: vec![HashSet::new(); rings.len()],
+            in_common: in_common(kernel),
+            allowed: None,
             rings,
             known: HashMap::new(),
             taken: HashMap::new(),
@@ -199,6 +238,19 @@ impl<'a> Run<'a> {
                     }
                 }
                 if steps == before && !waiting.is_empty() {
+                    let pending: Vec<&'a Inst> = waiting.iter().filter_map(|w| w.2).collect();
+                    match self.allow(&pending) {
+                        Ok(true) => {
+                            group = waiting;
+                            continue;
+                        }
+                        Ok(false) => {}
+                        Err((inst, message)) => {
+                            let unit =
+                                waiting.iter().find(|w| w.2.is_some_and(|i| std::ptr::eq(i, inst))).map_or(0, |w| w.0);
+                            return report.add(&location(self.kernel, unit, inst), message);
+                        }
+                    }
                     for (unit, _, inst) in &waiting {
                         let Some(inst) = inst else { continue };
                         report.add(&location(self.kernel, *unit, inst), self.stuck(inst));
@@ -214,6 +266,27 @@ impl<'a> Run<'a> {
                 report.add(&format!(", channel c{c}"), format!("{message}{size}"));
             }
         }
+    }
+
+    /// Lets one go on who waits to fill a buffer that two channels have, as nobody else can. Whether there is one.
+    fn allow(&mut self, pending: &[&'a Inst]) -> Result<bool, (&'a Inst, String)> {
+        let fills = |inst: &&'a Inst| match inst.op {
+            Op::Acquire(ChannelId(c)) if self.in_common[c as usize].is_some() => {
+                self.rings[c as usize].has_free().then_some((*inst, c as usize))
+            }
+            _ => None,
+        };
+        let able: Vec<(&Inst, usize)> = pending.iter().filter_map(fills).collect();
+        let Some(&(inst, c)) = able.first() else { return Ok(false) };
+        let other = self.in_common[c].unwrap_or(c);
+        if able.iter().any(|&(_, d)| d == other) {
+            return Err((inst, format!("c{c} and c{other} have a buffer in common, and both may be filled at once")));
+        }
+        if self.rings[other].uneven(&|_| String::new()).is_some() {
+            return Err((inst, format!("fills a buffer that c{other} has too, of which a stage is full or held")));
+        }
+        self.allowed = Some(c);
+        Ok(true)
     }
 
     /// Whether all roles have come to where this one meets the team's other blocks. Then all stages are free.
@@ -294,6 +367,9 @@ impl<'a> Run<'a> {
         let ring = &mut self.rings[c as usize];
         match &inst.op {
             Op::Acquire(_) => {
+                if self.in_common[c as usize].is_some() && self.allowed.take_if(|a| *a == c as usize).is_none() {
+                    return Ok(false);
+                }
                 self.filled[c as usize].clear();
                 return Ok(ring.acquire()?.is_some());
             }

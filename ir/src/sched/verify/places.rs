@@ -182,7 +182,8 @@ fn tables(kernel: &Scheduled, report: &mut Report) {
             if buffer.copies != channel.stages {
                 report.add(&place, format!("{slot} has {} copies for {} stages", buffer.copies, channel.stages));
             }
-            if owners[slot.0 as usize].replace(i).is_some() {
+            // Whether two channels may have it in common is seen where they run.
+            if owners[slot.0 as usize].replace(i) == Some(i) {
                 report.add(&place, format!("{slot} is a slot twice"));
             }
         }

@@ -312,6 +312,43 @@ fn crossed_channels_hang() {
 }
 
 #[test]
+fn channels_to_and_fro_may_have_one_buffer() {
+    let kernel = |stages: u32, a: &str, b: &str| {
+        format!(
+            "scheduled k grid(T/1) persistent 1 threads 64
+             read %x: view<[T, 64] f32>
+             buffer b0 = both: f32 1x64, offset 0, bytes {}, pitch 256, swizzle 0, copies {stages}
+             channel c0 = there: stages {stages}, slots [b0]
+             channel c1 = back: stages {stages}, slots [b0]
+             {{ }}
+             role a warps 0..1 {{ %n = sym C : i32 @uniform for %i = 0 to %n step 1 {{ {a} }} }}
+             role b warps 1..2 {{ %m = sym C : i32 @uniform for %j = 0 to %m step 1 {{ {b} }} }}",
+            256 * stages
+        )
+    };
+    let fill = |c: u32| format!("acquire c{c} copy c{c}.0, %x[0, 0] : tile<1x64xf32> commit c{c} ");
+    let empty = |c: u32| format!("wait c{c} release c{c} lag 0 ");
+    let there_and_back = [fill(0) + &empty(1), empty(0) + &fill(1)];
+    check_kernel(&kernel(1, &there_and_back[0], &there_and_back[1]), expect![""]);
+    // Nothing may come back.
+    check_kernel(&kernel(1, &(fill(0) + &empty(1) + &fill(0)), &(empty(0) + &fill(1) + &empty(0))), expect![""]);
+    check_kernel(
+        &kernel(1, &there_and_back[0], &format!("wait c0 {} release c0 lag 0", fill(1))),
+        expect!["kernel k, role b, acquire c1: fills a buffer that c0 has too, of which a stage is full or held"],
+    );
+    check_kernel(
+        &kernel(1, &(fill(0) + &fill(0) + &empty(1)), &(empty(0) + &fill(1) + &empty(0))),
+        expect!["kernel k, role a, acquire c0: c0 and c1 have a buffer in common, and both may be filled at once"],
+    );
+    check_kernel(
+        &kernel(2, &there_and_back[0], &there_and_back[1]),
+        expect![[r#"
+            kernel k, channel c0: has a buffer of c1, and the two are not of one stage each, to and fro between two roles
+            kernel k, channel c1: has a buffer of c0, and the two are not of one stage each, to and fro between two roles"#]],
+    );
+}
+
+#[test]
 fn barriers() {
     let load = "%2 = load %x[0, 0] : tile<1x64xf32> @shared(b0)";
     check(&format!("{{ {load} barrier store %y[0, 0], %2 }}"), expect![""]);

@@ -439,18 +439,29 @@ fn two_warpgroups_score_in_turn() {
     let scheduled = clustered(SPARSE.program("attention"), 0);
     let names: Vec<&str> = scheduled.roles.iter().map(|r| r.name.as_str()).collect();
     assert_eq!(names, ["keys0", "a", "b"]);
-    // Keys that are no values have one stage, which leaves room for both ways of weights.
+    // Weights have one buffer both ways, which leaves room for all keys of two rounds.
     let stages = |name: &str| scheduled.channels.iter().find(|c| c.name == name).map(|c| c.stages);
-    assert_eq!(["keys0", "keys1", "keys2"].map(stages), [Some(2), Some(2), Some(1)]);
+    assert_eq!(["keys0", "keys1", "keys2"].map(stages), [Some(2), Some(2), Some(2)]);
+    let first = |name: &str| scheduled.channels.iter().find(|c| c.name == name).map(|c| c.slots[0]);
+    assert_eq!(first("weights_a"), first("weights_b"));
     let (mlir, _) = lower(&scheduled, hopper(), GLOBAL).expect("lowers");
     // A stage of keys is given back by each warp: who has no use for it comes to it by no product.
     let stage = |count: u32| mlir.matches(&format!("mbarrier.init.shared::cta.b64 [$0], {count};")).count();
-    assert_eq!((stage(8), stage(2)), (5, 1), "five stages of keys, one of queries");
-    // Own weights are multiplied from registers: four instructions where a round is scored, two loops of the first and one of the second.
-    assert_eq!(mlir.matches("m64n256k16.f32.bf16.bf16").count(), 4 * 6);
-    assert_eq!(mlir.matches("$256, $257, $258, $259}, $260, p, 1, 1, 1;").count(), 4 * 3);
+    assert_eq!((stage(8), stage(2)), (6, 1), "six stages of keys, one of queries");
+    // Own weights are multiplied from registers: four instructions where a round is scored, three loops of the first and one of the second.
+    assert_eq!(mlir.matches("m64n256k16.f32.bf16.bf16").count(), 4 * 8);
+    assert_eq!(mlir.matches("$256, $257, $258, $259}, $260, p, 1, 1, 1;").count(), 4 * 4);
     // Each of them rescales the accumulator before, where some factor is not 1.
-    assert_eq!(mlir.matches("vote.sync.any.pred").count(), 6);
+    assert_eq!(mlir.matches("vote.sync.any.pred").count(), 8);
+    // The first scores a round before it gives the other's values of the round before back.
+    let of_a: Vec<&sched::Inst> =
+        scheduled.roles[1].body.insts.iter().filter(|i| matches!(i.op, sched::Op::For { .. })).collect();
+    let sched::Op::For { body, .. } = &of_a[1].op else { unreachable!() };
+    let last = body.insts.iter().rposition(|i| matches!(i.op, sched::Op::Release { channel, .. } if Some(scheduled.channels[channel.0 as usize].slots[0]) == first("weights_b")));
+    let products = body.insts[last.expect("weights are given back")..]
+        .iter()
+        .filter(|i| matches!(i.op, sched::Op::Tile(tile::Op::Dot { .. })));
+    assert_eq!((of_a.len(), products.count()), (4, 2), "two of a round's three products follow");
     // Who scores a round gives its own values back first, so that the next in their place are brought first.
     let keys = scheduled.roles[0].body.insts.iter().find_map(|i| match &i.op {
         sched::Op::For { body, .. } => Some(body),
@@ -463,6 +474,7 @@ fn two_warpgroups_score_in_turn() {
     assert_eq!(filled.collect::<Vec<_>>(), ["keys0", "keys1", "keys2", "keys1", "keys0", "keys2"]);
     // With none, one, an even and an odd number of rounds.
     SPARSE.check(4, &[0, 64, 128, 192]);
+    Attention { k: 320, ..SPARSE }.check(2, &[256, 320]);
 }
 
 #[test]

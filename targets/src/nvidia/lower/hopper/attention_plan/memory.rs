@@ -118,10 +118,16 @@ impl<'a> Planner<'a> {
         let heads = self.a.shape[0];
         let mut placed = Placed::default();
         self.operands(depths, &mut placed);
+        let mut first = None;
         for name in ["_a", "_b"] {
             let mut slots = self.weights(name, split.factors.len());
             slots.extend((0..early).map(|i| column(format!("rows{name}{i}"), heads)));
-            placed.channel(&format!("weights{name}"), 1, slots);
+            // Weights go one way at a time, so that both ways can have one buffer.
+            let shared = first.filter(|_| self.shares_weights());
+            slots.drain(..usize::from(shared.is_some()));
+            let slots = shared.into_iter().chain(slots.into_iter().map(|b| placed.put(b))).collect::<Vec<_>>();
+            first = slots.first().copied();
+            placed.channels.push(Channel { name: format!("weights{name}"), stages: 1, slots });
         }
         for name in ["_a", "_b"].into_iter().filter(|_| late > 0) {
             let slots = (0..late).map(|i| column(format!("late{name}{i}"), heads));

@@ -44,7 +44,7 @@ const MOST_COLUMNS: u32 = 256;
 const MOST_STAGES: u32 = 4;
 /// Registers of a thread that brings keys and of those of `a` and `b`: where keys are copied, computed, and computed by two blocks. Together at
 /// most 504, three times the 168 of the launch. `a` keeps the carried rows besides.
-const TURNS_GATHERING: [u32; 3] = [56, 224, 224];
+const TURNS_GATHERING: [u32; 3] = [56, 240, 208];
 const TURNS_COMPUTING: [u32; 3] = [96, 208, 200];
 const TURNS_PAIRED: [u32; 3] = [88, 208, 208];
 /// Registers of a thread that brings keys, that scores, and that has values, for few heads, where two warpgroups compute keys.

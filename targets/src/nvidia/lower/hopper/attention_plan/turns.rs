@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Every ring of keys goes through both in order, so a warpgroup also gives back what of a round it has no use for. Rounds come in pairs; `a` has
-//! the last of an odd number. Weights are added to each half in the order of rounds, as the program has it, so no result depends on who was first.
+//! the last of an odd number. Where keys are copied `a` scores its next round right behind its products of `b`'s values, so that the multipliers
+//! have both at hand, and gives back what these read while it scores. Weights are added to each half in the order of rounds, as the program has it, so no result depends on who was first.
 
 use super::scores::{Scored, hand_on};
 use super::*;
@@ -85,6 +86,11 @@ impl<'a> Planner<'a> {
         self.takes_turns() && !self.parts.iter().any(|p| p.computed)
     }
 
+    /// Whether weights lie in one buffer both ways, which leaves room for keys: each warpgroup has given the other's back before it makes its own.
+    pub(super) fn shares_weights(&self) -> bool {
+        self.turns_order()
+    }
+
     /// The order of parts in rounds that `a` or `b` scores: who scores gives its own values back first.
     pub(super) fn order_of(&self, number: u32) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.parts.len()).collect();
@@ -147,8 +153,19 @@ impl<'a> Planner<'a> {
             carried.push(Carried { inside: v, first: *known.get(&v)?, behind: v });
         }
         let behind = self.scalar(behind_pairs([from, to], step), out);
-        let body = |p: &mut Self, names: &mut Names| p.pair_of_rounds(turn, &numbers, names);
-        let pairs = self.rounds((lo, Index::Value(behind), 2 * step), &carried, names, body)?;
+        let mut rest = lo;
+        if self.scores_ahead(turn) {
+            let sum = self.score_sum()?;
+            let first = self.first_scores(turn, (lo, hi), names, out)?;
+            carried.push(Carried { inside: sum, first, behind: sum });
+            rest = Index::Value(self.scalar(last_of_own([from, to], step), out));
+            let body = |p: &mut Self, names: &mut Names| p.pair_of_rounds(turn, &numbers, true, names);
+            let ahead = self.rounds((lo, rest, 2 * step), &carried, names, body)?;
+            out.push(ahead);
+            self.go_on(&mut carried, names)?;
+        }
+        let body = |p: &mut Self, names: &mut Names| p.pair_of_rounds(turn, &numbers, false, names);
+        let pairs = self.rounds((rest, Index::Value(behind), 2 * step), &carried, names, body)?;
         out.push(pairs);
         // A tile may have no round, and then no product brings the warps together.
         let scored = [Op::Barrier, Op::Release { channel: QUERIES, lag: 0 }].map(plain);
@@ -172,11 +189,12 @@ impl<'a> Planner<'a> {
     }
 
     /// Two rounds, one of them scored here. The other's values are added behind those of the own round, or, where the own round is the
-    /// second, while its softmax runs.
+    /// second, while its softmax runs. Where scores are made ahead, those of the next own round follow, if there is one.
     fn pair_of_rounds(
         &mut self,
         turn: &Turn<'_>,
         carried: &[usize],
+        next_follows: bool,
         names: &mut Names,
     ) -> Option<(Vec<Inst>, Vec<ValueId>)> {
         let step = self.step();
@@ -186,15 +204,31 @@ impl<'a> Planner<'a> {
         names.insert(self.a.body.args[0], own);
         let next = self.moved(own, 2 * step, &mut insts);
         let mut rows = Vec::new();
+        let mut scores = None;
         let known = if turn.number == 0 {
-            let (known, others) = self.own_round(turn, Some(next), (None, true), names, &mut insts)?;
-            let read = self.add_others(turn, &others?, 0, true, names, &mut insts)?;
+            let ahead = self.scores_ahead(turn);
+            let known_next = (!ahead).then_some(next);
+            let (known, others) = self.own_round(turn, known_next, (None, true), names, &mut insts)?;
+            // One more stage of these values is waited for if scores follow.
+            let lag = u32::from(next_follows);
+            let read = self.add_others(turn, &others?, lag, true, names, &mut insts)?;
             let late = self.take_late(turn, true, names, &mut insts);
-            insts.extend(read.into_iter().chain(late));
+            let given_back = read.into_iter().chain(late).collect();
             for &i in &carried[1..] {
                 rows.push(*names.get(&self.a.body.args[1 + i])?);
             }
-            known
+            if next_follows {
+                let (known, sum) = self.next_scores(turn, next, given_back, names, &mut insts)?;
+                scores = Some(sum);
+                known
+            } else {
+                insts.extend(given_back);
+                if ahead {
+                    // Nobody reads them: no register is to hold those of this round until then.
+                    scores = Some(self.zeros(self.score_sum()?, &mut insts)?);
+                }
+                if ahead { names.clone() } else { known }
+            }
         } else {
             let others = self.others_values(turn, &mut insts)?;
             self.own_round(turn, Some(next), (Some(others), false), names, &mut insts)?.0
@@ -204,7 +238,69 @@ impl<'a> Planner<'a> {
         for v in &turn.ahead {
             yields.push(*known.get(v)?);
         }
+        yields.extend(scores);
         Some((insts, yields))
+    }
+
+    /// Whether a warpgroup scores its next round while the other's values of this one are multiplied, and gives those back then: where keys are
+    /// copied, so that they are there, and the accumulator and scores of a round leave registers.
+    fn scores_ahead(&self, turn: &Turn<'_>) -> bool {
+        turn.number == 0 && self.turns_order()
+    }
+
+    /// The program's scores.
+    fn score_sum(&self) -> Option<ValueId> {
+        Some(self.a.scores.last()?.dot.results[0])
+    }
+
+    /// Scores of the first round, if there is one.
+    fn first_scores(
+        &mut self,
+        turn: &Turn<'_>,
+        (lo, hi): (Index, Index),
+        names: &mut Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<ValueId> {
+        /// More than there are rounds.
+        const ONCE: u32 = 1 << 30;
+        let sum = self.score_sum()?;
+        let none = self.zeros(sum, out)?;
+        let carried = [Carried { inside: sum, first: none, behind: sum }];
+        let order = self.order_of(turn.number);
+        let first = self.rounds((lo, hi, ONCE), &carried, names, |p, _| {
+            let (mut scored, mut insts) = (Scored::default(), Vec::new());
+            p.scored(&order, &turn.queries, &mut scored, &mut insts);
+            Some((insts, vec![scored.sum?]))
+        })?;
+        out.push(first);
+        names.get(&sum).copied()
+    }
+
+    /// Scores of the next own round, behind the products that read what is then given back, and what that round knows from its number alone.
+    fn next_scores(
+        &mut self,
+        turn: &Turn<'_>,
+        next: ValueId,
+        given_back: Vec<Inst>,
+        names: &Names,
+        insts: &mut Vec<Inst>,
+    ) -> Option<(Names, ValueId)> {
+        let order = self.order_of(turn.number);
+        let mut scored = Scored::default();
+        self.scored(&order[..1], &turn.queries, &mut scored, insts);
+        insts.extend(given_back);
+        self.scored(&order[1..], &turn.queries, &mut scored, insts);
+        let known = self.known_in(turn.split, next, names, insts)?;
+        Some((known, scored.sum?))
+    }
+
+    /// Zeros like a value of the program, of f32.
+    fn zeros(&mut self, like: ValueId, insts: &mut Vec<Inst>) -> Option<ValueId> {
+        let Type::Tile(t) = self.program.ty(like).clone() else { return None };
+        let full = tile::Op::Full { value: tile::Scalar::F32(0.0), shape: t.shape.clone() };
+        let v = self.values.fresh(Type::Tile(t), Place::Lazy);
+        insts.push(Inst { results: vec![v], op: Op::Tile(full), scratch: None });
+        Some(v)
     }
 
     /// The round behind the last pair: `a` scores it, and nothing comes from `b` any more.
@@ -250,15 +346,21 @@ impl<'a> Planner<'a> {
         insts: &mut Vec<Inst>,
     ) -> Option<(Names, Option<Others>)> {
         let own = self.parts.iter().position(|p| p.group == Some(turn.number))?;
-        let mut scored = Scored::default();
-        self.scored(&self.order_of(turn.number), &turn.queries, &mut scored, insts);
+        let keys = if self.scores_ahead(turn) {
+            // Scores are made, and the stage is the last that was waited for.
+            let [_, keys, _] = self.a.shape;
+            self.take(self.key_channel(own), 0, self.a.dtype, &[keys, self.parts[own].columns[1]], insts)
+        } else {
+            let mut scored = Scored::default();
+            self.scored(&self.order_of(turn.number), &turn.queries, &mut scored, insts);
+            names.insert(self.score_sum()?, scored.sum?);
+            scored.taken.iter().find(|t| t.0 == own)?.1
+        };
         let read = match before {
             // One more stage of the values was waited for since.
             Some(others) => self.add_others(turn, &others, 1, true, names, insts)?,
             None => Vec::new(),
         };
-        names.insert(self.a.scores.last()?.dot.results[0], scored.sum?);
-        let keys = scored.taken.iter().find(|t| t.0 == own)?.1;
         // While the products run: what the next round knows already.
         let known = match next {
             Some(next) => self.known_in(turn.split, next, names, insts)?,
@@ -377,6 +479,21 @@ impl<'a> Planner<'a> {
         names.insert(self.a.carried_acc(), acc);
         Some(vec![plain(Op::Release { channel: others.channel, lag }), plain(Op::Release { channel: weights, lag: 0 })])
     }
+}
+
+/// The number of the last round that `a` scores of `lo..hi`: `lo + (max(hi − lo, 1) − 1) / (2 step) · 2 step`, `lo` if there is none.
+fn last_of_own(bounds: [ValueId; 2], step: u32) -> tile::Op {
+    let insts = vec![
+        arithmetic(ScalarOp::Sub, &[MapArg::Input(1), MapArg::Input(0)]),
+        constant(1),
+        arithmetic(ScalarOp::Max, &[MapArg::Inst(0), MapArg::Inst(1)]),
+        arithmetic(ScalarOp::Sub, &[MapArg::Inst(2), MapArg::Inst(1)]),
+        constant((2 * step) as i32),
+        arithmetic(ScalarOp::Div, &[MapArg::Inst(3), MapArg::Inst(4)]),
+        arithmetic(ScalarOp::Mul, &[MapArg::Inst(5), MapArg::Inst(4)]),
+        arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(6)]),
+    ];
+    mapped(bounds.to_vec(), insts)
 }
 
 /// The number of the round behind the last pair of `lo..hi`: `lo + (hi − lo + step − 1) / (2 step) · 2 step`.
