@@ -40,9 +40,9 @@ pub const V32_SCALE: f32 = 0.135_233_78;
 pub const SEQUENCES: [u32; 10] = [1, 2, 4, 8, 16, 32, 64, 96, 128, 1024];
 /// Tokens that prefill takes at most, by class. The first is so small that a matrix of its scores has less than 64 MiB.
 pub const TOKENS: [u32; 2] = [64, 16384];
-/// How the chain of a prefill is made: scores of a piece are a matrix in memory, 128 MiB with 32K columns or more, beside its selection. (Scores and
-/// selection in one kernel need no matrix, and take a fifth longer.)
-pub const PIECES: Pieces = Pieces { tokens: 2048, bytes: 136 << 20 };
+/// How scores and selection of a prefill's chain are made: scores of a piece are a matrix in memory, 128 MiB with 32K columns or more. Attention
+/// follows, of all tokens. (Scores and selection in one kernel need no matrix, and take a fifth longer.)
+pub const PIECES: Pieces = Pieces { tokens: 2048, bytes: 128 << 20 };
 /// Pages a cache may have.
 const MAX_PAGES: u32 = 1 << 24;
 

@@ -57,12 +57,13 @@ struct Call<'a> {
     syms: SymValues,
     /// Sizes of the pieces that it is made in, but for the last.
     piece: SymValues,
-    /// Parts of a piece's workspace, and bytes of all.
+    /// Parts of the workspace, and bytes of all.
     parts: Vec<u64>,
     workspace: u64,
 }
 
 /// A call's arguments from one of its pieces on.
+#[derive(Clone, Copy)]
 struct PieceOf<'a, 'b> {
     call: &'a Call<'a>,
     tensors: &'a [Tensor<'b>],
@@ -140,22 +141,28 @@ impl Library {
             check_address(arg, tensor.data, bytes)?;
         }
         check_workspace(&call, workspace)?;
+        let (in_pieces, once) = call.entry.launches.split_at(call.entry.pieced as usize);
+        let whole = PieceOf { call: &call, tensors, workspace: workspace.0, number: 0, syms: call.syms };
         let each = call.piece.get(Sym::T);
-        for number in 0..call.syms.get(Sym::T).div_ceil(each) {
+        for number in (0..call.syms.get(Sym::T).div_ceil(each)).filter(|_| !in_pieces.is_empty()) {
             let tokens = each.min(call.syms.get(Sym::T) - number * each);
-            let syms = call.syms.with(Sym::T, tokens);
-            let piece = PieceOf { call: &call, tensors, workspace: workspace.0, number: number as usize, syms };
+            let piece = PieceOf { number: number as usize, syms: call.syms.with(Sym::T, tokens), ..whole };
             // SAFETY: the caller vouches for the memory, of which this is a part.
-            unsafe { self.launch_piece(&piece, stream)? };
+            unsafe { self.launch_piece(&piece, in_pieces, stream)? };
         }
-        Ok(())
+        // SAFETY: as above.
+        unsafe { self.launch_piece(&whole, once, stream) }
     }
 
     /// # Safety
     /// As [`Library::launch`].
-    unsafe fn launch_piece(&self, piece: &PieceOf, stream: *mut c_void) -> Result<(), CallError> {
+    unsafe fn launch_piece(
+        &self,
+        piece: &PieceOf,
+        launches: &[dsc_ir::artifact::Launch],
+        stream: *mut c_void,
+    ) -> Result<(), CallError> {
         let kernels = &self.header().kernels;
-        let launches = &piece.call.entry.launches;
         match &self.device {
             Place::Cpu(device) => {
                 let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
@@ -195,7 +202,7 @@ impl Library {
             match entry.symbols(&shapes) {
                 Ok(syms) => {
                     let piece = entry.piece(&syms);
-                    let (parts, workspace) = entry.workspace(&piece).unwrap_or((Vec::new(), u64::MAX));
+                    let (parts, workspace) = entry.workspace(&syms, &piece).unwrap_or((Vec::new(), u64::MAX));
                     return Ok(Call { entry, syms, piece, parts, workspace });
                 }
                 // Of classes that are refused for as good a reason, the last is the largest.
@@ -223,14 +230,13 @@ impl PieceOf<'_, '_> {
         let Call { entry, piece, parts, .. } = self.call;
         let mut places = Vec::with_capacity(params.len());
         for (param, &arg) in params.iter().zip(&launch.args) {
-            let base = match arg {
-                Arg::Caller(i) => {
-                    let before = entry.piece_bytes(i as usize, piece) as usize * self.number;
-                    self.tensors.get(i as usize).map(|t| t.data.wrapping_byte_add(before))
-                }
+            let before = entry.piece_bytes(arg, piece) as usize * self.number;
+            let start = match arg {
+                Arg::Caller(i) => self.tensors.get(i as usize).map(|t| t.data),
                 Arg::Workspace(i) => parts.get(i as usize).map(|&at| self.workspace.wrapping_byte_add(at as usize)),
                 _ => None,
             };
+            let base = start.map(|start| start.wrapping_byte_add(before));
             let fault = |what: String| DeviceError::Binding { launch: 0, node: launch.node.clone(), what };
             let missing = || fault(format!("parameter {} is bound to {arg:?}", param.name));
             let (bytes, at) = entry.buffer(arg, &self.syms).ok_or_else(missing)?;

@@ -337,11 +337,14 @@ fn summary(args: &Args, output: &Path, compiled: &Compiled, took: Duration) -> R
         ]
     });
     let entries = header.entries.iter().map(|e| {
-        let workspace = e.workspace(&e.piece(&e.max)).map_or(0, |w| w.1);
+        let workspace = e.workspace(&e.max, &e.piece(&e.max)).map_or(0, |w| w.1);
         vec![
             format!("  {}", e.op),
             e.class.clone(),
-            format!("{} launches{}", e.launches.len(), if e.pieces.is_some() { " a piece" } else { "" }),
+            match e.pieced {
+                0 => format!("{} launches", e.launches.len()),
+                n => format!("{n} launches a piece, {} behind them", e.launches.len() - n as usize),
+            },
             format!("at most {} of workspace", bytes(workspace)),
         ]
     });

@@ -1,6 +1,7 @@
 //! Every operation of a small library: compiled for the CPU, called through the runtime, compared with the graph interpreter.
 
 use super::*;
+use crate::plan::wide::Wide;
 use dsc_ir::artifact::{ArgElem, Entry, EntryArg};
 use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
 use dsc_ir::graph::interp::{Cache, Interp, StepValue};
@@ -27,29 +28,34 @@ fn small() -> LibraryFacts {
 /// A small library, compiled once.
 fn library() -> &'static Library {
     static LIBRARY: OnceLock<(tempfile::TempDir, Library)> = OnceLock::new();
-    &LIBRARY
-        .get_or_init(|| {
-            let options = Options {
-                target: "cpu".into(),
-                codegen: TargetOptions::default(),
-                facts: small(),
-                schedules: Vec::new(),
-            };
-            let mut compiled = compile(&options, &mut |_| ()).expect("it compiles");
-            // For the CPU no call needs to be cut: here one is, so that it is tried.
-            let cut = compiled.header.entries.iter_mut().find(|e| e.op == "prefill" && e.max.get(Sym::T) > 64);
-            cut.expect("a class of many tokens").pieces = Some(Pieces { tokens: 64, bytes: 1 });
-            let sections: Vec<(String, Vec<u8>)> =
-                compiled.header.sections.iter().map(|s| section(&compiled, s)).collect();
-            let sections: Vec<(&str, &[u8])> = sections.iter().map(|(n, b)| (n.as_str(), b.as_slice())).collect();
-            let bytes = dsc_ir::artifact::write(&mut compiled.header, &sections);
-            let dir = tempfile::tempdir().expect("a folder");
-            let path = dir.path().join("small.dsc");
-            std::fs::write(&path, bytes).expect("room");
-            let library = Library::open(&path, 2, 0).expect("it opens");
-            (dir, library)
-        })
-        .1
+    &LIBRARY.get_or_init(|| opened(&*dsc_targets::target("cpu", false).expect("it is there"), |_| ())).1
+}
+
+/// The same as if for many blocks at once. A prefill of more than 64 tokens is cut.
+fn in_pieces() -> &'static Library {
+    static LIBRARY: OnceLock<(tempfile::TempDir, Library)> = OnceLock::new();
+    let cut = |compiled: &mut Compiled| {
+        let cut = compiled.header.entries.iter_mut().find(|e| e.op == "prefill" && e.max.get(Sym::T) > 64);
+        let cut = cut.expect("a class of many tokens");
+        assert_eq!((cut.pieces, cut.pieced, cut.launches.len()), (Some(PIECES), 2, 3));
+        cut.pieces = Some(Pieces { tokens: 64, bytes: 1 });
+    };
+    &LIBRARY.get_or_init(|| opened(&Wide(dsc_targets::target("cpu", false).expect("it is there")), cut)).1
+}
+
+fn opened(target: &dyn Target, edit: impl FnOnce(&mut Compiled)) -> (tempfile::TempDir, Library) {
+    let options =
+        Options { target: "cpu".into(), codegen: TargetOptions::default(), facts: small(), schedules: Vec::new() };
+    let mut compiled = compile_for(target, &options, &mut |_| ()).expect("it compiles");
+    edit(&mut compiled);
+    let sections: Vec<(String, Vec<u8>)> = compiled.header.sections.iter().map(|s| section(&compiled, s)).collect();
+    let sections: Vec<(&str, &[u8])> = sections.iter().map(|(n, b)| (n.as_str(), b.as_slice())).collect();
+    let bytes = dsc_ir::artifact::write(&mut compiled.header, &sections);
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("small.dsc");
+    std::fs::write(&path, bytes).expect("room");
+    let library = Library::open(&path, 2, 0).expect("it opens");
+    (dir, library)
 }
 
 fn section(compiled: &Compiled, s: &dsc_ir::artifact::Section) -> (String, Vec<u8>) {
@@ -174,6 +180,7 @@ impl Array {
 
 /// The arguments of one call, by name.
 struct Made {
+    library: &'static Library,
     entry: &'static Entry,
     syms: SymValues,
     arrays: Vec<Array>,
@@ -181,14 +188,18 @@ struct Made {
 
 impl Made {
     fn new(op: &str, syms: SymValues) -> Made {
-        let entry = library().header().entries.iter().find(|e| e.op == op).expect("an operation");
+        Made::of(library(), op, syms)
+    }
+
+    fn of(library: &'static Library, op: &str, syms: SymValues) -> Made {
+        let entry = library.header().entries.iter().find(|e| e.op == op).expect("an operation");
         let mut random = Random(7 + op.len() as u64 * 1000 + u64::from(syms.get(Sym::T)));
         let make = |arg: &EntryArg| {
             let mut array = Array::new(arg, &syms);
             array.fill(arg, &mut random);
             array
         };
-        Made { entry, syms, arrays: entry.args.iter().map(make).collect() }
+        Made { library, entry, syms, arrays: entry.args.iter().map(make).collect() }
     }
 
     fn place(&self, name: &str) -> usize {
@@ -212,12 +223,12 @@ impl Made {
 
     fn call(&self) -> Result<(), CallError> {
         let tensors: Vec<Tensor> = self.arrays.iter().map(Array::tensor).collect();
-        let bytes = library().workspace_bytes(&self.entry.op, &tensors)?;
+        let bytes = self.library.workspace_bytes(&self.entry.op, &tensors)?;
         let mut workspace = vec![[0u128; 16]; bytes.div_ceil(256) as usize + 1];
         let at = workspace.as_mut_ptr().cast::<u8>();
         let at = at.wrapping_add(at.align_offset(256));
         // SAFETY: the arrays and the workspace are of the sizes that were asked for, and outlive the call.
-        unsafe { library().launch(&self.entry.op, &tensors, (at.cast(), bytes), std::ptr::null_mut()) }
+        unsafe { self.library.launch(&self.entry.op, &tensors, (at.cast(), bytes), std::ptr::null_mut()) }
     }
 
     /// What the interpreter makes of the same arguments.
@@ -363,9 +374,9 @@ fn chains() {
         made.set("ends", &ends);
         made.check(2e-2, |_| true);
     }
-    // The last in three pieces.
-    for t in [5, 70, 150] {
-        let mut made = Made::new("prefill", sizes(t, 1, 1, 1, 200));
+    // In one piece, two and three, but for attention.
+    for (library, t) in [(library(), 5), (library(), 70), (in_pieces(), 5), (in_pieces(), 70), (in_pieces(), 150)] {
+        let mut made = Made::of(library, "prefill", sizes(t, 1, 1, 1, 200));
         let ends: Vec<i32> = (0..t as i32).map(|i| 200 - (i * 29) % 190).collect();
         made.set("ends", &ends);
         made.set("starts", &ends.iter().map(|&e| (e - 100).max(0)).collect::<Vec<_>>());

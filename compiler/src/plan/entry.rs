@@ -22,7 +22,7 @@ pub struct Function {
     pub graph: Graph,
     /// See [`Entry::relations`].
     pub relations: Vec<(Extent, Extent)>,
-    /// See [`Entry::pieces`].
+    /// How the launches up to the last that has a matrix of scores are made, if there is one; see [`Entry::pieces`].
     pub pieces: Option<Pieces>,
 }
 
@@ -62,7 +62,8 @@ fn plan_entry(
         args: memory.args.clone(),
         workspace: memory.workspace.clone(),
         launches: Vec::new(),
-        pieces: *pieces,
+        pieces: None,
+        pieced: 0,
     };
     let bind = |arg: &ArgRef| {
         memory.bind(graph, arg).ok_or_else(|| PlanError::Unbound {
@@ -73,7 +74,20 @@ fn plan_entry(
     for &node in &launches {
         entry.launches.push(launch(plan, interned, (class, graph, node), scheduler, &bind)?);
     }
+    if let Some(pieces) = pieces {
+        entry.pieced = up_to_matrices(&entry);
+        entry.pieces = (entry.pieced > 0).then_some(*pieces);
+    }
     Ok(entry)
+}
+
+/// How many launches there are up to the last that has a matrix in the workspace with a row a token and a column a position.
+fn up_to_matrices(entry: &Entry) -> u32 {
+    let matrix = |arg: &Arg| match arg {
+        Arg::Workspace(i) => entry.workspace[*i as usize].shape == [Sym::T.into(), Sym::C.into()],
+        _ => false,
+    };
+    entry.launches.iter().rposition(|l| l.args.iter().any(matrix)).map_or(0, |last| last as u32 + 1)
 }
 
 /// What each array is bound to.

@@ -10,6 +10,8 @@
 pub mod entry;
 pub mod memory;
 mod pieces;
+#[cfg(test)]
+pub(crate) mod wide;
 
 use crate::kernels::{self, ArgRef, Emitted, Part};
 use crate::passes::Class;

@@ -95,7 +95,7 @@ pub struct WorkspacePart {
 pub struct Pieces {
     /// Tokens of a piece at most: a power of two, so that what has an element a token stays aligned.
     pub tokens: u32,
-    /// Bytes of a piece's workspace at most, or of a loop's matrix, unless [`Pieces::FEWEST`] tokens take more.
+    /// Bytes at most of the workspace that pieces have in turn, or of a loop's matrix, unless [`Pieces::FEWEST`] tokens take more.
     pub bytes: u64,
 }
 
@@ -124,8 +124,10 @@ pub struct Entry {
     pub workspace: Vec<WorkspacePart>,
     /// Launches in order.
     pub launches: Vec<Launch>,
-    /// Whether it is made in pieces: then tokens are the first dim of all that has them, and no token needs another.
+    /// Whether some are made in pieces: then tokens are the first dim of all that these have of them, and no token needs another.
     pub pieces: Option<Pieces>,
+    /// How many, from the first on; the others are made once, behind all pieces. What both have of the workspace is that of all tokens.
+    pub pieced: u32,
 }
 
 /// Why a call is not one of a class; of several classes the latest says most.
@@ -213,46 +215,63 @@ impl Entry {
         Ok(syms)
     }
 
-    /// The sizes of the first piece of a call, which is its largest: half as many tokens, and half of that, until the workspace is small enough.
+    /// The sizes of the first piece of a call, which is its largest: half as many tokens, and half of that, until what pieces have in turn is small
+    /// enough.
     pub fn piece(&self, syms: &SymValues) -> SymValues {
         let Some(pieces) = self.pieces else { return *syms };
-        let fits = |n: u32| self.workspace(&syms.with(Sym::T, n)).is_some_and(|w| w.1 <= pieces.bytes);
+        let in_turn = |syms: &SymValues| {
+            let own = (0..self.workspace.len()).filter(|&i| !self.is_whole(i));
+            own.map(|i| self.part_bytes(i, syms)).try_fold(0u64, |n, bytes| n.checked_add(bytes?))
+        };
         let mut tokens = pieces.tokens;
-        while tokens > Pieces::FEWEST && !fits(tokens) {
+        while tokens > Pieces::FEWEST && in_turn(&syms.with(Sym::T, tokens)).is_none_or(|n| n > pieces.bytes) {
             tokens /= 2;
         }
         syms.with(Sym::T, tokens.min(syms.get(Sym::T)).max(1))
     }
 
-    /// Bytes from a piece's first token to the next piece's in an argument, if pieces have so many tokens; 0 in what they share.
-    pub fn piece_bytes(&self, arg: usize, piece: &SymValues) -> u64 {
-        let by_token = |a: &&EntryArg| a.shape.first().is_some_and(|e| e.sym == Some(Sym::T));
-        self.args.get(arg).filter(by_token).and_then(|a| a.bytes(piece)).unwrap_or(0)
+    /// Whether a part of the workspace is that of all tokens of a call: no piece makes it, or not for itself alone.
+    fn is_whole(&self, part: usize) -> bool {
+        let once = self.launches.get(self.pieced as usize..).unwrap_or_default();
+        self.pieces.is_none() || once.iter().any(|l| l.args.contains(&Arg::Workspace(part as u32)))
     }
 
-    /// Where each part of the workspace starts, and the bytes of all.
-    pub fn workspace(&self, syms: &SymValues) -> Option<(Vec<u64>, u64)> {
+    /// Bytes from a piece's first token to the next piece's in an argument of a launch, if pieces have so many tokens; 0 in what they share.
+    pub fn piece_bytes(&self, arg: Arg, piece: &SymValues) -> u64 {
+        let (shape, bytes) = match arg {
+            Arg::Caller(i) => (self.args.get(i as usize).map(|a| &a.shape), self.buffer(arg, piece)),
+            Arg::Workspace(i) if self.is_whole(i as usize) => {
+                (self.workspace.get(i as usize).map(|w| &w.shape), self.buffer(arg, piece))
+            }
+            _ => (None, None),
+        };
+        let by_token = shape.and_then(|s| s.first()).is_some_and(|e| e.sym == Some(Sym::T));
+        bytes.filter(|_| by_token).map_or(0, |b| b.0)
+    }
+
+    /// Bytes of a part of the workspace.
+    fn part_bytes(&self, part: usize, syms: &SymValues) -> Option<u64> {
+        let part = self.workspace.get(part)?;
+        part.shape.iter().try_fold(u64::from(part.element_bytes), |n, e| n.checked_mul(e.eval(syms)))
+    }
+
+    /// Where each part of the workspace of a call starts, and the bytes of all; of what pieces have in turn, one of that size.
+    pub fn workspace(&self, syms: &SymValues, piece: &SymValues) -> Option<(Vec<u64>, u64)> {
         let mut at = 0u64;
         let mut starts = Vec::with_capacity(self.workspace.len());
-        for part in &self.workspace {
+        for part in 0..self.workspace.len() {
             starts.push(at);
-            let bytes =
-                part.shape.iter().try_fold(u64::from(part.element_bytes), |n, e| n.checked_mul(e.eval(syms)))?;
+            let bytes = self.part_bytes(part, if self.is_whole(part) { syms } else { piece })?;
             at = at.checked_add(bytes.checked_next_multiple_of(WORKSPACE_ALIGN)?)?;
         }
         Some((starts, at))
     }
 
-    /// Bytes of the memory behind an argument of a launch, and the argument's place in it.
+    /// Bytes of the memory behind an argument of a launch of that size, and the argument's place in it.
     pub fn buffer(&self, arg: Arg, syms: &SymValues) -> Option<(u64, u64)> {
         match arg {
             Arg::Caller(i) => Some((self.args.get(i as usize)?.bytes(syms)?, 0)),
-            Arg::Workspace(i) => {
-                let (starts, bytes) = self.workspace(syms)?;
-                let start = *starts.get(i as usize)?;
-                let end = starts.get(i as usize + 1).copied().unwrap_or(bytes);
-                Some((end - start, 0))
-            }
+            Arg::Workspace(i) => Some((self.part_bytes(i as usize, syms)?, 0)),
             _ => None,
         }
     }
@@ -289,15 +308,20 @@ impl Entry {
         expect(self.args.iter().all(pages), "an argument's type or pages cannot be");
         expect(self.relations.iter().all(|(a, _)| a.factor == 1), "a relation binds a multiple");
         let tokens = |e: &Extent| e.sym == Some(Sym::T);
-        let leads = |a: &EntryArg| {
-            !a.shape.iter().skip(1).any(tokens) && a.shape.first().is_none_or(|e| !tokens(e) || e.factor == 1)
+        let leads = |shape: &[Extent]| {
+            !shape.iter().skip(1).any(tokens) && shape.first().is_none_or(|e| !tokens(e) || e.factor == 1)
         };
-        let apart = self.args.iter().all(leads) && !self.relations.iter().any(|(a, b)| tokens(a) || tokens(b));
+        let apart = self.args.iter().all(|a| leads(&a.shape))
+            && self.workspace.iter().enumerate().all(|(i, w)| !self.is_whole(i) || leads(&w.shape))
+            && !self.relations.iter().any(|(a, b)| tokens(a) || tokens(b));
         let even = |p: Pieces| p.tokens.is_power_of_two() && p.tokens >= Pieces::FEWEST;
         expect(self.pieces.is_none_or(|p| apart && even(p)), "it cannot be made in pieces of tokens");
+        let some = (self.pieced > 0) == self.pieces.is_some() && self.pieced as usize <= self.launches.len();
+        expect(some, "no such launches are made in pieces");
         let fits = |n: Option<u64>| n.is_some_and(|n| n <= MAX_BUFFER_BYTES);
         expect(self.args.iter().all(|a| fits(a.bytes(&self.max))), "an argument is beyond reason");
-        expect(fits(self.workspace(&self.max).map(|w| w.1)), "its workspace is beyond reason");
+        let workspace = self.workspace(&self.max, &self.piece(&self.max));
+        expect(fits(workspace.map(|w| w.1)), "its workspace is beyond reason");
         problems
     }
 }

@@ -151,9 +151,9 @@ fn every_cut_is_found() {
 #[test]
 fn other_versions_say_who_wrote_them() {
     let (_, mut bytes) = file();
-    bytes[8] = 4;
+    bytes[8] = 5;
     let error = read(&bytes).unwrap_err().to_string();
-    assert!(error.contains("version 4, written by 0.1.0") && error.contains("update dsc"), "{error}");
+    assert!(error.contains("version 5, written by 0.1.0") && error.contains("update dsc"), "{error}");
     bytes[8] = 0;
     assert!(read(&bytes).unwrap_err().to_string().ends_with("compile the model again"));
     bytes[60] ^= 1;
@@ -319,6 +319,7 @@ fn entry() -> Entry {
         ],
         launches: Vec::new(),
         pieces: None,
+        pieced: 0,
     }
 }
 
@@ -326,15 +327,29 @@ fn entry() -> Entry {
 fn calls_are_cut_where_the_workspace_is_too_large() {
     let mut e = entry();
     e.relations.clear();
+    let launch = |args: &[Arg]| Launch { kernel: 0, args: args.to_vec(), node: "n".into() };
+    e.launches = vec![launch(&[Arg::Workspace(0)]), launch(&[Arg::Workspace(0), Arg::Workspace(1)])];
     let tokens = |e: &Entry, t: u32, c: u32| e.piece(&SymValues([t, 1, 1, 1, 1, c])).get(Sym::T);
     assert_eq!(tokens(&e, 5000, 1 << 17), 5000);
-    e.pieces = Some(Pieces { tokens: 1024, bytes: 128 << 20 });
-    // 4 bytes a column and 2 besides, each part rounded up.
+    (e.pieces, e.pieced) = (Some(Pieces { tokens: 1024, bytes: 128 << 20 }), 2);
+    // 4 bytes a column and 2 besides.
     assert_eq!([1, 700, 5000].map(|t| tokens(&e, t, 8192)), [1, 700, 1024]);
     assert_eq!([16384, 32768, 131072].map(|c| tokens(&e, 5000, c)), [1024, 512, 128]);
     assert_eq!([1 << 20, 1 << 30].map(|c| tokens(&e, 5000, c)), [64, 64]);
     let piece = SymValues([64, 3, 5, 1, 1, 7]);
-    assert_eq!([0, 1, 2, 3].map(|i| e.piece_bytes(i, &piece)), [64 * 3 * 4, 0, 64 * 4, 0]);
+    let pitches = |e: &Entry| {
+        let callers = [0, 1, 2, 3].map(|i| e.piece_bytes(Arg::Caller(i), &piece));
+        (callers, [0, 1].map(|i| e.piece_bytes(Arg::Workspace(i), &piece)))
+    };
+    assert_eq!(pitches(&e), ([64 * 3 * 4, 0, 64 * 4, 0], [0, 0]));
+    let call = SymValues([150, 3, 5, 1, 1, 7]);
+    let workspace = |e: &Entry| e.workspace(&call, &piece).unwrap();
+    assert_eq!(workspace(&e), (vec![0, 64 * 4 * 7], 64 * 4 * 7 + 256));
+    // What a launch behind the pieces needs is there for all tokens, and no reason to cut.
+    e.launches.push(launch(&[Arg::Workspace(1)]));
+    assert_eq!(pitches(&e), ([64 * 3 * 4, 0, 64 * 4, 0], [0, 64 * 2]));
+    assert_eq!(workspace(&e), (vec![0, 64 * 4 * 7], 64 * 4 * 7 + 512));
+    assert_eq!([16384, 32768, 131072].map(|c| tokens(&e, 5000, c)), [1024, 1024, 256]);
 }
 
 #[test]
@@ -347,9 +362,10 @@ fn shapes_of_a_call_bind_its_sizes() {
     let unrelated = "T is 3, wants 2*S where T = 3, S = 2, P = 3".to_string();
     assert_eq!(syms([&[3, 3], &[2, 3], &[3]]), Err((1, unrelated)));
     assert_eq!(syms([&[10, 3], &[5, 3], &[10]]), Err((2, "10 T are more than 8".into())));
-    let (starts, bytes) = e.workspace(&SymValues([4, 2, 3, 1, 1, 192])).unwrap();
+    let syms = SymValues([4, 2, 3, 1, 1, 192]);
+    let (starts, bytes) = e.workspace(&syms, &syms).unwrap();
     assert_eq!((starts, bytes), (vec![0, 3072], 3072 + 256));
-    assert_eq!(e.buffer(Arg::Workspace(1), &e.max), Some((256, 0)));
+    assert_eq!(e.buffer(Arg::Workspace(1), &e.max), Some((16, 0)));
     assert_eq!(e.buffer(Arg::Caller(2), &e.max), Some((32, 0)));
     assert_eq!([Arg::Caller(3), Arg::Workspace(2), Arg::Arena(0)].map(|a| e.buffer(a, &e.max)), [None; 3]);
     assert!(e.args[1].pitched() && !e.args[0].pitched() && !e.args[2].pitched());
@@ -378,6 +394,9 @@ fn what_is_wrong_with_an_entry_point_is_found() {
         wrong(&|e| (e.pieces, e.relations) = (cut(tokens), Vec::new()), "in pieces");
     }
     wrong(&|e| (e.pieces, e.relations[0].0, e.args[1].shape[1]) = (cut(64), Sym::L.into(), Sym::T.into()), "in pieces");
+    wrong(&|e| (e.pieces, e.relations) = (cut(64), Vec::new()), "no such launches");
+    wrong(&|e| e.pieced = 1, "no such launches");
+    wrong(&|e| (e.pieces, e.pieced, e.relations) = (cut(64), 1, Vec::new()), "no such launches");
     let launch = |arg| Launch { kernel: 0, args: vec![arg], node: "n".into() };
     wrong(&|e| e.launches = vec![launch(Arg::Caller(9))], "does not exist");
     wrong(&|e| e.launches = vec![launch(Arg::Arena(0))], "does not exist");
