@@ -208,6 +208,7 @@ pub fn context(target: &dyn Target, class: Class, numerics: Numerics, bf16_weigh
         block_bytes: target.block_bytes(),
         teams: target.teams(),
         boxes: target.copies_boxes(),
+        beside: target.runs_beside(),
         numerics,
         index_topk,
     }

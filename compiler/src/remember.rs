@@ -45,6 +45,10 @@ impl Target for Remember<'_> {
         self.target.copies_boxes()
     }
 
+    fn runs_beside(&self) -> bool {
+        self.target.runs_beside()
+    }
+
     fn selects_from_memory(&self) -> bool {
         self.target.selects_from_memory()
     }

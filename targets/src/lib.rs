@@ -180,6 +180,11 @@ pub trait Target {
         false
     }
 
+    /// Whether blocks of one launch run different products as fast as blocks of two launches do.
+    fn runs_beside(&self) -> bool {
+        false
+    }
+
     /// Whether scores of many tokens that go to memory and are selected from there take less time than both in one kernel.
     fn selects_from_memory(&self) -> bool {
         false

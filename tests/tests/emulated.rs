@@ -57,6 +57,10 @@ impl Target for Emulated {
         self.arch.has_tma
     }
 
+    fn runs_beside(&self) -> bool {
+        true
+    }
+
     fn block_bytes(&self) -> u32 {
         dsc_targets::gpu::block_bytes(&self.arch)
     }

@@ -178,6 +178,7 @@ fn pass_test(sections: &mut Vec<Section>, name: &str, flags: &[&str]) -> Outcome
         "fuse_heads" => passes::fuse_heads,
         "fuse_products" => passes::fuse_products,
         "fuse_rows" => passes::fuse_rows,
+        "fuse_beside" => passes::fuse_beside,
         "compact_tables" => passes::compact_tables,
         _ => return Err(format!("there is no pass {name}").into()),
     };
@@ -190,6 +191,7 @@ fn pass_test(sections: &mut Vec<Section>, name: &str, flags: &[&str]) -> Outcome
         blocks: if flags.contains(&"wide") { 132 } else { 0 },
         block_bytes: 192 << 10,
         boxes: true,
+        beside: true,
         teams: Default::default(),
         numerics,
         index_topk: 4,

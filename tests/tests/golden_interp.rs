@@ -245,6 +245,7 @@ fn tiny_model_deployed_on_wide_targets() {
             blocks: 132,
             block_bytes: 192 << 10,
             boxes: true,
+            beside: true,
             teams: Default::default(),
             numerics: Numerics::Deployed,
             index_topk: config.index_topk as u32,

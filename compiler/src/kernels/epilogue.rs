@@ -77,6 +77,14 @@ impl Epilogue {
         }
     }
 
+    /// A product of the body that nothing is fused with.
+    pub fn none(graph: &Graph, node: NodeId, body: &Graph, product: NodeId) -> Result<Epilogue, KernelError> {
+        match body.tensor(Value { node: product, output: 0 }).elem {
+            Elem::Plain(rounds) => Ok(Epilogue { product, combine: None, rounds, glu: None, quant: None }),
+            Elem::Quant(_) => Err(unsupported(graph, node, "a quantised result of an op that does not quantise")),
+        }
+    }
+
     /// Columns of the result for that many rows of the weight.
     pub fn columns(&self, rows: u32) -> u32 {
         if self.glu.is_some() { rows / 2 } else { rows }
@@ -104,11 +112,17 @@ impl Epilogue {
         self.name().replace('_', ", ")
     }
 
-    /// Parameters for `n` columns of results; `shape` gives the shape of the result for that many columns.
-    pub fn write(&self, e: &mut Emit, n: u32, shape: &dyn Fn(u32) -> Vec<Extent>) -> Result<Results, KernelError> {
-        let data = e.write("y", 0, Part::Data, Some(&shape(n)))?;
+    /// Parameters for `n` columns of results, an output of the node; `shape` gives the shape of the result for that many columns.
+    pub fn write(
+        &self,
+        e: &mut Emit,
+        output: u32,
+        n: u32,
+        shape: &dyn Fn(u32) -> Vec<Extent>,
+    ) -> Result<Results, KernelError> {
+        let data = e.write("y", output, Part::Data, Some(&shape(n)))?;
         let scales = match self.quant {
-            Some(q) => Some(e.write("y_scales", 0, Part::Scales, Some(&shape(n.div_ceil(q.block[1]))))?),
+            Some(q) => Some(e.write("y_scales", output, Part::Scales, Some(&shape(n.div_ceil(q.block[1]))))?),
             None => None,
         };
         Ok(Results { data, scales })

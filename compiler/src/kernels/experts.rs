@@ -78,7 +78,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     };
     let (orders, bounds) = (e.read("order", order)?, e.read("offsets", offsets)?);
     let owners = owners.map(|owners| e.read("owners", owners)).transpose()?;
-    let y = epilogue.write(&mut e, n, &|columns| vec![flat, columns.into()])?;
+    let y = epilogue.write(&mut e, 0, n, &|columns| vec![flat, columns.into()])?;
 
     let b = &mut e.b;
     let most = flat.eval(&class.max);
@@ -238,7 +238,8 @@ pub fn emit_route(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
     let owners = e.write("owners", 2, Part::Data, None)?;
 
     if schedule.tile_n > 0 {
-        route_by_experts(&mut e.b, (ids, flat, experts), [order, offsets, owners], [schedule.tile_n, chunk]);
+        let whole = u64::from(chunk) >= flat.eval(&class.max);
+        route_by_experts(&mut e.b, (ids, flat, experts), [order, offsets, owners], ([schedule.tile_n, chunk], whole));
         return e.finish(format!("route: {flat} rows to {experts} experts"));
     }
     let b = &mut e.b;
@@ -288,10 +289,11 @@ fn route_by_experts(
     b: &mut Builder,
     (ids, flat, experts): (ValueId, Extent, u32),
     [order, offsets, owners]: [ValueId; 3],
-    [own, chunk]: [u32; 2],
+    ([own, chunk], whole): ([u32; 2], bool),
 ) {
     let lines = (1 << (ALL_LINES / own).max(LINES).ilog2()).min(chunk);
-    let len = (chunk / lines).saturating_sub(1) | 1;
+    // All rows of a step at once, if that is what a chunk is to have.
+    let len = if whole { chunk.div_ceil(lines) } else { (chunk / lines).saturating_sub(1) } | 1;
     let chunk = lines * len;
     // One expert more than there are: its group is empty, and starts where the last one ends.
     let first = b.grid(experts + 1, own);

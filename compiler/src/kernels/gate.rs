@@ -4,7 +4,7 @@
 //!
 //! * `group_topk`: a top-2 of each of the `R · G` groups gives group scores; a top-k of those (ties to the lowest group) the kept
 //!   groups; other groups become −inf; a top-k of what is left the columns, ascending.
-//! * `take_along`: a one-hot comparison with column numbers and a sum, exact since one term is not zero.
+//! * `take_along`: a one-hot comparison with column numbers and a sum of the bits as integers, of which one is not zero: exact in any order.
 //! * `normalize`: divided by the row's sum, times the factor.
 //!
 //! * `append`: one more column.
@@ -79,13 +79,15 @@ pub(crate) fn take_along(b: &mut Builder, x: ValueId, columns: ValueId) -> Value
     let x = b.reshape(x, &[rows, 1, n]);
     let columns = b.reshape(columns, &[rows, k, 1]);
     let numbers = b.iota(2, &[1, 1, n]);
-    let integer = b.dtype(x) == DType::I32;
+    let dtype = b.dtype(x);
     let picked = b.map(&[x, columns, numbers], |m, v| {
         let here = m.eq(v[1], v[2]);
-        let zero = if integer { m.i32(0) } else { m.f32(0.0) };
-        m.select(here, v[0], zero)
+        let zero = m.i32(0);
+        let bits = if dtype == DType::I32 { v[0] } else { m.bitcast(v[0], DType::I32) };
+        m.select(here, bits, zero)
     });
     let picked = b.reduce(picked, 2, ReduceKind::Sum);
+    let picked = if dtype == DType::I32 { picked } else { b.map(&[picked], |m, v| m.bitcast(v[0], dtype)) };
     b.reshape(picked, &[rows, k])
 }
 

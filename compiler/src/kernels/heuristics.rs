@@ -55,6 +55,11 @@ pub fn shape_of(graph: &Graph, node: NodeId, class: &Class) -> KernelShape {
                         None => shape("linear", tokens, 1, 1, 1),
                     }
                 }
+                // The first is the larger.
+                FusedKind::Beside => match fused.body.outputs.first() {
+                    Some((_, first)) => product(&fused.body, first.node, class),
+                    None => shape("linear", tokens, 1, 1, 1),
+                },
                 FusedKind::Heads => shape("heads", tokens, last(graph, out), 1, dim(out, 1)),
                 FusedKind::Row => {
                     let heads = graph.ty(out).tensor().filter(|t| t.shape.len() == 3).map_or(1, |_| dim(out, 1));

@@ -17,6 +17,8 @@
 //!
 //! `linear_partial` has parts of the contracted columns as the last grid axis, and stores their sums apart.
 //!
+//! Two products of the same rows may share a launch ([`emit_beside`]): blocks choose by their number.
+//!
 //! Fused bodies: see `epilogue`. With SwiGLU a block has two accumulators, for the same columns of gate and up.
 //!
 //! `head_linear` is one such product a head, with heads as the last grid axis: the head's rows of `w` are the right operand, as
@@ -24,7 +26,7 @@
 //!
 //! Floors: `2 M N K` operations; `M K + N K + M N` elements. At `M` ≤ 16 the weight's bytes decide.
 
-use super::epilogue::{Epilogue, JOINED_ELEMENTS, Joined};
+use super::epilogue::{Epilogue, JOINED_ELEMENTS, Joined, Results};
 use super::view::{Emit, divided, merged, plus, product, range, sum, times};
 use super::{Class, Emitted, KernelError, Part, elem_name};
 use dsc_ir::Extent;
@@ -171,6 +173,7 @@ pub(crate) fn weight_scales(
 }
 
 /// The rows of an activation: `[M, K]`, or `[S, M, K]` where two symbols do not merge.
+#[derive(PartialEq)]
 struct Rows {
     batch: Option<Extent>,
     rows: Extent,
@@ -195,110 +198,234 @@ impl Rows {
 /// The kernel of an [`Op::Linear`] or [`Op::LinearPartial`] node, or of a fused one.
 pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
     let fused = super::body_of(graph, node)?;
-    let epilogue = Epilogue::of(graph, node, &fused.body)?;
-    let inputs = fused.body.inputs(epilogue.product);
-    let (x, w) = (inputs[0], inputs[1]);
-    let types = [fused.body.ty(x), fused.body.ty(w), &graph.dag[node].outputs[0]].map(elem_name);
-    let (rows_of_w, k) = match fused.body.tensor(w).shape[..] {
-        [n, k] => (n.factor, k.factor),
-        _ => return Err(super::unsupported(graph, node, "the weight is no matrix")),
-    };
-    let parts = match fused.body.dag[epilogue.product].op {
-        Op::LinearPartial { parts } => Some(parts),
-        _ => None,
-    };
-    let form = epilogue.name() + if parts.is_some() { "_part" } else { "" };
-    let name = format!("linear{form}_{}_{}_{}_n{rows_of_w}_k{k}", types[0], types[1], types[2]);
-    let mut e = Emit::new(graph, node, Some(&fused.body), &name);
-    let n = epilogue.columns(rows_of_w);
-    let rows = Rows::of(&e, x)?;
-    let mut step = k_step(&e, x, w, schedule)?;
-    let tm = tile(schedule.tile_m, 16, rows.rows.eval(&class.max));
-    let tn = epilogue.tile_n(tile(schedule.tile_n, 64, n.into()));
-    let (qx, qw) = (e.quant(x), e.quant(w));
-    let columns = parts.map(|parts| part_columns(k, parts));
-    if let Some(columns) = columns {
-        let plain = qx.is_none() && qw.is_none();
-        step = if plain && !columns.is_multiple_of(step) { 128 } else { step };
-        if !columns.is_multiple_of(step) {
-            return Err(e.unsupported(format!("parts of {columns} columns in steps of {step}")));
-        }
-    }
-    let xs = e.read_as("x", x, Part::Data, &rows.shape(k))?;
-    let ws = e.read("w", w)?;
-    let sx = match qx {
-        Some(q) if q.block[0] == 1 => {
-            Some(e.read_as("x_scales", x, Part::Scales, &rows.shape(k.div_ceil(q.block[1])))?)
-        }
-        Some(q) => return Err(e.unsupported(format!("activations with scale blocks of {} rows", q.block[0]))),
-        None => None,
-    };
-    let sw = match qw {
-        Some(q) => Some((e.read_scales("w_scales", w)?, q.block[0])),
-        None => None,
-    };
-    let shape = |columns: u32| match parts {
-        Some(parts) => vec![rows.rows, parts.into(), columns.into()],
-        None => rows.shape(columns),
-    };
-    let y = epilogue.write(&mut e, n, &shape)?;
-
+    let product = Product::of(graph, node, &fused.body, Epilogue::of(graph, node, &fused.body)?, 0)?;
+    let mut e = Emit::new(graph, node, Some(&fused.body), &product.name());
+    let product = product.declare(&mut e, 0, schedule, class)?;
     let b = &mut e.b;
-    let (m0, n0) = (b.grid(rows.rows, tm), b.grid(n, tn));
-    let batch = rows.batch.map(|s| b.grid(s, 1));
-    let part = parts.map(|parts| b.grid(parts, 1));
-    let (m0, n0) = (times(b, m0, tm), times(b, n0, tn));
-    let at = |column: Ix| -> Vec<Ix> { batch.iter().map(|&s| s.into()).chain([m0.into(), column]).collect() };
-    let load = |b: &mut Builder, view: ValueId, column: Ix, width: u32| {
-        let shape: Vec<u32> = batch.iter().map(|_| 1).chain([tm, width]).collect();
-        let tile = b.load(view, &at(column), &shape);
-        b.reshape(tile, &[tm, width])
+    let tile = [product.rows_axis(b), b.grid(product.n, product.tiles[1])];
+    let batch = product.rows.batch.map(|s| b.grid(s, 1));
+    let part = product.of.parts.map(|parts| b.grid(parts, 1));
+    product.tile(b, tile, batch, part);
+    let what = product.what();
+    e.finish(what)
+}
+
+/// The kernel of a [`FusedKind::Beside`](dsc_ir::graph::FusedKind::Beside) node. Axis 1 of the grid counts the blocks of the first product, then those
+/// of the second.
+pub fn emit_beside(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> Result<Emitted, KernelError> {
+    let fused = super::body_of(graph, node)?;
+    let body = &fused.body;
+    let product = |output: usize| {
+        let Some((_, value)) = body.outputs.get(output) else {
+            return Err(super::unsupported(graph, node, "less than two products side by side"));
+        };
+        Product::of(graph, node, body, Epilogue::none(graph, node, body, value.node)?, output as u32)
     };
-    let left = |b: &mut Builder, kk: Ix, width: u32| load(b, xs, kk, width);
-    let left_scales = sx.map(|s| move |b: &mut Builder, block: ValueId| load(b, s, block.into(), 1));
-    let offsets = epilogue.offsets(n);
-    let loads: Vec<_> = offsets
-        .iter()
-        .map(|&offset| {
-            move |b: &mut Builder, kk: Ix, width: u32| {
-                let row = plus(b, n0, offset as i32);
-                b.load(ws, &[row.into(), kk], &[tn, width])
-            }
-        })
-        .collect();
-    let scales: Vec<_> = offsets
-        .iter()
-        .map(|&offset| {
-            sw.map(|(s, r)| {
-                move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, offset, tn), r, None, block)
-            })
-        })
-        .collect();
-    let rights = loads
-        .iter()
-        .zip(&scales)
-        .map(|(load, s)| Right { load, scales: s.as_ref().map(|f| f as &LoadScales) })
-        .collect();
-    let product = Contraction {
-        shape: [tm, tn],
-        k,
-        step,
-        part: part.zip(columns),
-        left: &left,
-        left_scales: left_scales.as_ref().map(|f| f as &LoadScales),
-        rights,
-        transposed: true,
-    };
-    let accs = product.emit(b);
-    epilogue.finish(b, y, accs, n0, &|b, view, column, x| match part {
-        Some(part) => store(b, view, &[m0.into(), part.into(), column.into()], x, 1),
-        None => store(b, view, &at(column.into()), x, 0),
+    let (first, second) = (product(0)?, product(1)?);
+    let name = format!("{}_beside_{}", first.name(), second.name().trim_start_matches("linear_"));
+    let mut e = Emit::new(graph, node, Some(body), &name);
+    let (first, second) = (first.declare(&mut e, 0, schedule, class)?, second.declare(&mut e, 1, schedule, class)?);
+    if first.rows != second.rows || first.rows.batch.is_some() || first.tiles[0] != second.tiles[0] {
+        return Err(e.unsupported("products of different rows side by side"));
+    }
+    let b = &mut e.b;
+    let row = first.rows_axis(b);
+    let [of_first, of_second] = [&first, &second].map(|p| p.blocks().iter().product::<u32>());
+    let place = b.grid(of_first + of_second, 1);
+    let is_first = b.map(&[place], |m, v| {
+        let count = m.i32(of_first as i32);
+        m.lt(v[0], count)
     });
-    let what = epilogue.what();
-    e.finish(format!(
-        "linear {} x {}: [{} x {k}] · [{rows_of_w} x {k}]ᵀ{what} -> {}",
-        types[0], types[1], rows.rows, types[2]
-    ))
+    let arm = |b: &mut Builder, product: &Declared, place: ValueId| {
+        let [across, _] = product.blocks();
+        let column = if across == 1 { b.full_i32(0, &[]) } else { remainder(b, place, across) };
+        let part = product.of.parts.map(|_| divided(b, place, across));
+        product.tile(b, [row, column], None, part);
+        Vec::new()
+    };
+    b.if_(
+        is_first,
+        |b| arm(b, &first, place),
+        |b| {
+            let place = plus(b, place, -(of_first as i32));
+            arm(b, &second, place)
+        },
+    );
+    let what = [first.what(), second.what()].join(" | ");
+    e.finish(what)
+}
+
+/// `v % n` of a scalar that is not negative.
+fn remainder(b: &mut Builder, v: ValueId, n: u32) -> ValueId {
+    b.map(&[v], |m, v| {
+        let n = m.i32(n as i32);
+        m.rem(v[0], n)
+    })
+}
+
+/// A product of the body with what is fused with it.
+struct Product {
+    epilogue: Epilogue,
+    x: Value,
+    w: Value,
+    /// Rows and columns of the weight.
+    weight: [u32; 2],
+    parts: Option<u32>,
+    /// Elements of the activation, the weight, the result.
+    types: [&'static str; 3],
+}
+
+/// A product that has parameters.
+struct Declared {
+    of: Product,
+    rows: Rows,
+    /// Columns of the result.
+    n: u32,
+    /// Rows and columns of a tile of it.
+    tiles: [u32; 2],
+    /// Contracted at a time.
+    step: u32,
+    /// Contracted columns of a part.
+    columns: Option<u32>,
+    xs: ValueId,
+    ws: ValueId,
+    sx: Option<ValueId>,
+    /// Scales of the weight, and how many rows share one.
+    sw: Option<(ValueId, u32)>,
+    y: Results,
+}
+
+impl Product {
+    /// The product that the epilogue is of, whose result is that output of the node.
+    fn of(graph: &Graph, node: NodeId, body: &Graph, epilogue: Epilogue, output: u32) -> Result<Product, KernelError> {
+        let inputs = body.inputs(epilogue.product);
+        let (x, w) = (inputs[0], inputs[1]);
+        let types = [body.ty(x), body.ty(w), &graph.dag[node].outputs[output as usize]].map(elem_name);
+        let weight = match body.tensor(w).shape[..] {
+            [n, k] => [n.factor, k.factor],
+            _ => return Err(super::unsupported(graph, node, "the weight is no matrix")),
+        };
+        let parts = match body.dag[epilogue.product].op {
+            Op::LinearPartial { parts } => Some(parts),
+            _ => None,
+        };
+        Ok(Product { epilogue, x, w, weight, parts, types })
+    }
+
+    fn name(&self) -> String {
+        let form = self.epilogue.name() + if self.parts.is_some() { "_part" } else { "" };
+        let ([x, w, y], [n, k]) = (self.types, self.weight);
+        format!("linear{form}_{x}_{w}_{y}_n{n}_k{k}")
+    }
+
+    /// Declares parameters; the result is that output of the node.
+    fn declare(self, e: &mut Emit, output: u32, schedule: &Schedule, class: &Class) -> Result<Declared, KernelError> {
+        let (Product { epilogue, x, w, .. }, [rows_of_w, k]) = (&self, self.weight);
+        let (x, w, n) = (*x, *w, epilogue.columns(rows_of_w));
+        let rows = Rows::of(e, x)?;
+        let mut step = k_step(e, x, w, schedule)?;
+        let tm = tile(schedule.tile_m, 16, rows.rows.eval(&class.max));
+        let tn = epilogue.tile_n(tile(schedule.tile_n, 64, n.into()));
+        let (qx, qw) = (e.quant(x), e.quant(w));
+        let columns = self.parts.map(|parts| part_columns(k, parts));
+        if let Some(columns) = columns {
+            let plain = qx.is_none() && qw.is_none();
+            step = if plain && !columns.is_multiple_of(step) { 128 } else { step };
+            if !columns.is_multiple_of(step) {
+                return Err(e.unsupported(format!("parts of {columns} columns in steps of {step}")));
+            }
+        }
+        let xs = e.read_as("x", x, Part::Data, &rows.shape(k))?;
+        let ws = e.read("w", w)?;
+        let sx = match qx {
+            Some(q) if q.block[0] == 1 => {
+                Some(e.read_as("x_scales", x, Part::Scales, &rows.shape(k.div_ceil(q.block[1])))?)
+            }
+            Some(q) => return Err(e.unsupported(format!("activations with scale blocks of {} rows", q.block[0]))),
+            None => None,
+        };
+        let sw = match qw {
+            Some(q) => Some((e.read_scales("w_scales", w)?, q.block[0])),
+            None => None,
+        };
+        let shape = |columns: u32| match self.parts {
+            Some(parts) => vec![rows.rows, parts.into(), columns.into()],
+            None => rows.shape(columns),
+        };
+        let y = epilogue.write(e, output, n, &shape)?;
+        Ok(Declared { of: self, rows, n, tiles: [tm, tn], step, columns, xs, ws, sx, sw, y })
+    }
+}
+
+impl Declared {
+    /// Adds the axis that counts tiles of rows.
+    fn rows_axis(&self, b: &mut Builder) -> ValueId {
+        b.grid(self.rows.rows, self.tiles[0])
+    }
+
+    /// Tiles along the columns, and parts.
+    fn blocks(&self) -> [u32; 2] {
+        [self.n.div_ceil(self.tiles[1]), self.of.parts.unwrap_or(1)]
+    }
+
+    /// Makes the tile with these numbers along rows and columns, of that sequence or that part of the contracted columns.
+    fn tile(&self, b: &mut Builder, [m, n]: [ValueId; 2], batch: Option<ValueId>, part: Option<ValueId>) {
+        let [tm, tn] = self.tiles;
+        let (m0, n0) = (times(b, m, tm), times(b, n, tn));
+        let at = |column: Ix| -> Vec<Ix> { batch.iter().map(|&s| s.into()).chain([m0.into(), column]).collect() };
+        let load = |b: &mut Builder, view: ValueId, column: Ix, width: u32| {
+            let shape: Vec<u32> = batch.iter().map(|_| 1).chain([tm, width]).collect();
+            let tile = b.load(view, &at(column), &shape);
+            b.reshape(tile, &[tm, width])
+        };
+        let left = |b: &mut Builder, kk: Ix, width: u32| load(b, self.xs, kk, width);
+        let left_scales = self.sx.map(|s| move |b: &mut Builder, block: ValueId| load(b, s, block.into(), 1));
+        let offsets = self.of.epilogue.offsets(self.n);
+        let loads: Vec<_> = offsets
+            .iter()
+            .map(|&offset| {
+                move |b: &mut Builder, kk: Ix, width: u32| {
+                    let row = plus(b, n0, offset as i32);
+                    b.load(self.ws, &[row.into(), kk], &[tn, width])
+                }
+            })
+            .collect();
+        let scales: Vec<_> = offsets
+            .iter()
+            .map(|&offset| {
+                self.sw.map(|(s, r)| {
+                    move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, offset, tn), r, None, block)
+                })
+            })
+            .collect();
+        let rights = loads
+            .iter()
+            .zip(&scales)
+            .map(|(load, s)| Right { load, scales: s.as_ref().map(|f| f as &LoadScales) })
+            .collect();
+        let product = Contraction {
+            shape: [tm, tn],
+            k: self.of.weight[1],
+            step: self.step,
+            part: part.zip(self.columns),
+            left: &left,
+            left_scales: left_scales.as_ref().map(|f| f as &LoadScales),
+            rights,
+            transposed: true,
+        };
+        let accs = product.emit(b);
+        self.of.epilogue.finish(b, self.y, accs, n0, &|b, view, column, x| match part {
+            Some(part) => store(b, view, &[m0.into(), part.into(), column.into()], x, 1),
+            None => store(b, view, &at(column.into()), x, 0),
+        });
+    }
+
+    /// For people.
+    fn what(&self) -> String {
+        let ([x, w, y], [n, k], rows) = (self.of.types, self.of.weight, self.rows.rows);
+        let fused = self.of.epilogue.what();
+        format!("linear {x} x {w}: [{rows} x {k}] · [{n} x {k}]ᵀ{fused} -> {y}")
+    }
 }
 
 /// Stores an f32 matrix (or codes) as the view's element type, with axes of 1 before its axis `before` as its rank asks.
@@ -347,7 +474,7 @@ pub fn emit_heads(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
     }
     let xs = if joined.is_none() { Some(e.read("x", x)?) } else { None };
     let ws = e.read("w", w)?;
-    let y = epilogue.write(&mut e, n, &|columns| vec![tokens, heads.into(), columns.into()])?;
+    let y = epilogue.write(&mut e, 0, n, &|columns| vec![tokens, heads.into(), columns.into()])?;
 
     let b = &mut e.b;
     let (m0, n0, head) = (b.grid(tokens, tm), b.grid(n, tn), b.grid(heads, 1));

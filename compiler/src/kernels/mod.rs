@@ -8,7 +8,7 @@
 //! | family | nodes | block of the grid |
 //! |---|---|---|
 //! | [`embed`] | `embed` | tokens × columns |
-//! | [`linear`] | `linear`, `head_linear`, and fused `product` bodies around them | rows × outputs (× sequence, part or head) |
+//! | [`linear`] | `linear`, `head_linear`, and fused `product` bodies around them; `beside` bodies of two | rows × outputs (× sequence, part or head) |
 //! | [`experts`] | `route`, `expert_linear`, and fused `product` bodies around it | one block; outputs × experts |
 //! | [`rows`] | fused `row` bodies, and each of their ops alone; fused `heads` bodies | tokens (× heads) |
 //! | [`gate`] | fused `gate` bodies, and each of their ops alone | tokens |
@@ -153,6 +153,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
             FusedKind::Gate => gate::emit(graph, node, schedule, class),
             FusedKind::SparseAttention => sparse_attention::emit(graph, node, schedule, class),
             FusedKind::Product => emit_product(graph, node, schedule, class),
+            FusedKind::Beside => linear::emit_beside(graph, node, schedule, class),
         },
     }
 }

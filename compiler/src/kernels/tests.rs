@@ -476,6 +476,23 @@ fn linear_with_quantised_operands() {
 }
 
 #[test]
+fn products_side_by_side() {
+    let mut lab = Lab::new(31);
+    let x = lab.act(DType::Bf16, &[256]);
+    let codes = lab.quantized(x, ROWS);
+    let (w, v) =
+        (lab.weight(plain(DType::Bf16, dims![24, 256])), lab.weight(TensorType::quant(BLOCKS, dims![200, 256])));
+    // In parts and whole, several tiles of columns and one.
+    let made = lab.fused(FusedKind::Beside, 0, &[codes, v, x, w], |g, a| {
+        let wide = g.add1("wide", Op::LinearPartial { parts: 2 }, &a[..2], f32s(dims![T, 2, 200]));
+        let narrow = g.add1("narrow", Op::Linear, &a[2..], plain(DType::F32, dims![T, 24]));
+        vec![wide, narrow]
+    });
+    made.into_iter().for_each(|v| lab.out(v));
+    lab.check(&[sequence(13, 0), sequence(1, 13)]);
+}
+
+#[test]
 fn head_linear_both_ways() {
     for dtype in [DType::F32, DType::Bf16] {
         let mut lab = Lab::new(3);
@@ -1015,6 +1032,7 @@ fn model(config: &ModelConfig, numerics: Numerics, (target_fp8, blocks): (bool, 
         block_bytes: 192 << 10,
         teams: dsc_ir::schedule::Teams::default(),
         boxes: true,
+        beside: true,
         numerics,
         index_topk: config.index_topk as u32,
     };
@@ -1130,6 +1148,7 @@ fn every_launch_of_full_models_has_a_program() {
                     block_bytes: 192 << 10,
                     teams: dsc_ir::schedule::Teams::default(),
                     boxes: true,
+                    beside: true,
                     numerics,
                     index_topk: config.index_topk as u32,
                 };

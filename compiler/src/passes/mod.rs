@@ -12,6 +12,7 @@ mod absorb_mla;
 mod compact_tables;
 mod expand_cache;
 mod expand_fp8;
+mod fuse_beside;
 mod fuse_gate;
 mod fuse_heads;
 mod fuse_products;
@@ -34,6 +35,7 @@ pub use absorb_mla::absorb_mla;
 pub use compact_tables::compact_tables;
 pub use expand_cache::expand_cache;
 pub use expand_fp8::expand_fp8;
+pub use fuse_beside::fuse_beside;
 pub use fuse_gate::fuse_gate;
 pub use fuse_heads::fuse_heads;
 pub use fuse_products::fuse_products;
@@ -90,6 +92,8 @@ pub struct Cx {
     pub teams: Teams,
     /// Whether the target's copies bring boxes of rows that lie together faster than rows chosen by number.
     pub boxes: bool,
+    /// Whether blocks of one launch run different products as fast as blocks of two launches do.
+    pub beside: bool,
     /// Numerics of the artifact.
     pub numerics: Numerics,
     /// Keys the indexer selects.
@@ -133,6 +137,7 @@ pub const PASSES: &[&str] = &[
     "fuse_products",
     "fuse_heads",
     "fuse_rows",
+    "fuse_beside",
     "compact_tables",
 ];
 
@@ -175,6 +180,7 @@ pub fn run(
     stage("fuse_products", fuse_products)?;
     stage("fuse_heads", fuse_heads)?;
     stage("fuse_rows", fuse_rows)?;
+    stage("fuse_beside", fuse_beside)?;
 
     // Tables: what the artifact lists.
     stage("compact_tables", compact_tables)

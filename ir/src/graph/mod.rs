@@ -462,6 +462,8 @@ pub enum FusedKind {
     /// A matrix product with what makes its operand or is made of its result, block by block: joined partial attention before
     /// it, SwiGLU and quantisation after it.
     Product,
+    /// Two products of the same rows that need nothing of each other, each by blocks of its own; an output each, in order.
+    Beside,
 }
 
 /// The body of a fused node.

@@ -6,6 +6,7 @@ use super::evaluate::power_of_two_in;
 use super::fragment::Spread;
 use super::isa;
 use super::mlir::{Fn, Ty, Val, f32, i32};
+use dsc_ir::DType;
 use dsc_ir::sched::{Buffer, Place};
 use dsc_ir::tile::{ReduceKind, ValueId};
 
@@ -13,6 +14,13 @@ use dsc_ir::tile::{ReduceKind, ValueId};
 const UNROLLED: u32 = 8;
 /// The same where each is a load of the thread's own: all are on their way at once.
 pub const LOADED: u32 = 32;
+
+/// Whether all threads make each of a few results together, of so many lines of that length whose elements are so far apart. Where these may be
+/// combined in any order, or there are two, each wave has a line that is short for it: what waves do together they do one line after the other.
+pub fn by_block([lines, len, apart]: [u32; 3], any_order: bool, threads: u32, lanes: u32) -> bool {
+    let short = len <= 2 || any_order && len <= UNROLLED * lanes;
+    apart == 1 && (lines == 1 || lines <= threads / lanes && !short)
+}
 
 impl<'a> Emitter<'a> {
     /// Reduces `x` along an axis to `r`; the value itself if that is a single element.
@@ -40,10 +48,11 @@ impl<'a> Emitter<'a> {
         let shape = self.shape(x);
         let outer: u32 = shape[..axis].iter().product();
         let inner: u32 = shape[axis + 1..].iter().product();
-        let warps = self.t.threads / self.t.arch.lanes();
+        let any_order = kind == ReduceKind::Max || self.dtype(x) == DType::I32;
+        let whole = by_block([outer, shape[axis], inner], any_order, self.t.threads, self.t.arch.lanes());
         match (inner, to) {
             (1, None) => self.reduce_by_block(x, axis, kind, outer, scratch, None),
-            (1, Some(to)) if outer <= warps => self.reduce_by_block(x, axis, kind, outer, scratch, Some(to)),
+            (1, Some(to)) if whole => self.reduce_by_block(x, axis, kind, outer, scratch, Some(to)),
             (1, Some(to)) => {
                 self.reduce_by_groups(r, x, axis, kind, outer, to);
                 None

@@ -17,7 +17,9 @@
 use crate::{Kernel, TargetError};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, Fragment, Inst, Op, Place, Scheduled};
-use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
+use dsc_ir::tile::{
+    self, Access, Index, MapArg, MapFn, Program, ReduceKind, Region, ScalarOp, TileType, Type, ValueId,
+};
 use std::collections::{BTreeSet, HashMap};
 
 use super::ahead::Room;
@@ -26,6 +28,7 @@ use super::barriers::{Reads, place_barriers};
 use super::fragment::Layout;
 use super::isa::Isa;
 use super::lifetimes::allocate;
+use super::reduce::by_block;
 use super::ring::Ring;
 use super::topk;
 
@@ -527,7 +530,9 @@ impl Scheduler<'_> {
                     }
                     _ => {
                         let inner: u32 = t.shape[*axis as usize + 1..].iter().product();
-                        let whole = inner == 1 && outputs <= warps;
+                        let any_order = *kind == ReduceKind::Max || t.dtype == DType::I32;
+                        let lines = [outputs, t.shape[*axis as usize], inner];
+                        let whole = by_block(lines, any_order, self.threads, self.lanes);
                         self.scratch(if whole { outputs * warps * 4 } else { 0 })
                     }
                 };

@@ -122,6 +122,10 @@ impl Target for NvidiaTarget {
         self.arch.has_tma && self.arch.has_wgmma
     }
 
+    fn runs_beside(&self) -> bool {
+        self.arch.has_tma && self.arch.has_wgmma
+    }
+
     fn selects_from_memory(&self) -> bool {
         self.arch.has_wgmma
     }

@@ -63,6 +63,7 @@ fn compile(config: &ModelConfig, graph: &Graph, numerics: Numerics, max_context:
             blocks: 0,
             block_bytes: 0,
             boxes: false,
+            beside: false,
             teams: Default::default(),
             numerics,
             index_topk,

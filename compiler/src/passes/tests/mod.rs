@@ -22,6 +22,7 @@ fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
         block_bytes: 0,
         teams: Default::default(),
         boxes: false,
+        beside: false,
         numerics,
         index_topk,
     }
@@ -29,7 +30,7 @@ fn cx(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
 
 /// For a target that runs many blocks at once.
 fn wide(numerics: Numerics, target_fp8: bool, keep_mha: bool) -> Cx {
-    Cx { blocks: 132, block_bytes: 192 << 10, boxes: true, ..cx(numerics, target_fp8, keep_mha) }
+    Cx { blocks: 132, block_bytes: 192 << 10, boxes: true, beside: true, ..cx(numerics, target_fp8, keep_mha) }
 }
 
 /// For a chunk of one sequence that selects each row of its context many times.

@@ -37,8 +37,8 @@ pub fn fits(kernel: &Kernel, arch: &Arch) -> bool {
 pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let symbols = if kernel.schedule.symbols_by_value { mlir::Ty::Generic } else { mlir::Ty::Global };
     let failed = |reason| TargetError::Codegen { kernel: kernel.program.name.clone(), reason };
-    if let Some((scheduled, mlir, gpu)) = hopper::compile(kernel, arch, symbols) {
-        return Ok(Lowered { mlir, gpu, sched: scheduled.to_string() });
+    if let Some((sched, mlir, gpu)) = hopper::compile(kernel, arch, symbols) {
+        return Ok(Lowered { mlir, gpu, sched });
     }
     let scheduled = schedule::schedule(kernel, arch)?;
     let mut function = mlir::Fn::default();

@@ -5,6 +5,7 @@ use super::ptx;
 use super::ring::{Delivery, Ring, share_phases};
 use super::team;
 use crate::nvidia::arch::Arch;
+use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::i32;
 use dsc_ir::sched::{Block, ChannelId, Op, Role, Scheduled};
 use dsc_ir::tile;
@@ -52,7 +53,10 @@ impl Emit<'_> {
             }
             ptx::barrier_init_fence(&mut t.f);
         });
-        self.t.barrier();
+        match self.fewer {
+            true => isa::named_barrier(&mut self.t.f, 0, s.threads),
+            false => self.t.barrier(),
+        }
         if self.cluster > 1 {
             ptx::cluster_barrier(&mut self.t.f);
         }

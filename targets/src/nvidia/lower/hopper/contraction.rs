@@ -72,7 +72,7 @@ pub struct Contraction<'a> {
 }
 
 /// Parts of a sum at most, where all are asked how long they are.
-const MOST_PARTS: u32 = 64;
+const MOST_PARTS: u32 = 512;
 
 /// Where every value is defined, loops included.
 pub fn definitions<'a>(region: &'a Region, into: &mut HashMap<ValueId, &'a Inst>) {
@@ -257,6 +257,8 @@ fn number(defs: &HashMap<ValueId, &Inst>, v: ValueId, block: i64, axes: &mut Has
                     (ScalarOp::Add, &[a, b]) => a.checked_add(b)?,
                     (ScalarOp::Sub, &[a, b]) => a.checked_sub(b)?,
                     (ScalarOp::Mul, &[a, b]) => a.checked_mul(b)?,
+                    (ScalarOp::Div, &[a, b]) if b > 0 => a / b,
+                    (ScalarOp::Rem, &[a, b]) if b > 0 => a % b,
                     (ScalarOp::Min, &[a, b]) => a.min(b),
                     (ScalarOp::Max, &[a, b]) => a.max(b),
                     _ => return None,

@@ -154,6 +154,10 @@ pub struct Emit<'a> {
     pub lists: Option<Lists>,
     /// Blocks for which a multiprocessor has registers.
     pub sharing: u32,
+    /// This block's number among those of the launch that run this kernel, and how many they are; none if all do.
+    pub share: Option<[Val; 2]>,
+    /// Whether the block has threads that do not run it.
+    pub fewer: bool,
     /// Whether the next launch starts no earlier than this one's work.
     pub late: bool,
     /// The first round of the next loop that computes rows, if it is under way.
@@ -210,6 +214,12 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
         scratch_bytes: scratch_bytes(s),
         ..GpuKernel::default()
     };
+    let sharing = occupancy(s, gpu.shared_bytes, arch, sharing);
+    Ok((module(s, &gpu, symbols, sharing, e.t.f.text()), gpu))
+}
+
+/// Blocks for which a multiprocessor is to have registers: that many, or more if they fit by what they need of all else.
+pub fn occupancy(s: &Scheduled, shared_bytes: u32, arch: &Arch, sharing: u32) -> u32 {
     // Where a second block of a contraction fits and accumulators are few, the assembler leaves it registers.
     let fits = |n: u32| n <= FEW_REGISTERS && Arch::REGISTERS_PER_SM / (2 * s.threads) >= ALL_REGISTERS;
     let few = s.channels.len() == 1 && registers(s).into_iter().max().is_some_and(fits);
@@ -217,10 +227,9 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
     let sums = |p: &Place| matches!(p, Place::Fragment(Fragment { atom: Atom::WgmmaSums, .. }));
     let still = s.roles.iter().all(|r| r.registers.is_none()) && scratch_bytes(s) == 0;
     let few = few || still && s.places.iter().any(sums);
-    let fitting = arch.shared_per_sm / (gpu.shared_bytes + Arch::SHARED_RESERVED);
+    let fitting = arch.shared_per_sm / (shared_bytes + Arch::SHARED_RESERVED);
     let most = if s.parts() { scores::SHARING[0] } else { 2 };
-    let sharing = if few { sharing.max(fitting.min(most)) } else { sharing };
-    Ok((module(s, &gpu, symbols, sharing, e.t.f.text()), gpu))
+    if few { sharing.max(fitting.min(most)) } else { sharing }
 }
 
 /// Whether tiles of a contraction differ in their work, and each has much: the contraction is in a loop of its own, and large. Where blocks take
@@ -276,7 +285,17 @@ pub fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, sharing: u32, body: &
 impl<'a> Emit<'a> {
     /// A kernel at its start.
     pub fn new(s: &'a Scheduled, arch: &'a Arch, how: How) -> Emit<'a> {
-        let mut t = Threads::new(Fn::default(), arch, s.threads);
+        Emit::within(Fn::default(), s, arch, how)
+    }
+
+    /// A kernel of some blocks of a launch, which goes on in that function: this block's number among them and how many they are, and whether
+    /// blocks have further threads.
+    pub fn of_share(f: Fn, s: &'a Scheduled, arch: &'a Arch, how: How, share: [Val; 2], fewer: bool) -> Emit<'a> {
+        Emit { share: Some(share), fewer, ..Emit::within(f, s, arch, how) }
+    }
+
+    fn within(f: Fn, s: &'a Scheduled, arch: &'a Arch, how: How) -> Emit<'a> {
+        let mut t = Threads::new(f, arch, s.threads);
         t.symbols = how.symbols;
         let data = s.buffers.iter().map(|b| b.offset + b.bytes()).max().unwrap_or(0).next_multiple_of(8);
         let (rings, meeting) = channels::rings(s, data);
@@ -318,6 +337,8 @@ impl<'a> Emit<'a> {
             sums: None,
             lists: None,
             sharing: how.sharing,
+            share: None,
+            fewer: false,
             late: how.late,
             begun: None,
             rows_of_four: None,
@@ -332,7 +353,8 @@ impl<'a> Emit<'a> {
         e
     }
 
-    fn kernel(&mut self) -> Result<(), String> {
+    /// All of it, from its barriers on.
+    pub fn kernel(&mut self) -> Result<(), String> {
         if !self.s.common.insts.is_empty() {
             return Err("instructions before the roles".into());
         }

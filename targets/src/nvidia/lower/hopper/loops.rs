@@ -113,6 +113,9 @@ impl<'a> Emit<'a> {
 
     /// This block's number, or its cluster's, and how many there are.
     pub fn place_among_blocks(&mut self) -> [Val; 2] {
+        if let Some(share) = self.share {
+            return share;
+        }
         let f = &mut self.t.f;
         let ids = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("ctaid.{axis}")));
         let counts = ["x", "y", "z"].map(|axis| isa::sreg(f, &format!("nctaid.{axis}")));

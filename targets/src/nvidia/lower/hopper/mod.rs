@@ -9,6 +9,7 @@
 //! | `plan`, `attention_plan`, `values` | these to scheduled tile IR with roles |
 //! | `twins` | weighted sums as those of two halves, each with a product of its own |
 //! | `scores`, `sums`, `stream` | products that are weighted and summed over groups of rows (an indexer's scores), and selections from the sums |
+//! | `beside` | programs of which blocks run one half or the other |
 //! | `pages` | what a round copies by is read a round ahead |
 //! | `overlap` | the last sums of such a round are made while the next one multiplies |
 //! | `skip` | tiles with an empty loop cost their bounds only; rounds of tiles divided by blocks |
@@ -23,6 +24,7 @@
 mod attention;
 mod attention_plan;
 mod begin;
+mod beside;
 mod bounded;
 mod channels;
 mod config;
@@ -90,10 +92,13 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
         .or_else(|| attention_plan::plan(kernel, arch))
 }
 
-/// Schedule, MLIR and launch of a kernel; none if the plain way takes it: its form is none of these, or threads of roles cannot do what
+/// Schedule (as text), MLIR and launch of a kernel; none if the plain way takes it: its form is none of these, or threads of roles cannot do what
 /// stands around it.
-pub fn compile(kernel: &Kernel, arch: &Arch, symbols: Ty) -> Option<(Scheduled, String, GpuKernel)> {
+pub fn compile(kernel: &Kernel, arch: &Arch, symbols: Ty) -> Option<(String, String, GpuKernel)> {
+    if let Some(both) = beside::compile(kernel, arch, symbols) {
+        return Some(both);
+    }
     let scheduled = schedule(kernel, arch)?;
     let (mlir, gpu) = lower(&scheduled, arch, How::of(&kernel.schedule, symbols)).ok()?;
-    Some((scheduled, mlir, gpu))
+    Some((scheduled.to_string(), mlir, gpu))
 }

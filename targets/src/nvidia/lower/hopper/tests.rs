@@ -13,7 +13,7 @@ mod scores;
 #[path = "../../../../tests/support/select.rs"]
 mod select;
 
-use super::{How, attention_plan, lower, schedule};
+use super::{How, attention_plan, beside, compile, lower, plan, schedule};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::Ty;
@@ -228,6 +228,79 @@ fn gathered_rows() {
     let apart = Experts { apart: true, tile: [192, 64], k: 1024, ..sorted };
     Experts { parts: 2, ..apart }.check(0, &[256, 0, 193]);
     Experts { parts: 3, ..apart }.check(0, &[0, 700, 64]);
+}
+
+/// Two products of the same rows, each by blocks of its own: one of 64 x 128 tiles in two parts, one of 64 x 64 tiles.
+const BESIDE: &str = "kernel beside grid(T/64, 7/1)
+    read %x: view<[T, 512] bf16>
+    read %v: view<[300, 512] bf16>
+    read %w: view<[64, 512] bf16>
+    write %y: view<[T, 2, 300] f32>
+    write %z: view<[T, 64] f32>
+{
+    %1 = block_id 0 : i32
+    %2 = block_id 1 : i32
+    %3 = map(%2) { a -> t0 = 6; t1 = lt a, t0; t1 } : bool
+    if %3 {
+        %4 = map(%2) { a -> t0 = 3; t1 = rem a, t0; t1 } : i32
+        %5 = map(%2) { a -> t0 = 3; t1 = div a, t0; t1 } : i32
+        %6 = map(%1) { a -> t0 = 64; t1 = mul a, t0; t1 } : i32
+        %7 = map(%4) { a -> t0 = 128; t1 = mul a, t0; t1 } : i32
+        %8 = full 0.0 : tile<64x128xf32>
+        %9 = map(%5) { a -> t0 = 256; t1 = mul a, t0; t1 } : i32
+        %10 = map(%9) { a -> t0 = 256; t1 = add a, t0; t1 } : i32
+        %11 = for %12 = %9 to %10 step 64 iter(%13 = %8: tile<64x128xf32>) {
+            %14 = load %x[%6, %12] : tile<64x64xbf16>
+            %15 = load %v[%7, %12] : tile<128x64xbf16>
+            %16 = dot_t %14, %15 acc %13 : tile<64x128xf32>
+            yield %16
+        }
+        %17 = reshape %11 : tile<64x1x128xf32>
+        store %y[%6, %5, %7], %17
+    } else {
+        %18 = map(%1) { a -> t0 = 64; t1 = mul a, t0; t1 } : i32
+        %19 = map(%2) { a -> t0 = 6; t1 = sub a, t0; t1 } : i32
+        %20 = map(%19) { a -> t0 = 64; t1 = mul a, t0; t1 } : i32
+        %21 = full 0.0 : tile<64x64xf32>
+        %22 = for %23 = 0 to 512 step 64 iter(%24 = %21: tile<64x64xf32>) {
+            %25 = load %x[%18, %23] : tile<64x64xbf16>
+            %26 = load %w[%20, %23] : tile<64x64xbf16>
+            %27 = dot_t %25, %26 acc %24 : tile<64x64xf32>
+            yield %27
+        }
+        store %z[%18, %20], %22
+    }
+}
+";
+
+#[test]
+fn halves_run_beside_each_other() {
+    let program = tile::parse(BESIDE).expect("a program").remove(0);
+    let kernel = Kernel { program: program.clone(), schedule: Schedule::default() };
+    let beside::Halves { halves, first } = beside::apart(&program).expect("two halves");
+    let halves = halves.map(|program| {
+        assert_eq!(tile::verify(&program), vec![], "{program}");
+        let scheduled = plan::plan(&Kernel { program, ..kernel.clone() }, hopper()).expect("a contraction");
+        assert_eq!(sched::verify::verify(&scheduled, &BUDGET), vec![], "{scheduled}");
+        scheduled
+    });
+    assert_eq!((first, halves[0].threads, halves[1].threads), (6, 384, 160));
+    // Each half for itself, on the same memory, does what all blocks do.
+    let (syms, mut seed) = (SymValues([3; 6]).with(Sym::T, 70), 7);
+    let bindings: Vec<Binding> = (0..program.params.len()).map(|buffer| Binding { buffer, offset: 0 }).collect();
+    let mut buffers: Vec<Vec<u8>> =
+        program.params.iter().map(|p| fill(program.ty(p.value), &syms, &mut seed)).collect();
+    let mut expected = buffers.clone();
+    interp::run(&program, &syms, &mut expected, &bindings).expect("runs");
+    for half in &halves {
+        let options = sched::interp::Options { seed: 1, check_races: true };
+        sched::interp::run(half, &syms, &mut buffers, &bindings, options).expect("runs");
+    }
+    assert!(buffers == expected);
+    // One launch of both: threads of the larger, of which those of the smaller wait for one another; tiles of x are brought by the same descriptor.
+    let (_, mlir, gpu) = compile(&kernel, hopper(), Ty::Global).expect("lowered");
+    assert_eq!((gpu.threads, gpu.persistent, gpu.maps.len()), (384, false, 3));
+    assert!(mlir.contains("bar.sync 0, 160;"), "{mlir}");
 }
 
 #[test]
