@@ -200,7 +200,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let fused = super::body_of(graph, node)?;
     let product = Product::of(graph, node, &fused.body, Epilogue::of(graph, node, &fused.body)?, 0)?;
     let mut e = Emit::new(graph, node, Some(&fused.body), &product.name());
-    let product = product.declare(&mut e, 0, schedule, class)?;
+    let product = product.declare(&mut e, (0, 1), schedule, class)?;
     let b = &mut e.b;
     let tile = [product.rows_axis(b), b.grid(product.n, product.tiles[1])];
     let batch = product.rows.batch.map(|s| b.grid(s, 1));
@@ -224,7 +224,8 @@ pub fn emit_beside(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Cla
     let (first, second) = (product(0)?, product(1)?);
     let name = format!("{}_beside_{}", first.name(), second.name().trim_start_matches("linear_"));
     let mut e = Emit::new(graph, node, Some(body), &name);
-    let (first, second) = (first.declare(&mut e, 0, schedule, class)?, second.declare(&mut e, 1, schedule, class)?);
+    let (first, second) =
+        (first.declare(&mut e, (0, 1), schedule, class)?, second.declare(&mut e, (1, NARROW), schedule, class)?);
     if first.rows != second.rows || first.rows.batch.is_some() || first.tiles[0] != second.tiles[0] {
         return Err(e.unsupported("products of different rows side by side"));
     }
@@ -254,6 +255,9 @@ pub fn emit_beside(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Cla
     let what = [first.what(), second.what()].join(" | ");
     e.finish(what)
 }
+
+/// Columns of the narrowest tiles of a product beside another: a target that multiplies by so many would run neither its own way for a narrower one.
+const NARROW: u32 = 64;
 
 /// `v % n` of a scalar that is not negative.
 fn remainder(b: &mut Builder, v: ValueId, n: u32) -> ValueId {
@@ -318,14 +322,21 @@ impl Product {
         format!("linear{form}_{x}_{w}_{y}_n{n}_k{k}")
     }
 
-    /// Declares parameters; the result is that output of the node.
-    fn declare(self, e: &mut Emit, output: u32, schedule: &Schedule, class: &Class) -> Result<Declared, KernelError> {
+    /// Declares parameters; the result is that output of the node. Tiles are as the schedule says, but no wider than the result, in columns by that
+    /// many.
+    fn declare(
+        self,
+        e: &mut Emit,
+        (output, grain): (u32, u32),
+        schedule: &Schedule,
+        class: &Class,
+    ) -> Result<Declared, KernelError> {
         let (Product { epilogue, x, w, .. }, [rows_of_w, k]) = (&self, self.weight);
         let (x, w, n) = (*x, *w, epilogue.columns(rows_of_w));
         let rows = Rows::of(e, x)?;
         let mut step = k_step(e, x, w, schedule)?;
         let tm = tile(schedule.tile_m, 16, rows.rows.eval(&class.max));
-        let tn = epilogue.tile_n(tile(schedule.tile_n, 64, n.into()));
+        let tn = epilogue.tile_n(tile(schedule.tile_n, 64, n.next_multiple_of(grain).into()));
         let (qx, qw) = (e.quant(x), e.quant(w));
         let columns = self.parts.map(|parts| part_columns(k, parts));
         if let Some(columns) = columns {

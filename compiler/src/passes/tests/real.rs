@@ -101,8 +101,7 @@ fn a_wide_deployed_layer() {
     let all = listing(&layers(DEEPSEEK, &[10, 11], &cx));
     let layer: Vec<&str> = all.lines().filter(|l| l.starts_with("layers.11.")).map(|l| &l[10..]).collect();
     expect_test::expect![[r#"
-        self_attn.indexer.weights_proj: LinearPartial
-        self_attn.q_a_proj+layers.11.self_attn.indexer.wk+layers.11.self_attn.kv_a_proj_with_mqa: LinearPartial
+        self_attn.q_a_proj+layers.11.self_attn.indexer.wk+layers.11.self_attn.kv_a_proj_with_mqa+layers.11.self_attn.indexer.weights_proj: Beside{LinearPartial LinearPartial}
         self_attn.indexer.weights_proj.sum..layers.11.self_attn.indexer.k_cache: Row{SumPartials Scale SumPartials SliceLast RmsNorm SliceLast Rope Quantize CacheWrite SliceLast RmsNorm Quantize SliceLast LayerNorm Rope Hadamard Quantize CacheWrite}
         self_attn.q_b_proj+layers.11.self_attn.indexer.wq_b: Linear
         self_attn.q_rope: Heads{Rope HeadLinear Rope Hadamard Quantize}

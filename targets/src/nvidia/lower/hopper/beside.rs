@@ -21,7 +21,9 @@ use dsc_ir::DType;
 use dsc_ir::artifact::GpuKernel;
 use dsc_ir::extent::GridDim;
 use dsc_ir::sched::Scheduled;
-use dsc_ir::tile::{Inst, MapArg, MapFn, MapInst, Op, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
+use dsc_ir::tile::{
+    Inst, MapArg, MapFn, MapInst, Op, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId, operands,
+};
 
 /// The axis of the grid by which halves are told apart.
 const AXIS: u32 = 1;
@@ -76,7 +78,9 @@ pub fn apart(program: &Program) -> Option<Halves<Program>> {
     let a = half(then, first, front());
     let mut b = half(otherwise, blocks - first, front());
     count_from(&mut b, first);
-    Some(Halves { halves: [a, b], first })
+    let mut halves = [a, b];
+    halves.iter_mut().for_each(remove_unused);
+    Some(Halves { halves, first })
 }
 
 /// The constant that a comparison of an integer asks it to be below.
@@ -110,6 +114,27 @@ fn count_from(program: &mut Program, first: u32) {
         insts.push(Inst { results: inst.results, op: Op::Map { inputs: vec![own], body: moved } });
     }
     program.body.insts = insts;
+}
+
+/// Drops scalars of the body that only the other half used.
+fn remove_unused(program: &mut Program) {
+    for at in (0..program.body.insts.len()).rev() {
+        let Inst { results, op } = &program.body.insts[at];
+        let scalar = matches!(op, Op::BlockId { .. } | Op::Map { .. } | Op::Full { .. });
+        if scalar && !results.iter().any(|&v| uses(&program.body, v)) {
+            program.body.insts.remove(at);
+        }
+    }
+}
+
+/// Whether a region, or one in it, uses a value.
+fn uses(region: &Region, v: ValueId) -> bool {
+    let inner = |op: &Op| match op {
+        Op::For { body, .. } => uses(body, v),
+        Op::If { then, otherwise, .. } => uses(then, v) || uses(otherwise, v),
+        _ => false,
+    };
+    region.yields.contains(&v) || region.insts.iter().any(|i| operands(&i.op).contains(&v) || inner(&i.op))
 }
 
 /// MLIR of both, and how they are launched.

@@ -64,20 +64,21 @@ fn plan_whole(program: &Program, cluster: u32, arch: &Arch) -> Option<Scheduled>
 
 /// What the program does with the product; none if it stores nothing.
 fn epilogue(program: &Program) -> Option<Epilogue> {
-    let written: Vec<&tile::Param> = program.params.iter().filter(|p| p.access != tile::Access::Read).collect();
     let mut defs = HashMap::new();
     definitions(&program.body, &mut defs);
-    let (mut stores, mut reduced) = (Vec::new(), false);
+    let (mut stores, mut written, mut reduced) = (Vec::new(), HashSet::new(), false);
     for_each(&program.body, &mut |inst| match &inst.op {
-        tile::Op::Store { index, .. } | tile::Op::Scatter { index, .. } => {
+        tile::Op::Store { view, index, .. } | tile::Op::Scatter { view, index, .. } => {
+            written.insert(*view);
             stores.push(index.last().map_or(1, |&i| divisor(i, &|v| defs.get(&v).map(|inst| &inst.op))));
         }
         tile::Op::Reduce { .. } => reduced = true,
         _ => {}
     });
-    let staged = match (written.as_slice(), stores.iter().min()) {
-        ([], _) | (_, None) => return None,
-        (&[one], Some(&columns)) => in_pieces(view_type(&program.types, one.value)?, columns),
+    let columns = *stores.iter().min()?;
+    let mut written = written.into_iter();
+    let staged = match (written.next()?, written.next()) {
+        (one, None) => in_pieces(view_type(&program.types, one)?, columns),
         _ => false,
     };
     Some(Epilogue { staged, stores: stores.len() as u32, reduced })
