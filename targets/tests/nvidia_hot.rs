@@ -11,6 +11,8 @@ mod experts;
 mod heads;
 #[path = "support/linear.rs"]
 mod linear;
+#[path = "support/scores.rs"]
+mod scores;
 
 use attention::Attention;
 use dsc_ir::DType;
@@ -20,6 +22,7 @@ use dsc_targets::{Kernel, Target, TargetOptions};
 use experts::Experts;
 use heads::Heads;
 use linear::Linear;
+use scores::Scores;
 
 /// Products in the tiles that the target chooses for them, on 132 multiprocessors.
 fn kernels() -> Vec<Kernel> {
@@ -78,7 +81,11 @@ fn kernels() -> Vec<Kernel> {
     });
     let heads = Heads { heads: 128, n: 512, k: 128, tile: [128, 256], step: 64 };
     let heads = Kernel { program: heads.program("heads"), schedule: Schedule::default() };
-    linear.chain(experts).chain(attention()).chain([heads]).collect()
+    // Scores of two tokens of a sequence, by warpgroups that take stages in turns.
+    let two = Scores { heads: 64, rows: 2, pages: 2560, paged: true, scaled: false, fill: false, select: None };
+    let two =
+        Kernel { program: two.program("scores_ranges"), schedule: Schedule { ranges: true, ..Schedule::default() } };
+    linear.chain(experts).chain(attention()).chain([heads, two]).collect()
 }
 
 /// Sparse attention of decoding, with many heads (in pairs of blocks), a block's and few, and of prefill.

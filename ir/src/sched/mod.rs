@@ -104,6 +104,19 @@ impl Scheduled {
     pub fn parts(&self) -> bool {
         self.roles.iter().flat_map(|r| &r.body.insts).any(|i| matches!(i.op, Op::Part { .. }))
     }
+
+    /// Parts of a role's warps that take stages in turns, as the channels say that it empties; 1 is usual.
+    pub fn turns(&self, role: &Role) -> u32 {
+        self.turns_of(&role.body)
+    }
+
+    fn turns_of(&self, block: &Block) -> u32 {
+        let of = |i: &Inst| match i.op {
+            Op::Wait(c) => self.channels.get(c.0 as usize).map_or(1, |c| c.turns),
+            _ => i.op.blocks().into_iter().map(|b| self.turns_of(b)).max().unwrap_or(1),
+        };
+        block.insts.iter().map(of).max().unwrap_or(1).max(1)
+    }
 }
 
 /// Blocks that run together and fill one another's shared memory: neighbours along an axis of the grid.
@@ -137,6 +150,9 @@ pub struct Channel {
     pub name: String,
     /// Depth of the ring.
     pub stages: u32,
+    /// Equal parts of a consumer's warps that take its stages in turns, a round of the loop each; 1: all of them take every stage. Whatever is outside
+    /// of such loops each part does by itself, and rounds know nothing of one another. Depth is a multiple of it.
+    pub turns: u32,
     /// One buffer a slot; a buffer of a slot holds `stages` copies one after another.
     pub slots: Vec<BufferId>,
 }

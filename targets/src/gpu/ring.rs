@@ -276,7 +276,7 @@ impl Scheduler<'_> {
         let channel = ChannelId(self.channels.len() as u32);
         let buffers: Vec<BufferId> = slots.iter().map(|s| self.slot_buffer(s, ring)).collect();
         let name = format!("ring{}", channel.0);
-        self.channels.push(Channel { name, stages: ring.stages, slots: buffers });
+        self.channels.push(Channel { name, stages: ring.stages, turns: 1, slots: buffers });
         for (i, s) in slots.iter().enumerate() {
             self.set(s.result, Place::Slot(channel, i as u32));
             self.defs.remove(&s.result);

@@ -41,7 +41,7 @@ const SCORED: u32 = 512;
 /// Most tokens of a block that scores.
 const TOKENS: u32 = 8;
 /// Tokens from which on scores of two tokens a sequence are made by blocks that divide all rounds: of fewer, finding a block's range takes longer than it saves.
-const RANGES: u32 = 128;
+const RANGES: u32 = 32;
 /// Most blocks that select from a row together.
 const TEAM: u32 = 8;
 
@@ -233,7 +233,7 @@ mod tests {
             let shape = KernelShape { op: "indexer_logits", m, m_max: tokens, n, k: 128, heads: 64, products: 1 };
             choose(&shape, tokens as u32, 132).expect("scores").ranges
         };
-        assert_eq!([64, 128, 2048].map(|tokens| ranges(2, tokens)), [false, true, true]);
+        assert_eq!([16, 32, 2048].map(|tokens| ranges(2, tokens)), [false, true, true]);
         assert!(!ranges(1, 2048) && !ranges(4, 2048));
     }
 

@@ -27,6 +27,7 @@
 //! A kernel with clusters says so behind its grid: `persistent 16 cluster 2 along 0`; a copy that they share is `copy shared c0.1, ...`, a tile
 //! of which each computes a part `fill shared c0.1, ...`. A team's blocks have a `number`, `put b3, %4`, `meet`, and `get b3 after 1 own` (a piece)
 //! or `get b3 after 1`, where `b3` of a team that exchanges through memory ends in `outside`. Halves that take turns and blocks dealt to dies stand there too: `alternate dies 8`.
+//! A channel whose stages parts of a role take in turns says how many: `stages 8, turns 4, slots [b0]`.
 //!
 //! Places: `@uniform`, `@lazy`, `@shared(b3)`, `@slot(c0, 1)` and `@frag(ATOM, ROWSxCOLUMNS)` with warps along rows and columns and
 //! `ATOM` one of `mma16x8`, `wgmma`, `wgmma_t` and `fma`. A loop counter is uniform, and a loop's results lie where its carried values do, so neither
@@ -158,9 +159,10 @@ impl fmt::Display for Scheduled {
         for (i, buffer) in kernel.buffers.iter().enumerate() {
             writeln!(f, "    buffer b{i} = {buffer}")?;
         }
-        for (i, Channel { name, stages, slots }) in kernel.channels.iter().enumerate() {
+        for (i, Channel { name, stages, turns, slots }) in kernel.channels.iter().enumerate() {
             let slots: Vec<String> = slots.iter().map(BufferId::to_string).collect();
-            writeln!(f, "    channel c{i} = {name}: stages {stages}, slots [{}]", slots.join(", "))?;
+            let turns = if *turns == 1 { String::new() } else { format!("turns {turns}, ") };
+            writeln!(f, "    channel c{i} = {name}: stages {stages}, {turns}slots [{}]", slots.join(", "))?;
         }
         writeln!(f, "{{")?;
         printer.insts(f, &kernel.common, 1)?;

@@ -200,8 +200,15 @@ impl<'a> BlockParser<'a> {
         let name = self.table_line('c', "a channel", line)?;
         let stages = field(&mut self.p, "stages", true)?;
         self.p.expect(",")?;
+        let turns = if self.p.eat("turns") {
+            let turns = self.p.integer()?;
+            self.p.expect(",")?;
+            turns
+        } else {
+            1
+        };
         self.p.expect("slots")?;
-        Ok(Channel { name, stages, slots: self.p.list("[", "]", buffer_id)? })
+        Ok(Channel { name, stages, turns, slots: self.p.list("[", "]", buffer_id)? })
     }
 
     fn role(&mut self) -> Parsed<Role> {

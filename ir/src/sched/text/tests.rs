@@ -106,7 +106,12 @@ fn schedule(program: &Program, bytes: &[u8]) -> Scheduled {
         places: program.types.iter().map(&mut place).collect(),
         threads: bytes.len() as u32,
         buffers: (0..bytes.len() as u32 % 4).map(buffer).collect(),
-        channels: vec![Channel { name: "ring".into(), stages: 3, slots: vec![BufferId(0), BufferId(1)] }],
+        channels: vec![Channel {
+            name: "ring".into(),
+            stages: 3,
+            turns: bytes.len() as u32 % 2 + 1,
+            slots: vec![BufferId(0), BufferId(1)],
+        }],
         common: Block::default(),
         roles: Vec::new(),
     };

@@ -20,6 +20,7 @@ mod hazards;
 mod lifetimes;
 mod places;
 mod team;
+mod turns;
 mod types;
 
 use super::{Scheduled, Type};

@@ -43,6 +43,7 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
         report.add("", format!("{} threads have no two halves of whole warps that take turns", kernel.threads));
     }
     parts(kernel, report);
+    super::turns::check(kernel, report);
     cluster(kernel, report);
     super::team::check(kernel, report);
     for p in &kernel.params {
@@ -173,6 +174,9 @@ fn tables(kernel: &Scheduled, report: &mut Report) {
         }
         if channel.stages == 0 || channel.slots.is_empty() {
             report.add(&place, "a channel has at least one stage and one slot");
+        }
+        if channel.turns == 0 || !channel.stages.is_multiple_of(channel.turns) {
+            report.add(&place, format!("{} stages are no multiple of {} turns", channel.stages, channel.turns));
         }
         for slot in &channel.slots {
             let Some(buffer) = kernel.buffers.get(slot.0 as usize) else {
@@ -378,7 +382,9 @@ impl Places<'_, '_, '_> {
             Some(role) => self.kernel.roles[role].warps,
             None => [0, self.kernel.threads / 32],
         };
-        let mut owners = end - first;
+        // Of parts that take turns each has all of it.
+        let parts = self.unit.checked_sub(1).map_or(1, |role| self.kernel.turns(&self.kernel.roles[role]));
+        let mut owners = (end - first) / parts;
         let grouped = matches!(f.atom, Atom::Wgmma | Atom::WgmmaTransposed | Atom::WgmmaSums);
         if grouped {
             if !first.is_multiple_of(4) || !owners.is_multiple_of(4) {

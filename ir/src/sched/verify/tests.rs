@@ -80,6 +80,97 @@ fn all_roles_have_both_ends_of_their_part() {
     );
 }
 
+/// A role's part of `T..C`.
+fn both_ends(role: &str) -> String {
+    format!(
+        "%{role}a = sym T : i32 @uniform %{role}b = sym C : i32 @uniform
+         %{role}lo = part begin %{role}a to %{role}b : i32 @uniform %{role}hi = part end %{role}a to %{role}b : i32 @uniform"
+    )
+}
+
+#[test]
+fn parts_take_stages_in_turns_alone() {
+    let stages = |turns: &str, warps: &str, consumer: &str| {
+        format!(
+            "scheduled k grid(T/1) persistent 1 threads 160
+             read %x: view<[T, 64] f32> write %y: view<[T, 64] f32>
+             buffer b0 = ring: f32 1x64, offset 0, bytes 1024, pitch 256, swizzle 0, copies 4
+             channel c0 = ring: stages 4, {turns}slots [b0]
+             {{ }}
+             role x warps 0..1 {{ {} for %i = %xlo to %xhi step 1 {{
+                 acquire c0 copy c0.0, %x[%i, 0] : tile<1x64xf32> commit c0 }} }}
+             role y warps {warps} {{ {} {consumer} }}",
+            both_ends("x"),
+            both_ends("y"),
+        )
+    };
+    let round = "wait c0 %t = take c0.0 : tile<1x64xf32> @slot(c0, 0) store %y[%j, 0], %t release c0 lag 0";
+    let rounds = |what: &str| format!("for %j = %ylo to %yhi step 1 {{ {what} }}");
+    check_kernel(&stages("turns 2, ", "1..5", &rounds(round)), expect![""]);
+    check_kernel(
+        &stages("turns 3, ", "1..5", &rounds(round)),
+        expect!["kernel k, channel c0: 4 stages are no multiple of 3 turns"],
+    );
+    check_kernel(
+        &stages("turns 2, ", "1..4", &rounds(round)),
+        expect!["kernel k, role y: warps 1..4 are no 2 parts that take turns"],
+    );
+    check_kernel(
+        &stages("turns 2, ", "1..5 elected", &rounds(round)),
+        expect!["kernel k, role y: warps 1..5 are no 2 parts that take turns"],
+    );
+    check_kernel(
+        &stages("turns 2, ", "1..5", &rounds(&format!("barrier {round}"))),
+        expect!["kernel k, role y: parts that take turns meet no barrier, fill no stage and have no scratch"],
+    );
+    // All rounds of a tile are not the block's, and every second is not each.
+    for elsewhere in ["%ya to %yb step 1", "%ylo to %yhi step 2"] {
+        check_kernel(
+            &stages("turns 2, ", "1..5", &format!("for %j = {elsewhere} {{ {round} }}")),
+            expect!["kernel k, role y: waits in turns for c0 otherwise than once in each round of its part"],
+        );
+    }
+    check_kernel(
+        &stages("turns 2, ", "1..5", &rounds(&format!("{round} wait c0 release c0 lag 0"))),
+        expect!["kernel k, role y: waits in turns for c0 otherwise than once in each round of its part"],
+    );
+    check_kernel(
+        "scheduled k grid(T/1) persistent 1 threads 160
+         read %x: view<[T, 64] f32>
+         buffer b0 = ring: f32 1x64, offset 0, bytes 1024, pitch 256, swizzle 0, copies 4
+         channel c0 = ring: stages 4, turns 2, slots [b0]
+         { }
+         role x warps 0..1 { for %i = 0 to 4 step 1 { acquire c0 copy c0.0, %x[%i, 0] : tile<1x64xf32> commit c0 } }
+         role y warps 1..5 { for %j = 0 to 4 step 1 { wait c0 release c0 lag 0 } }",
+        expect![[r#"
+            kernel k: stages are taken in turns where blocks divide the rounds of tiles
+            kernel k, role y: waits in turns for c0 otherwise than once in each round of its part"#]],
+    );
+}
+
+#[test]
+fn what_is_taken_in_turns_together_is_so_by_as_many() {
+    check_kernel(
+        &format!(
+            "scheduled k grid(T/1) persistent 1 threads 160
+             read %x: view<[T, 64] f32>
+             buffer b0 = first: f32 1x64, offset 0, bytes 1024, pitch 256, swizzle 0, copies 4
+             buffer b1 = second: f32 1x64, offset 1024, bytes 1024, pitch 256, swizzle 0, copies 4
+             channel c0 = first: stages 4, turns 2, slots [b0]
+             channel c1 = second: stages 4, turns 4, slots [b1]
+             {{ }}
+             role x warps 0..1 {{ {} for %i = %xlo to %xhi step 1 {{
+                 acquire c0 copy c0.0, %x[%i, 0] : tile<1x64xf32> commit c0
+                 acquire c1 copy c1.0, %x[%i, 0] : tile<1x64xf32> commit c1 }} }}
+             role y warps 1..5 {{ {} for %j = %ylo to %yhi step 1 {{
+                 wait c0 wait c1 release c0 lag 0 release c1 lag 0 }} }}",
+            both_ends("x"),
+            both_ends("y"),
+        ),
+        expect!["kernel k, role y: takes stages of some channels in 4 turns, of others in fewer"],
+    );
+}
+
 #[test]
 fn values_of_a_role_are_its_own() {
     let mut kernel = parse(

@@ -17,7 +17,7 @@ pub fn rings(s: &Scheduled, mut barriers: u32) -> (Vec<Ring>, u32) {
         let number = ChannelId(rings.len() as u32);
         // Threads that read a slot themselves give it back themselves.
         let all_arrive = channel.slots.iter().any(|b| s.buffers[b.0 as usize].swizzle == 0);
-        let mut ring = Ring::new(channel.stages, barriers, delivery(s, number), all_arrive);
+        let mut ring = Ring::new(channel, barriers, delivery(s, number), all_arrive);
         ring.warps_arrive = s.roles.iter().any(|r| gives_back_apart(&r.body, number));
         ring.shared = s.roles.iter().any(|r| any(&r.body, &|op| is_shared(op, number)));
         rings.push(ring);
@@ -40,7 +40,7 @@ impl Emit<'_> {
                 let consumers: u32 =
                     consumers.map(|r| if ring.all_arrive { threads(r) } else { threads(r) / ring.arriving() }).sum();
                 // A stage that others fill too is free when it is free in all of them.
-                let consumers = if ring.shared { consumers * cluster } else { consumers };
+                let consumers = if ring.shared { consumers * cluster } else { consumers } / ring.turns;
                 for stage in 0..ring.stages {
                     let full = t.f.add(t.shared32, i32((ring.barriers + 8 * stage).into()));
                     ptx::barrier_init(&mut t.f, full, ring.delivery.arrivals());

@@ -12,7 +12,6 @@ use super::parts::Range;
 use super::ptx;
 use super::quads::Share;
 use super::ring::Ring;
-use super::scores;
 use super::select;
 use super::stream::{self, Lists};
 use super::sums::Sums;
@@ -112,10 +111,12 @@ pub struct Emit<'a> {
     pub block: [Val; 3],
     /// The block's range of the rounds of all tiles, where blocks divide these.
     pub range: Option<Range>,
-    /// This thread's number in its role.
+    /// This thread's number in its role, or in its part of the role.
     pub role_tid: Val,
     /// This warp's.
     pub role_warp: Val,
+    /// The part that this thread is in, where parts of a role take stages in turns.
+    pub part: Val,
     /// Whether one thread runs the role.
     pub elected: bool,
     /// The barrier of this role's threads: its number, and how many they are.
@@ -228,8 +229,7 @@ pub fn occupancy(s: &Scheduled, shared_bytes: u32, arch: &Arch, sharing: u32) ->
     let still = s.roles.iter().all(|r| r.registers.is_none()) && scratch_bytes(s) == 0;
     let few = few || still && s.places.iter().any(sums);
     let fitting = arch.shared_per_sm / (shared_bytes + Arch::SHARED_RESERVED);
-    let most = if s.parts() { scores::SHARING[0] } else { 2 };
-    if few { sharing.max(fitting.min(most)) } else { sharing }
+    if few { sharing.max(fitting.min(2)) } else { sharing }
 }
 
 /// Whether tiles of a contraction differ in their work, and each has much: the contraction is in a loop of its own, and large. Where blocks take
@@ -324,6 +324,7 @@ impl<'a> Emit<'a> {
             range: None,
             role_tid: i32(0),
             role_warp: i32(0),
+            part: i32(0),
             elected: false,
             role_barrier: (0, s.threads),
             geometries: HashMap::new(),
@@ -419,7 +420,7 @@ impl<'a> Emit<'a> {
         self.stores_boxes = false;
         self.numbers.clear();
         self.flight = Flight::default();
-        self.rings.iter_mut().for_each(Ring::restart);
+        self.rings.iter_mut().for_each(|r| r.restart(None));
         self.phases = i32(0);
         self.elected = role.elected;
         self.own.clear();
@@ -451,7 +452,8 @@ impl<'a> Emit<'a> {
         }
         self.role_tid = self.t.f.sub(self.t.tid, i32((role.warps[0] * Arch::WARP).into()));
         self.role_warp = self.t.f.sub(self.t.warp, i32(role.warps[0].into()));
-        if role.registers.is_some() && adds_apart(&role.body, false) {
+        self.take_turns(role);
+        if role.registers.is_some() && self.s.turns(role) == 1 && adds_apart(&role.body, false) {
             // Warpgroups that run in step would all add at once, and none would multiply.
             let late = self.t.f.cmp("uge", self.role_warp, i32(GROUP_WARPS.into()));
             self.t.when(late, |t| ptx::sleep(&mut t.f, APART_NS));

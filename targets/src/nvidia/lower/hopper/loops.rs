@@ -344,7 +344,11 @@ impl<'a> Emit<'a> {
         }
         self.prepare_rows(body, false)?;
         self.anchor_loads(body)?;
-        let (lo, hi) = (self.index(lo)?, self.index(hi)?);
+        let (mut lo, hi, mut step) = (self.index(lo)?, self.index(hi)?, step);
+        let turns = self.turns_in(body);
+        if turns > 1 {
+            (lo, step) = (self.own_round(lo, turns)?, turns);
+        }
         let mut carried: Vec<Val> = self.ring_state();
         let counters = carried.len();
         let (mut carries, mut widths, mut varies) = (Vec::new(), Vec::new(), Vec::new());

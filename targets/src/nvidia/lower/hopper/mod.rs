@@ -15,7 +15,7 @@
 //! | `skip` | tiles with an empty loop cost their bounds only; rounds of tiles divided by blocks |
 //! | `select`, `window`, `short`, `spread`, `bounded`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a bound, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
-//! | `emit`, `held`, `loops`, `parts`, `channels`, `ring`, `gather`, `fill`, `begin`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
+//! | `emit`, `held`, `loops`, `parts`, `turns`, `channels`, `ring`, `gather`, `fill`, `begin`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
 //!
 //! Schedule and lowering know nothing of particular kernels: what a consumer does with its fragments besides products is whatever
@@ -64,6 +64,7 @@ mod team;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod twins;
 mod values;
 mod wgmma;
@@ -82,12 +83,11 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
     if !arch.has_wgmma || !arch.has_tma {
         return None;
     }
-    let ranges = kernel.schedule.ranges;
+    let scores = |ranges| scores::plan(&kernel.program, arch, ranges).map(|scores| skip::empty_tiles(scores, ranges));
+    // Only rounds of a single loop can be divided.
+    let divided = || kernel.schedule.ranges.then(|| scores(true)).flatten().filter(Scheduled::parts);
     plan::plan(kernel, arch)
-        .or_else(|| {
-            let scores = scores::plan(&kernel.program, arch, ranges);
-            scores.map(|s| skip::empty_tiles(s, ranges)).map(overlap::overlapped).map(pages::ahead)
-        })
+        .or_else(|| divided().or_else(|| scores(false)).map(overlap::overlapped).map(pages::ahead))
         .or_else(|| select::plan(kernel, arch))
         .or_else(|| attention_plan::plan(kernel, arch))
 }

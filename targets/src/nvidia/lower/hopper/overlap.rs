@@ -31,7 +31,7 @@ const ROUNDS: u32 = 2;
 /// The kernel with such loops changed.
 pub fn overlapped(mut s: Scheduled) -> Scheduled {
     if s.parts() {
-        // As many blocks share a multiprocessor as of fewer rows.
+        // What one part of a role sums, or one block, hides behind products of the others.
         return s;
     }
     for role in 0..s.roles.len() {

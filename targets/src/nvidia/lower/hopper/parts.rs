@@ -206,6 +206,13 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
+    /// Rounds of this block in the tiles before this one.
+    pub fn rounds_done(&mut self) -> Option<Val> {
+        let range = self.range?;
+        let done = self.t.f.sub(range.before, range.bounds[0]);
+        Some(self.t.f.intrinsic("smax", &[done, i32(0)]))
+    }
+
     /// The first of a tile's rounds that is this block's, or the end of those.
     pub fn part(&mut self, lo: ValueId, hi: ValueId, end: bool) -> Result<Val, String> {
         let rounds = self.rounds([lo, hi])?;
@@ -272,6 +279,41 @@ mod tests {
         m.run(&text, 64).unwrap_or_else(|e| panic!("{e}"));
         let words = m.global[out..].chunks(4).map(|b| i32::from_le_bytes(b.try_into().expect("four")));
         words.collect()
+    }
+
+    /// The first round of a part in a tile with so many rounds before it, from `lo` on, of a block that begins with that round.
+    fn own_round([begin, before]: [i32; 2], part: i32, lo: i32) -> i32 {
+        let s = &sched::parse(KERNEL).expect("is right")[0];
+        let how = How { symbols: Ty::Global, sharing: 1, late: false };
+        let mut e = Emit::new(s, Arch::named("sm_90a").expect("exists"), how);
+        e.start();
+        // In registers, as a block has them.
+        let [zero, begin, before, part, lo] = [0, begin, before, part, lo].map(|n| i32(n.into()));
+        let nothing = e.t.f.mul(e.t.tid, zero);
+        let [begin, before, lo] = [begin, before, lo].map(|n| e.t.f.add(n, nothing));
+        e.part = e.t.f.add(part, nothing);
+        e.range = Some(Range { bounds: [begin, i32(i32::MAX.into())], tile: i32(0), before, rounds: i32(0) });
+        let first = e.own_round(lo, 4).expect("has a range");
+        let one = e.t.f.cmp("eq", e.t.tid, i32(0));
+        isa::store_global_if(&mut e.t.f, one, Val::Arg(1, Ty::Global), &[first]);
+        let text = module(s, &GpuKernel { threads: 64, ..GpuKernel::default() }, Ty::Global, 1, e.t.f.text());
+        let mut m = Machine { global: vec![0; 512], args: vec![256, 384, 0], ..Machine::default() };
+        m.run(&text, 64).unwrap_or_else(|e| panic!("{e}"));
+        i32::from_le_bytes(m.global[384..388].try_into().expect("four"))
+    }
+
+    #[test]
+    fn parts_of_a_role_take_rounds_in_turns() {
+        let (begin, mut before, mut done) = (5, 0, 0);
+        // A tile of other blocks, one that begins in this one's range, short ones, one without rounds.
+        for rounds in [4, 8, 1, 0, 9, 2, 7] {
+            let lo = (begin - before).clamp(0, rounds);
+            for part in 0..4 {
+                let wants = (lo..).find(|k| (done + k - lo) % 4 == part).expect("has a turn");
+                assert_eq!(own_round([begin, before], part, lo), wants, "part {part} behind {before} rounds");
+            }
+            (before, done) = (before + rounds, done + rounds - lo);
+        }
     }
 
     #[test]

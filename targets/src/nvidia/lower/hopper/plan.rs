@@ -388,6 +388,7 @@ impl<'a> Planner<'a> {
             channels: vec![Channel {
                 name: "operands".into(),
                 stages: self.config.stages,
+                turns: 1,
                 slots: (0..self.c.operands().len() as u32).map(BufferId).collect(),
             }],
             types: self.values.types,

@@ -4,7 +4,7 @@ use super::emit::{Emit, Held};
 use super::ptx;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::mlir::{Fn, Ty, Val, i32};
-use dsc_ir::sched::{Block, ChannelId, Op, Scheduled};
+use dsc_ir::sched::{Block, Channel, ChannelId, Op, Scheduled};
 use dsc_ir::tile::{Index, ValueId};
 
 use super::config::WARPGROUP;
@@ -25,6 +25,11 @@ pub struct Ring {
     pub barriers: u32,
     /// Number of the next stage.
     pub stage: Val,
+    /// How many parts of its consumers take stages in turns.
+    pub turns: u32,
+    /// The first stage that this role takes, and how many it goes on by.
+    first: Val,
+    pub by: u32,
     /// Parity of its round, unless it is a bit of [`Emit::phases`].
     pub phase: Val,
     /// Which.
@@ -69,12 +74,15 @@ impl Delivery {
 
 impl Ring {
     /// A ring at its start.
-    pub fn new(stages: u32, barriers: u32, delivery: Delivery, all_arrive: bool) -> Ring {
+    pub fn new(channel: &Channel, barriers: u32, delivery: Delivery, all_arrive: bool) -> Ring {
         let (stage, phase) = (i32(0), i32(0));
         Ring {
-            stages,
+            stages: channel.stages,
+            turns: channel.turns,
             barriers,
             stage,
+            first: stage,
+            by: 1,
             phase,
             bit: None,
             delivery,
@@ -85,9 +93,10 @@ impl Ring {
         }
     }
 
-    /// Back to the start.
-    pub fn restart(&mut self) {
-        self.stage = i32(0);
+    /// Back to the start, for a role that takes every stage, or for that one of its parts which take stages in turns.
+    pub fn restart(&mut self, part: Option<Val>) {
+        (self.first, self.by) = part.filter(|_| self.turns > 1).map_or((i32(0), 1), |part| (part, self.turns));
+        self.stage = self.first;
         self.phase = i32(0);
         self.recent.clear();
     }
@@ -185,9 +194,9 @@ impl<'a> Emit<'a> {
         let (f, ring) = (&mut self.t.f, &mut self.rings[channel.0 as usize]);
         let mut turn = i32(1);
         if ring.stages > 1 {
-            let next = f.add(ring.stage, i32(1));
-            let wrapped = f.cmp("eq", next, i32(ring.stages.into()));
-            ring.stage = f.select(wrapped, i32(0), next);
+            let next = f.add(ring.stage, i32(ring.by.into()));
+            let wrapped = f.cmp(if ring.by > 1 { "sge" } else { "eq" }, next, i32(ring.stages.into()));
+            ring.stage = f.select(wrapped, ring.first, next);
             turn = f.cast("zext", wrapped, Ty::I32);
         }
         match ring.bit {

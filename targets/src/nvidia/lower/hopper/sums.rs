@@ -339,6 +339,16 @@ impl<'a> Emit<'a> {
         if let Some(Held::Scalar(x)) = self.held.get(&v) {
             return Ok(*x);
         }
+        if let Some(&Held::Stage(buffer, stage)) = self.held.get(&v) {
+            // Rows one after another, as the copy engine has brought them.
+            let data = &self.s.buffers[buffer.0 as usize];
+            let base = self.t.f.add(self.t.shared32, i32(data.offset.into()));
+            let from = self.t.f.mul(stage, i32(data.copy_bytes().into()));
+            let base = self.t.f.add(base, from);
+            let byte = self.t.f.mul(at, i32(4));
+            let at = self.t.f.add(base, byte);
+            return Ok(ptx::load_shared_f32(&mut self.t.f, at));
+        }
         let op = match self.defs.get(&v).map(|i| &i.op) {
             Some(Op::Tile(op)) => op,
             _ => return Err(format!("%{} is not computed here", v.0)),

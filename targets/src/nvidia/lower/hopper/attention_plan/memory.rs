@@ -24,7 +24,7 @@ impl Placed {
 
     fn channel(&mut self, name: &str, stages: u32, slots: Vec<Buffer>) {
         let slots = slots.into_iter().map(|b| self.put(b)).collect();
-        self.channels.push(Channel { name: name.into(), stages, slots });
+        self.channels.push(Channel { name: name.into(), stages, turns: 1, slots });
     }
 }
 
@@ -127,7 +127,7 @@ impl<'a> Planner<'a> {
             slots.drain(..usize::from(shared.is_some()));
             let slots = shared.into_iter().chain(slots.into_iter().map(|b| placed.put(b))).collect::<Vec<_>>();
             first = slots.first().copied();
-            placed.channels.push(Channel { name: format!("weights{name}"), stages: 1, slots });
+            placed.channels.push(Channel { name: format!("weights{name}"), stages: 1, turns: 1, slots });
         }
         for name in ["_a", "_b"].into_iter().filter(|_| late > 0) {
             let slots = (0..late).map(|i| column(format!("late{name}{i}"), heads));

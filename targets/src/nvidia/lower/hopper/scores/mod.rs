@@ -19,7 +19,8 @@
 //! **Arithmetic**, `k` of 128 e4m3: a multiprocessor multiplies 32 elements of `a · bᵀ` a cycle and needs two operations (maximum, fused
 //! multiply-add) for each, of 128 a cycle: half the issue slots. So sums hide behind products if something multiplies
 //! meanwhile: with many rows two warpgroups share a stage of `b`, each with up to 256 rows of `a` in two halves, one of which is summed while the
-//! other multiplies ([`super::twins`], [`super::overlap`]); with few, several blocks share a multiprocessor, each with one.
+//! other multiplies ([`super::twins`], [`super::overlap`]); with few, several blocks share a multiprocessor, each with one. Where blocks divide rounds, four
+//! warpgroups of one block take stages of `b` in turns ([`super::turns`]): `a` is there once, and so are the few stages that memory needs under way.
 
 mod memory;
 mod pattern;
@@ -43,11 +44,13 @@ const STREAM: ChannelId = ChannelId(1);
 const MOST_SUMS: u32 = 4;
 /// Registers of a thread of the producer and of the consumers, where there are two consumer warpgroups.
 const REGISTERS: [u32; 2] = [40, 232];
-/// Deepest ring, and least.
+/// Warpgroups that take stages in turns where blocks divide rounds of 128 rows, and registers as above.
+const TURNS: u32 = 4;
+const REGISTERS_IN_TURNS: [u32; 2] = [32, 112];
+/// Deepest ring, and least. Where stages are taken in turns there is room for more, but more bytes under way are slower.
 const STAGES: [u32; 2] = [2, 8];
-/// Blocks that share a multiprocessor where one has a single consumer warpgroup with at most 64 rows, or 128; two where two products are in flight. Four also
-/// of 128 rows where blocks divide rounds: one product each is then in flight.
-pub const SHARING: [u32; 2] = [4, 3];
+/// Blocks that share a multiprocessor where one has a single consumer warpgroup with at most 64 rows, or 128; two where two products are in flight.
+const SHARING: [u32; 2] = [4, 3];
 /// Alignment of operands.
 const ALIGN: u32 = 1024;
 
@@ -79,6 +82,8 @@ fn planned(program: &Program, arch: &Arch, ranges: bool) -> Option<Scheduled> {
 /// Warpgroups and shared memory.
 struct Config {
     warpgroups: u32,
+    /// How many such teams of warpgroups take stages in turns.
+    turns: u32,
     /// Stages of the resident operand, and of the streamed one.
     stages: [u32; 2],
     /// Bytes of a stage of each slot.
@@ -101,25 +106,26 @@ impl Config {
         fits.then_some(())?;
         let (resident, streamed, vectors) =
             (rows * STEP_BYTES, ROWS * STEP_BYTES, ROWS * 4 * (p.streamed.len() as u32 - 1));
-        // Of what rarely changes nothing is brought ahead, which leaves room for more blocks.
-        let rare = ranges && !p.selects && rows == ALONE;
+        let turns = if ranges && !p.selects && rows == ALONE { TURNS } else { 1 };
         let limit = match rows * warpgroups {
-            _ if rare => arch.shared_per_sm / SHARING[0] - Arch::SHARED_RESERVED,
+            _ if turns > 1 => arch.shared_per_block,
             0..=64 => arch.shared_per_sm / SHARING[0] - Arch::SHARED_RESERVED,
             n @ 65..=128 if n != ALONE || p.selects => arch.shared_per_sm / SHARING[1] - Arch::SHARED_RESERVED,
             65..=256 => arch.shared_per_sm / 2 - Arch::SHARED_RESERVED,
             _ => arch.shared_per_block,
         };
         let lists = if p.selects { warpgroups * super::stream::SHARED } else { 0 };
-        let shares_weights = p.selects || warpgroups == 1;
+        let shares_weights = p.selects || warpgroups * turns == 1;
         let weights = if shares_weights { rows * 4 * p.weights.len() as u32 } else { 0 };
+        let columns = if turns > 1 { rows * 4 * p.columns.len() as u32 } else { 0 };
         let limit = limit.checked_sub(ALIGN + lists + weights)?;
-        let depth = |ahead: u32| limit.checked_sub(resident * ahead).map(|left| left / (streamed + vectors + 16));
-        let stages = if rare { 1..=1 } else { 1..=2 }.rev().find_map(|ahead| {
-            let n = depth(ahead)?;
-            (n >= STAGES[0]).then_some([ahead, n.min(STAGES[1])])
+        let depth =
+            |ahead: u32| limit.checked_sub((resident + columns) * ahead).map(|left| left / (streamed + vectors + 16));
+        let stages = [2, 1].into_iter().find_map(|ahead| {
+            let n = depth(ahead)?.min(STAGES[1]) / turns * turns;
+            (n >= STAGES[0]).then_some([ahead, n])
         })?;
-        Some(Config { warpgroups, stages, resident, streamed, lists, shares_weights })
+        Some(Config { warpgroups, turns, stages, resident, streamed, lists, shares_weights })
     }
 }
 
@@ -142,6 +148,10 @@ impl<'a> Planner<'a> {
         config: Config,
         defs: HashMap<ValueId, &'a tile::Inst>,
     ) -> Planner<'a> {
+        let mut p = p;
+        if config.turns == 1 {
+            p.columns.clear();
+        }
         let mut me = Planner {
             program,
             p,
@@ -153,7 +163,7 @@ impl<'a> Planner<'a> {
             values: Values::new(program),
         };
         let mut copied = me.bounds(&|inst| me.brought(inst));
-        for i in me.p.streamed.iter().chain(&me.p.residents) {
+        for i in me.p.streamed.iter().chain(&me.p.residents).chain(&me.p.columns) {
             copied.extend(tile::operands(&i.op));
         }
         let mut kept = me.bounds(&|inst| effect(inst) || me.brought(inst));
@@ -170,7 +180,7 @@ impl<'a> Planner<'a> {
 
     /// Whether an instruction is a load through a ring.
     fn brought(&self, inst: &tile::Inst) -> bool {
-        self.p.streamed.iter().chain(&self.p.residents).any(|i| i.results == inst.results)
+        self.p.streamed.iter().chain(&self.p.residents).chain(&self.p.columns).any(|i| i.results == inst.results)
     }
 
     /// Bounds of loops that hold such an instruction.
@@ -204,7 +214,7 @@ impl<'a> Planner<'a> {
 
     /// The shared memory of selections.
     fn lists(&self) -> BufferId {
-        BufferId((self.p.residents.len() + self.p.streamed.len()) as u32)
+        BufferId((self.p.residents.len() + self.p.columns.len() + self.p.streamed.len()) as u32)
     }
 
     /// The shared memory of the first of the weights.

@@ -4,8 +4,9 @@ use super::super::config::ROWS;
 use super::super::contraction::STEP_BYTES;
 use super::super::stream::MOST_K;
 use super::super::tensor_map::{can_describe, view_type};
+use super::super::values::slice;
 use dsc_ir::DType;
-use dsc_ir::tile::{self, Program, ReduceKind, Region, ValueId};
+use dsc_ir::tile::{self, Program, ReduceKind, Region, TileType, ValueId};
 use std::collections::HashMap;
 
 /// Most rows of the resident operand in a warpgroup: columns of an instruction.
@@ -21,6 +22,8 @@ pub(super) struct Pattern<'a> {
     pub(super) streamed: Vec<&'a tile::Inst>,
     /// What the products are combined with, a value a row of `a`.
     pub(super) weights: Vec<ValueId>,
+    /// Loads that weights are computed of, a number a row each, and that the copy engine can bring.
+    pub(super) columns: Vec<&'a tile::Inst>,
     /// Groups of a product, and rows of each.
     pub(super) groups: [u32; 2],
     /// Whether rows of sums are selected from.
@@ -155,7 +158,16 @@ impl<'a> Pattern<'a> {
             }
         }
         let (groups, dtype) = ([outer, each], ta.dtype);
-        Some(Pattern { dots, residents, streamed, weights, groups, selects: selects > 0, dtype })
+        let of_rows = slice(defs, weights.clone(), |_| false);
+        let is_column = |i: &&tile::Inst| {
+            let tile::Op::Load { view, .. } = &i.op else { return false };
+            let whole = |t: &TileType| t.dtype == DType::F32 && t.elements() == rows as usize;
+            of_rows.contains(&i.results[0])
+                && program.tile(i.results[0]).is_some_and(whole)
+                && view_type(&program.types, *view).is_some_and(can_describe)
+        };
+        let columns = insts.iter().copied().filter(is_column).collect();
+        Some(Pattern { dots, residents, streamed, weights, columns, groups, selects: selects > 0, dtype })
     }
 }
 

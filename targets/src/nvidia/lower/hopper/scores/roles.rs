@@ -10,18 +10,23 @@ impl<'a> Planner<'a> {
     /// What a role does where a ring brings something; whether that is so.
     fn ring(&mut self, inst: &tile::Inst, producing: bool, names: &mut Names, out: &mut Vec<Inst>) -> Option<bool> {
         let tile::Op::Dot { b, .. } = self.p.dots[0].op else { return None };
-        if let Some(number) = self.p.residents.iter().position(|r| r.results == inst.results) {
-            let last = self.p.residents.len() - 1;
+        let slot = self.kept().position(|r| r.results == inst.results);
+        if let Some(slot) = slot {
+            let [first, last] = self.first_and_last(&inst.results);
+            let place = (RESIDENT, slot as u32);
             if producing {
-                out.extend((number == 0).then(|| plain(Op::Acquire(RESIDENT))));
-                out.push(self.copy(inst, (RESIDENT, number as u32), names)?);
-                out.extend((number == last).then(|| plain(Op::Commit(RESIDENT))));
-            } else {
-                out.extend((number == 0).then(|| plain(Op::Wait(RESIDENT))));
-                let tile::Op::Dot { a, .. } = self.p.dots[number].op else { return None };
-                let v = self.take(self.program.ty(a).clone(), (RESIDENT, number as u32), out);
-                names.insert(a, v);
+                out.extend(first.then(|| plain(Op::Acquire(RESIDENT))));
+                out.push(self.copy(inst, place, names)?);
+                out.extend(last.then(|| plain(Op::Commit(RESIDENT))));
+                return Some(true);
             }
+            out.extend(first.then(|| plain(Op::Wait(RESIDENT))));
+            let taken = match self.p.dots.get(slot).map(|d| &d.op) {
+                Some(tile::Op::Dot { a, .. }) => *a,
+                _ => inst.results[0],
+            };
+            let v = self.take(self.program.ty(taken).clone(), place, out);
+            names.insert(taken, v);
             return Some(true);
         }
         let Some(number) = self.p.streamed.iter().position(|s| s.results == inst.results) else { return Some(false) };
@@ -49,6 +54,20 @@ impl<'a> Planner<'a> {
             names.insert(r, v);
         }
         Some(true)
+    }
+
+    /// What is loaded once for all rounds of a tile, by slot.
+    fn kept(&self) -> impl Iterator<Item = &&'a tile::Inst> {
+        self.p.residents.iter().chain(&self.p.columns)
+    }
+
+    /// Whether the program has that load as the first of those, and as the last.
+    fn first_and_last(&self, results: &[ValueId]) -> [bool; 2] {
+        let mut order = Vec::new();
+        for_each(&self.program.body, &mut |inst| {
+            order.extend(self.kept().any(|k| k.results == inst.results).then_some(&inst.results));
+        });
+        [order.first(), order.last()].map(|end| end.is_some_and(|r| r.as_slice() == results))
     }
 
     /// Which of the streamed loads the program has last.
