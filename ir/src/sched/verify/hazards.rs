@@ -4,6 +4,10 @@
 //! arm, before a loop those of the code before and of its own end. Any instruction may be spread over the threads in its own way, so a write
 //! and a read conflict whichever elements they are of. Lazy values are read where they are used.
 //!
+//! A channel keeps what is read of a stage and what is filled later apart, by all that release it. Where two channels have a buffer in common, who
+//! empties one fills the other: its threads then need a barrier between, unless each warp fills the rows that it alone has read, as the left operand
+//! of products by warpgroup instructions.
+//!
 //! An instruction may read and write one buffer if each thread overwrites only what it alone reads: elementwise, on tiles of one shape.
 //! What a store takes for scratch is its own affair.
 //!
@@ -13,7 +17,7 @@ use super::lifetimes::overlap;
 use super::{Report, location};
 use crate::sched::ring::{Unit, units};
 use crate::sched::visit::Definitions;
-use crate::sched::{Block, BufferId, Inst, Op, Place, Scheduled};
+use crate::sched::{Atom, Block, BufferId, Inst, Op, Place, Scheduled};
 use crate::tile::{self, ValueId};
 use std::collections::{BTreeSet, HashMap};
 
@@ -47,16 +51,21 @@ pub(super) fn check(kernel: &Scheduled, report: &mut Report) {
 struct Since {
     written: BTreeSet<BufferId>,
     read: BTreeSet<BufferId>,
+    /// Buffers of two channels that a warp has read more of than its own rows.
+    crossed: BTreeSet<BufferId>,
 }
 
 impl Since {
     fn join(&mut self, other: &Since) {
         self.written.extend(&other.written);
         self.read.extend(&other.read);
+        self.crossed.extend(&other.crossed);
     }
 
     fn is_within(&self, other: &Since) -> bool {
-        self.written.is_subset(&other.written) && self.read.is_subset(&other.read)
+        self.written.is_subset(&other.written)
+            && self.read.is_subset(&other.read)
+            && self.crossed.is_subset(&other.crossed)
     }
 }
 
@@ -124,8 +133,35 @@ impl<'a> Hazards<'a, '_, '_> {
                 if let Op::Copy { channel, slot, .. } | Op::Fill { channel, slot, .. } = &inst.op {
                     writes.insert(self.kernel.channels[channel.0 as usize].slots[*slot as usize]);
                 }
+                self.to_and_fro(inst, &reads, since);
                 self.access(inst, reads, writes, since);
             }
+        }
+    }
+
+    /// Buffers that two channels have in common, read and filled by the same unit.
+    fn to_and_fro(&mut self, inst: &Inst, reads: &BTreeSet<BufferId>, since: &mut Since) {
+        let channels = |b: &BufferId| self.kernel.channels.iter().filter(|c| c.slots.contains(b)).count();
+        let common: BTreeSet<BufferId> = reads.iter().copied().filter(|b| channels(b) > 1).collect();
+        let by_rows =
+            |v: ValueId| matches!(self.definitions.place(v), Some(Place::Fragment(f)) if f.atom == Atom::Wgmma);
+        match &inst.op {
+            Op::Take { .. } => {}
+            Op::Tile(tile::Op::Dot { a, b, .. }) if inst.results.iter().all(|&v| by_rows(v)) => {
+                let (left, right) = (self.buffers(&[*a]), self.buffers(&self.definitions.sources(&[*b])));
+                since.crossed.extend(common.iter().filter(|b| !left.contains(b) || right.contains(b)));
+            }
+            _ => since.crossed.extend(common),
+        }
+        let Op::Fill { channel, slot, value, .. } = &inst.op else { return };
+        let into = self.kernel.channels[channel.0 as usize].slots[*slot as usize];
+        if channels(&into) > 1 && (since.crossed.contains(&into) || since.read.contains(&into) && !by_rows(*value)) {
+            self.say(
+                inst,
+                format!(
+                    "fills {into}, which other threads may still read by another channel, without a barrier between"
+                ),
+            );
         }
     }
 

@@ -440,6 +440,44 @@ fn channels_to_and_fro_may_have_one_buffer() {
 }
 
 #[test]
+fn warps_overwrite_their_own_rows_of_a_buffer_of_two_channels() {
+    let kernel = |between: &str, left: &str, right: &str| {
+        format!(
+            "scheduled k grid(T/1) threads 256
+             read %x: view<[T, 64] bf16>
+             write %y: view<[T, 64] f32>
+             buffer b0 = both: bf16 64x64, offset 0, bytes 8192, pitch 128, swizzle 128, copies 1
+             buffer b1 = values: bf16 64x64, offset 8192, bytes 8192, pitch 128, swizzle 128, copies 1
+             channel c0 = there: stages 1, slots [b0]
+             channel c1 = back: stages 1, slots [b0]
+             channel c2 = values: stages 1, slots [b1]
+             {{ }}
+             role a warps 0..4 {{ acquire c0 copy c0.0, %x[0, 0] : tile<64x64xbf16> commit c0
+                 acquire c2 copy c2.0, %x[0, 0] : tile<64x64xbf16> commit c2 wait c1 release c1 lag 0 }}
+             role b warps 4..8 {{ wait c0 %p = take c0.0 : tile<64x64xbf16> @slot(c0, 0)
+                 wait c2 %v = take c2.0 : tile<64x64xbf16> @slot(c2, 0)
+                 %d = dot %{left}, %{right} : tile<64x64xf32> @frag(wgmma, 1x1)
+                 %w = map(%d) {{ a -> t0 = cast<bf16> a; t0 }} : tile<64x64xbf16> @frag(wgmma, 1x1)
+                 release c0 lag 0 release c2 lag 0 {between} acquire c1 fill c1.0, %w commit c1 }}"
+        )
+    };
+    check_kernel(&kernel("", "p", "v"), expect![""]);
+    check_kernel(
+        &kernel("", "v", "p"),
+        expect![
+            "kernel k, role b, fill c1.0: fills b0, which other threads may still read by another channel, without a barrier between"
+        ],
+    );
+    check_kernel(
+        &kernel("", "p", "p"),
+        expect![
+            "kernel k, role b, fill c1.0: fills b0, which other threads may still read by another channel, without a barrier between"
+        ],
+    );
+    check_kernel(&kernel("barrier", "v", "p"), expect![""]);
+}
+
+#[test]
 fn barriers() {
     let load = "%2 = load %x[0, 0] : tile<1x64xf32> @shared(b0)";
     check(&format!("{{ {load} barrier store %y[0, 0], %2 }}"), expect![""]);

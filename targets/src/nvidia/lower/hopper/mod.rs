@@ -78,9 +78,14 @@ use crate::nvidia::lower::mlir::Ty;
 use dsc_ir::artifact::GpuKernel;
 use dsc_ir::sched::Scheduled;
 
+/// Whether an architecture has what these kernels are made of.
+fn has_path(arch: &Arch) -> bool {
+    arch.has_wgmma && arch.has_tma
+}
+
 /// The kernel with roles and rings, if it has a form that this architecture's copy engine and warpgroups can run.
 pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
-    if !arch.has_wgmma || !arch.has_tma {
+    if !has_path(arch) {
         return None;
     }
     let scores = |ranges| scores::plan(&kernel.program, arch, ranges).map(|scores| skip::empty_tiles(scores, ranges));
@@ -95,6 +100,9 @@ pub fn schedule(kernel: &Kernel, arch: &Arch) -> Option<Scheduled> {
 /// Schedule (as text), MLIR and launch of a kernel; none if the plain way takes it: its form is none of these, or threads of roles cannot do what
 /// stands around it.
 pub fn compile(kernel: &Kernel, arch: &Arch, symbols: Ty) -> Option<(String, String, GpuKernel)> {
+    if !has_path(arch) {
+        return None;
+    }
     if let Some(both) = beside::compile(kernel, arch, symbols) {
         return Some(both);
     }

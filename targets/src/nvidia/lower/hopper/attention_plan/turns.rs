@@ -86,7 +86,8 @@ impl<'a> Planner<'a> {
         self.takes_turns() && !self.parts.iter().any(|p| p.computed)
     }
 
-    /// Whether weights lie in one buffer both ways, which leaves room for keys: each warpgroup has given the other's back before it makes its own.
+    /// Whether weights lie in one buffer both ways, which leaves room for keys: each warpgroup has given the other's back before it makes its own, and
+    /// each warp overwrites the rows that its own part of the products has read.
     pub(super) fn shares_weights(&self) -> bool {
         self.turns_order()
     }
