@@ -133,14 +133,14 @@ impl<'a> Hazards<'a, '_, '_> {
                 if let Op::Copy { channel, slot, .. } | Op::Fill { channel, slot, .. } = &inst.op {
                     writes.insert(self.kernel.channels[channel.0 as usize].slots[*slot as usize]);
                 }
-                self.to_and_fro(inst, &reads, since);
+                self.both_ways(inst, &reads, since);
                 self.access(inst, reads, writes, since);
             }
         }
     }
 
     /// Buffers that two channels have in common, read and filled by the same unit.
-    fn to_and_fro(&mut self, inst: &Inst, reads: &BTreeSet<BufferId>, since: &mut Since) {
+    fn both_ways(&mut self, inst: &Inst, reads: &BTreeSet<BufferId>, since: &mut Since) {
         let channels = |b: &BufferId| self.kernel.channels.iter().filter(|c| c.slots.contains(b)).count();
         let common: BTreeSet<BufferId> = reads.iter().copied().filter(|b| channels(b) > 1).collect();
         let by_rows =
