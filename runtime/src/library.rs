@@ -230,7 +230,7 @@ impl PieceOf<'_, '_> {
         let Call { entry, piece, parts, .. } = self.call;
         let mut places = Vec::with_capacity(params.len());
         for (param, &arg) in params.iter().zip(&launch.args) {
-            let before = entry.piece_bytes(arg, piece) as usize * self.number;
+            let before = if self.number > 0 { entry.piece_bytes(arg, piece) as usize * self.number } else { 0 };
             let start = match arg {
                 Arg::Caller(i) => self.tensors.get(i as usize).map(|t| t.data),
                 Arg::Workspace(i) => parts.get(i as usize).map(|&at| self.workspace.wrapping_byte_add(at as usize)),

@@ -14,8 +14,8 @@
 //! expert, and works if a group starts there: there are as many as rows. Floors: `2 T k N K` operations; the weights of the experts that occur.
 
 use super::epilogue::Epilogue;
-use super::linear::{Contraction, LoadScales, Right, k_step, tile, weight_scales};
-use super::view::{Emit, divided, extent, plus, range, sum, times, where_below};
+use super::linear::{Contraction, LoadScales, WeightRows, k_step, tile};
+use super::view::{Emit, divided, extent, plus, range, remainder, sum, times, where_below};
 use super::{Class, Emitted, KernelError, Part, elem_name, unsupported};
 use dsc_ir::graph::{Graph, NodeId, Op, Value};
 use dsc_ir::schedule::Schedule;
@@ -99,12 +99,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
     let group = b.grid(groups, 1);
     let column = if apart { place } else { divided(b, place, parts) };
     let n0 = times(b, column, tn);
-    let part = own_axis.unwrap_or_else(|| {
-        b.map(&[place], |m, v| {
-            let parts = m.i32(parts as i32);
-            m.rem(v[0], parts)
-        })
-    });
+    let part = own_axis.unwrap_or_else(|| remainder(b, place, parts));
     // From the last on: a shared expert is the last, has every row, and should not be what all others wait for.
     let group = b.map(&[group], |m, v| {
         let last = m.i32(groups as i32 - 1);
@@ -144,30 +139,9 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
         };
         let left = |b: &mut Builder, kk: Ix, width: u32| rows(b, xs, kk, width);
         let left_scales = sx.map(|s| move |b: &mut Builder, block: ValueId| rows(b, s, block.into(), 1));
-        let offsets = epilogue.offsets(n);
         // A ragged tile of outputs reads into the next expert (or from gate into up); those columns are not stored.
-        let loads: Vec<_> = offsets
-            .iter()
-            .map(|&offset| {
-                move |b: &mut Builder, kk: Ix, width: u32| {
-                    let row = plus(b, row, offset as i32);
-                    b.load(ws, &[row.into(), kk], &[tn, width])
-                }
-            })
-            .collect();
-        let scales: Vec<_> = offsets
-            .iter()
-            .map(|&offset| {
-                sw.map(|(s, r, _)| {
-                    move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, offset, tn), r, first_scale, block)
-                })
-            })
-            .collect();
-        let rights = loads
-            .iter()
-            .zip(&scales)
-            .map(|(load, s)| Right { load, scales: s.as_ref().map(|f| f as &LoadScales) })
-            .collect();
+        let scales = sw.map(|(view, share, _)| (view, share, first_scale));
+        let weight = WeightRows { view: ws, first: [row, n0], n: tn, scales };
         let product = Contraction {
             shape: [tm, tn],
             k,
@@ -175,7 +149,7 @@ pub fn emit(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Class) -> 
             part: None,
             left: &left,
             left_scales: left_scales.as_ref().map(|f| f as &LoadScales),
-            rights,
+            rights: weight.at(&epilogue.offsets(n)),
             transposed: true,
         };
         let accs = product.emit(b);

@@ -27,7 +27,7 @@
 //! Floors: `2 M N K` operations; `M K + N K + M N` elements. At `M` ≤ 16 the weight's bytes decide.
 
 use super::epilogue::{Epilogue, JOINED_ELEMENTS, Joined, Results};
-use super::view::{Emit, divided, merged, plus, product, range, sum, times};
+use super::view::{Emit, divided, merged, plus, product, range, remainder, sum, times};
 use super::{Class, Emitted, KernelError, Part, elem_name};
 use dsc_ir::Extent;
 use dsc_ir::graph::{Graph, NodeId, Op, Value, part_columns};
@@ -42,9 +42,38 @@ pub(crate) type LoadScales<'a> = dyn Fn(&mut Builder, ValueId) -> ValueId + 'a;
 /// One right operand of a contraction.
 pub(crate) struct Right<'a> {
     /// `[n, step]` from a column, or `[step, n]` from a row.
-    pub load: &'a LoadTile<'a>,
+    pub load: Box<LoadTile<'a>>,
     /// Factors of one block's partial sums.
-    pub scales: Option<&'a LoadScales<'a>>,
+    pub scales: Option<Box<LoadScales<'a>>>,
+}
+
+/// Rows of a weight as right operands: `n` of them, one operand for each of some offsets.
+#[derive(Clone, Copy)]
+pub(crate) struct WeightRows {
+    /// `[rows, k]`, of one matrix or of several.
+    pub view: ValueId,
+    /// The first in the view, and in its matrix.
+    pub first: [ValueId; 2],
+    pub n: u32,
+    /// Their scales: a view, how many rows share one, and where those of the matrix start.
+    pub scales: Option<(ValueId, u32, Option<ValueId>)>,
+}
+
+impl WeightRows {
+    /// The operands.
+    pub fn at(self, offsets: &[u32]) -> Vec<Right<'static>> {
+        let WeightRows { view, first: [in_view, in_matrix], n, scales } = self;
+        let right = |&offset: &u32| Right {
+            load: Box::new(move |b, kk, width| {
+                let row = plus(b, in_view, offset as i32);
+                b.load(view, &[row.into(), kk], &[n, width])
+            }),
+            scales: scales.map(|(view, share, start)| -> Box<LoadScales<'static>> {
+                Box::new(move |b, block| weight_scales(b, view, (in_matrix, offset, n), share, start, block))
+            }),
+        };
+        offsets.iter().map(right).collect()
+    }
 }
 
 /// Contractions of one left operand: `m × n` results each over `k`, by steps.
@@ -114,7 +143,7 @@ impl Contraction<'_> {
         let left = self.left_scales.map(|f| f(b, block));
         let mut made = Vec::new();
         for (i, right) in self.rights.iter().enumerate() {
-            let scale = match (left, right.scales.map(|f| f(b, block))) {
+            let scale = match (left, right.scales.as_ref().map(|f| f(b, block))) {
                 (Some(x), Some(w)) => product(b, x, w),
                 (Some(one), None) | (None, Some(one)) => one,
                 (None, None) => b.full(1.0, &[]),
@@ -259,14 +288,6 @@ pub fn emit_beside(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Cla
 /// Columns of the narrowest tiles of a product beside another: a target that multiplies by so many would run neither its own way for a narrower one.
 const NARROW: u32 = 64;
 
-/// `v % n` of a scalar that is not negative.
-fn remainder(b: &mut Builder, v: ValueId, n: u32) -> ValueId {
-    b.map(&[v], |m, v| {
-        let n = m.i32(n as i32);
-        m.rem(v[0], n)
-    })
-}
-
 /// A product of the body with what is fused with it.
 struct Product {
     epilogue: Epilogue,
@@ -391,29 +412,8 @@ impl Declared {
         };
         let left = |b: &mut Builder, kk: Ix, width: u32| load(b, self.xs, kk, width);
         let left_scales = self.sx.map(|s| move |b: &mut Builder, block: ValueId| load(b, s, block.into(), 1));
-        let offsets = self.of.epilogue.offsets(self.n);
-        let loads: Vec<_> = offsets
-            .iter()
-            .map(|&offset| {
-                move |b: &mut Builder, kk: Ix, width: u32| {
-                    let row = plus(b, n0, offset as i32);
-                    b.load(self.ws, &[row.into(), kk], &[tn, width])
-                }
-            })
-            .collect();
-        let scales: Vec<_> = offsets
-            .iter()
-            .map(|&offset| {
-                self.sw.map(|(s, r)| {
-                    move |b: &mut Builder, block: ValueId| weight_scales(b, s, (n0, offset, tn), r, None, block)
-                })
-            })
-            .collect();
-        let rights = loads
-            .iter()
-            .zip(&scales)
-            .map(|(load, s)| Right { load, scales: s.as_ref().map(|f| f as &LoadScales) })
-            .collect();
+        let scales = self.sw.map(|(view, share)| (view, share, None));
+        let rows = WeightRows { view: self.ws, first: [n0, n0], n: tn, scales };
         let product = Contraction {
             shape: [tm, tn],
             k: self.of.weight[1],
@@ -421,7 +421,7 @@ impl Declared {
             part: part.zip(self.columns),
             left: &left,
             left_scales: left_scales.as_ref().map(|f| f as &LoadScales),
-            rights,
+            rights: rows.at(&self.of.epilogue.offsets(self.n)),
             transposed: true,
         };
         let accs = product.emit(b);
@@ -523,7 +523,7 @@ pub fn emit_heads(graph: &Graph, node: NodeId, schedule: &Schedule, class: &Clas
         part: None,
         left: &left,
         left_scales: None,
-        rights: vec![Right { load: &right, scales: None }],
+        rights: vec![Right { load: Box::new(right), scales: None }],
         transposed,
     };
     let accs = product.emit(b);

@@ -28,7 +28,7 @@
 use super::cache::{self, Array};
 use super::chains::{Piece, chains};
 use super::gate;
-use super::view::{Emit, divided, extent, product, range, sum, times, where_below};
+use super::view::{Emit, divided, extent, product, range, remainder, sum, times, where_below};
 use super::{Class, Emitted, KernelError, Part, body_of, op_name};
 use dsc_ir::DType;
 use dsc_ir::extent::{Extent, Sym};
@@ -651,10 +651,7 @@ impl Rows<'_> {
             let slot = b.slice(slots, &[r], &[1]);
             let slot = b.reshape(slot, &[]);
             let page = divided(b, slot, PAGE_TOKENS);
-            let offset = b.map(&[slot], |m, v| {
-                let n = m.i32(PAGE_TOKENS as i32);
-                m.rem(v[0], n)
-            });
+            let offset = remainder(b, slot, PAGE_TOKENS);
             let row = b.slice(tile, &[r, 0], &[1, columns]);
             let row = b.reshape(row, &[1, 1, columns]);
             b.store(view, &[page.into(), offset.into(), 0.into()], row);

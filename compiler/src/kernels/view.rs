@@ -386,6 +386,14 @@ pub(crate) fn divided(b: &mut Builder, v: ValueId, divisor: u32) -> ValueId {
     })
 }
 
+/// `v % divisor` of an i32 scalar or tile that is not negative.
+pub(crate) fn remainder(b: &mut Builder, v: ValueId, divisor: u32) -> ValueId {
+    b.map(&[v], |m, v| {
+        let divisor = m.i32(divisor as i32);
+        m.rem(v[0], divisor)
+    })
+}
+
 /// `v + offset` of an i32 scalar or tile.
 pub(crate) fn plus(b: &mut Builder, v: ValueId, offset: i32) -> ValueId {
     if offset == 0 {

@@ -167,12 +167,8 @@ fn rope_bytes(format: StateFormat) -> u64 {
 fn whole(ty: &ValueType) -> Option<Term> {
     let tensor = ty.tensor()?;
     let scales = tensor.scale_shape().map_or(0, |shape| constant(&shape).saturating_mul(4));
-    let bytes = match tensor.elem {
-        Elem::Plain(dtype) => dtype.bytes() as u64,
-        Elem::Quant(_) => 1,
-    };
     let symbols: Vec<Extent> = tensor.shape.iter().filter_map(|e| e.sym).map(Extent::from).collect();
-    Some(Term::of(constant(&tensor.shape).saturating_mul(bytes).saturating_add(scales), &symbols))
+    Some(Term::of(constant(&tensor.shape).saturating_mul(tensor.elem.bytes()).saturating_add(scales), &symbols))
 }
 
 fn constant(shape: &[Extent]) -> u64 {

@@ -15,8 +15,8 @@
 //! Effect: a launch less. The head weights of the indexer (64 rows of a weight in bf16) fill a tenth of a large device, beside the latents'
 //! products (2240 rows in e4m3) they take no time of their own.
 
-use super::outline::{base, is_convex, outline};
-use super::{Cx, is_view};
+use super::Cx;
+use super::outline::{base, is_convex, is_read_by, outline};
 use dsc_ir::Sym;
 use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, Value};
 
@@ -25,9 +25,8 @@ pub fn fuse_beside(graph: &mut Graph, cx: &Cx) -> usize {
     if !cx.beside || !cx.few_tokens() {
         return 0;
     }
-    let readers: Vec<NodeId> = graph.order();
     let mut pairs = 0;
-    for reader in readers {
+    for reader in graph.order() {
         let Some([first, second]) = pair(graph, reader) else { continue };
         let name = [first, second].map(|n| graph.dag[n].name.as_str()).join("+");
         let outputs = [first, second].map(|node| Value { node, output: 0 });
@@ -42,7 +41,8 @@ fn pair(graph: &Graph, reader: NodeId) -> Option<[NodeId; 2]> {
     let mut products: Vec<NodeId> = Vec::new();
     for value in graph.inputs(reader) {
         let from = base(graph, value).node;
-        if !products.contains(&from) && is_product(graph, from) && readers(graph, from) == [reader] {
+        let alone = |value: Value| is_read_by(graph, value, &|node| node == reader);
+        if !products.contains(&from) && is_product(graph, from) && alone(Value { node: from, output: 0 }) {
             products.push(from);
         }
     }
@@ -63,31 +63,8 @@ fn is_product(graph: &Graph, node: NodeId) -> bool {
     graph.tensor(x).shape.len() == 2 && rows.sym == Some(Sym::T) && rows.factor == 1
 }
 
-/// What reads a node's result, itself or through views; the node itself if that is a result of the graph.
-fn readers(graph: &Graph, node: NodeId) -> Vec<NodeId> {
-    let mut found = Vec::new();
-    let mut pending = vec![Value { node, output: 0 }];
-    while let Some(value) = pending.pop() {
-        if graph.is_output(value) {
-            found.push(node);
-        }
-        for (user, _) in graph.users(value) {
-            if is_view(&graph.dag[user].op) {
-                pending.push(Value { node: user, output: 0 });
-            } else if !found.contains(&user) {
-                found.push(user);
-            }
-        }
-    }
-    found
-}
-
 /// Bytes of a product's weight, without scales.
 fn weight_bytes(graph: &Graph, product: NodeId) -> u64 {
     let ty = graph.tensor(graph.inputs(product)[1]);
-    let elements = ty.shape.iter().fold(1u64, |n, e| n.saturating_mul(e.factor.into()));
-    elements.saturating_mul(match ty.elem {
-        dsc_ir::graph::Elem::Plain(dtype) => dtype.bytes() as u64,
-        dsc_ir::graph::Elem::Quant(_) => 1,
-    })
+    ty.shape.iter().fold(ty.elem.bytes(), |n, e| n.saturating_mul(e.factor.into()))
 }

@@ -16,7 +16,7 @@
 use super::outline::{base, escaping, is_convex, outline};
 use super::{Cx, is_view};
 use dsc_ir::Sym;
-use dsc_ir::graph::{Elem, FusedKind, Graph, NodeId, Op, Value};
+use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, Value};
 
 /// Most tokens that a block takes: all of a step.
 const TOKENS: u32 = 64;
@@ -41,10 +41,7 @@ fn head_bytes(graph: &Graph, product: NodeId) -> u32 {
     let inputs = graph.inputs(product);
     let (Op::HeadLinear { .. }, Some(&w)) = (&graph.dag[product].op, inputs.get(1)) else { return 0 };
     let size = |v: Value| graph.ty(v).tensor().and_then(|t| t.shape.last()).map_or(0, |e| e.factor);
-    let bytes = match graph.tensor(w).elem {
-        Elem::Plain(dtype) => dtype.bytes() as u32,
-        Elem::Quant(_) => 1,
-    };
+    let bytes = graph.tensor(w).elem.bytes() as u32;
     size(inputs[0]) * size(Value { node: product, output: 0 }) * bytes
 }
 

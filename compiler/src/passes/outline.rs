@@ -56,18 +56,16 @@ pub(super) fn escaping(graph: &Graph, members: &[NodeId]) -> Vec<Value> {
     members
         .iter()
         .flat_map(|&node| (0..graph.dag[node].outputs.len() as u32).map(move |output| Value { node, output }))
-        .filter(|&v| is_needed_outside(graph, &inside, v))
+        .filter(|&v| !is_read_by(graph, v, &|node| inside.contains(&node)))
         .collect()
 }
 
-fn is_needed_outside(graph: &Graph, inside: &HashSet<NodeId>, value: Value) -> bool {
-    graph.is_output(value)
-        || graph.users(value).into_iter().any(|(user, _)| {
-            if is_view(&graph.dag[user].op) {
-                is_needed_outside(graph, inside, Value { node: user, output: 0 })
-            } else {
-                !inside.contains(&user)
-            }
+/// Whether such nodes alone read a value, itself or through views, and neither is a result of the graph.
+pub(super) fn is_read_by(graph: &Graph, value: Value, by: &dyn Fn(NodeId) -> bool) -> bool {
+    !graph.is_output(value)
+        && graph.users(value).into_iter().all(|(user, _)| match is_view(&graph.dag[user].op) {
+            true => is_read_by(graph, Value { node: user, output: 0 }, by),
+            false => by(user),
         })
 }
 

@@ -13,8 +13,9 @@
 //! Effect: a block reads `K / parts` columns of its rows of the weight. Without it, a matrix of 2240 rows in tiles of 64 has 35
 //! blocks, and most of a large device idles while memory could be read.
 
+use super::Cx;
 use super::fuse_rows::is_row_op;
-use super::{Cx, is_view};
+use super::outline::is_read_by;
 use dsc_ir::graph::{Graph, NodeId, Op, TensorType, Value};
 use dsc_ir::{DType, Sym};
 
@@ -48,16 +49,9 @@ fn parts(graph: &Graph, cx: &Cx, node: NodeId) -> Option<u32> {
     let by_rows = rows.sym == Some(Sym::T) && rows.factor == 1 && graph.tensor(y).shape.len() == 2;
     let blocks = n.constant()?.div_ceil(TILE) * cx.class.max.get(Sym::T).div_ceil(TILE);
     let parts = cx.blocks.div_ceil(blocks.max(1)).min(PARTS).min(k.constant()? / COLUMNS);
-    (by_rows && parts > 1 && !graph.is_output(y) && readers_join(graph, y)).then_some(parts)
-}
-
-/// Whether what reads a value, itself or through views, works by rows or is a gate.
-fn readers_join(graph: &Graph, value: Value) -> bool {
-    graph.users(value).into_iter().all(|(user, _)| {
-        let made = Value { node: user, output: 0 };
-        let op = &graph.dag[user].op;
-        if is_view(op) { !graph.is_output(made) && readers_join(graph, made) } else { is_row_op(op) }
-    })
+    // What joins the parts works by rows, or is a gate.
+    let joined = || is_read_by(graph, y, &|reader| is_row_op(&graph.dag[reader].op));
+    (by_rows && parts > 1 && joined()).then_some(parts)
 }
 
 fn split(graph: &mut Graph, node: NodeId, parts: u32) {

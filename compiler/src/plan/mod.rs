@@ -20,7 +20,7 @@ use dsc_ir::graph::{Elem, Graph, NodeId, Op, State, TensorType, Value, ValueType
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::Program;
 use dsc_ir::work::Work;
-use dsc_ir::{DType, Sym, SymValues};
+use dsc_ir::{Sym, SymValues};
 use dsc_targets::Kernel;
 use std::collections::HashMap;
 
@@ -293,11 +293,7 @@ fn intern_kernel(
 /// Bytes of a tensor's data when symbols have these values, without the scales of a quantised one.
 pub fn data_bytes(ty: &TensorType, max: &SymValues) -> u64 {
     let elements: u64 = ty.shape.iter().map(|e| e.eval(max)).product();
-    elements
-        * match ty.elem {
-            Elem::Plain(dtype) => dtype.bytes() as u64,
-            Elem::Quant(_) => DType::E4m3.bytes() as u64,
-        }
+    elements * ty.elem.bytes()
 }
 
 /// Bytes of a tensor with its scales, which start at the next multiple of [`ALIGN`].

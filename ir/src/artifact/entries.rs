@@ -238,15 +238,13 @@ impl Entry {
 
     /// Bytes from a piece's first token to the next piece's in an argument of a launch, if pieces have so many tokens; 0 in what they share.
     pub fn piece_bytes(&self, arg: Arg, piece: &SymValues) -> u64 {
-        let (shape, bytes) = match arg {
-            Arg::Caller(i) => (self.args.get(i as usize).map(|a| &a.shape), self.buffer(arg, piece)),
-            Arg::Workspace(i) if self.is_whole(i as usize) => {
-                (self.workspace.get(i as usize).map(|w| &w.shape), self.buffer(arg, piece))
-            }
-            _ => (None, None),
+        let shape = match arg {
+            Arg::Caller(i) => self.args.get(i as usize).map(|a| &a.shape),
+            Arg::Workspace(i) if self.is_whole(i as usize) => self.workspace.get(i as usize).map(|w| &w.shape),
+            _ => None,
         };
         let by_token = shape.and_then(|s| s.first()).is_some_and(|e| e.sym == Some(Sym::T));
-        bytes.filter(|_| by_token).map_or(0, |b| b.0)
+        if by_token { self.buffer(arg, piece).map_or(0, |b| b.0) } else { 0 }
     }
 
     /// Bytes of a part of the workspace.

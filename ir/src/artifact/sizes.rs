@@ -20,11 +20,7 @@ impl WeightEntry {
 
     /// Bytes of plain elements or of codes; `None` on overflow.
     pub fn code_bytes(&self, context_rows: u32) -> Option<u64> {
-        let element = match self.elem {
-            Elem::Plain(dtype) => dtype.bytes() as u64,
-            Elem::Quant(_) => 1,
-        };
-        self.bound_shape(context_rows).iter().try_fold(element, |bytes, &n| bytes.checked_mul(u64::from(n)))
+        self.bound_shape(context_rows).iter().try_fold(self.elem.bytes(), |bytes, &n| bytes.checked_mul(u64::from(n)))
     }
 
     /// Where the scales of a quantised weight are: from its start, in bytes. `None` if it has none, or on overflow.

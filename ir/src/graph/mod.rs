@@ -38,6 +38,16 @@ pub enum Elem {
     Quant(Quant),
 }
 
+impl Elem {
+    /// Bytes of an element, or of its code.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Elem::Plain(dtype) => dtype.bytes() as u64,
+            Elem::Quant(_) => DType::E4m3.bytes() as u64,
+        }
+    }
+}
+
 /// Block quantisation to e4m3.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Quant {

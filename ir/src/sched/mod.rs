@@ -100,6 +100,12 @@ impl Scheduled {
         self.buffers.iter().any(|b| b.outside)
     }
 
+    /// The channels that a buffer is a slot of; none if it is none, two if these have it in common.
+    pub fn channels_of(&self, b: BufferId) -> impl Iterator<Item = ChannelId> {
+        let of = move |(i, c): (usize, &Channel)| c.slots.contains(&b).then_some(ChannelId(i as u32));
+        self.channels.iter().enumerate().filter_map(of)
+    }
+
     /// Whether blocks divide the rounds of tiles rather than tiles.
     pub fn parts(&self) -> bool {
         self.roles.iter().flat_map(|r| &r.body.insts).any(|i| matches!(i.op, Op::Part { .. }))

@@ -17,7 +17,8 @@ pub const LOADED: u32 = 32;
 
 /// Whether all threads make each of a few results together, of so many lines of that length whose elements are so far apart. Where these may be
 /// combined in any order, or there are two, each wave has a line that is short for it: what waves do together they do one line after the other.
-pub fn by_block([lines, len, apart]: [u32; 3], any_order: bool, threads: u32, lanes: u32) -> bool {
+pub fn by_block([lines, len, apart]: [u32; 3], (kind, dtype): (ReduceKind, DType), [threads, lanes]: [u32; 2]) -> bool {
+    let any_order = kind == ReduceKind::Max || dtype == DType::I32;
     let short = len <= 2 || any_order && len <= UNROLLED * lanes;
     apart == 1 && (lines == 1 || lines <= threads / lanes && !short)
 }
@@ -48,8 +49,8 @@ impl<'a> Emitter<'a> {
         let shape = self.shape(x);
         let outer: u32 = shape[..axis].iter().product();
         let inner: u32 = shape[axis + 1..].iter().product();
-        let any_order = kind == ReduceKind::Max || self.dtype(x) == DType::I32;
-        let whole = by_block([outer, shape[axis], inner], any_order, self.t.threads, self.t.arch.lanes());
+        let threads = [self.t.threads, self.t.arch.lanes()];
+        let whole = by_block([outer, shape[axis], inner], (kind, self.dtype(x)), threads);
         match (inner, to) {
             (1, None) => self.reduce_by_block(x, axis, kind, outer, scratch, None),
             (1, Some(to)) if whole => self.reduce_by_block(x, axis, kind, outer, scratch, Some(to)),

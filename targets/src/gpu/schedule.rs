@@ -17,9 +17,7 @@
 use crate::{Kernel, TargetError};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, Fragment, Inst, Op, Place, Scheduled};
-use dsc_ir::tile::{
-    self, Access, Index, MapArg, MapFn, Program, ReduceKind, Region, ScalarOp, TileType, Type, ValueId,
-};
+use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
 use std::collections::{BTreeSet, HashMap};
 
 use super::ahead::Room;
@@ -530,9 +528,8 @@ impl Scheduler<'_> {
                     }
                     _ => {
                         let inner: u32 = t.shape[*axis as usize + 1..].iter().product();
-                        let any_order = *kind == ReduceKind::Max || t.dtype == DType::I32;
                         let lines = [outputs, t.shape[*axis as usize], inner];
-                        let whole = by_block(lines, any_order, self.threads, self.lanes);
+                        let whole = by_block(lines, (*kind, t.dtype), [self.threads, self.lanes]);
                         self.scratch(if whole { outputs * warps * 4 } else { 0 })
                     }
                 };

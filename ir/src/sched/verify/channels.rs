@@ -69,24 +69,22 @@ fn pairs(kernel: &Scheduled, report: &mut Report) -> bool {
     report.diagnostics.len() == before
 }
 
-/// By channel, the other one that has a buffer of it.
-fn in_common(kernel: &Scheduled) -> Vec<Option<usize>> {
-    let other = |(i, c): (usize, &Channel)| {
-        let shares = |(j, d): (usize, &Channel)| i != j && c.slots.iter().any(|b| d.slots.contains(b));
-        kernel.channels.iter().enumerate().position(shares)
+/// By channel, the others that have a buffer of it.
+fn in_common(kernel: &Scheduled) -> Vec<BTreeSet<usize>> {
+    let others = |(i, c): (usize, &Channel)| {
+        let all = c.slots.iter().flat_map(|&b| kernel.channels_of(b)).map(|c| c.0 as usize);
+        all.filter(|&other| other != i).collect()
     };
-    kernel.channels.iter().enumerate().map(other).collect()
+    kernel.channels.iter().enumerate().map(others).collect()
 }
 
 /// Channels with a buffer in common are two of one stage each, to and fro between two roles.
 fn commons(kernel: &Scheduled, report: &mut Report) -> bool {
     let before = report.diagnostics.len();
     let (in_common, users) = (in_common(kernel), users(kernel));
-    for (i, other) in in_common.iter().enumerate() {
-        let Some(other) = *other else { continue };
-        let two = in_common[other] == Some(i)
-            && kernel.channels.iter().filter(|c| c.slots.iter().any(|b| kernel.channels[i].slots.contains(b))).count()
-                == 2;
+    for (i, others) in in_common.iter().enumerate() {
+        let Some(&other) = others.first() else { continue };
+        let two = others.len() == 1 && in_common[other].len() == 1;
         let single = kernel.channels[i].stages == 1;
         let returns = users[i].producers == users[other].consumers && users[i].consumers == users[other].producers;
         if !(two && single && returns) {
@@ -203,7 +201,7 @@ impl<'a> Run<'a> {
             definitions: Definitions::new(kernel),
             trial: Trial { seed, stages },
             filled: vec![HashSet::new(); rings.len()],
-            in_common: in_common(kernel),
+            in_common: in_common(kernel).into_iter().map(|others| others.first().copied()).collect(),
             allowed: None,
             rings,
             known: HashMap::new(),

@@ -141,8 +141,8 @@ impl<'a> Hazards<'a, '_, '_> {
 
     /// Buffers that two channels have in common, read and filled by the same unit.
     fn both_ways(&mut self, inst: &Inst, reads: &BTreeSet<BufferId>, since: &mut Since) {
-        let channels = |b: &BufferId| self.kernel.channels.iter().filter(|c| c.slots.contains(b)).count();
-        let common: BTreeSet<BufferId> = reads.iter().copied().filter(|b| channels(b) > 1).collect();
+        let in_common = |b: BufferId| self.kernel.channels_of(b).count() > 1;
+        let common: BTreeSet<BufferId> = reads.iter().copied().filter(|&b| in_common(b)).collect();
         let by_rows =
             |v: ValueId| matches!(self.definitions.place(v), Some(Place::Fragment(f)) if f.atom == Atom::Wgmma);
         match &inst.op {
@@ -155,7 +155,7 @@ impl<'a> Hazards<'a, '_, '_> {
         }
         let Op::Fill { channel, slot, value, .. } = &inst.op else { return };
         let into = self.kernel.channels[channel.0 as usize].slots[*slot as usize];
-        if channels(&into) > 1 && (since.crossed.contains(&into) || since.read.contains(&into) && !by_rows(*value)) {
+        if in_common(into) && (since.crossed.contains(&into) || since.read.contains(&into) && !by_rows(*value)) {
             self.say(
                 inst,
                 format!(
@@ -226,7 +226,7 @@ impl<'a> Hazards<'a, '_, '_> {
 
     /// The first pair of buffers that share memory, unless a channel keeps them apart.
     fn clash(&self, mine: &BTreeSet<BufferId>, theirs: &BTreeSet<BufferId>, what: &str, whose: &str) -> Option<String> {
-        let slot = |b: &BufferId| self.kernel.channels.iter().any(|c| c.slots.contains(b));
+        let slot = |b: &BufferId| self.kernel.channels_of(*b).next().is_some();
         let meets = |a: &BufferId, b: &BufferId| {
             let [x, y] = [a, b].map(|b| &self.kernel.buffers[b.0 as usize]);
             !(a == b && slot(a)) && overlap(x, y)

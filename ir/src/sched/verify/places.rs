@@ -363,8 +363,8 @@ impl Places<'_, '_, '_> {
         if self.kernel.buffers[b.0 as usize].outside {
             return Some(format!("{b} is outside of the block, for what others get"));
         }
-        let channel = self.kernel.channels.iter().position(|c| c.slots.contains(&b))?;
-        Some(format!("{b} is a slot of channel c{channel}"))
+        let channel = self.kernel.channels_of(b).next()?;
+        Some(format!("{b} is a slot of channel {channel}"))
     }
 
     fn fits(&self, ty: &Type, b: BufferId) -> Option<String> {

@@ -10,8 +10,11 @@
 //! launch goes one way or the other before it does anything else: both have their own roles, barriers and rings, in the same shared memory. So a
 //! half takes as long as in a launch of its own, or less by the launch; where one needs fewer threads the others end.
 
+use super::contraction::regions;
 use super::emit::{Emit, How, module, occupancy};
+use super::plan::for_each;
 use super::tensor_map::Maps;
+use super::values::plus;
 use super::{plan, select, team};
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
@@ -103,15 +106,8 @@ fn count_from(program: &mut Program, first: u32) {
         }
         program.types.push(Type::Tile(TileType::scalar(DType::I32)));
         let own = ValueId(program.types.len() as u32 - 1);
-        let moved = MapFn {
-            insts: vec![
-                MapInst { op: ScalarOp::Const(Scalar::I32(first as i32)), args: Vec::new() },
-                MapInst { op: ScalarOp::Add, args: vec![MapArg::Input(0), MapArg::Inst(0)] },
-            ],
-            result: MapArg::Inst(1),
-        };
         insts.push(Inst { results: vec![own], op: inst.op });
-        insts.push(Inst { results: inst.results, op: Op::Map { inputs: vec![own], body: moved } });
+        insts.push(Inst { results: inst.results, op: plus(own, first as i32) });
     }
     program.body.insts = insts;
 }
@@ -129,12 +125,11 @@ fn remove_unused(program: &mut Program) {
 
 /// Whether a region, or one in it, uses a value.
 fn uses(region: &Region, v: ValueId) -> bool {
-    let inner = |op: &Op| match op {
-        Op::For { body, .. } => uses(body, v),
-        Op::If { then, otherwise, .. } => uses(then, v) || uses(otherwise, v),
-        _ => false,
-    };
-    region.yields.contains(&v) || region.insts.iter().any(|i| operands(&i.op).contains(&v) || inner(&i.op))
+    let mut used = region.yields.contains(&v);
+    for_each(region, &mut |i| {
+        used |= operands(&i.op).contains(&v) || regions(&i.op).iter().any(|r| r.yields.contains(&v));
+    });
+    used
 }
 
 /// MLIR of both, and how they are launched.

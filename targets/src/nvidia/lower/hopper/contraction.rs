@@ -84,7 +84,8 @@ pub fn definitions<'a>(region: &'a Region, into: &mut HashMap<ValueId, &'a Inst>
     }
 }
 
-fn regions(op: &Op) -> Vec<&Region> {
+/// Those of an instruction.
+pub fn regions(op: &Op) -> Vec<&Region> {
     match op {
         Op::For { body, .. } => vec![body],
         Op::If { then, otherwise, .. } => vec![then, otherwise],

@@ -84,6 +84,23 @@ fn epilogue(program: &Program) -> Option<Epilogue> {
     Some(Epilogue { staged, stores: stores.len() as u32, reduced })
 }
 
+/// A role that fills stages and one that empties them: warps and what they run, registers of a thread of each if they are not as launched, and
+/// whether one thread fills.
+pub fn two_roles(
+    [(produces, producer), (consumes, consumer)]: [([u32; 2], Vec<Inst>); 2],
+    registers: Option<[u32; 2]>,
+    elected: bool,
+) -> Vec<Role> {
+    let role = |name: &str, number: usize, warps, elected, insts| Role {
+        name: name.into(),
+        warps,
+        registers: registers.map(|r| r[number]),
+        elected,
+        body: Block { insts, ..Block::default() },
+    };
+    vec![role("producer", 0, produces, elected, producer), role("consumer", 1, consumes, false, consumer)]
+}
+
 /// Visits every instruction.
 pub fn for_each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
     for inst in &region.insts {
@@ -361,17 +378,8 @@ impl<'a> Planner<'a> {
             (_, true) => GATHERING_REGISTERS,
             (_, false) => REGISTERS,
         };
-        let role = |name: &str, warps, registers, elected, insts| Role {
-            name: name.into(),
-            warps,
-            registers: redistributed.then_some(registers),
-            elected,
-            body: Block { insts, ..Block::default() },
-        };
-        let roles = vec![
-            role("producer", produces, registers[0], !gathers, producer),
-            role("consumer", consumes, registers[1], false, consumer),
-        ];
+        let registers = redistributed.then_some(registers);
+        let roles = two_roles([(produces, producer), (consumes, consumer)], registers, !gathers);
         let buffers = self.buffers();
         Some(Scheduled {
             name: self.program.name.clone(),

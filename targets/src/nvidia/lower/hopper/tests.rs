@@ -527,10 +527,16 @@ fn two_warpgroups_score_in_turn() {
     // Each of them rescales the accumulator before, where some factor is not 1.
     assert_eq!(mlir.matches("vote.sync.any.pred").count(), 8);
     // The first scores a round before it gives the other's values of the round before back.
-    let of_a: Vec<&sched::Inst> =
-        scheduled.roles[1].body.insts.iter().filter(|i| matches!(i.op, sched::Op::For { .. })).collect();
-    let sched::Op::For { body, .. } = &of_a[1].op else { unreachable!() };
-    let last = body.insts.iter().rposition(|i| matches!(i.op, sched::Op::Release { channel, .. } if Some(scheduled.channels[channel.0 as usize].slots[0]) == first("weights_b")));
+    let loop_of = |inst: &'_ sched::Inst| match &inst.op {
+        sched::Op::For { body, .. } => Some(body.clone()),
+        _ => None,
+    };
+    let of_a: Vec<sched::Block> = scheduled.roles[1].body.insts.iter().filter_map(loop_of).collect();
+    let body = &of_a[1];
+    let weights_of_b = scheduled.channels_of(first("weights_b").expect("a buffer")).last();
+    let gives_back =
+        |i: &sched::Inst| matches!(i.op, sched::Op::Release { channel, .. } if Some(channel) == weights_of_b);
+    let last = body.insts.iter().rposition(gives_back);
     let products = body.insts[last.expect("weights are given back")..]
         .iter()
         .filter(|i| matches!(i.op, sched::Op::Tile(tile::Op::Dot { .. })));

@@ -10,11 +10,12 @@
 //!
 //! Every ring of keys goes through both in order, so a warpgroup also gives back what of a round it has no use for. Rounds come in pairs; `a` has
 //! the last of an odd number. Where keys are copied `a` scores its next round right behind its products of `b`'s values, so that the multipliers
-//! have both at hand, and gives back what these read while it scores. Weights are added to each half in the order of rounds, as the program has it, so no result depends on who was first.
+//! have both at hand, and gives back what these read while it scores. Weights are added to each half in the order of rounds, as the program has
+//! it, so no result depends on who was first.
 
 use super::scores::{Scored, hand_on};
 use super::*;
-use dsc_ir::tile::{MapArg, MapFn, ScalarOp};
+use dsc_ir::tile::{MapArg, MapFn, MapInst, ScalarOp};
 
 /// A warpgroup at work.
 struct Turn<'s> {
@@ -225,10 +226,12 @@ impl<'a> Planner<'a> {
             } else {
                 insts.extend(given_back);
                 if ahead {
-                    // Nobody reads them: no register is to hold those of this round until then.
+                    // Nobody reads what is carried on as of a next round: no register is to hold scores of this one until then.
                     scores = Some(self.zeros(self.score_sum()?, &mut insts)?);
+                    names.clone()
+                } else {
+                    known
                 }
-                if ahead { names.clone() } else { known }
             }
         } else {
             let others = self.others_values(turn, &mut insts)?;
@@ -484,29 +487,34 @@ impl<'a> Planner<'a> {
 
 /// The number of the last round that `a` scores of `lo..hi`: `lo + (max(hi − lo, 1) − 1) / (2 step) · 2 step`, `lo` if there is none.
 fn last_of_own(bounds: [ValueId; 2], step: u32) -> tile::Op {
-    let insts = vec![
+    let rounds = vec![
         arithmetic(ScalarOp::Sub, &[MapArg::Input(1), MapArg::Input(0)]),
         constant(1),
         arithmetic(ScalarOp::Max, &[MapArg::Inst(0), MapArg::Inst(1)]),
         arithmetic(ScalarOp::Sub, &[MapArg::Inst(2), MapArg::Inst(1)]),
-        constant((2 * step) as i32),
-        arithmetic(ScalarOp::Div, &[MapArg::Inst(3), MapArg::Inst(4)]),
-        arithmetic(ScalarOp::Mul, &[MapArg::Inst(5), MapArg::Inst(4)]),
-        arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(6)]),
     ];
-    mapped(bounds.to_vec(), insts)
+    behind_whole_pairs(rounds, bounds, step)
 }
 
 /// The number of the round behind the last pair of `lo..hi`: `lo + (hi − lo + step − 1) / (2 step) · 2 step`.
 pub(super) fn behind_pairs(bounds: [ValueId; 2], step: u32) -> tile::Op {
-    let insts = vec![
+    let rounds = vec![
         arithmetic(ScalarOp::Sub, &[MapArg::Input(1), MapArg::Input(0)]),
         constant((step - 1) as i32),
         arithmetic(ScalarOp::Add, &[MapArg::Inst(0), MapArg::Inst(1)]),
-        constant((2 * step) as i32),
-        arithmetic(ScalarOp::Div, &[MapArg::Inst(2), MapArg::Inst(3)]),
-        arithmetic(ScalarOp::Mul, &[MapArg::Inst(4), MapArg::Inst(3)]),
-        arithmetic(ScalarOp::Add, &[MapArg::Input(0), MapArg::Inst(5)]),
     ];
+    behind_whole_pairs(rounds, bounds, step)
+}
+
+/// `lo + n / (2 step) · 2 step`, where `n` is what these instructions make of `lo` and `hi`.
+fn behind_whole_pairs(mut insts: Vec<MapInst>, bounds: [ValueId; 2], step: u32) -> tile::Op {
+    let n = insts.len() as u32;
+    let [rounds, pair, pairs, behind] = [n - 1, n, n + 1, n + 2].map(MapArg::Inst);
+    insts.extend([
+        constant((2 * step) as i32),
+        arithmetic(ScalarOp::Div, &[rounds, pair]),
+        arithmetic(ScalarOp::Mul, &[pairs, pair]),
+        arithmetic(ScalarOp::Add, &[MapArg::Input(0), behind]),
+    ]);
     mapped(bounds.to_vec(), insts)
 }

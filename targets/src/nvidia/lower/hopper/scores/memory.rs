@@ -3,10 +3,11 @@
 use super::super::config::{ROWS, WARPGROUP};
 use super::super::contraction::STEP_BYTES;
 use super::super::loops::ALL_ROWS;
+use super::super::plan::two_roles;
 use super::{Planner, REGISTERS, REGISTERS_IN_TURNS};
 use crate::nvidia::arch::Arch;
 use dsc_ir::DType;
-use dsc_ir::sched::{Block, Buffer, BufferId, Channel, Role, Scheduled};
+use dsc_ir::sched::{Block, Buffer, BufferId, Channel, Scheduled};
 
 impl Planner<'_> {
     pub(super) fn scheduled(mut self) -> Option<Scheduled> {
@@ -22,17 +23,8 @@ impl Planner<'_> {
         let folded = self.config.warpgroups == 2 && self.program.grid.len() == 2;
         let (produces, consumes) =
             if redistributed { ([0, 4], [4, 4 + warps]) } else { ([warps, warps + 1], [0, warps]) };
-        let role = |name: &str, warps, registers, elected, insts| Role {
-            name: name.into(),
-            warps,
-            registers: redistributed.then_some(registers),
-            elected,
-            body: Block { insts, ..Block::default() },
-        };
-        let roles = vec![
-            role("producer", produces, registers[0], true, producer),
-            role("consumer", consumes, registers[1], false, consumer),
-        ];
+        let registers = redistributed.then_some(registers);
+        let roles = two_roles([(produces, producer), (consumes, consumer)], registers, true);
         let (buffers, [residents, slots]) = self.buffers();
         let [ahead, depth] = self.config.stages;
         Some(Scheduled {

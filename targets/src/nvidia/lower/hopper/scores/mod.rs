@@ -29,6 +29,7 @@ mod roles;
 use super::config::ROWS;
 use super::contraction::{STEP_BYTES, definitions};
 use super::overlap::ALONE;
+use super::plan::for_each;
 use super::twins::twins;
 use super::values::{Names, Values, plain, rename_index, slice};
 use crate::nvidia::arch::Arch;
@@ -282,16 +283,6 @@ impl<'a> Planner<'a> {
 /// Whether an instruction is one for whose effect a kernel runs.
 fn effect(inst: &tile::Inst) -> bool {
     matches!(inst.op, tile::Op::Store { .. } | tile::Op::TopkPush { .. })
-}
-
-/// Visits every instruction.
-fn for_each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
-    for inst in &region.insts {
-        visit(inst);
-        if let tile::Op::For { body, .. } = &inst.op {
-            for_each(body, visit);
-        }
-    }
 }
 
 /// Whether an instruction of the region, or within one, is so.
