@@ -71,6 +71,14 @@ impl Arch {
         format!("+ptx{}", self.ptx)
     }
 
+    /// Registers that each thread of so many `blocks` of a multiprocessor can have.
+    pub fn registers(blocks: u32, threads: u32) -> u32 {
+        // Each of the four schedulers has its own quarter of the registers.
+        let warps = (blocks * threads.div_ceil(Arch::WARP)).div_ceil(4).max(1);
+        let per_warp = Arch::REGISTERS_PER_SM / 4 / warps / Arch::REGISTER_UNIT * Arch::REGISTER_UNIT;
+        per_warp / Arch::WARP
+    }
+
     /// Blocks of `threads` threads, with `dynamic` bytes of dynamic shared memory and what `resources` says, that a multiprocessor
     /// holds at a time; 0 if not even one fits.
     pub fn occupancy(&self, threads: u32, dynamic: u32, resources: &Resources) -> u32 {
@@ -180,5 +188,16 @@ mod tests {
         assert_eq!(hopper.occupancy(128, 227 * KIB, &uses(32, 0)), 1);
         assert_eq!(hopper.occupancy(128, 227 * KIB, &uses(32, 16)), 0);
         assert_eq!(Arch::named("sm_89").unwrap().occupancy(1024, 0, &uses(32, 0)), 1);
+    }
+
+    #[test]
+    fn threads_have_the_registers_that_blocks_leave_them() {
+        let of_two = |threads| Arch::registers(2, threads);
+        assert_eq!([128, 160, 192, 288, 320, 384].map(of_two), [256, 168, 168, 96, 96, 80]);
+        let hopper = Arch::named("sm_90a").unwrap();
+        for threads in [160, 288, 320, 384] {
+            let held = |registers| hopper.occupancy(threads, 0, &uses(registers, 0));
+            assert!(held(of_two(threads)) >= 2 && held(of_two(threads) + 8) < 2, "{threads} threads");
+        }
     }
 }

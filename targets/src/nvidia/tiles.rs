@@ -83,6 +83,8 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
             // Each row is an expert's with the same chance: few have more than twice the average and a handful.
             let average = (shape.m_max / u64::from(shape.heads.max(1))) as u32;
             Some(products(match (2 * average + 8).min(tokens) {
+                // A token has a row of an expert at most; of fewer rows than experts hardly one has more than eight but the shared one.
+                _ if tokens <= 8 || average == 0 => [8, 64],
                 most if most <= 16 => few(16),
                 most if most <= 40 => few(32),
                 // From 47 rows on, some have more than 64, and their weights are read twice.
@@ -217,7 +219,8 @@ mod tests {
     #[test]
     fn experts_have_room_for_more_rows_than_the_average() {
         let experts = |tokens| tile("expert_linear", tokens, (4096, 7168, 256));
-        assert_eq!(experts(1), [16, 64]);
+        assert_eq!([1, 16, 28].map(experts), [[8, 64]; 3]);
+        assert_eq!(experts(32), [16, 64]);
         assert_eq!(experts(64), [16, 64]);
         assert_eq!(experts(512), [32, 64]);
         assert_eq!(experts(1024), [64, 128]);

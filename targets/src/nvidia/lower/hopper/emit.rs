@@ -41,8 +41,8 @@ const APART_NS: u32 = 500;
 const TURNS: u32 = 2;
 /// Registers that values of a thread take at most where two blocks share a multiprocessor.
 const FEW_REGISTERS: u32 = 80;
-/// Registers that such a thread has with addresses and the like.
-const ALL_REGISTERS: u32 = 128;
+/// Registers that such a thread needs for addresses and the like.
+const OTHER_REGISTERS: u32 = 43;
 /// Bytes to which operands of products are aligned.
 const ALIGN: u32 = 1024;
 
@@ -222,7 +222,7 @@ pub fn lower(s: &Scheduled, arch: &Arch, how: How) -> Result<(String, GpuKernel)
 /// Blocks for which a multiprocessor is to have registers: that many, or more if they fit by what they need of all else.
 pub fn occupancy(s: &Scheduled, shared_bytes: u32, arch: &Arch, sharing: u32) -> u32 {
     // Where a second block of a contraction fits and accumulators are few, the assembler leaves it registers.
-    let fits = |n: u32| n <= FEW_REGISTERS && Arch::REGISTERS_PER_SM / (2 * s.threads) >= ALL_REGISTERS;
+    let fits = |n: u32| n <= FEW_REGISTERS && n + OTHER_REGISTERS <= Arch::registers(2, s.threads);
     let few = s.channels.len() == 1 && registers(s).into_iter().max().is_some_and(fits);
     // So it does where sums are made while the next product is.
     let sums = |p: &Place| matches!(p, Place::Fragment(Fragment { atom: Atom::WgmmaSums, .. }));

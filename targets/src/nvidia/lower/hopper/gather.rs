@@ -13,7 +13,6 @@ use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::sched::{Block, ChannelId, Inst, Op};
 use dsc_ir::tile::{self, Index, Type, ValueId};
 
-use super::config::WARPGROUP;
 use std::collections::HashMap;
 
 /// Bytes that a thread brings at a time.
@@ -106,6 +105,11 @@ impl<'a> Emit<'a> {
         }
     }
 
+    /// Rows that the role's threads bring at a time.
+    fn rows_at_once(&self) -> u32 {
+        self.role_barrier_threads() / ROW_THREADS
+    }
+
     /// The first of this thread's rows, and its piece of each.
     fn own_piece(&mut self) -> [Val; 2] {
         [self.t.f.div(self.role_tid, ROW_THREADS), self.t.f.rem(self.role_tid, ROW_THREADS)]
@@ -189,7 +193,7 @@ impl<'a> Emit<'a> {
     fn number_copy(&mut self, body: &'a Block, op: &Op, listed: &[Numbered]) -> Result<(), String> {
         let Op::Copy { rows: Some(rows), shape, .. } = op else { return Ok(()) };
         let [first, _] = self.own_piece();
-        for start in (0..shape[0]).step_by((WARPGROUP / ROW_THREADS) as usize) {
+        for start in (0..shape[0]).step_by(self.rows_at_once() as usize) {
             if !chosen_in(body, *rows) || self.numbers.contains_key(&(*rows, start)) {
                 continue;
             }
@@ -204,7 +208,7 @@ impl<'a> Emit<'a> {
     /// Reads the numbers of this thread's rows; those that are known are `kept`.
     fn number_rows(&mut self, rows: ValueId, count: u32, kept: bool) -> Result<(), String> {
         let [first, _] = self.own_piece();
-        for start in (0..count).step_by((WARPGROUP / ROW_THREADS) as usize) {
+        for start in (0..count).step_by(self.rows_at_once() as usize) {
             let key = (rows, start);
             if kept && self.numbers.contains_key(&key) {
                 continue;
@@ -225,7 +229,7 @@ impl<'a> Emit<'a> {
     /// Finds where this thread's part of the rows of those numbers is. From a `base` of all rows it is one instruction a row, and two registers.
     fn find_rows(&mut self, view: ValueId, rows: ValueId, count: u32, base: Option<Val>) -> Result<(), String> {
         let mut sources = Vec::new();
-        for start in (0..count).step_by((WARPGROUP / ROW_THREADS) as usize) {
+        for start in (0..count).step_by(self.rows_at_once() as usize) {
             let number = *self.numbers.get(&(rows, start)).ok_or("rows whose numbers are not known")?;
             let (at, inside) = self.element_at(view, &[number, i32(0)]);
             // An address outside the view is never read, but it must not leave the buffer either.
@@ -276,10 +280,10 @@ impl<'a> Emit<'a> {
         let offset = self.t.f.mul(stage, i32(buffer.copy_bytes().into()));
         let base = self.t.f.add(base, offset);
         let [first, piece] = self.own_piece();
-        // Rows of one thread are 16 apart, so that they turn their pieces alike.
+        // Rows of one thread are 8 or 16 apart, so that they turn their pieces alike.
         let own = self.swizzled(first, piece);
         let base = self.t.f.add(base, own);
-        let apart = WARPGROUP / ROW_THREADS;
+        let apart = self.rows_at_once();
         for (i, (from, inside)) in sources.into_iter().enumerate() {
             let from = self.t.f.offset(from, byte);
             let to = self.t.f.add(base, i32((i as u32 * apart * buffer.pitch).into()));

@@ -101,6 +101,12 @@ pub fn two_roles(
     vec![role("producer", 0, produces, elected, producer), role("consumer", 1, consumes, false, consumer)]
 }
 
+/// Warps that gather so many rows of a stage, where operands change places: each brings four at a time, and a thread's rows are a multiple of eight apart.
+/// The fewer, the more registers two blocks of a multiprocessor have.
+fn gathering_warps(rows: u32) -> u32 {
+    if rows <= 4 { 1 } else { 2 }
+}
+
 /// Visits every instruction.
 pub fn for_each<'a>(region: &'a Region, visit: &mut dyn FnMut(&'a tile::Inst)) {
     for inst in &region.insts {
@@ -370,7 +376,7 @@ impl<'a> Planner<'a> {
         // Registers move between whole warpgroups; without that, one warp is enough to drive the copy engine.
         let (produces, consumes) = match (redistributed, gathers) {
             (true, _) => ([0, 4], [4, 4 + warps]),
-            (false, true) => ([warps, warps + 4], [0, warps]),
+            (false, true) => ([warps, warps + gathering_warps(self.c.shape()[0])], [0, warps]),
             (false, false) => ([warps, warps + 1], [0, warps]),
         };
         let registers = match (groups, gathers) {
