@@ -85,11 +85,11 @@ impl Teams {
     pub const HEADS: u32 = 64;
     /// Most parts of a team; of fewer heads, those that there are pieces for.
     const MOST: [u32; 2] = [16, 8];
-    /// The same where so many leave half of the blocks out: with all of them, what they exchange takes longer than a round.
-    const MOST_OF_HALF: u32 = 32;
-    /// Tokens of fewer heads up to which more parts than that, which another launch joins, are faster; tiles of heads of one token for which they are.
+    /// The same of blocks by themselves, or where so many leave half of the blocks out: in pairs, with all of them, what they exchange takes
+    /// longer than a round.
+    const MOST_ALONE: u32 = 32;
+    /// Tokens of fewer heads up to which more parts than that, which another launch joins, are faster.
     const FEW: u32 = 4;
-    const ALONE: u64 = 1;
 
     /// Into how many parts a team divides the selected keys, that many rounds of a loop, of attention of that many tokens; 1: not. As many as
     /// all run at once.
@@ -101,15 +101,16 @@ impl Teams {
         let tiles = u64::from(tokens) * u64::from(heads.div_ceil(Self::HEADS));
         // Blocks of two tiles of heads share keys, and are in one cluster then.
         let alone = !(heads / Self::HEADS).is_multiple_of(2);
-        if tiles <= Self::ALONE || few && tokens <= Self::FEW {
+        if few && tokens <= Self::FEW {
             return (1, false);
         }
         // One part each leaves half of the blocks out, two in a cluster do not.
         if alone && tiles <= self.pairs.into() && 2 * tiles > self.pairs.into() {
             return (2, false);
         }
-        let half = !few && 2 * tiles * u64::from(Self::MOST_OF_HALF) <= self.blocks.into();
-        let most = if half { Self::MOST_OF_HALF } else { Self::MOST[usize::from(few)] }.min(rounds.max(1));
+        let half = 2 * tiles * u64::from(Self::MOST_ALONE) <= self.blocks.into();
+        let most = if !few && (alone || half) { Self::MOST_ALONE } else { Self::MOST[usize::from(few)] };
+        let most = most.min(rounds.max(1));
         let parts = u32::try_from(u64::from(self.blocks) / tiles).unwrap_or(0).clamp(1, most);
         let parts = 1 << parts.ilog2();
         (parts, parts > 1)
@@ -241,7 +242,7 @@ mod tests {
     fn teams_divide_keys_where_their_clusters_run_at_once() {
         let teams = Teams { blocks: 132, pairs: 66 };
         let split = |heads: u32| [1, 2, 4, 8, 16, 32, 64, 96, 128].map(|tokens| teams.split(tokens, heads, 32).0);
-        assert_eq!(split(64), [1, 32, 16, 16, 8, 4, 2, 1, 1]);
+        assert_eq!(split(64), [32, 32, 32, 16, 8, 4, 2, 1, 1]);
         assert_eq!(split(128), [32, 16, 16, 8, 4, 2, 1, 1, 1]);
         assert_eq!(split(16), [1, 1, 1, 8, 8, 4, 2, 1, 1]);
         assert_eq!([4, 64].map(|tokens| teams.split(tokens, 64, 32).1), [true, false]);

@@ -418,20 +418,6 @@ pub fn store_shared_floats(f: &mut Fn, at: Val, v: &[Val]) {
     effect(f, "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", &args);
 }
 
-/// Writes four f32 to memory.
-pub fn store_floats(f: &mut Fn, at: Val, v: &[Val]) {
-    let args: Vec<Val> = [at].into_iter().chain(v.iter().copied()).collect();
-    effect(f, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", &args);
-}
-
-/// The same where `c` holds.
-pub fn store_floats_if(f: &mut Fn, c: Val, at: Val, v: &[Val]) {
-    let c = f.cast("zext", c, Ty::I32);
-    let args: Vec<Val> = [c, at].into_iter().chain(v.iter().copied()).collect();
-    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p st.global.v4.f32 [$1], {$2, $3, $4, $5};\n}";
-    effect(f, text, "r,l,f,f,f,f", &args);
-}
-
 /// Writes an f32 to memory where `c` holds.
 pub fn store_f32_if(f: &mut Fn, c: Val, at: Val, v: Val) {
     let c = f.cast("zext", c, Ty::I32);
@@ -441,6 +427,11 @@ pub fn store_f32_if(f: &mut Fn, c: Val, at: Val, v: Val) {
 /// Four f32 of memory that other blocks have written: not what the first cache may still have.
 pub fn load_others_floats(f: &mut Fn, at: Val) -> Vec<Val> {
     f.asm("ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", &[at], &[Ty::F32; 4], true, true)
+}
+
+/// Two words of such memory.
+pub fn load_others_pair(f: &mut Fn, at: Val) -> Vec<Val> {
+    f.asm("ld.relaxed.gpu.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", &[at], &[Ty::I32; 2], true, true)
 }
 
 /// An f32 of such memory.

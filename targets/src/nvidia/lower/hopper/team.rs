@@ -20,7 +20,7 @@ use dsc_ir::sched::{Buffer, BufferId, Inst, Op, Scheduled};
 use dsc_ir::tile::ValueId;
 use std::collections::HashMap;
 
-/// Registers that a thread moves at a time, and their bytes.
+/// Registers that a thread moves at a time, and their bytes, where they are not halved on their way.
 const TOGETHER: usize = 4;
 const BYTES: u32 = 16;
 /// Lanes that have the same rows.
@@ -109,6 +109,7 @@ impl Emit<'_> {
             if let Some(values) = kept {
                 // What is made of it is seen so.
                 self.geometry(r)?;
+                let values = self.halves_of(data, values);
                 self.held.insert(r, Held::Registers(values, [true, true]));
                 return Ok(());
             }
@@ -139,7 +140,7 @@ impl Emit<'_> {
         let groups = registers / TOGETHER;
         let mut base = self.own_place(base);
         if own {
-            let first = self.first_of_piece([row, column], down, groups as u32);
+            let first = self.first_of_piece([row, column], down, groups as u32 * WARPGROUP * BYTES);
             base = self.t.f.add(base, first);
         }
         let base = ptx::address_in(&mut self.t.f, base, rank);
@@ -159,11 +160,11 @@ impl Emit<'_> {
         Ok(rows && !self.seen_in(r)?.transposed)
     }
 
-    /// Bytes in front of a piece at that place, of so many groups of registers, where that many pieces are one under another.
-    fn first_of_piece(&mut self, [row, column]: [Val; 2], down: u32, groups: u32) -> Val {
+    /// Bytes in front of a piece at that place, of so many bytes, where that many pieces are one under another.
+    fn first_of_piece(&mut self, [row, column]: [Val; 2], down: u32, bytes: u32) -> Val {
         let number = self.t.f.mul(column, i32(down.into()));
         let number = self.t.f.add(number, row);
-        self.t.f.mul(number, i32((groups * WARPGROUP * BYTES).into()))
+        self.t.f.mul(number, i32(bytes.into()))
     }
 
     fn own_place(&mut self, base: Val) -> Val {
@@ -305,7 +306,8 @@ impl Emit<'_> {
         if geometry.shape != data.shape || !registers.len().is_multiple_of(TOGETHER) {
             return Err(format!("%{} is no tile of a product's shape", value.0));
         }
-        let own = self.own_byte();
+        let bytes = moved_bytes(data);
+        let own = self.own_byte(bytes);
         let own = self.t.f.offset(base, own);
         let kept = self.kept(buffer);
         let mut mine: Vec<Val> = Vec::new();
@@ -313,18 +315,28 @@ impl Emit<'_> {
         for (number, piece) in (0..).zip(registers.chunks(kept.unwrap_or(registers.len()))) {
             let own_piece = self.t.f.cmp("eq", self.member, i32(number));
             let others = self.t.f.cmp("ne", self.member, i32(number));
-            let values = piece.iter().map(|&at| self.element(value, at, &mut seen)).collect::<Result<Vec<_>, _>>()?;
-            for four in values.chunks(TOGETHER) {
+            let mut words = Vec::new();
+            for pair in piece.chunks(2) {
+                match (data.dtype.bytes(), pair) {
+                    (2, &[low, high]) => words.push(self.packed(value, [low, high], &mut seen)?),
+                    _ => {
+                        for &at in pair {
+                            words.push(self.element(value, at, &mut seen)?);
+                        }
+                    }
+                }
+            }
+            for some in words.chunks(bytes as usize / 4) {
                 let to = self.t.f.offset(own, i64(at.into()));
                 match kept {
-                    Some(_) => ptx::store_floats_if(&mut self.t.f, others, to, four),
-                    None => ptx::store_floats(&mut self.t.f, to, four),
+                    Some(_) => isa::store_global_if(&mut self.t.f, others, to, some),
+                    None => isa::store_global_if(&mut self.t.f, Val::Int(1, Ty::I1), to, some),
                 }
-                at += WARPGROUP * BYTES;
+                at += WARPGROUP * bytes;
             }
             mine = match mine.is_empty() {
-                true => values,
-                false => mine.iter().zip(&values).map(|(&m, &v)| self.t.f.select(own_piece, v, m)).collect(),
+                true => words,
+                false => mine.iter().zip(&words).map(|(&m, &v)| self.t.f.select(own_piece, v, m)).collect(),
             };
         }
         if kept.is_some() {
@@ -365,25 +377,47 @@ impl Emit<'_> {
         if !registers.is_multiple_of(TOGETHER) {
             return Err(format!("%{} is a piece of {registers} registers", r.0));
         }
-        let groups = (registers / TOGETHER) as u32;
+        let (groups, bytes) = ((registers / TOGETHER) as u32, moved_bytes(data));
         if let Some(([row, column], down)) = own {
-            let first = self.first_of_piece([row, column], down, groups);
+            let first = self.first_of_piece([row, column], down, groups * WARPGROUP * bytes);
             let first = self.t.f.cast("zext", first, Ty::I64);
             base = self.t.f.offset(base, first);
         }
-        let thread = self.own_byte();
+        let thread = self.own_byte(bytes);
         let base = self.t.f.offset(base, thread);
-        let mut values = Vec::new();
+        let mut words = Vec::new();
         for n in 0..groups {
-            let at = self.t.f.offset(base, i64((n * WARPGROUP * BYTES).into()));
-            values.extend(ptx::load_others_floats(&mut self.t.f, at));
+            let at = self.t.f.offset(base, i64((n * WARPGROUP * bytes).into()));
+            words.extend(match data.dtype.bytes() {
+                2 => ptx::load_others_pair(&mut self.t.f, at),
+                _ => ptx::load_others_floats(&mut self.t.f, at),
+            });
         }
+        let values = self.halves_of(data, words);
         self.held.insert(r, Held::Registers(values, [true, true]));
         Ok(())
     }
 
-    fn own_byte(&mut self) -> Val {
-        let own = self.t.f.mul(self.role_tid, i32(BYTES.into()));
+    /// The elements of words of such a buffer: words that are two.
+    fn halves_of(&mut self, data: &Buffer, words: Vec<Val>) -> Vec<Val> {
+        if data.dtype.bytes() != 2 {
+            return words;
+        }
+        let f = &mut self.t.f;
+        let half = |word: Val| {
+            let high = f.bin("lshr", word, i32(16));
+            [word, high].map(|w| f.cast("trunc", w, Ty::I16))
+        };
+        words.into_iter().flat_map(half).collect()
+    }
+
+    fn own_byte(&mut self, bytes: u32) -> Val {
+        let own = self.t.f.mul(self.role_tid, i32(bytes.into()));
         self.t.f.cast("zext", own, Ty::I64)
     }
+}
+
+/// Bytes that a thread moves at a time into such a buffer or out of it: [`TOGETHER`] elements.
+fn moved_bytes(data: &Buffer) -> u32 {
+    TOGETHER as u32 * data.dtype.bytes() as u32
 }

@@ -22,10 +22,11 @@
 //! meet                           if there is another tile
 //! ```
 //!
-//! Any blocks that run at once may be such a team, where clusters have to fit into groups of multiprocessors; but a block also writes 128 KiB.
+//! Any blocks that run at once may be such a team, where clusters have to fit into groups of multiprocessors; but a block also writes its accumulator,
+//! which takes as long as reading one. So it is rounded to bf16 there, with 64 heads 64 KiB: as much as the softmax's weights are rounded in front of their product.
 //!
 //! Blocks read one another's pieces round the team, each from another, and add them in that order: the same bits each time. With 64 heads and 512
-//! columns a block of a team of `n` reads 128 KiB, (n − 1) / n of it from the others.
+//! columns a block of a team of `n` reads 128 KiB, or those 64, (n − 1) / n of it from the others.
 
 use super::*;
 use crate::nvidia::lower::hopper::attention::Softmax;
@@ -103,11 +104,11 @@ impl<'a> Planner<'a> {
             let mut offset = 0;
             let [rows, wide] = [1, columns / self.groups];
             let parts = ["part_largest", "part_totals"].map(|name| (name.to_owned(), rows));
-            let groups = (0..self.groups).map(|group| (format!("part_sums{group}"), wide));
-            for (name, wide) in parts.into_iter().chain(groups) {
-                let column = memory::column(name, heads);
-                buffers.push(Buffer { shape: [heads, wide], pitch: wide * 4, offset, outside: true, ..column });
-                offset += heads * wide * 4;
+            let groups = (0..self.groups).map(|group| (format!("part_sums{group}"), wide, self.sums_apart()));
+            for (name, wide, dtype) in parts.into_iter().map(|(name, n)| (name, n, DType::F32)).chain(groups) {
+                let (column, pitch) = (memory::column(name, heads), wide * dtype.bytes() as u32);
+                buffers.push(Buffer { dtype, shape: [heads, wide], pitch, offset, outside: true, ..column });
+                offset += heads * pitch;
             }
             return Some(());
         }
@@ -127,6 +128,16 @@ impl<'a> Planner<'a> {
             buffers.push(part);
         }
         (offset <= room).then_some(())
+    }
+
+    /// What a part of the accumulator is rounded to on its way through memory. With few heads pieces are too small to be pairs.
+    fn sums_apart(&self) -> DType {
+        if self.transposed { DType::F32 } else { DType::Bf16 }
+    }
+
+    /// What it is exchanged as.
+    fn sums_of(&self, team: &Team) -> DType {
+        if team.apart { self.sums_apart() } else { DType::F32 }
     }
 
     /// The `n`-th of these buffers.
@@ -204,7 +215,14 @@ impl<'a> Planner<'a> {
         }
         let acc = self.behind_loop(self.a.acc);
         if let Some(group) = group {
-            out.push(plain(Op::Put { buffer: self.exchanged(2 + group), value: *names.get(&acc)? }));
+            let (mut value, dtype) = (*names.get(&acc)?, self.sums_of(&team));
+            if dtype != DType::F32 {
+                let cast = mapped(vec![value], vec![arithmetic(ScalarOp::Cast(dtype), &[MapArg::Input(0)])]);
+                let ty = TileType { dtype, shape: vec![self.a.shape[0], self.a.shape[2] / self.groups] };
+                value = self.values.fresh(Type::Tile(ty), Place::Lazy);
+                out.push(Inst { results: vec![value], op: Op::Tile(cast), scratch: None });
+            }
+            out.push(plain(Op::Put { buffer: self.exchanged(2 + group), value }));
         }
         if team.apart {
             out.push(plain(Op::Meet));
@@ -218,7 +236,7 @@ impl<'a> Planner<'a> {
         let (rows_joined, early) = if team.apart && !self.transposed && all <= ROOM_OF_ROWS {
             // All on its way together, rows and as much of the accumulator as there is room for.
             let [m, l] =
-                [0, 1].map(|n| (0..team.blocks).map(|after| self.got(n, after, [rows, 1], own, out)).collect());
+                [0, 1].map(|n| (0..team.blocks).map(|after| self.got_rows(n, after, rows, own, out)).collect());
             let some = ((ROOM_APART.saturating_sub(all)) / registers.max(1)).clamp(1, team.blocks);
             let early = group.map(|g| self.pieces(g, 0..some, &team, out)).unwrap_or_default();
             (self.join_rows(m, l, out), early)
@@ -270,15 +288,15 @@ impl<'a> Planner<'a> {
     ) -> Option<(ValueId, ValueId, Vec<ValueId>)> {
         let mut most = None;
         for some in self.some_of(0..team.blocks, registers) {
-            let mut largest: Vec<ValueId> = some.map(|after| self.got(0, after, [rows, 1], own, out)).collect();
+            let mut largest: Vec<ValueId> = some.map(|after| self.got_rows(0, after, rows, own, out)).collect();
             largest.extend(most);
             let count = largest.len() as u32;
             most = Some(self.made([rows, 1], mapped(largest, folded(ScalarOp::Max, count)), out));
         }
         let (most, mut total, mut weights) = (most?, None, Vec::new());
         for some in self.some_of(0..team.blocks, registers) {
-            let m: Vec<ValueId> = some.clone().map(|after| self.got(0, after, [rows, 1], own, out)).collect();
-            let l: Vec<ValueId> = some.map(|after| self.got(1, after, [rows, 1], own, out)).collect();
+            let m: Vec<ValueId> = some.clone().map(|after| self.got_rows(0, after, rows, own, out)).collect();
+            let l: Vec<ValueId> = some.map(|after| self.got_rows(1, after, rows, own, out)).collect();
             let w = self.weights_of_parts(m, most, out);
             total = Some(self.made([rows, 1], weighted(l, &w, total), out));
             weights.extend(w);
@@ -305,7 +323,8 @@ impl<'a> Planner<'a> {
 
     /// This block's piece of what some blocks have of a group's columns.
     fn pieces(&mut self, group: u32, some: std::ops::Range<u32>, team: &Team, out: &mut Vec<Inst>) -> Vec<ValueId> {
-        some.map(|after| self.got(2 + group, after, team.piece, true, out)).collect()
+        let (dtype, shape) = (self.sums_of(team), team.piece);
+        some.map(|after| self.got(2 + group, after, TileType { dtype, shape: shape.to_vec() }, true, out)).collect()
     }
 
     /// Where this block's piece of a group's columns lies.
@@ -351,8 +370,11 @@ impl<'a> Planner<'a> {
         blocks.step_by(some as usize).map(|first| first..(first + some).min(end)).collect()
     }
 
-    fn got(&mut self, n: u32, after: u32, shape: [u32; 2], own: bool, out: &mut Vec<Inst>) -> ValueId {
-        let ty = TileType { dtype: DType::F32, shape: shape.to_vec() };
+    fn got_rows(&mut self, n: u32, after: u32, rows: u32, own: bool, out: &mut Vec<Inst>) -> ValueId {
+        self.got(n, after, TileType { dtype: DType::F32, shape: vec![rows, 1] }, own, out)
+    }
+
+    fn got(&mut self, n: u32, after: u32, ty: TileType, own: bool, out: &mut Vec<Inst>) -> ValueId {
         let v = self.values.fresh(Type::Tile(ty), self.fragment());
         out.push(Inst { results: vec![v], op: Op::Get { buffer: self.exchanged(n), after, own }, scratch: None });
         v
@@ -457,16 +479,18 @@ fn folded(op: ScalarOp, inputs: u32) -> Vec<MapInst> {
 /// The sum of values times weights, in order, behind what there is already.
 fn weighted(values: Vec<ValueId>, weights: &[ValueId], before: Option<ValueId>) -> tile::Op {
     let parts = values.len() as u32;
-    let product = |n: u32| [MapArg::Input(n), MapArg::Input(parts + n)];
-    let add = |n: u32, to: MapArg| {
-        let [value, weight] = product(n);
-        arithmetic(ScalarOp::Fma, &[value, weight, to])
+    // A cast of what is f32 already is nothing.
+    let each = |n: u32| {
+        let [value, weight] = [2 * n, parts + n];
+        let wide = arithmetic(ScalarOp::Cast(DType::F32), &[MapArg::Input(n)]);
+        let of = |to: Option<MapArg>| match to {
+            Some(to) => arithmetic(ScalarOp::Fma, &[MapArg::Inst(value), MapArg::Input(weight), to]),
+            None => arithmetic(ScalarOp::Mul, &[MapArg::Inst(value), MapArg::Input(weight)]),
+        };
+        let to = if n > 0 { Some(MapArg::Inst(value - 1)) } else { before.map(|_| MapArg::Input(2 * parts)) };
+        [wide, of(to)]
     };
-    let first = match before {
-        Some(_) => add(0, MapArg::Input(2 * parts)),
-        None => arithmetic(ScalarOp::Mul, &product(0)),
-    };
-    let rest = (1..parts).map(|n| add(n, MapArg::Inst(n - 1)));
+    let sum = (0..parts).flat_map(each).collect();
     let inputs = values.into_iter().chain(weights.iter().copied()).chain(before).collect();
-    mapped(inputs, [first].into_iter().chain(rest).collect())
+    mapped(inputs, sum)
 }
