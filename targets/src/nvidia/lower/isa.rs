@@ -146,6 +146,17 @@ pub fn shuffle_up(f: &mut Fn, v: Val, by: u32) -> Val {
     shuffle(f, "up", v, i32(by.into()), 0)
 }
 
+/// The same, and whether there is such a lane: what the exchange says is no comparison, and no truth value that lives from one exchange to the next.
+pub fn shuffle_up_if(f: &mut Fn, v: Val, by: u32) -> (Val, Val) {
+    let [mask, v, by, clamp] = [i32(-1), v, i32(by.into()), i32(0)].map(|v| f.name(v));
+    let both = "!llvm.struct<(i32, i1)>";
+    let text = format!("nvvm.shfl.sync up {mask}, {v}, {by}, {clamp} {{return_value_and_is_valid}} : i32 -> {both}");
+    let got = f.op(&text, Ty::I32);
+    let got = f.name(got);
+    let [below, has] = [(0, Ty::I32), (1, Ty::I1)].map(|(i, ty)| f.op(&format!("llvm.extractvalue {got}[{i}] : {both}"), ty));
+    (below, has)
+}
+
 /// The value of that lane.
 pub fn shuffle_from(f: &mut Fn, v: Val, lane: Val) -> Val {
     shuffle(f, "idx", v, lane, 31)

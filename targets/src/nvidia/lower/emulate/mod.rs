@@ -198,14 +198,22 @@ impl Run<'_> {
             // Blocks pass their own barriers; where none can, they wait for one another.
             let mut passed = false;
             for own in warps.chunks_mut(self.threads as usize / 32) {
-                let waits =
-                    |w: &Warp| w.at == [At::Barrier; 32] && matches!(self.p.insts[w.pc[0]].code, Code::Barrier { .. });
+                let waits = |w: &Warp| match &self.p.insts.get(w.pc[0]).map(|i| (&i.code, &i.args)) {
+                    _ if w.at != [At::Barrier; 32] => false,
+                    Some((Code::Barrier { .. }, _)) => true,
+                    Some((Code::Wait, args)) => self.is_over(w.slots[args[0] as usize][0], w.number),
+                    _ => false,
+                };
                 if own.iter().any(waits) {
                     self.barrier(own)?;
                     passed = true;
                 }
             }
             if !passed {
+                let stuck = |w: &&Warp| matches!(self.p.insts.get(w.pc[0]), Some(Inst { code: Code::Wait, .. }));
+                if let Some(w) = warps.iter().find(stuck) {
+                    return Err(format!("bytes or arrivals that do not come: `{}`", self.line(w.pc[0])));
+                }
                 self.barrier(warps)?;
             }
         }
@@ -232,6 +240,13 @@ impl Run<'_> {
 
     fn line(&self, pc: usize) -> &str {
         self.p.insts.get(pc).map_or("the end", |i| &self.p.lines[i.line])
+    }
+
+    /// Whether a barrier in shared memory of that warp's block has all that it waits for.
+    fn is_over(&self, at: u64, warp: usize) -> bool {
+        let block = (warp * 32 / self.threads as usize) as u64 * self.size;
+        let words = self.m.shared.get((block + at) as usize..).and_then(|m| m.get(..8));
+        words.is_some_and(|w| w == [0; 8])
     }
 
     fn barrier(&mut self, warps: &mut [Warp]) -> Result<(), String> {
@@ -310,7 +325,7 @@ impl Run<'_> {
                     w.park(lanes, pc, At::Warp);
                     return Ok(());
                 }
-                Code::Barrier { .. } | Code::Cluster => {
+                Code::Barrier { .. } | Code::Cluster | Code::Wait => {
                     w.park(lanes, pc, At::Barrier);
                     return Ok(());
                 }

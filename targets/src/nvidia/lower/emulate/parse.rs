@@ -34,6 +34,8 @@ pub enum Code {
     Barrier { any: bool },
     /// All threads of the cluster meet.
     Cluster,
+    /// All threads of the block wait until a barrier in shared memory has its arrivals and bytes: two words, of what is still to come.
+    Wait,
     /// This thread's number.
     Thread,
     /// Its block's in the cluster.
@@ -344,6 +346,13 @@ impl Reader {
             "barrier" if rest.contains("reduction<or>") => (Code::Barrier { any: true }, args),
             "redux.sync" => (Code::Warp(format!("redux {how}")), vec![args[0], args[0]]),
             "vote.sync" => (Code::Warp("ballot".into()), vec![args[1], args[1]]),
+            "shfl.sync" if rest.contains("return_value_and_is_valid") => {
+                let both = vec![self.slot(), self.slot()];
+                for (&dst, what) in both.iter().zip(["", " has"]) {
+                    self.push(Code::Warp(format!("shfl {how}{what}")), vec![args[1], args[2]], vec![dst]);
+                }
+                return Some(both);
+            }
             "shfl.sync" => (Code::Warp(format!("shfl {how}")), vec![args[1], args[2]]),
             "read.ptx.sreg.tid.x" => (Code::Thread, vec![]),
             "read.ptx.sreg.ctaid.x" | "read.ptx.sreg.clusterid.x" => (Code::Block(0), vec![]),
@@ -377,6 +386,11 @@ impl Reader {
             }
             return Some(dst);
         }
+        // A loop until the first phase of a barrier is over.
+        if text.contains("mbarrier.try_wait.parity") {
+            self.push(Code::Wait, inputs, vec![]);
+            return Some(dst);
+        }
         let text = text.strip_prefix("{\n").map_or(text, |t| t.trim_end_matches('}'));
         for statement in text.split(';').map(str::trim).filter(|s| !s.is_empty()) {
             if let Some(list) = statement.strip_prefix(".reg ") {
@@ -394,7 +408,10 @@ impl Reader {
             if statement.starts_with("griddepcontrol.") {
                 continue;
             }
-            // Blocks meet where they wait.
+            // Blocks meet where they wait, and see what was written before.
+            if statement.starts_with("fence.mbarrier_init") {
+                continue;
+            }
             if statement.starts_with("barrier.cluster.arrive") {
                 continue;
             }
@@ -407,6 +424,8 @@ impl Reader {
             for word in list.split([',', ' ', '{', '}', '[', ']']).filter(|w| !w.is_empty()) {
                 slots.push(match names.get(word) {
                     Some(&slot) => slot,
+                    // A result that no one wants.
+                    None if word == "_" => self.constant(0),
                     None => self.constant(number(word)?),
                 });
             }
@@ -420,6 +439,14 @@ impl Reader {
             }
         }
         Some(dst)
+    }
+
+    /// Adds to, or takes from, what a word of a barrier says is still to come.
+    fn counted(&mut self, barrier: Slot, word: u64, by: Slot, how: fn(u32, u32) -> u32) -> Option<()> {
+        let (word, at, old) = (self.constant(word), self.slot(), self.slot());
+        self.push(Code::Scalar(scalar::ptx("add.s32")?, 32, 32), vec![barrier, word], vec![at]);
+        self.push(Code::Atomic(how), vec![at, by], vec![old]);
+        Some(())
     }
 
     /// One PTX instruction, its operands in the order written.
@@ -450,6 +477,23 @@ impl Reader {
                     _ => return None,
                 };
                 self.push(Code::Load { shared: true, bytes: 4, align }, slots[n..].to_vec(), slots[..n].to_vec());
+            }
+            ["mbarrier", "init", ..] => {
+                let none = self.constant(0);
+                self.push(Code::Store { shared: true, bytes: 4, align: 8 }, [slots, vec![none]].concat(), vec![]);
+            }
+            ["mbarrier", "arrive", "expect_tx", ..] => {
+                let one = self.constant(1);
+                self.counted(slots[1], 0, one, u32::wrapping_sub)?;
+                self.counted(slots[1], 4, slots[2], u32::wrapping_add)?;
+            }
+            ["st", "async", ..] => {
+                let (barrier, words) = slots[1..].split_last()?;
+                let bytes = self.constant(4 * words.len() as u64);
+                let align = 4 * words.len() as u64;
+                let all = [&slots[..1], words].concat();
+                self.push(Code::Store { shared: true, bytes: 4, align }, all, vec![]);
+                self.counted(*barrier, 4, bytes, u32::wrapping_sub)?;
             }
             ["mapa", "shared::cluster", "u32"] => {
                 let address: Scalar = |[at, rank, _], _, _| Some((rank + 1) << RANK_SHIFT | at);

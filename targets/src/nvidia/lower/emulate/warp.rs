@@ -90,6 +90,7 @@ pub fn exchange(how: &str, v: &Lanes, by: &Lanes) -> Option<Lanes> {
         "redux add" => return all(v.iter().sum::<u64>() & 0xffff_ffff),
         "redux umax" => return all(v.iter().copied().max()?),
         "redux umin" => return all(v.iter().copied().min()?),
+        "shfl up has" => return Some(std::array::from_fn(|i| u64::from(i >= by[i] as usize))),
         "shfl bfly" => |i, by| i ^ (by as usize & 31),
         "shfl up" => |i, by| i.checked_sub(by as usize).unwrap_or(i),
         "shfl idx" => |_, by| by as usize & 31,

@@ -14,13 +14,13 @@
 //! leave room.
 //!
 //! **Cost.** One read of the row (two, the second from the cache, of a half); by count of the code some 15 instructions a column of a thread, and 900
-//! more; two barriers of the cluster.
+//! more; two exchanges of the cluster.
 
 use super::emit::Emit;
 use super::filter::{BATCH, CANDIDATE, LOWEST, Stores, WORK};
 use super::group::{self, Group};
 use super::ptx;
-use super::select::{BOUNDS, COUNT, COUNTS, MOST, OUT, OUT_BYTES, Stream, THREADS, VERDICT};
+use super::select::{COUNT, COUNTS, HEARD, JUDGED, LISTED, MOST, OUT, OUT_BYTES, Stream, THREADS, VERDICT};
 use super::window::{VECTOR, Window};
 use crate::nvidia::lower::mlir::{Ty, Val, f32, i32};
 use dsc_ir::tile::ValueId;
@@ -29,6 +29,8 @@ use dsc_ir::tile::ValueId;
 const GROUPS: u32 = 2 * VECTOR;
 /// Candidates of a thread of the first block.
 const EACH: u32 = 8;
+/// Bytes of what a block says of its list to each.
+const SAID: u32 = 16;
 /// Bytes of lists, and of a block's vector a thread.
 const LISTS: u32 = EACH * THREADS * CANDIDATE;
 const SLOT: u32 = VECTOR * 4 * THREADS;
@@ -54,6 +56,17 @@ struct Part {
     leads: Val,
 }
 
+/// What blocks say of their lists.
+struct Told {
+    /// Candidates of each.
+    counts: Vec<Val>,
+    /// The least and the highest of their bounds.
+    least: Val,
+    highest: Val,
+    /// The largest of their keys; of one block it is in its memory.
+    most: Option<Val>,
+}
+
 impl<'a> Emit<'a> {
     /// Selects from a row of which each thread of the cluster has so many vectors, a multiple of [`BATCH`], whether that was possible (i32), which all blocks
     /// agree on: then the result is written.
@@ -67,7 +80,7 @@ impl<'a> Emit<'a> {
         stores: Stores<'_, 'a>,
     ) -> Result<Val, String> {
         let team = self.s.team;
-        self.begin_listing();
+        self.begin_exchange();
         let first = self.first_vector(rank);
         let part = Part { first, step: THREADS * team, rank, leads };
         let (values, largest) = self.largest_of_groups(w, &part, (vectors, columns));
@@ -76,21 +89,18 @@ impl<'a> Emit<'a> {
             self.group_clear_bits(g);
         }
         let bound = self.bound(stream.k, g, &largest);
-        if team > 1 {
-            ptx::cluster_wait(&mut self.t.f);
-        }
         self.list_bounded(w, &part, (vectors, &values), bound);
-        self.tell_most(most);
+        self.tell_most(most, false);
         self.group_wait(g);
-        let (counts, bounds) = self.told_bounds(rank, bound);
-        let ok = self.enough(stream.k, &counts, bounds[1]);
+        let told = if team > 1 { self.exchange(&part, bound) } else { self.own_told(bound) };
+        let ok = self.enough(stream.k, &told);
         if columns == Columns::Twice {
             self.group_clear_bits(g);
         }
         let [tries, join] = [0; 2].map(|_| self.t.f.label());
         self.t.f.cond_br(ok, (tries, &[]), (join, &[i32(0)]));
         self.t.f.start(tries, &[]);
-        let done = self.finish_bounded(stream, g, (w, columns), &part, (&counts, bounds), numbers, stores)?;
+        let done = self.finish_bounded(stream, g, (w, columns), &part, &told, numbers, stores)?;
         self.t.f.br(join, &[done]);
         let done = self.t.f.start(join, &[Ty::I32])[0];
         // Whoever goes another way has read what that one writes over.
@@ -175,7 +185,7 @@ impl<'a> Emit<'a> {
     /// Lists the columns of this block that are no smaller than `bound`, in any order.
     fn list_bounded(&mut self, w: &Window, part: &Part, (vectors, values): (u32, &[Val]), bound: Val) {
         let room = EACH * THREADS / self.s.team;
-        let list = (self.list_of(part.rank, room), room);
+        let list = (self.own_list_of(part.rank, room), room, false);
         let least = self.value(bound);
         if !values.is_empty() {
             return self.list_values(w, list, (part.first, part.step), values, least);
@@ -187,41 +197,116 @@ impl<'a> Emit<'a> {
         }
     }
 
-    /// How many candidates each block has listed, and the least and the largest of their bounds. The block's list is complete.
-    fn told_bounds(&mut self, rank: Val, bound: Val) -> (Vec<Val>, [Val; 2]) {
+    /// Counts what is listed from nothing on, and makes barriers of what blocks send each other.
+    fn begin_exchange(&mut self) {
         let team = self.s.team;
-        if team == 1 {
-            return (self.t.load_shared(i32(COUNT.into()), Ty::I32, 1), [bound; 2]);
+        let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
+        self.t.when(zero, |t| {
+            t.store_shared(i32(COUNT.into()), &[i32(0); 2]);
+            if team == 1 {
+                return;
+            }
+            for (at, bytes) in [(HEARD, SAID * team), (LISTED, 0), (JUDGED, 4)] {
+                let barrier = t.f.add(t.shared32, i32(at.into()));
+                ptx::barrier_init(&mut t.f, barrier, 1);
+                if bytes > 0 {
+                    ptx::barrier_expect(&mut t.f, barrier, bytes);
+                }
+            }
+            ptx::barrier_init_fence(&mut t.f);
+        });
+        if team > 1 {
+            ptx::cluster_arrive_relaxed(&mut self.t.f);
         }
-        let count = self.t.load_shared(i32(COUNT.into()), Ty::I32, 1)[0];
-        let slot = self.t.f.mul(rank, i32(4));
-        for (at, word) in [(COUNTS, count), (BOUNDS, bound)] {
-            let at = self.t.f.add(slot, i32(at.into()));
-            self.tell_all(at, word);
+    }
+
+    /// What a block that is alone says.
+    fn own_told(&mut self, bound: Val) -> Told {
+        let counts = self.t.load_shared(i32(COUNT.into()), Ty::I32, 1);
+        Told { counts, least: bound, highest: bound, most: None }
+    }
+
+    /// Sends the first block this block's list, and all blocks what it says of it: what all say. The list is complete; the first block has all of them then. No
+    /// fence waits for what is under way: barriers count its bytes.
+    fn exchange(&mut self, part: &Part, bound: Val) -> Told {
+        let team = self.s.team;
+        let room = EACH * THREADS / team;
+        let own = self.t.load_shared(i32(COUNT.into()), Ty::I32, 2);
+        // All barriers are there.
+        ptx::cluster_wait(&mut self.t.f);
+        let follows = self.t.f.bin("xor", part.leads, Val::Int(1, Ty::I1));
+        let fits = self.t.f.cmp("sle", own[0], i32(room.into()));
+        let sends = self.t.f.bin("and", follows, fits);
+        let sent = self.t.f.select(sends, own[0], i32(0));
+        let list = self.t.f.mul(part.rank, i32((room * CANDIDATE).into()));
+        for first in (0..room).step_by(THREADS as usize) {
+            let place = self.t.f.add(self.t.tid, i32(first.into()));
+            let here = self.t.f.cmp("slt", place, sent);
+            let byte = self.t.f.mul(place, i32(CANDIDATE.into()));
+            self.t.when(here, |t| {
+                let byte = t.f.add(list, byte);
+                let pair = t.load_shared(byte, Ty::I32, 2);
+                let at = t.f.add(t.shared32, byte);
+                let barrier = t.f.add(t.shared32, i32(LISTED.into()));
+                let [at, barrier] = [at, barrier].map(|at| ptx::address_in(&mut t.f, at, i32(0)));
+                ptx::send_words(&mut t.f, at, barrier, &pair);
+            });
         }
-        self.together();
-        let mut told = |at: u32| -> Vec<Val> {
-            (0..team).flat_map(|i| self.t.load_shared(i32((at + 4 * i).into()), Ty::I32, 1)).collect()
+        let slot = self.t.f.mul(part.rank, i32(SAID.into()));
+        let slot = self.t.f.add(slot, i32(COUNTS.into()));
+        self.send_all((slot, HEARD), &[own[0], bound, own[1], i32(0)]);
+        self.wait_for(HEARD);
+        let told = self.all_told();
+        let leader = self.t.f.open_if(part.leads);
+        let lists = told.counts[1..].to_vec();
+        let one = self.t.f.cmp("eq", self.t.tid, i32(0));
+        self.t.when(one, |t| {
+            let mut bytes = i32(0);
+            for count in lists {
+                let fits = t.f.cmp("sle", count, i32(room.into()));
+                let count = t.f.select(fits, count, i32(0));
+                bytes = t.f.add(bytes, count);
+            }
+            let bytes = t.f.mul(bytes, i32(CANDIDATE.into()));
+            let barrier = t.f.add(t.shared32, i32(LISTED.into()));
+            ptx::barrier_expect_some(&mut t.f, barrier, bytes);
+        });
+        self.wait_for(LISTED);
+        self.t.f.close_if(leader);
+        told
+    }
+
+    /// Waits until a barrier that is used once has what was sent.
+    pub fn wait_for(&mut self, barrier: u32) {
+        let at = self.t.f.add(self.t.shared32, i32(barrier.into()));
+        ptx::barrier_wait(&mut self.t.f, at, i32(0));
+    }
+
+    /// What all blocks have said.
+    fn all_told(&mut self) -> Told {
+        let mut said = Vec::new();
+        for i in 0..self.s.team {
+            said.push(self.t.load_shared(i32((COUNTS + SAID * i).into()), Ty::I32, 4));
+        }
+        let mut of_all = |how: &str, word: usize| {
+            said[1..].iter().fold(said[0][word], |all, one| self.t.f.intrinsic(how, &[all, one[word]]))
         };
-        let (counts, bounds) = (told(COUNTS), told(BOUNDS));
-        let of_all =
-            |e: &mut Self, how: &str| bounds[1..].iter().fold(bounds[0], |all, &b| e.t.f.intrinsic(how, &[all, b]));
-        let ends = [of_all(self, "umin"), of_all(self, "umax")];
-        (counts, ends)
+        let (least, highest, most) = (of_all("umin", 1), of_all("umax", 1), of_all("umax", 2));
+        Told { counts: said.iter().map(|one| one[0]).collect(), least, highest, most: Some(most) }
     }
 
     /// Whether lists had room, and have all that can be selected or as many as are.
-    fn enough(&mut self, k: u32, counts: &[Val], highest: Val) -> Val {
+    fn enough(&mut self, k: u32, told: &Told) -> Val {
         let room = EACH * THREADS / self.s.team;
         let mut ok = Val::Int(1, Ty::I1);
         let mut total = i32(0);
-        for &count in counts {
+        for &count in &told.counts {
             let fits = self.t.f.cmp("sle", count, i32(room.into()));
             ok = self.t.f.bin("and", ok, fits);
             total = self.t.f.add(total, count);
         }
         let many = self.t.f.cmp("sge", total, i32(k.into()));
-        let everything = self.t.f.cmp("eq", highest, i32(LOWEST));
+        let everything = self.t.f.cmp("eq", told.highest, i32(LOWEST));
         let many = self.t.f.bin("or", many, everything);
         self.t.f.bin("and", ok, many)
     }
@@ -278,29 +363,29 @@ impl<'a> Emit<'a> {
         g: &Group,
         (w, columns): (&Window, Columns),
         part: &Part,
-        (counts, [least, highest]): (&[Val], [Val; 2]),
+        told: &Told,
         numbers: ValueId,
         stores: Stores<'_, 'a>,
     ) -> Result<Val, String> {
         let team = self.s.team;
         let first = self.t.f.open_if(part.leads);
-        let list = self.own_list(counts);
+        let list = self.own_list(&told.counts);
         // Without registers for columns there are none for candidates.
         let held = columns == Columns::Registers;
         let candidates = self.own_candidates(list, !held);
-        let most = self.t.load_shared(i32(MOST.into()), Ty::I32, 1)[0];
+        let most = told.most.unwrap_or_else(|| self.t.load_shared(i32(MOST.into()), Ty::I32, 1)[0]);
         let mut all = |e: &mut Self, take: &mut dyn FnMut(&mut Self, &[[Val; 2]])| {
             let kept = if held { Vec::new() } else { e.kept_candidates(list) };
             take(e, if held { &candidates } else { &kept });
         };
-        let choice = self.choose(g, [least, most], (stream.k, 0), &mut all);
-        let right = self.t.f.cmp("uge", choice.best.low, highest);
+        let choice = self.choose(g, [told.least, most], (stream.k, 0), &mut all);
+        let right = self.t.f.cmp("uge", choice.best.low, told.highest);
         if team > 1 {
             let verdict = self.t.f.cast("zext", right, Ty::I32);
-            self.tell_all(i32(VERDICT.into()), verdict);
-            ptx::cluster_arrive(&mut self.t.f);
+            self.send_all((i32(VERDICT.into()), JUDGED), &[verdict]);
         }
         let after = self.t.f.open_if(right);
+        let counts = &told.counts;
         let total = counts[1..].iter().fold(counts[0], |sum, &n| self.t.f.add(sum, n));
         self.write_chosen(stream, g, w, (&choice, total), &mut all, numbers, stores)?;
         self.t.f.close_if(after);
@@ -309,22 +394,19 @@ impl<'a> Emit<'a> {
             // The bound is one of all columns.
             return Ok(i32(1));
         }
-        let follows = self.t.f.bin("xor", part.leads, Val::Int(1, Ty::I1));
-        let others = self.t.f.open_if(follows);
-        ptx::cluster_arrive(&mut self.t.f);
-        self.t.f.close_if(others);
-        ptx::cluster_wait(&mut self.t.f);
+        self.wait_for(JUDGED);
         Ok(self.t.load_shared(i32(VERDICT.into()), Ty::I32, 1)[0])
     }
 
-    /// Writes a word at a byte of each block's shared memory.
-    fn tell_all(&mut self, byte: Val, word: Val) {
+    /// Sends words to a byte of each block's shared memory, and its barrier their bytes.
+    pub fn send_all(&mut self, (byte, barrier): (Val, u32), words: &[Val]) {
         let to = self.t.f.cmp("slt", self.t.tid, i32(self.s.team.into()));
         let tid = self.t.tid;
         self.t.when(to, |t| {
             let at = t.f.add(t.shared32, byte);
-            let at = ptx::address_in(&mut t.f, at, tid);
-            ptx::store_cluster_word(&mut t.f, at, word);
+            let barrier = t.f.add(t.shared32, i32(barrier.into()));
+            let [at, barrier] = [at, barrier].map(|at| ptx::address_in(&mut t.f, at, tid));
+            ptx::send_words(&mut t.f, at, barrier, words);
         });
     }
 }

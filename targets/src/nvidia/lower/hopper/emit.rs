@@ -272,9 +272,12 @@ pub fn module(s: &Scheduled, gpu: &GpuKernel, symbols: Ty, sharing: u32, body: &
     let map = "!llvm.ptr {llvm.byval = !llvm.array<128 x i8>, llvm.align = 64 : i64, nvvm.grid_constant}";
     let maps = (0..gpu.maps.len()).map(|i| format!("%{}: {map}", addresses + i));
     let params: Vec<String> = pointers.chain(maps).collect();
+    // A selection's cluster is always launched as one: no block has to ask what a barrier of it means.
+    let cluster = gpu.cluster > 1 && select::is_selection(s);
+    let cluster = if cluster { ", nvvm.cluster_dim = array<i32: 0, 0, 0>" } else { "" };
     format!(
         "module {{\n  llvm.mlir.global external @shared() {{addr_space = 3 : i32, alignment = {ALIGN} : i64}} : !llvm.array<0 x i8>\n  \
-         llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>, nvvm.minctasm = {sharing} : i32}} {{\n{body}    \
+         llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>, nvvm.minctasm = {sharing} : i32{cluster}}} {{\n{body}    \
          llvm.return\n  }}\n}}\n",
         s.name,
         params.join(", "),

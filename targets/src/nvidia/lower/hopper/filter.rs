@@ -159,7 +159,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Counts what is listed from nothing on.
-    pub fn begin_listing(&mut self) {
+    fn begin_listing(&mut self) {
         let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
         self.t.when(zero, |t| t.store_shared(i32(COUNT.into()), &[i32(0); 2]));
         if self.s.team > 1 {
@@ -254,45 +254,52 @@ impl<'a> Emit<'a> {
             (l.args[2..].to_vec(), self.next_batch(w, share, next))
         };
         let most = values.iter().fold(l.args[1], |most, &v| ptx::larger(&mut self.t.f, most, v));
-        self.list_values(w, (list, room), (l.args[0], share.step), &values, least);
+        self.list_values(w, (list, room, self.s.team > 1), (l.args[0], share.step), &values, least);
         let carried: Vec<Val> = [most].into_iter().chain(following).collect();
         self.t.f.close_loop(&l, i32((BATCH * share.step).into()), &carried);
-        self.tell_most(l.args[1]);
+        self.tell_most(l.args[1], self.s.team > 1);
     }
 
     /// The first block's list of this block, which has room for so many.
-    pub fn list_of(&mut self, rank: Val, room: u32) -> Val {
-        let byte = self.t.f.mul(rank, i32((room * CANDIDATE).into()));
-        let list = self.t.f.add(self.t.shared32, byte);
+    fn list_of(&mut self, rank: Val, room: u32) -> Val {
+        let list = self.own_list_of(rank, room);
         if self.s.team > 1 { ptx::address_in(&mut self.t.f, list, i32(0)) } else { list }
     }
 
-    /// Makes the first block's largest key at least that of this value.
-    pub fn tell_most(&mut self, most: Val) {
+    /// The same place in this block.
+    pub fn own_list_of(&mut self, rank: Val, room: u32) -> Val {
+        let byte = self.t.f.mul(rank, i32((room * CANDIDATE).into()));
+        self.t.f.add(self.t.shared32, byte)
+    }
+
+    /// Makes this block's largest key, or the first's, at least that of this value.
+    pub fn tell_most(&mut self, most: Val, first: bool) {
         let most = self.ordered(most);
         let most = isa::reduce_warp(&mut self.t.f, "umax", most);
         let at = self.t.f.add(self.t.shared32, i32(MOST.into()));
-        let team = self.s.team;
-        let at = if team > 1 { ptx::address_in(&mut self.t.f, at, i32(0)) } else { at };
+        let at = if first { ptx::address_in(&mut self.t.f, at, i32(0)) } else { at };
         let one = self.t.f.cmp("eq", self.t.lane, i32(0));
-        ptx::shared_most_if(&mut self.t.f, one, at, most, team > 1);
+        ptx::shared_most_if(&mut self.t.f, one, at, most, first);
     }
 
-    /// Lists those of the running thread's values that are at least `least`, in a list with room for so many: of vectors from `first` of its warp on, every `step`th.
+    /// Lists those of the running thread's values that are at least `least`, in a list, of this block or of another, with room for so many: of vectors from `first` of its warp on, every `step`th.
     pub fn list_values(
         &mut self,
         w: &Window,
-        (list, room): (Val, u32),
+        (list, room, other): (Val, u32, bool),
         (first, step): (Val, u32),
         values: &[Val],
         least: Val,
     ) {
         let own = values.chunks(VECTOR as usize).fold(i32(0), |sum, v| ptx::count_least(&mut self.t.f, sum, v, least));
-        let upto = group::sum_upto(&mut self.t, own);
+        let upto = self.sum_upto(own);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let counter = self.t.f.add(self.t.shared32, i32(COUNT.into()));
         let start = self.t.when_value(last, i32(0), |t| isa::shared_atomic_add(&mut t.f, counter, upto));
         let start = isa::shuffle_from(&mut self.t.f, start, i32(31));
+        // The same for all lanes, which the assembler does not know: to compare again takes an instruction, to keep what was found three.
+        let many = values.len() > (BATCH * VECTOR) as usize;
+        let least = if many { isa::shuffle_from(&mut self.t.f, least, i32(0)) } else { least };
         let end = self.t.f.add(start, upto);
         let fits = self.t.f.cmp("sle", end, i32(room.into()));
         let after = self.t.f.open_if(fits);
@@ -303,7 +310,7 @@ impl<'a> Emit<'a> {
         let column = self.column_of(w, vector);
         for (i, some) in values.chunks(VECTOR as usize).enumerate() {
             let column = self.t.f.add(column, i32((i as u32 * step * VECTOR).into()));
-            at = ptx::list_least(&mut self.t.f, at, some, least, column, self.s.team > 1);
+            at = ptx::list_least(&mut self.t.f, at, some, least, column, other);
         }
         self.t.f.close_if(after);
     }

@@ -14,7 +14,6 @@
 use super::emit::Emit;
 use super::ptx;
 use crate::nvidia::arch::Arch;
-use crate::nvidia::lower::block::Threads;
 use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, i32};
 
@@ -104,19 +103,29 @@ pub type Members<'m, 'a> = &'m mut dyn FnMut(&mut Emit<'a>, &mut dyn FnMut(&mut 
 /// Takes a number, its place, and whether it is in.
 pub type Put<'p, 'a> = &'p mut dyn FnMut(&mut Emit<'a>, Val, Val, Val);
 
-/// The sum of the lanes up to this one.
-pub fn sum_upto(t: &mut Threads, v: Val) -> Val {
-    let mut sum = v;
-    for by in [1, 2, 4, 8, 16] {
-        let has = t.f.cmp("sge", t.lane, i32(by.into()));
-        let below = isa::shuffle_up(&mut t.f, sum, by);
-        let below = t.f.select(has, below, i32(0));
-        sum = t.f.add(sum, below);
-    }
-    sum
-}
+/// Adds up bins of all blocks of a pass of that number.
+pub type Merge<'m, 'a> = &'m mut dyn FnMut(&mut Emit<'a>, Vec<Val>, Val) -> Vec<Val>;
 
 impl<'a> Emit<'a> {
+    /// The sum of the lanes up to this one.
+    pub fn sum_upto(&mut self, v: Val) -> Val {
+        let mut sum = v;
+        for by in [1, 2, 4, 8, 16] {
+            let f = &mut self.t.f;
+            // Where warps are many, or do other things too, comparisons of the lane cost no register.
+            if self.sharing > 1 || !self.s.roles.is_empty() {
+                let has = f.cmp("sge", self.t.lane, i32(by.into()));
+                let below = isa::shuffle_up(f, sum, by);
+                let below = f.select(has, below, i32(0));
+                sum = f.add(sum, below);
+            } else {
+                let (below, has) = isa::shuffle_up_if(f, sum, by);
+                sum = ptx::add_if(f, has, sum, below);
+            }
+        }
+        sum
+    }
+
     pub fn group_wait(&mut self, g: &Group) {
         match g.barrier {
             Some(barrier) => ptx::barrier_of(&mut self.t.f, barrier, g.threads),
@@ -178,7 +187,7 @@ impl<'a> Emit<'a> {
 
     /// The sum over the group's threads before this one, and over all. A barrier is within; another comes before the next sum.
     pub fn group_scan(&mut self, g: &Group, v: Val) -> (Val, Val) {
-        let sum = sum_upto(&mut self.t, v);
+        let sum = self.sum_upto(v);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let slot = self.group_word(g, SCAN, g.warp);
         self.t.when(last, |t| t.store_shared(slot, &[sum]));
@@ -224,6 +233,18 @@ impl<'a> Emit<'a> {
         (wanted, slack): (Val, Val),
         words: Words<'_, 'a>,
     ) -> Found {
+        self.search_merged(g, (low, last, bits), (wanted, slack), words, None)
+    }
+
+    /// The same among the words of several groups, whose bins `merge` adds up.
+    pub fn search_merged(
+        &mut self,
+        g: &Group,
+        (low, last, bits): (Val, Val, Val),
+        (wanted, slack): (Val, Val),
+        words: Words<'_, 'a>,
+        merge: Option<Merge<'_, 'a>>,
+    ) -> Found {
         let (bins, each) = (bins(g.threads), bins(g.threads) / g.threads);
         let digit = bins.ilog2();
         let histogram = self.group_word(g, HISTOGRAM, i32(0));
@@ -233,9 +254,11 @@ impl<'a> Emit<'a> {
         let first = self.t.f.sub(i32(i64::from(bins - each)), per);
         let own = self.group_word(g, HISTOGRAM, first);
         let [head, pass, end] = [0; 3].map(|_| self.t.f.label());
-        self.t.f.br(head, &[low, last, bits, wanted, i32(0)]);
-        let state = self.t.f.start(head, &[Ty::I32; 5]);
-        let &[low, last, bits, wanted, done] = state.as_slice() else { unreachable!("five were asked for") };
+        let first_state = [low, last, bits, wanted, i32(0), i32(0)];
+        let carried = if merge.is_some() { 6 } else { 5 };
+        self.t.f.br(head, &first_state[..carried]);
+        let state = self.t.f.start(head, &vec![Ty::I32; carried]);
+        let &[low, last, bits, wanted, done, ..] = state.as_slice() else { unreachable!("five were asked for") };
         let open = self.t.f.cmp("eq", done, i32(0));
         let more = self.t.f.cmp("sgt", bits, i32(0));
         let more = self.t.f.bin("and", open, more);
@@ -254,10 +277,18 @@ impl<'a> Emit<'a> {
             own_bins.extend(self.t.load_shared(at, Ty::I32, n));
         }
         self.store_zeros(own, each);
+        let own_bins = match merge {
+            Some(merge) => merge(self, own_bins, state[5]),
+            None => own_bins,
+        };
         let sum = own_bins.iter().skip(1).fold(own_bins[0], |sum, &n| self.t.f.add(sum, n));
         let (above, all) = self.group_scan(g, sum);
         let next = self.narrowed(g, &counted, (first, above), &own_bins, [all, wanted, slack]);
-        self.t.f.br(head, &[next.low, next.last, shift, next.ties, next.done]);
+        let mut next = vec![next.low, next.last, shift, next.ties, next.done];
+        if let Some(&number) = state.get(5) {
+            next.push(self.t.f.add(number, i32(1)));
+        }
+        self.t.f.br(head, &next);
         self.t.f.start(end, &[]);
         Found { low: state[0], last: state[1], ties: state[3], done: state[4] }
     }

@@ -40,6 +40,30 @@ pub fn barrier_arrive_expecting(f: &mut Fn, at: Val, c: Val, bytes: u32) {
     effect(f, &text, "r,r", &[at, c]);
 }
 
+/// The same of any number of bytes, that others may have written before.
+pub fn barrier_expect_some(f: &mut Fn, at: Val, bytes: Val) {
+    effect(f, "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "r,r", &[at, bytes]);
+}
+
+/// Arrives at a barrier of any block of the cluster, and announces bytes that this one sends; nothing else that it wrote is visible by that.
+pub fn barrier_arrive_sending(f: &mut Fn, at: Val, bytes: Val) {
+    let text = "mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [$0], $1;";
+    effect(f, text, "r,r", &[at, bytes]);
+}
+
+/// Writes words, one, two or four, to shared memory of any block of the cluster, whose barrier, of the same block, gets their bytes. No fence is needed on either side.
+pub fn send_words(f: &mut Fn, at: Val, barrier: Val, words: &[Val]) {
+    let list: Vec<String> = (0..words.len()).map(|i| format!("${}", i + 2)).collect();
+    let (vector, list) = match words.len() {
+        1 => (String::new(), list.concat()),
+        n => (format!(".v{n}"), format!("{{{}}}", list.join(", "))),
+    };
+    let text =
+        format!("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [$0], {list}, [$1];");
+    let args: Vec<Val> = [at, barrier].into_iter().chain(words.iter().copied()).collect();
+    effect(f, &text, &format!("r,r{}", ",r".repeat(words.len())), &args);
+}
+
 /// Bytes from an address in this block's shared memory to the same place in that of block `rank` of the cluster; `at` is any.
 pub fn to_block(f: &mut Fn, at: Val, rank: Val) -> Val {
     let there = address_in(f, at, rank);
@@ -382,6 +406,13 @@ pub fn address_in(f: &mut Fn, at: Val, rank: Val) -> Val {
     f.asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", &[at, rank], &[Ty::I32], false, false)[0]
 }
 
+/// `sum + v` where `c` holds, and `sum` elsewhere, by one instruction.
+pub fn add_if(f: &mut Fn, c: Val, sum: Val, v: Val) -> Val {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\nmov.b32 $0, $1;\n@p add.s32 $0, $0, $2;\n}";
+    f.asm(text, "=&r,r,r,r", &[sum, v, c], &[Ty::I32], false, false)[0]
+}
+
 /// Four words at such an address, zeros where `c` does not hold.
 pub fn load_cluster_words_if(f: &mut Fn, c: Val, at: Val) -> Vec<Val> {
     let c = f.cast("zext", c, Ty::I32);
@@ -449,6 +480,11 @@ pub fn meet_through(f: &mut Fn, counter: Val, step: Val) {
 /// First half of a [`cluster_barrier`] that whole warps come to; shared memory written before is visible after the second.
 pub fn cluster_arrive(f: &mut Fn) {
     effect(f, "barrier.cluster.arrive.release.aligned;", "", &[]);
+}
+
+/// The same of barriers that this thread has initialised, and nothing else.
+pub fn cluster_arrive_relaxed(f: &mut Fn) {
+    effect(f, "barrier.cluster.arrive.relaxed.aligned;", "", &[]);
 }
 
 /// Second half.

@@ -20,7 +20,7 @@
 
 use super::emit::{Emit, Held};
 use super::filter::{self, Stores};
-use super::{group, ptx};
+use super::ptx;
 use crate::Kernel;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::block::Threads;
@@ -55,14 +55,18 @@ const TOTALS: u32 = FOUND + 3 * 16;
 const BLOCK: u32 = TOTALS + WARPS * 8;
 /// Bytes of what counting uses.
 const COUNTING: u32 = BLOCK + 8;
-/// Candidates that this block has listed, the largest key of the cluster, whether lists were enough; candidates of each of its blocks, and their bounds.
+/// Candidates that this block has listed, the largest key, whether lists were enough; what each block of the cluster says of its own; the barriers of what blocks
+/// send each other: what they say, lists, and whether they were enough; of each pass of a search, and of what it has found.
 pub const COUNT: u32 = if filter::BYTES > COUNTING { filter::BYTES } else { COUNTING };
 pub const MOST: u32 = COUNT + 4;
 pub const VERDICT: u32 = COUNT + 8;
 pub const COUNTS: u32 = COUNT + 16;
-pub const BOUNDS: u32 = COUNTS + 4 * MOST_BLOCKS;
+pub const HEARD: u32 = COUNTS + 16 * MOST_BLOCKS;
+pub const LISTED: u32 = HEARD + 8;
+pub const JUDGED: u32 = HEARD + 16;
 /// Columns selected, in order.
-pub const OUT: u32 = BOUNDS + 4 * MOST_BLOCKS;
+pub const MET: u32 = HEARD + 24;
+pub const OUT: u32 = HEARD + 64;
 pub const OUT_BYTES: u32 = 4 * filter::MOST_K;
 /// End.
 const BYTES: u32 = OUT + OUT_BYTES;
@@ -73,7 +77,7 @@ const DELIVERED: u32 = 4;
 const OWN: u32 = BINS / THREADS;
 
 /// Blocks of a cluster that every GPU with clusters runs.
-const MOST_BLOCKS: u32 = 8;
+pub const MOST_BLOCKS: u32 = 8;
 
 /// The selection of a scheduled kernel.
 pub struct Stream {
@@ -481,7 +485,7 @@ impl<'a> Emit<'a> {
             }
         }
         let own = bins.iter().skip(1).fold(bins[0], |sum, &n| self.t.f.add(sum, n));
-        let upto = group::sum_upto(&mut self.t, own);
+        let upto = self.sum_upto(own);
         let last = self.t.f.cmp("eq", self.t.lane, i32(31));
         let warp = self.t.warp;
         let slot = self.t.f.mul(warp, i32(4));

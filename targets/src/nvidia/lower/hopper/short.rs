@@ -8,7 +8,7 @@
 
 use super::emit::Emit;
 use super::filter::Stores;
-use super::group::{self, Found, Group};
+use super::group::{Found, Group};
 use super::ptx;
 use super::select::{OUT, Stream, THREADS};
 use super::window::{VECTOR, Window};
@@ -176,7 +176,7 @@ impl<'a> Emit<'a> {
                 let n = self.t.f.bin("shl", n, i32((i * COUNT_BITS).into()));
                 packed = self.t.f.bin("or", packed, n);
             }
-            let upto = group::sum_upto(&mut self.t, packed);
+            let upto = self.sum_upto(packed);
             let before = self.t.f.sub(upto, packed);
             let all = isa::shuffle_from(&mut self.t.f, upto, i32(31));
             for i in 0..COUNTED {

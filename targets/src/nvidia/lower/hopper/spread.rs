@@ -1,17 +1,18 @@
 //! The best of a row that the blocks of a cluster can hold in their registers: read once, exactly, whatever its values are.
 //!
-//! Each block has a stretch of the row, as [`super::short`] has all of it. A radix pass counts in each block by itself; then every thread adds up
-//! its bins of all blocks that have any there, so that all find the same digit and none has to be told. The blocks tell each other how many of theirs are in and
+//! Each block has a stretch of the row, as [`super::short`] has all of it. A radix pass counts in each block by itself; then every thread sends its bins to
+//! all blocks, if it has any there, and adds up what came, so that all find the same digit and none has to be told. What is sent comes with its own barrier: no block fences its
+//! memory, which would take longer than the way. The blocks tell each other how many of theirs are in and
 //! how many tie with the last; the sums over those before are where a block's part of the result begins, and it writes that part itself: what is
 //! selected is in ascending order, and of equals the first are in it.
 //!
-//! **Cost.** One read of the row; a barrier of the cluster a pass, three passes at most, one for the sums and one at the end.
+//! **Cost.** One read of the row; an exchange a pass, three passes at most, and one for the sums.
 
 use super::emit::Emit;
 use super::filter::{self, Stores};
-use super::group::{self, Found, Group, Pass};
+use super::group::{self, Group};
 use super::ptx;
-use super::select::{Stream, THREADS, WARPS};
+use super::select::{MET, MOST_BLOCKS, OUT, Stream, THREADS, WARPS};
 use super::short;
 use super::window::Window;
 use crate::nvidia::lower::isa;
@@ -19,15 +20,24 @@ use crate::nvidia::lower::mlir::{Ty, Val, i32};
 use dsc_ir::tile::ValueId;
 
 const BINS: u32 = group::bins(THREADS);
-/// Passes of a search: a histogram each, from the first byte of shared memory on.
+/// Passes of a search.
 const PASSES: u32 = 32u32.div_ceil(BINS.ilog2());
-/// Bins of a thread.
+/// Bins of a thread, which it sends as so many bytes; what a block gets in a pass from each of the others.
 const OWN: u32 = BINS / THREADS;
-/// What a block tells the others: members, and those that tie.
-const TOLD: u32 = PASSES * BINS * 4;
-/// By pass and warp: which lanes' bins are not all empty.
-const FILLED: u32 = TOLD + 4;
-const _: () = assert!(OWN == 4 && FILLED + PASSES * WARPS * 4 <= filter::WORK && short::capacity(16) < 1 << 16);
+const SENT: u32 = 2 * OWN;
+const SLOT: u32 = SENT * THREADS;
+/// Two passes' from the first byte of shared memory on: who sends a third time has got what was sent after the first was read.
+const BUFFER: u32 = (MOST_BLOCKS - 1) * SLOT;
+/// Of each pass and other block, by warp: which lanes' bins are not all empty.
+const FILLED: u32 = 2 * BUFFER;
+const FILLED_SLOT: u32 = 4 * WARPS;
+const FILLED_PASS: u32 = (MOST_BLOCKS - 1) * FILLED_SLOT;
+/// What blocks tell each other: members, and those that tie.
+const TOLD: u32 = FILLED + PASSES * FILLED_PASS;
+/// Blocks whose counts can be added up in 16 bits.
+const TOGETHER: u32 = 3;
+const _: () = assert!(OWN == 4 && TOLD + 4 * MOST_BLOCKS <= filter::WORK && TOGETHER * short::capacity(8) < 1 << 16);
+const _: () = assert!(MET + 8 * (PASSES + 1) <= OUT);
 
 impl<'a> Emit<'a> {
     /// Selects from a row of which each thread of the cluster has so many vectors. All threads of all its blocks.
@@ -44,10 +54,16 @@ impl<'a> Emit<'a> {
         let warp = self.t.f.add(warp, self.t.warp);
         let first = self.t.f.mul(warp, i32((32 * vectors).into()));
         let first = self.t.f.add(first, self.t.lane);
-        self.clear_histograms();
+        self.begin_meeting();
         let keys = self.keys_of(w, first, vectors);
         self.group_wait(g);
-        let best = self.search_together(g, i32(stream.k.into()), rank, &keys);
+        // All barriers are there.
+        ptx::cluster_wait(&mut self.t.f);
+        let all = (i32(1), i32(-2), i32(32));
+        let wanted = (i32(stream.k.into()), i32(0));
+        let mut count_keys = |e: &mut Self, count: &mut dyn FnMut(&mut Self, Val)| keys.iter().for_each(|&k| count(e, k));
+        let mut merge = |e: &mut Self, own: Vec<Val>, pass: Val| e.bins_of_all(rank, own, pass);
+        let best = self.search_merged(g, all, wanted, &mut count_keys, Some(&mut merge));
         let (sure, equal) = (self.sure(&best, &keys), self.tied(&best, &keys));
         let (sure_count, ties) = (self.popcount(&sure), self.popcount(&equal));
         let done = self.t.f.cmp("ne", best.done, i32(0));
@@ -71,84 +87,113 @@ impl<'a> Emit<'a> {
         let after = self.t.f.open_if(leads);
         self.fill_up(stream.k, total, numbers, stores)?;
         self.t.f.close_if(after);
-        // Others may still read what this block tells.
-        ptx::cluster_wait(&mut self.t.f);
         Ok(())
     }
 
-    fn clear_histograms(&mut self) {
-        let own = self.t.f.mul(self.t.tid, i32((4 * OWN).into()));
-        for pass in 0..PASSES {
-            let at = self.t.f.add(own, i32((pass * BINS * 4).into()));
-            self.t.store_shared(at, &[i32(0); OWN as usize]);
-        }
-    }
-
-    /// The `wanted` largest keys of all blocks; all but zeros, if there are no more. The same in every block.
-    fn search_together(&mut self, g: &Group, wanted: Val, rank: Val, keys: &[Val]) -> Found {
-        let per = self.t.f.mul(self.t.tid, i32(OWN.into()));
-        let first = self.t.f.sub(i32(i64::from(BINS - OWN)), per);
-        let own = self.t.f.mul(first, i32(4));
-        let others = self.counted_nowhere(g);
-        let [head, pass, end] = [0; 3].map(|_| self.t.f.label());
-        self.t.f.br(head, &[i32(1), i32(-2), i32(32), wanted, i32(0), i32(0)]);
-        let state = self.t.f.start(head, &[Ty::I32; 6]);
-        let &[low, last, bits, wanted, done, byte] = state.as_slice() else { unreachable!("six were asked for") };
-        let open = self.t.f.cmp("eq", done, i32(0));
-        let more = self.t.f.cmp("sgt", bits, i32(0));
-        let more = self.t.f.bin("and", open, more);
-        self.t.f.cond_br(more, (pass, &[]), (end, &[]));
-        self.t.f.start(pass, &[]);
-        let shift = self.t.f.sub(bits, i32(BINS.ilog2().into()));
-        let shift = self.t.f.intrinsic("smax", &[shift, i32(0)]);
-        let histogram = self.t.f.add(self.t.shared32, byte);
-        let counted = Pass { low, last, shift, histogram, others };
-        keys.iter().for_each(|&key| self.tally(&counted, key));
-        let bins = self.bins_of_all(g, rank, byte, own);
-        let sum = bins[1..].iter().fold(bins[0], |sum, &n| self.t.f.add(sum, n));
-        let (above, all) = self.group_scan(g, sum);
-        let next = self.narrowed(g, &counted, (first, above), &bins, [all, wanted, i32(0)]);
-        let byte = self.t.f.add(byte, i32((BINS * 4).into()));
-        self.t.f.br(head, &[next.low, next.last, shift, next.ties, next.done, byte]);
-        self.t.f.start(end, &[]);
-        Found { low, last, ties: wanted, done }
-    }
-
-    /// The running thread's bins, all blocks' added up, of the histogram at that byte. What another block has of a thread's bins is read only if it has
-    /// some: a row's values are alike in their first bits, few are alike in more, and what blocks read of each other takes its time.
-    fn bins_of_all(&mut self, g: &Group, rank: Val, byte: Val, own: Val) -> Vec<Val> {
+    /// Makes barriers of what blocks send each other.
+    fn begin_meeting(&mut self) {
         let team = self.s.team;
-        self.group_wait(g);
-        let at = self.t.f.add(byte, own);
-        let mut bins = self.t.load_shared(at, Ty::I32, OWN);
-        let any = bins[1..].iter().fold(bins[0], |any, &n| self.t.f.bin("or", any, n));
+        let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
+        self.t.when(zero, |t| {
+            for pass in 0..=PASSES {
+                let barrier = t.f.add(t.shared32, i32((MET + 8 * pass).into()));
+                let told = pass == PASSES;
+                ptx::barrier_init(&mut t.f, barrier, if told { 1 } else { WARPS * (team - 1) });
+                if told {
+                    ptx::barrier_expect(&mut t.f, barrier, 4 * team);
+                }
+            }
+            ptx::barrier_init_fence(&mut t.f);
+        });
+        ptx::cluster_arrive_relaxed(&mut self.t.f);
+    }
+
+    /// The running thread's bins of a pass, all blocks' added up. What a block has of a thread's bins is sent only if it has some: a row's values are alike in
+    /// their first bits, few are alike in more, and what blocks send takes its time.
+    fn bins_of_all(&mut self, rank: Val, own: Vec<Val>, pass: Val) -> Vec<Val> {
+        let team = self.s.team;
+        let any = own[1..].iter().fold(own[0], |any, &n| self.t.f.bin("or", any, n));
         let some = self.t.f.cmp("ne", any, i32(0));
-        let some = isa::ballot(&mut self.t.f, some);
-        // A word a warp and pass.
-        let slot = self.t.f.div(byte, BINS * 4 / WARPS);
-        let warp = self.t.f.add(slot, self.t.warp);
-        let slot = self.t.f.mul(warp, i32(4));
-        let slot = self.t.f.add(slot, i32(FILLED.into()));
-        let first = self.t.f.cmp("eq", self.t.lane, i32(0));
-        self.t.when(first, |t| t.store_shared(slot, &[some]));
-        self.together();
-        // A lane has the word of the block so many behind this one.
-        let others = self.t.f.add(rank, self.t.lane);
-        let others = self.t.f.rem(others, team);
-        let slot = self.t.f.add(self.t.shared32, slot);
-        let slot = ptx::address_in(&mut self.t.f, slot, others);
-        let filled = ptx::load_cluster_word(&mut self.t.f, slot);
-        let at = self.t.f.add(self.t.shared32, at);
-        for i in 1..team {
-            let filled = isa::shuffle_from(&mut self.t.f, filled, i32(i.into()));
-            let own = self.t.f.bin("lshr", filled, self.t.lane);
-            let own = self.t.f.bin("and", own, i32(1));
-            let some = self.t.f.cmp("ne", own, i32(0));
-            let other = self.t.f.add(rank, i32(i.into()));
-            let other = self.t.f.rem(other, team);
-            let at = ptx::address_in(&mut self.t.f, at, other);
-            for (sum, n) in bins.iter_mut().zip(ptx::load_cluster_words_if(&mut self.t.f, some, at)) {
-                *sum = self.t.f.add(*sum, n);
+        let filled = isa::ballot(&mut self.t.f, some);
+        let f = &mut self.t.f;
+        let byte = f.mul(pass, i32(8));
+        let barrier = f.add(self.t.shared32, byte);
+        let barrier = f.add(barrier, i32(MET.into()));
+        let words = f.mul(pass, i32(FILLED_PASS.into()));
+        let warp = f.mul(self.t.warp, i32(4));
+        let words = f.add(words, warp);
+        let words = f.add(words, i32(FILLED.into()));
+        let second = f.bin("and", pass, i32(1));
+        let buffer = f.mul(second, i32(BUFFER.into()));
+        let thread = f.mul(self.t.tid, i32(SENT.into()));
+        let pairs = f.add(buffer, thread);
+        self.announce(rank, filled, (barrier, words));
+        let packed: Vec<Val> = own.chunks(2).map(|pair| self.two_counts(pair)).collect();
+        self.t.when(some, |t| {
+            for i in 1..team {
+                let other = t.f.add(rank, i32(i.into()));
+                let other = t.f.rem(other, team);
+                let at = t.f.add(pairs, i32(((i - 1) * SLOT).into()));
+                let at = t.f.add(t.shared32, at);
+                let [at, barrier] = [at, barrier].map(|at| ptx::address_in(&mut t.f, at, other));
+                ptx::send_words(&mut t.f, at, barrier, &packed);
+            }
+        });
+        ptx::barrier_wait(&mut self.t.f, barrier, i32(0));
+        self.with_sent(own, (words, pairs))
+    }
+
+    /// A lane tells each of the other blocks which lanes send, so many bytes.
+    fn announce(&mut self, rank: Val, filled: Val, (barrier, words): (Val, Val)) {
+        let team = self.s.team;
+        let count = isa::popcount(&mut self.t.f, filled);
+        let bytes = self.t.f.mul(count, i32(SENT.into()));
+        let bytes = self.t.f.add(bytes, i32(4));
+        let tells = self.t.f.cmp("slt", self.t.lane, i32(i64::from(team) - 1));
+        let lane = self.t.lane;
+        self.t.when(tells, |t| {
+            let other = t.f.add(rank, lane);
+            let other = t.f.add(other, i32(1));
+            let other = t.f.rem(other, team);
+            let slot = t.f.mul(lane, i32(FILLED_SLOT.into()));
+            let at = t.f.add(words, slot);
+            let at = t.f.add(t.shared32, at);
+            let [at, barrier] = [at, barrier].map(|at| ptx::address_in(&mut t.f, at, other));
+            ptx::barrier_arrive_sending(&mut t.f, barrier, bytes);
+            ptx::send_words(&mut t.f, at, barrier, &[filled]);
+        });
+    }
+
+    /// Two counts in a word.
+    fn two_counts(&mut self, pair: &[Val]) -> Val {
+        let high = self.t.f.bin("shl", pair[1], i32(16));
+        self.t.f.bin("or", pair[0], high)
+    }
+
+    /// The running thread's bins and those that the others have sent it.
+    fn with_sent(&mut self, own: Vec<Val>, (words, pairs): (Val, Val)) -> Vec<Val> {
+        let mut bins = own;
+        let others: Vec<u32> = (0..self.s.team - 1).collect();
+        for some in others.chunks(TOGETHER as usize) {
+            let mut sums = [i32(0); 2];
+            for &i in some {
+                let at = self.t.f.add(words, i32((i * FILLED_SLOT).into()));
+                let filled = self.t.load_shared(at, Ty::I32, 1)[0];
+                let bit = self.t.f.bin("lshr", filled, self.t.lane);
+                let bit = self.t.f.bin("and", bit, i32(1));
+                let sent = self.t.f.cmp("ne", bit, i32(0));
+                let at = self.t.f.add(pairs, i32((i * SLOT).into()));
+                let pair = self.t.load_shared(at, Ty::I32, 2);
+                for (sum, word) in sums.iter_mut().zip(pair) {
+                    let word = self.t.f.select(sent, word, i32(0));
+                    *sum = self.t.f.add(*sum, word);
+                }
+            }
+            for (i, sum) in sums.into_iter().enumerate() {
+                let low = self.t.f.bin("and", sum, i32(0xffff));
+                let high = self.t.f.bin("lshr", sum, i32(16));
+                bins[2 * i] = self.t.f.add(bins[2 * i], low);
+                bins[2 * i + 1] = self.t.f.add(bins[2 * i + 1], high);
             }
         }
         bins
@@ -156,15 +201,16 @@ impl<'a> Emit<'a> {
 
     /// Tells the other blocks a pair of 16-bit numbers, the first the low one: their sums over the blocks before this one, and over all.
     fn told(&mut self, rank: Val, own: Val) -> [[Val; 2]; 2] {
-        let one = self.t.f.cmp("eq", self.t.tid, i32(0));
-        self.t.when(one, |t| t.store_shared(i32(TOLD.into()), &[own]));
-        self.together();
         let team = self.s.team;
+        let barrier = MET + 8 * PASSES;
+        let slot = self.t.f.mul(rank, i32(4));
+        let slot = self.t.f.add(slot, i32(TOLD.into()));
+        self.send_all((slot, barrier), &[own]);
+        self.wait_for(barrier);
         let other = self.t.f.rem(self.t.lane, team);
-        let at = self.t.f.add(self.t.shared32, i32(TOLD.into()));
-        let at = ptx::address_in(&mut self.t.f, at, other);
-        let both = ptx::load_cluster_word(&mut self.t.f, at);
-        ptx::cluster_arrive(&mut self.t.f);
+        let slot = self.t.f.mul(other, i32(4));
+        let slot = self.t.f.add(slot, i32(TOLD.into()));
+        let both = self.t.load_shared(slot, Ty::I32, 1)[0];
         let low = self.t.f.bin("and", both, i32(0xffff));
         let high = self.t.f.bin("lshr", both, i32(16));
         let real = self.t.f.cmp("slt", self.t.lane, i32(team.into()));
