@@ -153,7 +153,8 @@ pub fn shuffle_up_if(f: &mut Fn, v: Val, by: u32) -> (Val, Val) {
     let text = format!("nvvm.shfl.sync up {mask}, {v}, {by}, {clamp} {{return_value_and_is_valid}} : i32 -> {both}");
     let got = f.op(&text, Ty::I32);
     let got = f.name(got);
-    let [below, has] = [(0, Ty::I32), (1, Ty::I1)].map(|(i, ty)| f.op(&format!("llvm.extractvalue {got}[{i}] : {both}"), ty));
+    let [below, has] =
+        [(0, Ty::I32), (1, Ty::I1)].map(|(i, ty)| f.op(&format!("llvm.extractvalue {got}[{i}] : {both}"), ty));
     (below, has)
 }
 

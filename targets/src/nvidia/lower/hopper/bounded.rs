@@ -17,7 +17,7 @@
 //! more; two exchanges of the cluster.
 
 use super::emit::Emit;
-use super::filter::{BATCH, CANDIDATE, LOWEST, Stores, WORK};
+use super::filter::{BATCH, CANDIDATE, LOWEST, SELECTABLE, Stores, WORK};
 use super::group::{self, Group};
 use super::ptx;
 use super::select::{COUNT, COUNTS, HEARD, JUDGED, LISTED, MOST, OUT, OUT_BYTES, Stream, THREADS, VERDICT};
@@ -167,7 +167,7 @@ impl<'a> Emit<'a> {
     /// A key, at least [`LOWEST`], that no column of this block is below that is selected, in all likelihood if there are other blocks.
     fn bound(&mut self, k: u32, g: &Group, largest: &[Val]) -> Val {
         let team = self.s.team;
-        let keys: Vec<Val> = largest.iter().map(|&v| self.key(v)).collect();
+        let keys: Vec<Val> = largest.iter().map(|&v| self.selectable(v)).collect();
         self.group_wait(g);
         let own = k.div_ceil(team);
         let (wanted, slack) = if team > 1 {
@@ -176,10 +176,10 @@ impl<'a> Emit<'a> {
         } else {
             (own, own / 8)
         };
-        let all = (i32(1), i32(-2), i32(32));
+        let all = SELECTABLE.map(i32).into();
         let wanted = (i32(wanted.into()), i32(slack.into()));
         let found = self.search(g, all, wanted, &mut |e, count| keys.iter().for_each(|&key| count(e, key)));
-        self.t.f.intrinsic("umax", &[found.low, i32(LOWEST)])
+        found.low
     }
 
     /// Lists the columns of this block that are no smaller than `bound`, in any order.

@@ -40,6 +40,8 @@ pub const MOST_K: u32 = LIST / 2;
 pub const BATCH: u32 = 4;
 /// The key of the lowest number that can be selected.
 pub const LOWEST: i64 = 0x0080_0000;
+/// All keys that can be selected: the first, how much larger the last is, and their bits.
+pub const SELECTABLE: [i64; 3] = [LOWEST, 0xff00_0000_u32 as i32 as i64, 32];
 /// Candidates of a thread that are read at a time.
 const TOGETHER: u32 = 4;
 /// Bytes of a candidate: value and column.

@@ -87,9 +87,8 @@ pub struct Choice {
     least: Val,
 }
 
-/// A window of numbers that are put in order: its first, how many were given out before, where its bits and counts are.
+/// A window of numbers that are put in order: how many were given out before, where its bits and counts are.
 struct Bits {
-    start: Val,
     given: Val,
     bits_at: u32,
     counts_at: u32,
@@ -148,6 +147,12 @@ impl<'a> Emit<'a> {
         let sign = f.bin("ashr", bits, i32(31));
         let flip = f.bin("or", sign, i32(i32::MIN.into()));
         f.bin("xor", bits, flip)
+    }
+
+    /// The same, of a value that cannot be selected less than of any that can.
+    pub fn selectable(&mut self, v: Val) -> Val {
+        let v = ptx::larger(&mut self.t.f, v, crate::nvidia::lower::mlir::f32(f32::NEG_INFINITY));
+        self.ordered(v)
     }
 
     /// The float of [`Self::ordered`].
@@ -416,11 +421,10 @@ impl<'a> Emit<'a> {
         let all_bits = self.t.f.add(self.t.shared32, all_bits);
         let others = self.counted_nowhere(g);
         members(self, &mut |e, some| {
-            for &[real, number] in some {
+            for &member in some {
+                let several = some.len() > 1 && e.sharing == 1;
+                let (own, here) = e.in_window(start, window, member, several);
                 let f = &mut e.t.f;
-                let own = f.sub(number, start);
-                let here = f.cmp("ult", own, i32(window.into()));
-                let here = f.bin("and", here, real);
                 let word = f.bin("lshr", own, i32(5));
                 let byte = f.mul(word, i32(4));
                 let lane = f.bin("and", own, i32(31));
@@ -454,10 +458,10 @@ impl<'a> Emit<'a> {
             self.t.store_shared(at, some);
         }
         self.group_wait(g);
-        let at = Bits { start, given, bits_at, counts_at };
+        let at = Bits { given, bits_at, counts_at };
         members(self, &mut |e, some| {
             if let &[[real, number]] = some {
-                let (own, here) = e.in_window(&at, window, [real, number]);
+                let (own, here) = e.in_window(start, window, [real, number], false);
                 let after = e.t.f.open_if(here);
                 let found = e.bits_of(g, &at, own);
                 let rank = e.rank(&at, own, &found);
@@ -467,7 +471,7 @@ impl<'a> Emit<'a> {
             }
             let mut found = Vec::new();
             for &member in some {
-                let (own, here) = e.in_window(&at, window, member);
+                let (own, here) = e.in_window(start, window, member, e.sharing == 1);
                 let own = e.t.f.select(here, own, i32(0));
                 found.push((own, here, e.bits_of(g, &at, own)));
             }
@@ -487,11 +491,13 @@ impl<'a> Emit<'a> {
         self.t.f.close_loop(&windows, i32(window.into()), &[given]);
     }
 
-    /// Where a member's number is in the window, and whether it is in it.
-    fn in_window(&mut self, at: &Bits, window: u32, [real, number]: [Val; 2]) -> (Val, Val) {
-        let own = self.t.f.sub(number, at.start);
-        let here = self.t.f.cmp("ult", own, i32(window.into()));
-        (own, self.t.f.bin("and", here, real))
+    /// Where a member's number is in the window, and whether it is in it. Of `several` members who is one is kept in the number, not beside it.
+    fn in_window(&mut self, start: Val, window: u32, [real, number]: [Val; 2], several: bool) -> (Val, Val) {
+        let f = &mut self.t.f;
+        let number = if several { f.select(real, number, i32(-1)) } else { number };
+        let own = f.sub(number, start);
+        let here = f.cmp("ult", own, i32(window.into()));
+        (own, if several { here } else { f.bin("and", here, real) })
     }
 
     /// The two words of bits in which a number of the window is, and how many bits are set before them.

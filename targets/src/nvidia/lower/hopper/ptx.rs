@@ -58,8 +58,7 @@ pub fn send_words(f: &mut Fn, at: Val, barrier: Val, words: &[Val]) {
         1 => (String::new(), list.concat()),
         n => (format!(".v{n}"), format!("{{{}}}", list.join(", "))),
     };
-    let text =
-        format!("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [$0], {list}, [$1];");
+    let text = format!("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [$0], {list}, [$1];");
     let args: Vec<Val> = [at, barrier].into_iter().chain(words.iter().copied()).collect();
     effect(f, &text, &format!("r,r{}", ",r".repeat(words.len())), &args);
 }
@@ -406,28 +405,6 @@ pub fn address_in(f: &mut Fn, at: Val, rank: Val) -> Val {
     f.asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", &[at, rank], &[Ty::I32], false, false)[0]
 }
 
-/// `sum + v` where `c` holds, and `sum` elsewhere, by one instruction.
-pub fn add_if(f: &mut Fn, c: Val, sum: Val, v: Val) -> Val {
-    let c = f.cast("zext", c, Ty::I32);
-    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\nmov.b32 $0, $1;\n@p add.s32 $0, $0, $2;\n}";
-    f.asm(text, "=&r,r,r,r", &[sum, v, c], &[Ty::I32], false, false)[0]
-}
-
-/// Four words at such an address, zeros where `c` does not hold.
-pub fn load_cluster_words_if(f: &mut Fn, c: Val, at: Val) -> Vec<Val> {
-    let c = f.cast("zext", c, Ty::I32);
-    let none: String = (0..4).map(|i| format!("mov.b32 ${i}, 0;\n")).collect();
-    let text = format!(
-        "{{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n{none}@p ld.shared::cluster.v4.b32 {{$0, $1, $2, $3}}, [$4];\n}}"
-    );
-    f.asm(&text, "=&r,=&r,=&r,=&r,r,r", &[at, c], &[Ty::I32; 4], true, true)
-}
-
-/// A word at such an address.
-pub fn load_cluster_word(f: &mut Fn, at: Val) -> Val {
-    f.asm("ld.shared::cluster.b32 $0, [$1];", "=r,r", &[at], &[Ty::I32], true, true)[0]
-}
-
 /// Writes a word at such an address.
 pub fn store_cluster_word(f: &mut Fn, at: Val, v: Val) {
     effect(f, "st.shared::cluster.b32 [$0], $1;", "r,r", &[at, v]);
@@ -503,6 +480,13 @@ pub fn shared_most_if(f: &mut Fn, c: Val, at: Val, v: Val, cluster: bool) {
     let place = if cluster { "shared::cluster" } else { "shared" };
     let text = format!("{{\n.reg .pred p;\nsetp.ne.b32 p, $0, 0;\n@p red.{place}.max.u32 [$1], $2;\n}}");
     effect(f, &text, "r,r,r", &[c, at, v]);
+}
+
+/// `sum + v` where `c` holds, and `sum` elsewhere, by one instruction.
+pub fn add_if(f: &mut Fn, c: Val, sum: Val, v: Val) -> Val {
+    let c = f.cast("zext", c, Ty::I32);
+    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\nmov.b32 $0, $1;\n@p add.s32 $0, $0, $2;\n}";
+    f.asm(text, "=&r,r,r,r", &[sum, v, c], &[Ty::I32], false, false)[0]
 }
 
 /// The larger of two floats; of a NaN and another, the other.

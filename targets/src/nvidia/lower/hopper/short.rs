@@ -7,7 +7,7 @@
 //! **Cost.** One read of the row; by count of the code some 25 instructions a column of a thread, and 300 more.
 
 use super::emit::Emit;
-use super::filter::Stores;
+use super::filter::{LOWEST, SELECTABLE, Stores};
 use super::group::{Found, Group};
 use super::ptx;
 use super::select::{OUT, Stream, THREADS};
@@ -46,15 +46,15 @@ impl<'a> Emit<'a> {
         let many = self.t.f.cmp("sgt", offered, i32(stream.k.into()));
         let rounds = self.t.f.cast("zext", many, Ty::I32);
         self.group_wait(g);
-        let found = self.t.f.open_loop(i32(0), rounds, &[i32(1), i32(0), i32(0), i32(1)]);
+        let found = self.t.f.open_loop(i32(0), rounds, &[i32(LOWEST), i32(0), i32(0), i32(1)]);
         let wanted = (i32(stream.k.into()), i32(0));
         let best =
-            self.search(g, (i32(1), i32(-2), i32(32)), wanted, &mut |e, count| keys.iter().for_each(|&k| count(e, k)));
+            self.search(g, SELECTABLE.map(i32).into(), wanted, &mut |e, count| keys.iter().for_each(|&k| count(e, k)));
         self.t.f.close_loop(&found, i32(1), &[best.low, best.last, best.ties, best.done]);
         let [low, last, ties, done] = [1, 2, 3, 4].map(|i| found.args[i]);
         let best = Found { low, last, ties, done };
         let sure = self.sure(&best, &keys);
-        let masks = self.with_ties(g, &best, &keys, sure, i32(0));
+        let masks = self.with_ties(g, &best, &keys, (sure, None), i32(0));
         let (places, total) = self.places(g, &masks, vectors);
         let column = self.column_of(w, first);
         self.list_members(&masks, &places, column);
@@ -62,14 +62,14 @@ impl<'a> Emit<'a> {
         self.deliver(stream.k, total, numbers, stores)
     }
 
-    /// Keys of so many vectors of the running thread, every 32nd from `first` on.
+    /// Keys, of which those below [`LOWEST`] are of nothing, of so many vectors of the running thread, every 32nd from `first` on.
     pub fn keys_of(&mut self, w: &Window, first: Val, vectors: u32) -> Vec<Val> {
         let mut keys = Vec::new();
         for batch in (0..vectors).step_by(COUNTED as usize) {
             let own: Vec<Val> = (batch..batch + COUNTED).map(|i| self.t.f.add(first, i32((32 * i).into()))).collect();
             keys.extend(self.vectors(w, &own));
         }
-        keys.into_iter().map(|v| self.key(v)).collect()
+        keys.into_iter().map(|v| self.selectable(v)).collect()
     }
 
     /// Writes the columns of members, of which the first vector begins at `column`, to their vectors' places.
@@ -100,17 +100,26 @@ impl<'a> Emit<'a> {
 
     /// Which of them tie with the last.
     pub fn tied(&mut self, best: &Found, keys: &[Val]) -> Vec<Val> {
+        // How far a key is no pass of the search knows, where it would be computed for here: registers and code.
+        let low = if self.sharing == 1 { ptx::pin_word(&mut self.t.f, best.low) } else { best.low };
         self.bits(keys, &mut |e, key| {
-            let far = e.t.f.sub(key, best.low);
+            let far = e.t.f.sub(key, low);
             e.t.f.cmp("ule", far, best.last)
         })
     }
 
-    /// Those that are sure and, of those that tie, as many as there are places for, `before` of which are other blocks'.
-    pub fn with_ties(&mut self, g: &Group, best: &Found, keys: &[Val], sure: Vec<Val>, before: Val) -> Vec<Val> {
+    /// Those that are sure and, of those that tie, if it is not known yet which, as many as there are places for, `before` of which are other blocks'.
+    pub fn with_ties(
+        &mut self,
+        g: &Group,
+        best: &Found,
+        keys: &[Val],
+        (sure, equal): (Vec<Val>, Option<Vec<Val>>),
+        before: Val,
+    ) -> Vec<Val> {
         let open = self.t.f.bin("xor", best.done, i32(1));
         let tied = self.t.f.open_loop(i32(0), open, &sure);
-        let equal = self.tied(best, keys);
+        let equal = equal.unwrap_or_else(|| self.tied(best, keys));
         let (places, _) = self.places(g, &equal, keys.len() as u32 / VECTOR);
         let mut masks = sure;
         for (i, &first) in places.iter().enumerate() {

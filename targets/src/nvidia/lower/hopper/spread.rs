@@ -9,7 +9,7 @@
 //! **Cost.** One read of the row; an exchange a pass, three passes at most, and one for the sums.
 
 use super::emit::Emit;
-use super::filter::{self, Stores};
+use super::filter::{self, SELECTABLE, Stores};
 use super::group::{self, Group};
 use super::ptx;
 use super::select::{MET, MOST_BLOCKS, OUT, Stream, THREADS, WARPS};
@@ -59,15 +59,20 @@ impl<'a> Emit<'a> {
         self.group_wait(g);
         // All barriers are there.
         ptx::cluster_wait(&mut self.t.f);
-        let all = (i32(1), i32(-2), i32(32));
+        let all = SELECTABLE.map(i32).into();
         let wanted = (i32(stream.k.into()), i32(0));
-        let mut count_keys = |e: &mut Self, count: &mut dyn FnMut(&mut Self, Val)| keys.iter().for_each(|&k| count(e, k));
+        let mut count_keys =
+            |e: &mut Self, count: &mut dyn FnMut(&mut Self, Val)| keys.iter().for_each(|&k| count(e, k));
         let mut merge = |e: &mut Self, own: Vec<Val>, pass: Val| e.bins_of_all(rank, own, pass);
         let best = self.search_merged(g, all, wanted, &mut count_keys, Some(&mut merge));
-        let (sure, equal) = (self.sure(&best, &keys), self.tied(&best, &keys));
+        let sure = self.sure(&best, &keys);
+        // Mostly none ties.
+        let open = self.t.f.bin("xor", best.done, i32(1));
+        let ties = self.t.f.open_loop(i32(0), open, &vec![i32(0); sure.len()]);
+        let tied = self.tied(&best, &keys);
+        self.t.f.close_loop(&ties, i32(1), &tied);
+        let equal = ties.args[1..].to_vec();
         let (sure_count, ties) = (self.popcount(&sure), self.popcount(&equal));
-        let done = self.t.f.cmp("ne", best.done, i32(0));
-        let ties = self.t.f.select(done, i32(0), ties);
         // No more than all columns of a block, which 16 bits hold.
         let ties = self.t.f.bin("shl", ties, i32(16));
         let both = self.t.f.bin("or", sure_count, ties);
@@ -77,7 +82,7 @@ impl<'a> Emit<'a> {
         let total = self.t.f.add(all[0], all_ties);
         let ties = self.t.f.intrinsic("umin", &[before[1], best.ties]);
         let start = self.t.f.add(before[0], ties);
-        let masks = self.with_ties(g, &best, &keys, sure, before[1]);
+        let masks = self.with_ties(g, &best, &keys, (sure, Some(equal)), before[1]);
         let (places, own) = self.places(g, &masks, vectors);
         let column = self.column_of(w, first);
         self.list_members(&masks, &places, column);

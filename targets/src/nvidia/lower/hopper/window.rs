@@ -153,24 +153,47 @@ impl<'a> Emit<'a> {
             loaded.extend(ptx::load_four_if(&mut self.t.f, whole, at, again));
             edges.push((edge, column));
         }
-        let any = edges.iter().skip(1).fold(edges[0].0, |any, e| self.t.f.bin("or", any, e.0));
-        let (partial, join) = (self.t.f.label(), self.t.f.label());
-        self.t.f.cond_br(any, (partial, &[]), (join, &loaded));
-        self.t.f.start(partial, &[]);
+        self.with_edges(w, &edges, loaded)
+    }
+
+    /// Vectors with the columns of those that are in part outside of the stretch, one after another: of a row there are two.
+    fn with_edges(&mut self, w: &Window, edges: &[(Val, Val)], loaded: Vec<Val>) -> Vec<Val> {
+        let f = &mut self.t.f;
+        let mut mask = i32(0);
+        for (i, &(edge, _)) in edges.iter().enumerate() {
+            let bit = f.select(edge, i32(1 << i), i32(0));
+            mask = f.bin("or", mask, bit);
+        }
+        let count = crate::nvidia::lower::isa::popcount(f, mask);
+        let carried: Vec<Val> = [mask].into_iter().chain(loaded).collect();
+        let l = self.t.f.open_loop(i32(0), count, &carried);
+        let (mask, values) = (l.args[1], &l.args[2..]);
+        let f = &mut self.t.f;
+        let others = f.sub(mask, i32(1));
+        let others = f.bin("and", mask, others);
+        let bit = f.bin("xor", mask, others);
+        let here: Vec<Val> = (0..edges.len()).map(|i| f.cmp("eq", bit, i32(1 << i))).collect();
+        let mut first = edges[0].1;
+        for (&it, &(_, column)) in here.iter().zip(edges).skip(1) {
+            first = f.select(it, column, first);
+        }
         let mut mended = Vec::new();
-        for (i, &v) in loaded.iter().enumerate() {
-            let (edge, column) = edges[i / VECTOR as usize];
-            let column = self.t.f.add(column, i32(i as i64 % i64::from(VECTOR)));
+        for j in 0..VECTOR {
+            let column = self.t.f.add(first, i32(j.into()));
             let begun = self.t.f.cmp("sge", column, w.from);
             let open = self.t.f.cmp("slt", column, w.to);
-            let here = self.t.f.bin("and", begun, open);
-            let here = self.t.f.bin("and", here, edge);
+            let inside = self.t.f.bin("and", begun, open);
             let at = self.column_address(w, column);
-            let one = ptx::load_f32_if(&mut self.t.f, here, at);
-            mended.push(self.t.f.select(here, one, v));
+            let one = ptx::load_f32_if(&mut self.t.f, inside, at);
+            mended.push(self.t.f.select(inside, one, f32(f32::NEG_INFINITY)));
         }
-        self.t.f.br(join, &mended);
-        self.t.f.start(join, &vec![Ty::F32; loaded.len()])
+        let mut next = vec![others];
+        for (i, &v) in values.iter().enumerate() {
+            let (vector, j) = (i / VECTOR as usize, i % VECTOR as usize);
+            next.push(self.t.f.select(here[vector], mended[j], v));
+        }
+        self.t.f.close_loop(&l, i32(1), &next);
+        l.args[2..].to_vec()
     }
 
     /// The address of a column.
