@@ -48,6 +48,9 @@ pub struct Schedule {
     /// blocks go from tile to tile: each then has a range of neighbouring rounds, as long as the others', and fetches what is shared once for them.
     #[serde(skip_serializing_if = "is_false")]
     pub ranges: bool,
+    /// Tiles of rows that a block takes one after the other, where it makes something that is the same for all; 0: one.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub in_turn: u32,
     /// Blocks for which a processor shall have registers, where they share one; 0: the target decides.
     #[serde(skip_serializing_if = "is_zero")]
     pub sharing: u32,

@@ -94,19 +94,20 @@ pub(crate) fn emit_body(
     let most = class.max.get(rows).max(1);
     let routes = body.dag.node_weights().any(|n| matches!(n.op, Op::Route { .. }));
     let tile = if routes { most } else { schedule.tile_m.clamp(1, most) };
-    let block = e.b.grid(rows, tile);
-    let row0 = times(&mut e.b, block, tile);
+    // What is the same for all rows is made once for those that a block takes in turn.
+    let matrix = by_product_of(body, schedule);
+    let turns = if matrix.is_some() { schedule.in_turn.clamp(1, most.div_ceil(tile)) } else { 1 };
+    let block = e.b.grid(rows, tile * turns);
+    let first = times(&mut e.b, block, tile * turns);
     let seq = batch.map(|sym| e.b.grid(sym, 1));
-    // Of a body by heads, a block takes one head; of rows of heads that are too large together, as many as the schedule says.
-    let heads = body.outputs.iter().filter_map(|(_, v)| body.ty(*v).tensor()?.shape.get(1)?.constant()).max();
-    let head = match (prefix, heads) {
-        ("heads", Some(heads)) => Some((e.b.grid(heads, 1), 1)),
-        (_, Some(heads)) if (1..heads).contains(&schedule.tile_h) && apart_by_head(body, heads) => {
-            let block = e.b.grid(heads, schedule.tile_h);
-            Some((times(&mut e.b, block, schedule.tile_h), schedule.tile_h))
-        }
-        _ => None,
-    };
+    let head = heads_of_block(&mut e.b, body, prefix, schedule);
+    let signs = matrix.filter(|_| turns > 1).map(|d| (d, hadamard_signs(&mut e.b, d)));
+    let end = (turns > 1).then(|| {
+        let last = super::view::plus(&mut e.b, first, (tile * turns) as i32);
+        let all = extent(&mut e.b, rows.into());
+        e.b.map(&[last, all], |m, v| m.min(v[0], v[1]))
+    });
+    let row0 = if end.is_some() { e.b.begin_for() } else { first };
     let mut emitter = Rows {
         e,
         body,
@@ -116,11 +117,38 @@ pub(crate) fn emit_body(
         batch: batch.zip(seq),
         head,
         by_product: schedule.tile_k > 0,
+        signs,
         columns: None,
         values: HashMap::new(),
+        angles: HashMap::new(),
+        narrow: HashMap::new(),
     };
     emitter.outputs(schedule)?;
+    if let Some(end) = end {
+        emitter.e.b.end_for(first, end, tile);
+    }
     emitter.e.finish(format!("{prefix}: {}", ops.join(", ")))
+}
+
+/// The first head that a block takes, and how many, if not all: of a body by heads one, of rows of heads that are too large together as many as the
+/// schedule says.
+fn heads_of_block(b: &mut Builder, body: &Graph, prefix: &str, schedule: &Schedule) -> Option<(ValueId, u32)> {
+    let heads = body.outputs.iter().filter_map(|(_, v)| body.ty(*v).tensor()?.shape.get(1)?.constant()).max()?;
+    if prefix == "heads" {
+        return Some((b.grid(heads, 1), 1));
+    }
+    if !(1..heads).contains(&schedule.tile_h) || !apart_by_head(body, heads) {
+        return None;
+    }
+    let block = b.grid(heads, schedule.tile_h);
+    Some((times(b, block, schedule.tile_h), schedule.tile_h))
+}
+
+/// The length of the rows of a body of which a product makes a Hadamard transform, if there are such.
+fn by_product_of(body: &Graph, schedule: &Schedule) -> Option<u32> {
+    let is = |node: &&dsc_ir::graph::Node| node.op == Op::Hadamard && schedule.tile_k > 0;
+    let node = body.dag.node_weights().find(is)?;
+    node.outputs[0].tensor()?.shape.last()?.constant()
 }
 
 /// Whether each head of a body's values `[T, h, ..]` is computed by itself, `h` at most `heads`: some values may have fewer.
@@ -194,9 +222,15 @@ struct Rows<'g> {
     head: Option<(ValueId, u32)>,
     /// Whether matrix units do what they can.
     by_product: bool,
+    /// The matrix of a Hadamard transform of rows of that length, where rows in turn share it.
+    signs: Option<(u32, ValueId)>,
     /// The first column that a block takes of a head's product, and how many, if not all.
     columns: Option<(ValueId, u32)>,
     values: HashMap<Value, Tile>,
+    /// Rows of tables of cosines and sines, by table and positions.
+    angles: HashMap<(ValueId, ValueId), ValueId>,
+    /// What was converted from a narrower type: the values of that type.
+    narrow: HashMap<ValueId, ValueId>,
 }
 
 impl Rows<'_> {
@@ -224,6 +258,7 @@ impl Rows<'_> {
                 self.columns = Some((times(&mut self.e.b, number, schedule.tile_n), schedule.tile_n));
             }
             self.values.clear();
+            self.angles.clear();
             chain.pieces.into_iter().try_for_each(|piece| self.output(piece))?;
             self.columns = None;
             self.e.b.end_when(here);
@@ -344,7 +379,13 @@ impl Rows<'_> {
                 _ => return Err(self.e.unsupported("dequantize of a plain value")),
             },
             Op::HeadLinear { first, count, transposed } => self.head_linear(&inputs, [*first, *count], *transposed)?,
-            Op::Rope { layout, start } => self.rope(&inputs, *layout, *start)?,
+            Op::Rope { layout, start } => {
+                let narrow = match self.body.tensor(value).elem {
+                    Elem::Plain(dtype) if dtype.is_float() => dtype,
+                    _ => DType::F32,
+                };
+                return Ok(Tile::Plain(self.rope(&inputs, *layout, *start, narrow)?));
+            }
             Op::TakeAlong => {
                 let (x, columns) = (self.plain(inputs[0])?, self.plain(inputs[1])?);
                 gate::take_along(&mut self.e.b, x, columns)
@@ -363,7 +404,7 @@ impl Rows<'_> {
                 };
                 let exact = self.body.tensor(inputs[0]).elem == Elem::Plain(DType::Bf16);
                 if op == Op::Hadamard && self.by_product && exact && is_product(&self.e.b.shape(x)) {
-                    let x = hadamard_product(&mut self.e.b, x);
+                    let x = self.hadamard_product(x);
                     return Ok(self.rounded(x, value));
                 }
                 match elementwise(&mut self.e.b, &op, x, other, bias) {
@@ -544,15 +585,51 @@ impl Rows<'_> {
         Ok(b.reshape(y, &[self.tile, 1, columns]))
     }
 
-    fn rope(&mut self, inputs: &[Value], layout: RopeLayout, start: u32) -> Result<ValueId, KernelError> {
+    /// `x` as `to` has it; without an instruction if it came from that.
+    fn narrowed(&mut self, x: ValueId, to: DType) -> ValueId {
+        let narrow = self.narrow.get(&x).copied().filter(|&v| self.e.b.dtype(v) == to);
+        narrow.unwrap_or_else(|| self.e.b.cast(x, to))
+    }
+
+    /// The same as [`hadamard`] of values that bf16 holds, by a product with its matrix.
+    fn hadamard_product(&mut self, x: ValueId) -> ValueId {
+        let shape = self.e.b.shape(x);
+        let d = shape[shape.len() - 1];
+        let rows: u32 = shape[..shape.len() - 1].iter().product();
+        let signs = match self.signs {
+            Some((of, signs)) if of == d => signs,
+            _ => hadamard_signs(&mut self.e.b, d),
+        };
+        let x = self.narrowed(x, DType::Bf16);
+        let b = &mut self.e.b;
+        let x = b.reshape(x, &[rows, d]);
+        let y = b.dot_t(x, signs, None);
+        let scale = (f64::from(d)).powf(-0.5) as f32;
+        let y = b.map(&[y], |m, v| {
+            let scale = m.f32(scale);
+            m.mul(v[0], scale)
+        });
+        b.reshape(y, &shape)
+    }
+
+    /// Rotated pairs in their places, rounded to `narrow`.
+    fn rope(
+        &mut self,
+        inputs: &[Value],
+        layout: RopeLayout,
+        start: u32,
+        narrow: DType,
+    ) -> Result<ValueId, KernelError> {
         let (x, positions) = (self.plain(inputs[0])?, self.plain(inputs[1])?);
         let dim = self.e.dim(inputs[2], 1)?;
         let table = self.e.read("table", inputs[2])?;
         let b = &mut self.e.b;
         let shape = b.shape(x);
         let (rank, d) = (shape.len(), shape[shape.len() - 1]);
-        let angles = b.gather(table, positions, &[0.into()], &[self.tile, dim]);
-        let angles = b.cast(angles, DType::F32);
+        let angles = *self.angles.entry((table, positions)).or_insert_with(|| {
+            let angles = b.gather(table, positions, &[0.into()], &[self.tile, dim]);
+            b.cast(angles, DType::F32)
+        });
         // One axis a pair: the last, or the one before.
         let pairs = |part: ValueId, b: &mut Builder| {
             let mut shape = vec![1; rank];
@@ -573,28 +650,25 @@ impl Rows<'_> {
         }
         let half = if layout == RopeLayout::Interleaved { 1 } else { dim / 2 };
         let (u, v) = (columns(b, part, 0, half), columns(b, part, half, half));
-        let rotated = |b: &mut Builder, minus: bool| {
-            b.map(&[u, v, cos, sin], |m, t| {
-                let (u, v) = if minus { (t[0], t[1]) } else { (t[1], t[0]) };
-                let (a, c) = (m.mul(u, t[2]), m.mul(v, t[3]));
-                if minus { m.sub(a, c) } else { m.add(a, c) }
-            })
+        // Rounded before they are put side by side, which then are those that are kept.
+        let mut turned = [true, false].map(|minus| rotated(b, [u, v, cos, sin], minus, narrow)).to_vec();
+        if layout == RopeLayout::Interleaved {
+            let axis = b.shape(u).len() as u32 - 1;
+            let pairs = b.concat(&turned, axis);
+            let mut whole = shape.clone();
+            whole[rank - 1] = dim;
+            turned = vec![b.reshape(pairs, &whole)];
+        }
+        let mut beside = |from: u32, to: u32| {
+            let part = (from < to).then(|| columns(b, x, from, to - from));
+            part.map(|part| b.cast(part, narrow))
         };
-        let (first, second) = (rotated(b, true), rotated(b, false));
-        let axis = b.shape(first).len() as u32 - 1;
-        let turned = b.concat(&[first, second], axis);
-        let mut whole = shape.clone();
-        whole[rank - 1] = dim;
-        let turned = b.reshape(turned, &whole);
-        let mut parts = Vec::new();
-        if start > 0 {
-            parts.push(columns(b, x, 0, start));
-        }
-        parts.push(turned);
-        if start + dim < d {
-            parts.push(columns(b, x, start + dim, d - start - dim));
-        }
-        Ok(if parts.len() == 1 { turned } else { b.concat(&parts, rank as u32 - 1) })
+        let parts: Vec<ValueId> = beside(0, start).into_iter().chain(turned).chain(beside(start + dim, d)).collect();
+        let b = &mut self.e.b;
+        let kept = if parts.len() == 1 { parts[0] } else { b.concat(&parts, rank as u32 - 1) };
+        let y = b.cast(kept, DType::F32);
+        self.narrow.insert(y, kept);
+        Ok(y)
     }
 
     /// Writes the rows of a cache: all of its arrays, or one.
@@ -617,7 +691,7 @@ impl Rows<'_> {
                 (Tile::Quant { codes, scales, .. }, Some(view)) => vec![(cached.data, codes), (view, scales)],
                 (Tile::Plain(x), None) => {
                     let to = self.e.b.dtype(cached.data);
-                    vec![(cached.data, self.e.b.cast(x, to))]
+                    vec![(cached.data, self.narrowed(x, to))]
                 }
                 _ => return Err(self.e.unsupported(format!("what is written to {format:?} is not stored like it"))),
             };
@@ -679,7 +753,7 @@ impl Rows<'_> {
         match tile {
             Tile::Plain(x) => {
                 let to = self.e.b.dtype(y);
-                let x = self.e.b.cast(x, to);
+                let x = self.narrowed(x, to);
                 self.e.b.store(y, &start, x);
             }
             Tile::Quant { codes, scales, .. } => {
@@ -729,6 +803,16 @@ pub(crate) fn columns(b: &mut Builder, x: ValueId, start: u32, len: u32) -> Valu
     let mut offsets = vec![0; shape.len()];
     (offsets[last], shape[last]) = (start, len);
     b.slice(x, &offsets, &shape)
+}
+
+/// One of each pair `u`, `v`, turned by an angle of that cosine and sine, and rounded.
+fn rotated(b: &mut Builder, [u, v, cos, sin]: [ValueId; 4], minus: bool, to: DType) -> ValueId {
+    let x = b.map(&[u, v, cos, sin], |m, t| {
+        let (u, v) = if minus { (t[0], t[1]) } else { (t[1], t[0]) };
+        let (a, c) = (m.mul(u, t[2]), m.mul(v, t[3]));
+        if minus { m.sub(a, c) } else { m.add(a, c) }
+    });
+    b.cast(x, to)
 }
 
 /// The mean of squares, or of elements, along the last axis.
@@ -781,13 +865,10 @@ fn is_product(shape: &[u32]) -> bool {
     rows.iter().product::<u32>() >= UNIT && d.is_multiple_of(UNIT) && d <= MOST_PRODUCT
 }
 
-/// The same as [`hadamard`] of values that bf16 holds, by a product: element `(i, j)` of the matrix is −1 if `i & j` has an odd number of bits.
-fn hadamard_product(b: &mut Builder, x: ValueId) -> ValueId {
-    let shape = b.shape(x);
-    let d = shape[shape.len() - 1];
-    let rows: u32 = shape[..shape.len() - 1].iter().product();
+/// The matrix of a Hadamard transform: element `(i, j)` is −1 if `i & j` has an odd number of bits.
+fn hadamard_signs(b: &mut Builder, d: u32) -> ValueId {
     let (row, column) = (b.iota(0, &[d, d]), b.iota(1, &[d, d]));
-    let signs = b.map(&[row, column], |m, v| {
+    b.map(&[row, column], |m, v| {
         let mut bits = m.and(v[0], v[1]);
         for by in (0..d.ilog2().next_power_of_two().ilog2()).rev() {
             let by = m.i32(1 << by);
@@ -800,16 +881,7 @@ fn hadamard_product(b: &mut Builder, x: ValueId) -> ValueId {
         let (minus, plus) = (m.f32(-1.0), m.f32(1.0));
         let sign = m.select(odd, minus, plus);
         m.cast(sign, DType::Bf16)
-    });
-    let x = b.reshape(x, &[rows, d]);
-    let x = b.cast(x, DType::Bf16);
-    let y = b.dot_t(x, signs, None);
-    let scale = (f64::from(d)).powf(-0.5) as f32;
-    let y = b.map(&[y], |m, v| {
-        let scale = m.f32(scale);
-        m.mul(v[0], scale)
-    });
-    b.reshape(y, &shape)
+    })
 }
 
 /// Butterflies over the last axis: stage `h` pairs elements `h` apart.
@@ -862,9 +934,12 @@ fn ungrouped(b: &mut Builder, x: ValueId, shape: &[u32]) -> ValueId {
 pub(crate) fn quantize(b: &mut Builder, x: ValueId, n: u32, pow2: bool) -> (ValueId, ValueId) {
     let shape = b.shape(x);
     let n = n.min(shape[shape.len() - 1]);
-    let groups = grouped(b, x, n);
+    // Of heads that are a group each, a matrix: what a product leaves in registers is reduced there.
+    let apart = shape.len() > 2 && shape[shape.len() - 1] == n;
+    let groups = if apart { b.reshape(x, &[shape[..shape.len() - 1].iter().product(), n]) } else { grouped(b, x, n) };
+    let rank = b.shape(groups).len() as u32;
     let magnitude = b.map(&[groups], |m, v| m.abs(v[0]));
-    let amax = b.reduce(magnitude, shape.len() as u32, ReduceKind::Max);
+    let amax = b.reduce(magnitude, rank - 1, ReduceKind::Max);
     let scale = |m: &mut MapBuilder, amax: MapVal| {
         let (floor, inverse) = (m.f32(1e-4), m.f32(f32::from_bits(0x3b12_4925)));
         let amax = m.max(amax, floor);
@@ -883,9 +958,11 @@ pub(crate) fn quantize(b: &mut Builder, x: ValueId, n: u32, pow2: bool) -> (Valu
         let scaled = if pow2 { m.mul(v[0], v[1]) } else { m.div(v[0], v[1]) };
         m.cast(scaled, DType::E4m3)
     });
-    let codes = ungrouped(b, codes, &shape);
-    let mut scale_shape = b.shape(scales);
-    scale_shape.pop();
+    let codes = if apart { b.reshape(codes, &shape) } else { ungrouped(b, codes, &shape) };
+    let mut scale_shape = shape;
+    if let Some(last) = scale_shape.last_mut() {
+        *last = last.div_ceil(n);
+    }
     let scales = b.reshape(scales, &scale_shape);
     (codes, scales)
 }

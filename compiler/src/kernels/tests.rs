@@ -671,10 +671,12 @@ fn rope_in_both_layouts() {
 
 #[test]
 fn heads_of_rows_in_groups() {
-    // The last by products with a matrix: four tokens of five heads.
-    for (tile_h, tile_m, tile_k) in [(0, 0, 0), (1, 0, 0), (2, 0, 0), (4, 0, 0), (0, 4, 16)] {
+    // The last by products with a matrix: four tokens of five heads; and so many times in turn, the last of them past the last token.
+    let all = [(0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (4, 0, 0, 0), (0, 4, 16, 0), (0, 4, 16, 2), (0, 4, 16, 3)];
+    for (tile_h, tile_m, tile_k, in_turn) in all {
         let mut lab = Lab::new(61);
         (lab.schedule.tile_h, lab.schedule.tile_m, lab.schedule.tile_k) = (tile_h, tile_m, tile_k);
+        lab.schedule.in_turn = in_turn;
         let (positions, table) = (lab.input(StepInput::Positions), lab.rope_table(16));
         // Two sets of heads, as queries and those of an indexer: not as many, not as wide.
         let (q, iq) = (lab.act(DType::Bf16, &[6, 40]), lab.act(DType::Bf16, &[5, 32]));

@@ -304,6 +304,19 @@ impl Builder {
         self.push(Op::If { cond, then, otherwise: Region::default() });
     }
 
+    /// Begins a counted loop that carries nothing, up to [`Builder::end_for`]; gives the counter.
+    pub fn begin_for(&mut self) -> ValueId {
+        let counter = self.value(Type::Tile(super::TileType::scalar(DType::I32)));
+        self.regions.push(Region { args: vec![counter], ..Region::default() });
+        counter
+    }
+
+    /// Ends what [`Builder::begin_for`] began.
+    pub fn end_for(&mut self, lo: impl Into<Ix>, hi: impl Into<Ix>, step: u32) {
+        let body = self.close(Vec::new());
+        self.push(Op::For { lo: lo.into(), hi: hi.into(), step, init: Vec::new(), body });
+    }
+
     fn close(&mut self, yields: Vec<ValueId>) -> Region {
         let mut region = self.regions.pop().expect("opened by the caller");
         region.yields = yields;

@@ -28,6 +28,9 @@ pub struct Threads<'a> {
     pub symbols: Ty,
     /// What a kernel begins with once the symbols are on their way, which no launch writes: where launches overlap, the wait for those before.
     pub begin: fn(&mut Fn),
+    /// Bytes that a lane reads or writes of neighbours at most, so that lanes side by side do not meet in banks of shared memory; as many as there are
+    /// if none.
+    pub piece: Option<u32>,
 }
 
 impl<'a> Threads<'a> {
@@ -39,7 +42,21 @@ impl<'a> Threads<'a> {
         let warp = f.bin("lshr", tid, i32(5));
         let shared = f.op("llvm.mlir.addressof @shared : !llvm.ptr<3>", Ty::Shared);
         let shared32 = f.cast("ptrtoint", shared, Ty::I32);
-        Threads { f, arch, threads, tid, lane, warp, shared, shared32, meetings: 0, symbols: Ty::Global, begin: |_| () }
+        let begin = |_: &mut Fn| ();
+        Threads {
+            f,
+            arch,
+            threads,
+            tid,
+            lane,
+            warp,
+            shared,
+            shared32,
+            meetings: 0,
+            symbols: Ty::Global,
+            begin,
+            piece: None,
+        }
     }
 
     /// The number of the group of `count` threads (a power of two) that this one is in, and its lane there.

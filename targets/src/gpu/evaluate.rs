@@ -6,44 +6,77 @@
 
 use super::arith;
 use super::emit::Emitter;
+use super::interleave::is_dense;
 use super::memory::Access;
 use super::mlir::{Val, i32};
+use super::schedule::matrix;
 use dsc_ir::DType;
-use dsc_ir::sched::Place;
+use dsc_ir::sched::{Buffer, Place};
 use dsc_ir::tile::{self, Index, MapFn, ValueId};
 
+/// Results for each of what they read, from which on most lanes read what others do.
+const SHARED_BY: u32 = 4;
+
 impl<'a> Emitter<'a> {
+    /// The shared memory of a tile that lies there row by row without gaps.
+    fn dense(&self, v: ValueId) -> Option<&'a Buffer> {
+        let Place::Shared(b) = self.place(v) else { return None };
+        let [rows, cols] = matrix(self.shape(v));
+        let b = self.buffer(*b);
+        (is_dense(b) && b.dtype == self.dtype(v) && b.shape == [rows, cols]).then_some(b)
+    }
+
     /// How many neighbours along the last axis of a value can be read at once, starting at any multiple of that many.
     pub fn width(&self, v: ValueId) -> u32 {
-        let last = self.shape(v).last().copied().unwrap_or(1);
-        let most = power_of_two_in(last).min(16);
-        match self.place(v) {
-            Place::Lazy => self.defs.get(&v).map_or(1, |op| self.width_of(op, v)).min(most),
-            _ => most,
-        }
+        self.width_in(v, self.t.piece)
     }
 
     /// The same of what an op makes.
     pub fn width_of(&self, op: &tile::Op, v: ValueId) -> u32 {
+        self.width_of_in(op, v, self.t.piece)
+    }
+
+    /// The same, in pieces of so many bytes.
+    fn width_in(&self, v: ValueId, piece: Option<u32>) -> u32 {
+        let last = self.shape(v).last().copied().unwrap_or(1);
+        let most = power_of_two_in(last).min(16);
+        match self.place(v) {
+            Place::Lazy => self.defs.get(&v).map_or(1, |op| self.width_of_in(op, v, piece)).min(most),
+            Place::Uniform => most,
+            _ => most.min(self.elements_of(v, piece)),
+        }
+    }
+
+    fn width_of_in(&self, op: &tile::Op, v: ValueId, piece: Option<u32>) -> u32 {
         let last = |v: ValueId| self.shape(v).last().copied().unwrap_or(1);
         let most = power_of_two_in(last(v)).min(16);
         match op {
             tile::Op::Map { inputs, .. } => {
+                let all = |v: ValueId| self.shape(v).iter().product::<u32>();
+                // Of what many results share, lanes read the same.
+                let piece = |i: ValueId| piece.filter(|_| SHARED_BY * all(i) > all(v));
                 let wide = inputs.iter().filter(|&&i| last(i) != 1);
-                wide.map(|&i| self.width(i)).min().unwrap_or(16).min(most)
+                wide.map(|&i| self.width_in(i, piece(i))).min().unwrap_or(16).min(most)
             }
-            tile::Op::Reshape { x, .. } => self.width(*x).min(power_of_two_in(last(*x))).min(most),
+            tile::Op::Reshape { x, .. } if self.dense(*x).is_some() => most.min(self.elements_of(*x, piece)),
+            tile::Op::Reshape { x, .. } => self.width_in(*x, piece).min(power_of_two_in(last(*x))).min(most),
             tile::Op::Slice { x, offsets, .. } => {
                 let offset = offsets.last().copied().unwrap_or(0);
                 let aligned = if offset == 0 { 16 } else { power_of_two_in(offset) };
-                self.width(*x).min(aligned).min(most)
+                self.width_in(*x, piece).min(aligned).min(most)
             }
             tile::Op::Permute { x, perm } => {
                 let keeps = perm.last().is_some_and(|&p| p as usize + 1 == perm.len());
-                if keeps { self.width(*x).min(most) } else { 1 }
+                if keeps { self.width_in(*x, piece).min(most) } else { 1 }
             }
+            tile::Op::Load { .. } | tile::Op::Gather { .. } => most.min(self.elements_of(v, piece)),
             _ => most,
         }
+    }
+
+    /// Elements of a tile in a piece.
+    fn elements_of(&self, v: ValueId, piece: Option<u32>) -> u32 {
+        piece.map_or(16, |bytes| bytes / self.dtype(v).bytes() as u32)
     }
 
     /// `n` neighbours along the last axis of a tile, from these coordinates; as they are stored ([`super::isa::stored`]).
@@ -147,6 +180,13 @@ impl<'a> Emitter<'a> {
             }
             tile::Op::Reshape { x, .. } => {
                 let linear = self.linear(at, self.shape(r));
+                if n > self.width(*x).min(power_of_two_in(self.shape(*x).last().copied().unwrap_or(1)))
+                    && let Some(b) = self.dense(*x)
+                {
+                    let all = [1, b.shape[0] * b.shape[1]];
+                    let row = Buffer { shape: all, pitch: all[1] * b.dtype.bytes() as u32, ..b.clone() };
+                    return self.load_buffer(&row, i32(0), b.dtype, (&all, &[i32(0), linear]), n);
+                }
                 if n > 1 && self.width(*x) < n {
                     return self.one_by_one(n, linear, |e, c| {
                         let at = e.delinear(c, e.shape(*x));
@@ -209,7 +249,7 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    /// Neighbours of a tile that is read from memory as f32, by words; none if the chip or the tile has no such way.
+    /// Neighbours of a tile that is read from memory, shared or global, as f32, by words; none if the chip or the tile has no such way.
     pub fn widened(&mut self, v: ValueId, at: &[Val], n: u32) -> Option<Vec<Val>> {
         let (dtype, arch) = (self.dtype(v), self.t.arch);
         if !arch.widens_words(dtype) || !(n * dtype.bytes() as u32).is_multiple_of(4) {
@@ -217,6 +257,11 @@ impl<'a> Emitter<'a> {
         }
         if self.place(v) == &Place::Held {
             let words = self.held_words(v, at, n)?;
+            let wide = words.into_iter().map(|word| arch.widen_word(&mut self.t.f, word, dtype));
+            return Some(wide.collect::<Option<Vec<_>>>()?.concat());
+        }
+        if let (Place::Shared(b), DType::Bf16 | DType::F16) = (self.place(v), dtype) {
+            let words = self.load_words(self.buffer(*b), dtype, (self.shape(v), at), n)?;
             let wide = words.into_iter().map(|word| arch.widen_word(&mut self.t.f, word, dtype));
             return Some(wide.collect::<Option<Vec<_>>>()?.concat());
         }

@@ -88,7 +88,7 @@ impl<'a> Emitter<'a> {
         let (shape, dtype) = (self.shape(r), self.dtype(r));
         let cols = matrix(shape)[1];
         let n = self.width_of(op, r).min(power_of_two_in(b.shape[1])).min(power_of_two_in(cols)).min(16);
-        let n = n.min((32 / dtype.bytes() as u32).max(1));
+        let n = n.min((self.t.piece.unwrap_or(32) / dtype.bytes() as u32).max(1));
         let ready = self.ready.iter().any(|&id| std::ptr::eq(self.buffer(id), b));
         Fill { op, r, b, n, ready }
     }
@@ -170,6 +170,9 @@ impl<'a> Emitter<'a> {
     pub fn concat(&mut self, r: ValueId, xs: &'a [ValueId], axis: usize) {
         let Place::Shared(b) = self.place(r) else { unreachable!("concatenations are in shared memory") };
         let (b, dtype, shape) = (self.buffer(*b), self.dtype(r), self.shape(r));
+        if self.concat_in_turns(r, xs, axis, b) {
+            return;
+        }
         let last = shape.len() - 1;
         let mut offset = 0u32;
         for &x in xs {

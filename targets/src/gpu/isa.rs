@@ -177,6 +177,12 @@ pub trait Isa: Sync {
         false
     }
 
+    /// Whether shared memory is spared at the price of conversions and loads of what is near, where a block does not load ahead: it says how many
+    /// blocks run beside each other.
+    fn spares_shared(&self) -> bool {
+        false
+    }
+
     /// Whether sums and products of two f32 beside each other are one instruction.
     fn pairs(&self) -> bool {
         false

@@ -55,6 +55,23 @@ impl<'a> Emitter<'a> {
         values
     }
 
+    /// The same by words; none if they do not lie so.
+    pub fn load_words(&mut self, b: &Buffer, dtype: DType, (shape, at): (&[u32], &[Val]), n: u32) -> Option<Vec<Val>> {
+        let words = n * dtype.bytes() as u32 / 4;
+        let most = words.min(4);
+        if most == 0 || !b.pitch.is_multiple_of(4 * most) && b.shape[0] > 1 {
+            return None;
+        }
+        let row = self.linear(&at[..at.len().saturating_sub(1)], &shape[..shape.len().saturating_sub(1)]);
+        let col = at.last().copied().unwrap_or(i32(0));
+        let byte = self.buffer_byte(b, dtype, row, col);
+        let load = |i: u32| {
+            let byte = self.t.f.add(byte, i32((4 * i).into()));
+            self.t.load_shared(byte, Ty::I32, most)
+        };
+        Some((0..words).step_by(most as usize).flat_map(load).collect())
+    }
+
     /// Byte of shared memory of an element.
     pub fn buffer_byte(&mut self, b: &Buffer, dtype: DType, row: Val, col: Val) -> Val {
         let row = self.t.f.mul(row, i32(b.pitch.into()));

@@ -10,6 +10,7 @@
 //! | `emit` | instructions one by one, loops and branches |
 //! | `evaluate` | elementwise evaluation, by pieces of neighbours |
 //! | `memory`, `fill` | access to shared and global memory; tiles on their way there |
+//! | `interleave` | tiles whose elements take turns |
 //! | `ring`, `direct` | loops whose operands are copied to shared memory some rounds before |
 //! | `ahead`, `held` | loops whose operands are loaded to registers rounds before; these loads |
 //! | `operands` | left operands that stay in registers |
@@ -33,6 +34,7 @@ pub mod evaluate;
 pub mod fill;
 pub mod fragment;
 pub mod held;
+mod interleave;
 pub mod isa;
 pub mod known;
 mod lifetimes;

@@ -14,6 +14,8 @@ use dsc_ir::tile::{ReduceKind, ValueId};
 const UNROLLED: u32 = 8;
 /// The same where each is a load of the thread's own: all are on their way at once.
 pub const LOADED: u32 = 32;
+/// Bytes that all banks of shared memory give at once.
+const BANKS_BYTES: u32 = 128;
 
 /// Whether all threads make each of a few results together, of so many lines of that length whose elements are so far apart. Where these may be
 /// combined in any order, or there are two, each wave has a line that is short for it: what waves do together they do one line after the other.
@@ -359,7 +361,9 @@ impl<'a> Emitter<'a> {
         let shape = self.shape(x);
         let n = self.line_width(x, axis);
         let threads = self.t.threads;
-        let lanes = (threads / outer.next_power_of_two()).clamp(1, self.t.arch.lanes());
+        // As many as read all banks at once.
+        let least = self.t.piece.map_or(1, |bytes| BANKS_BYTES / bytes);
+        let lanes = (threads / outer.next_power_of_two()).clamp(least, self.t.arch.lanes());
         let lanes = lanes.min((shape[axis] / n).next_power_of_two());
         let per_round = threads / lanes;
         let group = self.t.f.div(self.t.tid, lanes);

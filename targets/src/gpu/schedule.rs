@@ -17,7 +17,7 @@
 use crate::{Kernel, TargetError};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, Fragment, Inst, Op, Place, Scheduled};
-use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, Program, Region, ScalarOp, TileType, Type, ValueId};
+use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, MapInst, Program, Region, ScalarOp, TileType, Type, ValueId};
 use std::collections::{BTreeSet, HashMap};
 
 use super::ahead::Room;
@@ -110,6 +110,7 @@ fn attempt(kernel: &Kernel, arch: &dyn Isa, how: How, room: Room) -> Result<Sche
         channels: Vec::new(),
         converts: [DType::E4m3, DType::Bf16, DType::F16].into_iter().filter(|&t| arch.converts(t)).collect(),
         lean: how == How::Lean,
+        sparing: arch.spares_shared() && !kernel.schedule.early,
         in_place: room.bytes > 0,
         spilled: HashMap::new(),
         updated: program.params.iter().filter(|p| p.access == Access::ReadWrite).map(|p| p.value).collect(),
@@ -251,6 +252,8 @@ pub(super) struct Scheduler<'a> {
     in_place: bool,
     /// Whether what can be read again from global memory is not kept in shared memory.
     lean: bool,
+    /// Whether the same goes for what is read twice, in pieces, and what was widened lies as narrow as it was.
+    sparing: bool,
     /// Shared copies of fragments, valid in the block being written.
     spilled: HashMap<ValueId, ValueId>,
     /// Views that are both read and written.
@@ -667,8 +670,31 @@ impl Scheduler<'_> {
         }
         let uses = self.uses.get(&r).copied().unwrap_or_default();
         let once = uses.count <= 1 && !uses.elsewhere && uses.reach <= 4 * elements;
-        let again = self.lean && self.can_read_again(op);
-        if once || again || self.is_index_arithmetic(op) { Place::Lazy } else { self.shared(r) }
+        // Of a few conversions of loads, reading the bytes anew is less than putting them down for it.
+        let near = self.sparing && uses.count <= 2 && !uses.elsewhere && uses.reach <= elements;
+        let again = (self.lean || near) && self.can_read_again(op);
+        if once || again || self.is_index_arithmetic(op) || self.lies_narrow(op) { Place::Lazy } else { self.shared(r) }
+    }
+
+    /// Whether an op only widens what lies in shared memory, where it is put now if it may be.
+    fn lies_narrow(&mut self, op: &tile::Op) -> bool {
+        let tile::Op::Map { inputs, body } = op else { return false };
+        let (&[x], [MapInst { op: ScalarOp::Cast(DType::F32), .. }]) = (&inputs[..], &body.insts[..]) else {
+            return false;
+        };
+        let made =
+            matches!(self.defs.get(&x), Some(tile::Op::Load { .. } | tile::Op::Gather { .. } | tile::Op::Map { .. }));
+        match self.place(x) {
+            _ if !self.sparing || !matches!(self.tile(x).dtype, DType::Bf16 | DType::F16) => false,
+            Place::Shared(_) => true,
+            // Nothing but this reads it.
+            Place::Lazy if made => {
+                let place = self.shared(x);
+                self.set(x, place);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// A load, or conversions of loads: the bytes stay where they are, and are near after the first time.

@@ -33,6 +33,15 @@ const ROUTED: u64 = 8192;
 const WAITING: u32 = 64;
 /// Elements of a row from which on its arithmetic takes longer than what it waits for.
 const LONG_ROW: u32 = 4096;
+/// Threads of blocks of shorter rows of many tokens, and of experts' scores.
+const WARP: u32 = 32;
+/// Blocks of longer rows that share a multiprocessor.
+const LONG_ROWS: u32 = 6;
+/// Threads of blocks that route many rows.
+const ROUTE_THREADS: u32 = 512;
+/// Blocks that share a multiprocessor where each makes a matrix for its rows, and rows that it takes in turn at most.
+const RESIDENT: u32 = 3;
+const MOST_IN_TURN: u32 = 16;
 /// Columns of tiles.
 const COLUMNS: [u32; 4] = [128, 64, 32, 16];
 
@@ -65,11 +74,21 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
         "linear" if tokens <= FEW => Some(products(few(tokens))),
         "linear" => Some(products(balanced(shape, sms))),
         // Experts of a block: as few as there are multiprocessors for, as all rows are looked at for each; they make 128 lines of 35.
-        "route" if shape.m_max >= ROUTED => Some(Schedule { tile_m: 4608, tile_n: 2, ..Schedule::default() }),
+        "route" if shape.m_max >= ROUTED => {
+            Some(Schedule { tile_m: 4608, tile_n: 2, threads: ROUTE_THREADS, ..Schedule::default() })
+        }
         // All heads of a row; a block multiplies by the matrix of a Hadamard transform.
         "row" if shape.heads > 1 => {
-            Some(Schedule { tile_m: 1, tile_h: shape.heads, tile_k: 16, ..Schedule::default() })
+            // Rows enough for blocks that all run at once make that matrix once for those that they take in turn.
+            let in_turn = if tokens > ROWS[0] { tokens.div_ceil(sms * RESIDENT).min(MOST_IN_TURN) } else { 0 };
+            let sharing = if in_turn > 1 { RESIDENT } else { 0 };
+            Some(Schedule { tile_m: 1, tile_h: shape.heads, tile_k: 16, in_turn, sharing, ..Schedule::default() })
         }
+        // A warp waits for no other; of long rows, what all threads of several blocks have on their way counts.
+        "row" | "gate" if tokens > WAITING && shape.n < LONG_ROW => {
+            Some(Schedule { tile_m: 1, threads: WARP, ..Schedule::default() })
+        }
+        "row" if tokens > WAITING => Some(Schedule { tile_m: 1, sharing: LONG_ROWS, ..Schedule::default() }),
         // One token's parts of attention are joined and multiplied in one round, by threads enough to have all of its bytes on their way.
         "head_linear" if tokens == 1 => {
             let threads = if shape.k >= 512 { 512 } else { 0 };
@@ -265,6 +284,22 @@ mod tests {
             let own = choose(&shape, tokens, 132).expect("a product");
             assert_ne!(Rule::applied(measured(), own.clone(), &shape, tokens, ""), own, "{rule:?}");
         }
+    }
+
+    #[test]
+    fn rows_of_many_tokens_have_few_threads_where_they_are_short() {
+        let row = |op, tokens: u32, n, heads| {
+            let shape = KernelShape { op, m: Extent::from(Sym::T), m_max: tokens.into(), n, k: 1, heads, products: 1 };
+            choose(&shape, tokens, 132)
+        };
+        let threads = |op, tokens, n| row(op, tokens, n, 1).map(|s| s.threads);
+        assert_eq!([threads("row", 4096, 512), threads("gate", 4096, 8)], [Some(32); 2]);
+        assert_eq!([threads("row", 64, 512), threads("row", 64, 7168), threads("gate", 64, 8)], [None; 3]);
+        let long = row("row", 4096, 7168, 1).map(|s| (s.threads, s.sharing));
+        assert_eq!(long, Some((0, 6)));
+        // Blocks that all run at once share a matrix each.
+        let turns = |tokens| row("row", tokens, 64, 128).map(|s| (s.in_turn, s.sharing));
+        assert_eq!([turns(4096), turns(512), turns(64)], [Some((11, 3)), Some((2, 3)), Some((0, 0))]);
     }
 
     #[test]

@@ -119,6 +119,37 @@ impl Isa for Arch {
     fn truncate(&self, f: &mut Fn, v: Val) -> Val {
         truncate(f, v)
     }
+
+    fn spares_shared(&self) -> bool {
+        true
+    }
+
+    fn widens_words(&self, from: DType) -> bool {
+        from == DType::Bf16
+    }
+
+    fn widen_word(&self, f: &mut Fn, word: Val, from: DType) -> Option<Vec<Val>> {
+        if from != DType::Bf16 {
+            return None;
+        }
+        let halves = [f.bin("shl", word, i32(16)), f.bin("and", word, i32(-0x1_0000))];
+        Some(halves.map(|bits| f.cast("bitcast", bits, Ty::F32)).to_vec())
+    }
+
+    fn narrows_pairs(&self, to: DType) -> bool {
+        to == DType::Bf16 || to == DType::E4m3 && self.has_fp8_mma
+    }
+
+    fn narrow_pair(&self, f: &mut Fn, [a, b]: [Val; 2], to: DType) -> [Val; 2] {
+        let (name, out, whole, each) = match to {
+            DType::Bf16 => ("bf16x2", "=r", Ty::I32, Ty::I16),
+            _ => ("satfinite.e4m3x2", "=h", Ty::I16, Ty::I8),
+        };
+        let pair =
+            f.asm(&format!("cvt.rn.{name}.f32 $0, $2, $1;"), &format!("{out},f,f"), &[a, b], &[whole], false, false)[0];
+        let upper = f.bin("lshr", pair, Val::Int(8 * i64::from(each.bytes()), whole));
+        [pair, upper].map(|v| f.cast("trunc", v, each))
+    }
 }
 
 /// A special register, such as `tid.x` or `ctaid.y`.

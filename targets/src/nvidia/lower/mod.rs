@@ -46,6 +46,8 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     function.known = kernel.schedule.early.then(known::Known::default);
     let mut threads = block::Threads::new(function, arch, scheduled.threads);
     threads.symbols = symbols;
+    // A launch of few blocks takes as long as a thread's instructions, whatever they meet.
+    threads.piece = (!kernel.schedule.early).then_some(16);
     let dependent = arch.has_tma;
     if dependent {
         let late = kernel.schedule.late;
@@ -66,10 +68,14 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     );
     let _ = writeln!(
         text,
-        "  llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>}} {{",
+        "  llvm.func @{}({}) attributes {{nvvm.kernel, nvvm.reqntid = array<i32: {}, 1, 1>{}}} {{",
         scheduled.name,
         args.join(", "),
-        scheduled.threads
+        scheduled.threads,
+        match kernel.schedule.sharing {
+            0 => String::new(),
+            n => format!(", nvvm.minctasm = {n} : i32"),
+        }
     );
     text.push_str(emitter.t.f.text());
     text.push_str("    llvm.return\n  }\n}\n");
