@@ -15,15 +15,15 @@
 //! **Through memory** ([`Schedule::apart`](dsc_ir::schedule::Schedule::apart)) nothing waits for the memory of keys, and the accumulator is put at once:
 //!
 //! ```text
-//! put m, l, acc
+//! put m, l, p, acc / p           as f16; p = 2^n, so that a row of a group's columns has its range
 //! meet
-//! M, w, L, acc = Σ w acc         of all blocks, of the piece that has this block's number
+//! M, w, L, acc = Σ w p (acc / p) of all blocks, of the piece that has this block's number
 //! what stands behind the loop
 //! meet                           if there is another tile
 //! ```
 //!
 //! Any blocks that run at once may be such a team, where clusters have to fit into groups of multiprocessors; but a block also writes its accumulator,
-//! which takes as long as reading one. So it is rounded to bf16 there, with 64 heads 64 KiB: as much as the softmax's weights are rounded in front of their product.
+//! which takes as long as reading one. So it is rounded to the eleven bits of f16 there, with 64 heads 64 KiB: less than the softmax's weights in front of their product.
 //!
 //! Blocks read one another's pieces round the team, each from another, and add them in that order: the same bits each time. With 64 heads and 512
 //! columns a block of a team of `n` reads 128 KiB, or those 64, (n − 1) / n of it from the others.
@@ -104,8 +104,12 @@ impl<'a> Planner<'a> {
             let mut offset = 0;
             let [rows, wide] = [1, columns / self.groups];
             let parts = ["part_largest", "part_totals"].map(|name| (name.to_owned(), rows));
-            let groups = (0..self.groups).map(|group| (format!("part_sums{group}"), wide, self.sums_apart()));
-            for (name, wide, dtype) in parts.into_iter().map(|(name, n)| (name, n, DType::F32)).chain(groups) {
+            let sums = self.sums_apart();
+            let powers = if sums == DType::F32 { 0 } else { self.groups };
+            let groups = (0..self.groups).map(|group| (format!("part_sums{group}"), wide, sums));
+            let powers = (0..powers).map(|group| (format!("part_powers{group}"), rows, DType::F32));
+            let parts = parts.into_iter().map(|(name, n)| (name, n, DType::F32));
+            for (name, wide, dtype) in parts.chain(groups).chain(powers) {
                 let (column, pitch) = (memory::column(name, heads), wide * dtype.bytes() as u32);
                 buffers.push(Buffer { dtype, shape: [heads, wide], pitch, offset, outside: true, ..column });
                 offset += heads * pitch;
@@ -132,12 +136,12 @@ impl<'a> Planner<'a> {
 
     /// What a part of the accumulator is rounded to on its way through memory. With few heads pieces are too small to be pairs.
     fn sums_apart(&self) -> DType {
-        if self.transposed { DType::F32 } else { DType::Bf16 }
+        if self.transposed { DType::F32 } else { DType::F16 }
     }
 
-    /// What it is exchanged as.
-    fn sums_of(&self, team: &Team) -> DType {
-        if team.apart { self.sums_apart() } else { DType::F32 }
+    /// Whether it is rounded so.
+    fn halved(&self, team: &Team) -> bool {
+        team.apart && self.sums_apart() != DType::F32
     }
 
     /// The `n`-th of these buffers.
@@ -215,12 +219,9 @@ impl<'a> Planner<'a> {
         }
         let acc = self.behind_loop(self.a.acc);
         if let Some(group) = group {
-            let (mut value, dtype) = (*names.get(&acc)?, self.sums_of(&team));
-            if dtype != DType::F32 {
-                let cast = mapped(vec![value], vec![arithmetic(ScalarOp::Cast(dtype), &[MapArg::Input(0)])]);
-                let ty = TileType { dtype, shape: vec![self.a.shape[0], self.a.shape[2] / self.groups] };
-                value = self.values.fresh(Type::Tile(ty), Place::Lazy);
-                out.push(Inst { results: vec![value], op: Op::Tile(cast), scratch: None });
+            let mut value = *names.get(&acc)?;
+            if self.halved(&team) {
+                value = self.put_powers(group, value, out);
             }
             out.push(plain(Op::Put { buffer: self.exchanged(2 + group), value }));
         }
@@ -245,7 +246,7 @@ impl<'a> Planner<'a> {
             let room = if team.apart && !self.transposed { 6 * each } else { 2 * each };
             (self.join_rows_by_parts(&team, (rows, own, room), out)?, Vec::new())
         };
-        let (most, total, weights) = rows_joined;
+        let (most, total, mut weights) = rows_joined;
         if !team.apart {
             out.push(plain(Op::Meet));
         }
@@ -255,6 +256,14 @@ impl<'a> Planner<'a> {
         if puts {
             // While pieces are on their way.
             self.finish_rows_once(None, names, out)?;
+        }
+        if self.halved(&team) {
+            let n = 2 + self.groups + group;
+            let powers: Vec<ValueId> = (0..team.blocks).map(|after| self.got_rows(n, after, rows, own, out)).collect();
+            let product = vec![arithmetic(ScalarOp::Mul, &[MapArg::Input(0), MapArg::Input(1)])];
+            for (weight, power) in weights.iter_mut().zip(powers) {
+                *weight = self.made([rows, 1], mapped(vec![*weight, power], product.clone()), out);
+            }
         }
         let begun = early.len() as u32;
         let mut sum =
@@ -267,6 +276,28 @@ impl<'a> Planner<'a> {
         }
         names.insert(acc, sum?);
         Some(self.piece_at(&team, group, out))
+    }
+
+    /// Puts a power of two for each row of a group's columns; gives these divided by them, as f16. Where a row's largest is no number, or none at all, it is 1.
+    fn put_powers(&mut self, group: u32, acc: ValueId, out: &mut Vec<Inst>) -> ValueId {
+        let shape = [self.a.shape[0], self.a.shape[2] / self.groups];
+        let lazy = |p: &mut Self, dtype, op, out: &mut Vec<Inst>| {
+            let v = p.values.fresh(Type::Tile(TileType { dtype, shape: shape.to_vec() }), Place::Lazy);
+            out.push(Inst { results: vec![v], op: Op::Tile(op), scratch: None });
+            v
+        };
+        let sizes = mapped(vec![acc], vec![arithmetic(ScalarOp::Abs, &[MapArg::Input(0)])]);
+        let sizes = lazy(self, DType::F32, sizes, out);
+        let most = tile::Op::Reduce { x: sizes, axis: 1, kind: tile::ReduceKind::Max };
+        let most = self.made([shape[0], 1], most, out);
+        let [power, inverse] = [power_of_two(false), power_of_two(true)]
+            .map(|body| self.made([shape[0], 1], mapped(vec![most], body), out));
+        out.push(plain(Op::Put { buffer: self.exchanged(2 + self.groups + group), value: power }));
+        let rounded = vec![
+            arithmetic(ScalarOp::Mul, &[MapArg::Input(0), MapArg::Input(1)]),
+            arithmetic(ScalarOp::Cast(self.sums_apart()), &[MapArg::Inst(0)]),
+        ];
+        lazy(self, self.sums_apart(), mapped(vec![acc, inverse], rounded), out)
     }
 
     /// The largest score of each row among all blocks, the sum, and what each block's part counts, where all rows of all blocks are held.
@@ -323,7 +354,7 @@ impl<'a> Planner<'a> {
 
     /// This block's piece of what some blocks have of a group's columns.
     fn pieces(&mut self, group: u32, some: std::ops::Range<u32>, team: &Team, out: &mut Vec<Inst>) -> Vec<ValueId> {
-        let (dtype, shape) = (self.sums_of(team), team.piece);
+        let (dtype, shape) = (if self.halved(team) { self.sums_apart() } else { DType::F32 }, team.piece);
         some.map(|after| self.got(2 + group, after, TileType { dtype, shape: shape.to_vec() }, true, out)).collect()
     }
 
@@ -467,6 +498,31 @@ impl<'a> Planner<'a> {
         out.push(plain(once));
         Some(())
     }
+}
+
+/// Of a size a power of two, or its inverse, such that sizes up to this one divided by it are less than 2^14, and this one at least 2^13; 1 of what is no number.
+fn power_of_two(inverse: bool) -> Vec<MapInst> {
+    // Sizes below 2^-67 are as that one: divided they lose bits, but are no part of what is larger by 2^80.
+    let [exponents, least, one, range, turned] = [0x7f80_0000, 60 << 23, 127 << 23, 13 << 23, 254 << 23];
+    let (input, at) = (MapArg::Input(0), MapArg::Inst);
+    let op = arithmetic;
+    let mut insts = vec![
+        op(ScalarOp::Bitcast(DType::I32), &[input]),
+        constant(exponents),
+        op(ScalarOp::And, &[at(0), at(1)]),
+        op(ScalarOp::Lt, &[at(2), at(1)]),
+        constant(least),
+        op(ScalarOp::Max, &[at(2), at(4)]),
+        constant(range),
+        op(ScalarOp::Sub, &[at(5), at(6)]),
+        constant(one),
+        op(ScalarOp::Select, &[at(3), at(7), at(8)]),
+    ];
+    if inverse {
+        insts.extend([constant(turned), op(ScalarOp::Sub, &[at(10), at(9)])]);
+    }
+    insts.push(op(ScalarOp::Bitcast(DType::F32), &[at(insts.len() as u32 - 1)]));
+    insts
 }
 
 /// All of so many inputs, in order.
