@@ -43,7 +43,7 @@ use serde::{Deserialize, Serialize};
 /// First bytes of every artifact.
 pub const MAGIC: [u8; 8] = *b"DSC\x7fART\n";
 /// The version this crate writes and reads.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 /// Alignment of sections in bytes: a page, so that code can be mapped from the file.
 pub const ALIGN: u64 = 4096;
 
