@@ -13,7 +13,7 @@
 //! dequantisation (unless the result is quantised as the cache is), one store. `cache_rows` takes `ROWS` rows of a page a block, so that short
 //! contexts have blocks enough. Floor: the bytes of the cached context, once, and of the result.
 
-use super::rows::dequantize;
+use super::arithmetic::dequantize;
 use super::view::{Emit, divided, times};
 use super::{Class, Emitted, KernelError, Part, elem_name, unsupported};
 use dsc_ir::extent::Extent;

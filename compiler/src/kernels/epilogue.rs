@@ -12,7 +12,7 @@
 //!
 //! Every op rounds to its declared type on the way, as it would in a kernel of its own.
 
-use super::rows::quantize;
+use super::arithmetic::quantize;
 use super::view::{Emit, divided, product};
 use super::{KernelError, Part, unsupported};
 use dsc_ir::graph::{Elem, Graph, NodeId, Op, Quant, Value};

@@ -32,6 +32,7 @@ use dsc_ir::tile::Program;
 use dsc_ir::{DType, Sym};
 use std::borrow::Cow;
 
+mod arithmetic;
 pub mod cache;
 mod chains;
 pub mod combine;
