@@ -121,9 +121,12 @@ fn experts() -> Vec<(Experts, Rows)> {
         all.push((of(256, [128, 128], 1), &[16384, 32768]));
         all.push((of(256, [32, 64], 1), &[4096]));
         all.push((of(256, [16, 64], 1), &[1024]));
+        all.push((of(256, [8, 64], 1), &[8, 128]));
         if per_token > 0 {
             all.push((Experts { glu: true, n: n / 2, ..many }, &[4096, 32768]));
             all.push((Experts { glu: true, n: n / 2, ..of(256, [128, 128], 4) }, &[32768]));
+            all.push((Experts { glu: true, n: n / 2, ..of(256, [8, 128], 1) }, &[8, 128]));
+            all.push((Experts { glu: true, n: n / 2, ..of(256, [16, 128], 1) }, &[512]));
             for (experts, parts) in [(32, 4), (256, 1), (256, 4)] {
                 let sorted = Experts { sorted: true, ..of(experts, [128, 128], parts) };
                 all.push((Experts { glu: true, n: n / 2, ..sorted }, &[32768]));
