@@ -587,7 +587,7 @@ impl Rows<'_> {
         narrow.unwrap_or_else(|| self.e.b.cast(x, to))
     }
 
-    /// The same as [`hadamard`] of values that bf16 holds, by a product with its matrix.
+    /// A Hadamard transform of values that bf16 holds, by a product with its matrix.
     fn hadamard_product(&mut self, x: ValueId) -> ValueId {
         let shape = self.e.b.shape(x);
         let d = shape[shape.len() - 1];

@@ -80,7 +80,7 @@ pub fn choose(shape: &KernelShape, tokens: u32, sms: u32) -> Option<Schedule> {
         // All heads of a row; a block multiplies by the matrix of a Hadamard transform.
         "row" if shape.heads > 1 => {
             // Rows enough for blocks that all run at once make that matrix once for those that they take in turn.
-            let in_turn = if tokens > ROWS[0] { tokens.div_ceil(sms * RESIDENT).min(MOST_IN_TURN) } else { 0 };
+            let in_turn = if tokens > ROWS[0] { tokens.div_ceil((sms * RESIDENT).max(1)).min(MOST_IN_TURN) } else { 0 };
             let sharing = if in_turn > 1 { RESIDENT } else { 0 };
             Some(Schedule { tile_m: 1, tile_h: shape.heads, tile_k: 16, in_turn, sharing, ..Schedule::default() })
         }
