@@ -209,25 +209,8 @@ impl<'a> Planner<'a> {
     ) -> Option<Joined> {
         let team = self.team.clone()?;
         let [largest, totals] = [team.softmax.largest, team.softmax.total].map(|i| self.behind_loop(i));
-        if puts {
-            for (n, v) in [(0, largest), (1, totals)] {
-                out.push(plain(Op::Put { buffer: self.exchanged(n), value: *names.get(&v)? }));
-            }
-        }
-        if !team.apart {
-            out.push(plain(Op::Meet));
-        }
         let acc = self.behind_loop(self.a.acc);
-        if let Some(group) = group {
-            let mut value = *names.get(&acc)?;
-            if self.halved(&team) {
-                value = self.put_powers(group, value, out);
-            }
-            out.push(plain(Op::Put { buffer: self.exchanged(2 + group), value }));
-        }
-        if team.apart {
-            out.push(plain(Op::Meet));
-        }
+        self.put_own((puts.then_some([largest, totals]), group.map(|g| (g, acc))), &team, names, out)?;
         // Who has no accumulator has the rows whole.
         let rows = if group.is_some() { team.piece[0] } else { self.a.shape[0] };
         let own = rows < self.a.shape[0];
@@ -258,12 +241,7 @@ impl<'a> Planner<'a> {
             self.finish_rows_once(None, names, out)?;
         }
         if self.halved(&team) {
-            let n = 2 + self.groups + group;
-            let powers: Vec<ValueId> = (0..team.blocks).map(|after| self.got_rows(n, after, rows, own, out)).collect();
-            let product = vec![arithmetic(ScalarOp::Mul, &[MapArg::Input(0), MapArg::Input(1)])];
-            for (weight, power) in weights.iter_mut().zip(powers) {
-                *weight = self.made([rows, 1], mapped(vec![*weight, power], product.clone()), out);
-            }
+            weights = self.times_powers(weights, (group, rows, own), &team, out);
         }
         let begun = early.len() as u32;
         let mut sum =
@@ -276,6 +254,50 @@ impl<'a> Planner<'a> {
         }
         names.insert(acc, sum?);
         Some(self.piece_at(&team, group, out))
+    }
+
+    /// Puts the largest scores and sums of rows, and a group's columns of the accumulator; between them or behind them the team meets.
+    fn put_own(
+        &mut self,
+        (rows, columns): (Option<[ValueId; 2]>, Option<(u32, ValueId)>),
+        team: &Team,
+        names: &Names,
+        out: &mut Vec<Inst>,
+    ) -> Option<()> {
+        for (n, v) in (0..).zip(rows.into_iter().flatten()) {
+            out.push(plain(Op::Put { buffer: self.exchanged(n), value: *names.get(&v)? }));
+        }
+        if !team.apart {
+            out.push(plain(Op::Meet));
+        }
+        if let Some((group, acc)) = columns {
+            let mut value = *names.get(&acc)?;
+            if self.halved(team) {
+                value = self.put_powers(group, value, out);
+            }
+            out.push(plain(Op::Put { buffer: self.exchanged(2 + group), value }));
+        }
+        if team.apart {
+            out.push(plain(Op::Meet));
+        }
+        Some(())
+    }
+
+    /// What each block's part counts, times the powers that a group's columns were divided by.
+    fn times_powers(
+        &mut self,
+        mut weights: Vec<ValueId>,
+        (group, rows, own): (u32, u32, bool),
+        team: &Team,
+        out: &mut Vec<Inst>,
+    ) -> Vec<ValueId> {
+        let n = 2 + self.groups + group;
+        let powers: Vec<ValueId> = (0..team.blocks).map(|after| self.got_rows(n, after, rows, own, out)).collect();
+        let product = vec![arithmetic(ScalarOp::Mul, &[MapArg::Input(0), MapArg::Input(1)])];
+        for (weight, power) in weights.iter_mut().zip(powers) {
+            *weight = self.made([rows, 1], mapped(vec![*weight, power], product.clone()), out);
+        }
+        weights
     }
 
     /// Puts a power of two for each row of a group's columns; gives these divided by them, as f16. Where a row's largest is no number, or none at all, it is 1.
