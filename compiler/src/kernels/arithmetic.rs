@@ -16,10 +16,7 @@ pub fn elementwise(b: &mut Builder, op: &Op, x: ValueId, y: Option<ValueId>, bia
     Some(match op {
         Op::Cast => x,
         Op::Add => sum(b, x, y?),
-        Op::Scale { factor } => b.map(&[x], |m, v| {
-            let factor = m.f32(*factor);
-            m.mul(v[0], factor)
-        }),
+        Op::Scale { factor } => scaled(b, x, *factor),
         Op::RmsNorm { eps } => rms_norm(b, x, y?, *eps),
         Op::LayerNorm { eps } => layer_norm(b, x, y?, bias?, *eps),
         Op::Hadamard => hadamard(b, x),
@@ -32,6 +29,14 @@ pub fn elementwise(b: &mut Builder, op: &Op, x: ValueId, y: Option<ValueId>, bia
         Op::GroupTopK { groups, keep, k } => gate::group_topk(b, x, *groups, *keep, *k),
         Op::Normalize { factor, by_sum } => gate::normalize(b, x, *factor, *by_sum),
         _ => return None,
+    })
+}
+
+/// Every element times that.
+pub fn scaled(b: &mut Builder, x: ValueId, factor: f32) -> ValueId {
+    b.map(&[x], |m, v| {
+        let factor = m.f32(factor);
+        m.mul(v[0], factor)
     })
 }
 
@@ -61,11 +66,7 @@ pub fn rotated(b: &mut Builder, [u, v, cos, sin]: [ValueId; 4], minus: bool, to:
 fn mean(b: &mut Builder, x: ValueId) -> ValueId {
     let shape = b.shape(x);
     let total = b.reduce(x, shape.len() as u32 - 1, ReduceKind::Sum);
-    let inverse = 1.0 / shape[shape.len() - 1] as f32;
-    b.map(&[total], |m, v| {
-        let inverse = m.f32(inverse);
-        m.mul(v[0], inverse)
-    })
+    scaled(b, total, 1.0 / shape[shape.len() - 1] as f32)
 }
 
 /// `1 / sqrt(v + eps)`.
@@ -107,6 +108,11 @@ pub fn is_product(shape: &[u32]) -> bool {
     rows.iter().product::<u32>() >= UNIT && d.is_multiple_of(UNIT) && d <= MOST_PRODUCT
 }
 
+/// What a Hadamard transform of that length is scaled by.
+pub fn hadamard_scale(d: u32) -> f32 {
+    f64::from(d).powf(-0.5) as f32
+}
+
 /// The matrix of a Hadamard transform: element `(i, j)` is −1 if `i & j` has an odd number of bits.
 pub fn hadamard_signs(b: &mut Builder, d: u32) -> ValueId {
     let (row, column) = (b.iota(0, &[d, d]), b.iota(1, &[d, d]));
@@ -139,11 +145,7 @@ fn hadamard(b: &mut Builder, x: ValueId) -> ValueId {
         let (plus, minus) = (sum(b, u, v), b.map(&[u, v], |m, v| m.sub(v[0], v[1])));
         y = b.concat(&[plus, minus], 2);
     }
-    let scale = (f64::from(d)).powf(-0.5) as f32;
-    let y = b.map(&[y], |m, v| {
-        let scale = m.f32(scale);
-        m.mul(v[0], scale)
-    });
+    let y = scaled(b, y, hadamard_scale(d));
     b.reshape(y, &shape)
 }
 

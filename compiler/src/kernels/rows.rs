@@ -25,11 +25,13 @@
 //! (page, offset) of its slot, row by row; other formats scatter all rows at once. A negative slot gives a negative page or
 //! offset and so is dropped; rows past the last token get slot -1.
 
-use super::arithmetic::{columns, dequantize, elementwise, hadamard_signs, is_product, quantize, rotated};
+use super::arithmetic::{
+    columns, dequantize, elementwise, hadamard_scale, hadamard_signs, is_product, quantize, rotated, scaled,
+};
 use super::cache::{self, Array};
 use super::chains::{Piece, chains};
 use super::gate;
-use super::view::{Emit, divided, extent, product, range, remainder, sum, times, where_below};
+use super::view::{Emit, divided, extent, plus, product, range, remainder, sum, times, where_below};
 use super::{Class, Emitted, KernelError, Part, body_of, op_name};
 use dsc_ir::DType;
 use dsc_ir::extent::{Extent, Sym};
@@ -99,7 +101,7 @@ pub(crate) fn emit_body(
     let head = heads_of_block(&mut e.b, body, prefix, schedule);
     let signs = matrix.filter(|_| turns > 1).map(|d| (d, hadamard_signs(&mut e.b, d)));
     let end = (turns > 1).then(|| {
-        let last = super::view::plus(&mut e.b, first, (tile * turns) as i32);
+        let last = plus(&mut e.b, first, (tile * turns) as i32);
         let all = extent(&mut e.b, rows.into());
         e.b.map(&[last, all], |m, v| m.min(v[0], v[1]))
     });
@@ -250,7 +252,7 @@ impl Rows<'_> {
             });
             self.e.b.begin_when();
             if chain.blocks > 1 {
-                let number = super::view::plus(&mut self.e.b, block, -lo);
+                let number = plus(&mut self.e.b, block, -lo);
                 self.columns = Some((times(&mut self.e.b, number, schedule.tile_n), schedule.tile_n));
             }
             self.values.clear();
@@ -562,7 +564,7 @@ impl Rows<'_> {
         let x = b.reshape(x, &[self.tile, width]);
         let x = b.cast(x, stored);
         let row = times(b, head, rows_of_head);
-        let row = super::view::plus(b, row, first as i32);
+        let row = plus(b, row, first as i32);
         let (column, columns) = match self.columns {
             Some((column, columns)) => (Ix::from(column), columns),
             None => (0.into(), if transposed { count } else { k }),
@@ -600,11 +602,7 @@ impl Rows<'_> {
         let b = &mut self.e.b;
         let x = b.reshape(x, &[rows, d]);
         let y = b.dot_t(x, signs, None);
-        let scale = (f64::from(d)).powf(-0.5) as f32;
-        let y = b.map(&[y], |m, v| {
-            let scale = m.f32(scale);
-            m.mul(v[0], scale)
-        });
+        let y = scaled(b, y, hadamard_scale(d));
         b.reshape(y, &shape)
     }
 

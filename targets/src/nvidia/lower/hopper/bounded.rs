@@ -21,6 +21,7 @@ use super::filter::{BATCH, CANDIDATE, LOWEST, SELECTABLE, Stores, WORK};
 use super::group::{self, Group};
 use super::ptx;
 use super::select::{COUNT, COUNTS, HEARD, JUDGED, LISTED, MOST, OUT, OUT_BYTES, Stream, THREADS, VERDICT};
+use super::sends;
 use super::window::{VECTOR, Window};
 use crate::nvidia::lower::mlir::{Ty, Val, f32, i32};
 use dsc_ir::tile::ValueId;
@@ -206,14 +207,7 @@ impl<'a> Emit<'a> {
             if team == 1 {
                 return;
             }
-            for (at, bytes) in [(HEARD, SAID * team), (LISTED, 0), (JUDGED, 4)] {
-                let barrier = t.f.add(t.shared32, i32(at.into()));
-                ptx::barrier_init(&mut t.f, barrier, 1);
-                if bytes > 0 {
-                    ptx::barrier_expect(&mut t.f, barrier, bytes);
-                }
-            }
-            ptx::barrier_init_fence(&mut t.f);
+            sends::make_barriers(t, &[(HEARD, 1, SAID * team), (LISTED, 1, 0), (JUDGED, 1, 4)]);
         });
         if team > 1 {
             ptx::cluster_arrive_relaxed(&mut self.t.f);
@@ -274,12 +268,6 @@ impl<'a> Emit<'a> {
         self.wait_for(LISTED);
         self.t.f.close_if(leader);
         told
-    }
-
-    /// Waits until a barrier that is used once has what was sent.
-    pub fn wait_for(&mut self, barrier: u32) {
-        let at = self.t.f.add(self.t.shared32, i32(barrier.into()));
-        ptx::barrier_wait(&mut self.t.f, at, i32(0));
     }
 
     /// What all blocks have said.
@@ -396,17 +384,5 @@ impl<'a> Emit<'a> {
         }
         self.wait_for(JUDGED);
         Ok(self.t.load_shared(i32(VERDICT.into()), Ty::I32, 1)[0])
-    }
-
-    /// Sends words to a byte of each block's shared memory, and its barrier their bytes.
-    pub fn send_all(&mut self, (byte, barrier): (Val, u32), words: &[Val]) {
-        let to = self.t.f.cmp("slt", self.t.tid, i32(self.s.team.into()));
-        let tid = self.t.tid;
-        self.t.when(to, |t| {
-            let at = t.f.add(t.shared32, byte);
-            let barrier = t.f.add(t.shared32, i32(barrier.into()));
-            let [at, barrier] = [at, barrier].map(|at| ptx::address_in(&mut t.f, at, tid));
-            ptx::send_words(&mut t.f, at, barrier, words);
-        });
     }
 }

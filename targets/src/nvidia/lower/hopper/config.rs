@@ -90,6 +90,7 @@ impl Config {
         let most = if groups[0] * groups[1] > 2 { MOST_REGISTERS_OF_THREE } else { MOST_REGISTERS };
         let partials = match () {
             () if c.direct => 0,
+            // Results of eight rows leave registers for two rounds of two products; of more, two blocks of a multiprocessor have them for one.
             () if product <= FEW_REGISTERS / 4 && c.rounds.is_some_and(|n| n > 3) => 4,
             () if accumulators <= FEW_REGISTERS && c.rounds.is_some_and(|n| n > 3) => 4 / c.dots.len() as u32,
             () if accumulators + 2 * product <= most && c.rounds.is_some_and(|n| n > 1) => 2,

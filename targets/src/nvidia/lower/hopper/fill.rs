@@ -1,7 +1,6 @@
 //! Tiles that a role writes into a stage: what products left in registers, or keys computed from gathered rows.
 
 use super::begin::Begun;
-use super::config::WARPGROUP;
 use super::emit::{Emit, Held};
 use super::fragment::{Geometry, Register};
 use super::ptx;
@@ -12,7 +11,7 @@ use dsc_ir::sched::{Block, Buffer, ChannelId, Inst, Op};
 use dsc_ir::tile::{self, Index, MapArg, MapFn, ScalarOp, ValueId};
 use std::collections::HashMap;
 
-/// Threads that compute a row together.
+/// Threads that bring or compute a row together.
 pub const ROW_THREADS: u32 = 8;
 /// Neighbouring elements of a row that a thread computes at a time: 16 codes are one load.
 const PIECE: u32 = 16;
@@ -330,7 +329,7 @@ impl<'a> Emit<'a> {
                 Op::Tile(tile::Op::Gather { rows, shape, .. }) => (*rows, shape[0]),
                 _ => continue,
             };
-            for start in (0..count).step_by((WARPGROUP / ROW_THREADS) as usize) {
+            for start in (0..count).step_by(self.rows_at_once() as usize) {
                 // What numbers themselves are gathered by is no row of keys.
                 let own = body.insts.iter().any(|i| i.results.contains(&rows));
                 let wide =
@@ -403,7 +402,7 @@ impl<'a> Emit<'a> {
     /// Rows of a computed tile that a thread has a part of.
     fn rows_of(&self, fill: Filled) -> Result<u32, String> {
         let &[rows, columns] = self.shape(fill.value) else { return Err("a computed tile that is no matrix".into()) };
-        let (together, apart) = (ROW_THREADS * PIECE, WARPGROUP / ROW_THREADS);
+        let (together, apart) = (ROW_THREADS * PIECE, self.rows_at_once());
         let apart = if fill.shared { apart * self.cluster } else { apart };
         if !columns.is_multiple_of(together) || !rows.is_multiple_of(apart) {
             return Err(format!("a computed tile of {rows}x{columns}"));
@@ -422,7 +421,8 @@ impl<'a> Emit<'a> {
         let mut chosen: Vec<Numbered> = numbers.to_vec();
         if fill.shared {
             // Of the rows at that place in every block's part, those of this block's.
-            let at = |rank: u32| (row + rank * each) * (WARPGROUP / ROW_THREADS);
+            let apart = self.rows_at_once();
+            let at = |rank: u32| (row + rank * each) * apart;
             let find = |rows: ValueId, rank: u32| numbers.iter().find(|n| n.0 == (rows, at(rank))).map(|n| n.1);
             chosen.clear();
             for &((rows, _), number) in numbers.iter().filter(|n| n.0.1 == at(0)) {
@@ -432,7 +432,7 @@ impl<'a> Emit<'a> {
                     let other = find(rows, rank).ok_or("rows whose numbers are not known")?;
                     own = self.t.f.select(here, other, own);
                 }
-                chosen.push(((rows, row * (WARPGROUP / ROW_THREADS)), own));
+                chosen.push(((rows, row * apart), own));
             }
         }
         let numbers = &chosen;
@@ -461,7 +461,7 @@ impl<'a> Emit<'a> {
         let (count, columns) = (self.rows_of(fill)?, self.shape(value)[1]);
         let (before, to) = self.rounded(value)?;
         let (first, own) = (self.t.f.div(self.role_tid, ROW_THREADS), self.t.f.rem(self.role_tid, ROW_THREADS));
-        let apart = WARPGROUP / ROW_THREADS;
+        let apart = self.rows_at_once();
         // A block's part of the rows starts behind those of the blocks before.
         let first = if fill.shared {
             let skipped = self.t.f.mul(self.rank, i32((count * apart).into()));
@@ -584,7 +584,7 @@ impl<'a> Emit<'a> {
             let key = (v, at.row, at.base);
             let codes = self.dtype(v) == DType::E4m3;
             let &[Index::Const(start)] = index.as_slice() else { return Err("columns that are not known".into()) };
-            let name = (*rows, at.row * (WARPGROUP / ROW_THREADS));
+            let name = (*rows, at.row * self.rows_at_once());
             let number = numbers.iter().find(|n| n.0 == name).ok_or("rows whose numbers are not known")?.1;
             let mut column = i32(start + i64::from(at.base));
             if codes {

@@ -5,7 +5,7 @@
 //! the products' side of memory.
 
 use super::emit::{Emit, Held};
-use super::fill::Numbered;
+use super::fill::{Numbered, ROW_THREADS};
 use super::ptx;
 use super::ring::Delivery;
 use crate::nvidia::lower::arith;
@@ -17,8 +17,6 @@ use std::collections::HashMap;
 
 /// Bytes that a thread brings at a time.
 const PIECE: u32 = 16;
-/// Threads that bring a row's 128 bytes of a stage.
-const ROW_THREADS: u32 = 8;
 
 /// Whether rows are chosen in a body.
 fn chosen_in(body: &Block, rows: ValueId) -> bool {
@@ -106,7 +104,7 @@ impl<'a> Emit<'a> {
     }
 
     /// Rows that the role's threads bring at a time.
-    fn rows_at_once(&self) -> u32 {
+    pub fn rows_at_once(&self) -> u32 {
         self.role_barrier_threads() / ROW_THREADS
     }
 

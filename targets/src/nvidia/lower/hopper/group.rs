@@ -15,7 +15,7 @@ use super::emit::Emit;
 use super::ptx;
 use crate::nvidia::arch::Arch;
 use crate::nvidia::lower::isa;
-use crate::nvidia::lower::mlir::{Ty, Val, i32};
+use crate::nvidia::lower::mlir::{Ty, Val, f32, i32};
 
 /// Threads that work together, seen by one of them.
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +142,7 @@ impl<'a> Emit<'a> {
     /// An integer that orders like the float; both zeros give the same.
     pub fn ordered(&mut self, v: Val) -> Val {
         let f = &mut self.t.f;
-        let v = f.bin("fadd", v, crate::nvidia::lower::mlir::f32(0.0));
+        let v = f.bin("fadd", v, f32(0.0));
         let bits = f.cast("bitcast", v, Ty::I32);
         let sign = f.bin("ashr", bits, i32(31));
         let flip = f.bin("or", sign, i32(i32::MIN.into()));
@@ -151,7 +151,7 @@ impl<'a> Emit<'a> {
 
     /// The same, of a value that cannot be selected less than of any that can.
     pub fn selectable(&mut self, v: Val) -> Val {
-        let v = ptx::larger(&mut self.t.f, v, crate::nvidia::lower::mlir::f32(f32::NEG_INFINITY));
+        let v = ptx::larger(&mut self.t.f, v, f32(f32::NEG_INFINITY));
         self.ordered(v)
     }
 

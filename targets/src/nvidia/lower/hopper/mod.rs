@@ -13,7 +13,7 @@
 //! | `pages` | what a round copies by is read a round ahead |
 //! | `overlap` | the last sums of such a round are made while the next one multiplies |
 //! | `skip` | tiles with an empty loop cost their bounds only; rounds of tiles divided by blocks |
-//! | `select`, `window`, `short`, `spread`, `bounded`, `filter` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a bound, by a sample |
+//! | `select`, `window`, `short`, `spread`, `bounded`, `filter`, `sends` | selections from rows in memory: by counting all of it, its columns, from registers of a block or of several, by a bound, by a sample |
 //! | `group` | searches among candidates, and numbers in order, by threads together |
 //! | `emit`, `held`, `loops`, `parts`, `turns`, `channels`, `ring`, `gather`, `fill`, `begin`, `wgmma`, `fragment`, `memory`, `quads`, `reduce`, `rescale`, `store` | that to MLIR |
 //! | `ptx` | the instructions |
@@ -54,6 +54,7 @@ mod ring;
 mod roles;
 mod scores;
 mod select;
+mod sends;
 mod short;
 mod skip;
 mod spread;

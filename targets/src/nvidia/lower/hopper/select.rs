@@ -64,8 +64,8 @@ pub const COUNTS: u32 = COUNT + 16;
 pub const HEARD: u32 = COUNTS + 16 * MOST_BLOCKS;
 pub const LISTED: u32 = HEARD + 8;
 pub const JUDGED: u32 = HEARD + 16;
-/// Columns selected, in order.
 pub const MET: u32 = HEARD + 24;
+/// Columns selected, in order.
 pub const OUT: u32 = HEARD + 64;
 pub const OUT_BYTES: u32 = 4 * filter::MOST_K;
 /// End.

@@ -13,6 +13,7 @@ use super::filter::{self, SELECTABLE, Stores};
 use super::group::{self, Group};
 use super::ptx;
 use super::select::{MET, MOST_BLOCKS, OUT, Stream, THREADS, WARPS};
+use super::sends;
 use super::short;
 use super::window::Window;
 use crate::nvidia::lower::isa;
@@ -100,15 +101,9 @@ impl<'a> Emit<'a> {
         let team = self.s.team;
         let zero = self.t.f.cmp("eq", self.t.tid, i32(0));
         self.t.when(zero, |t| {
-            for pass in 0..=PASSES {
-                let barrier = t.f.add(t.shared32, i32((MET + 8 * pass).into()));
-                let told = pass == PASSES;
-                ptx::barrier_init(&mut t.f, barrier, if told { 1 } else { WARPS * (team - 1) });
-                if told {
-                    ptx::barrier_expect(&mut t.f, barrier, 4 * team);
-                }
-            }
-            ptx::barrier_init_fence(&mut t.f);
+            let senders = (0..PASSES).map(|pass| (MET + 8 * pass, WARPS * (team - 1), 0));
+            let all: Vec<_> = senders.chain([(MET + 8 * PASSES, 1, 4 * team)]).collect();
+            sends::make_barriers(t, &all);
         });
         ptx::cluster_arrive_relaxed(&mut self.t.f);
     }

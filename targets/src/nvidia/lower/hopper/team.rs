@@ -314,24 +314,17 @@ impl Emit<'_> {
         let mut at = 0;
         for (number, piece) in (0..).zip(registers.chunks(kept.unwrap_or(registers.len()))) {
             let own_piece = self.t.f.cmp("eq", self.member, i32(number));
-            let others = self.t.f.cmp("ne", self.member, i32(number));
-            let mut words = Vec::new();
-            for pair in piece.chunks(2) {
-                match (data.dtype.bytes(), pair) {
-                    (2, &[low, high]) => words.push(self.packed(value, [low, high], &mut seen)?),
-                    _ => {
-                        for &at in pair {
-                            words.push(self.element(value, at, &mut seen)?);
-                        }
-                    }
-                }
-            }
+            let writes = match kept {
+                Some(_) => self.t.f.cmp("ne", self.member, i32(number)),
+                None => Val::Int(1, Ty::I1),
+            };
+            let words = match data.dtype.bytes() {
+                2 => piece.chunks_exact(2).map(|two| self.packed(value, [two[0], two[1]], &mut seen)).collect(),
+                _ => piece.iter().map(|&at| self.element(value, at, &mut seen)).collect::<Result<Vec<_>, _>>(),
+            }?;
             for some in words.chunks(bytes as usize / 4) {
                 let to = self.t.f.offset(own, i64(at.into()));
-                match kept {
-                    Some(_) => isa::store_global_if(&mut self.t.f, others, to, some),
-                    None => isa::store_global_if(&mut self.t.f, Val::Int(1, Ty::I1), to, some),
-                }
+                isa::store_global_if(&mut self.t.f, writes, to, some);
                 at += WARPGROUP * bytes;
             }
             mine = match mine.is_empty() {

@@ -8,6 +8,7 @@ use super::emit::Emit;
 use super::ptx;
 use super::select::Stream;
 use super::tensor_map::view_type;
+use crate::nvidia::lower::isa;
 use crate::nvidia::lower::mlir::{Ty, Val, f32, i32, i64};
 use dsc_ir::DType;
 use dsc_ir::sched::Op;
@@ -164,7 +165,7 @@ impl<'a> Emit<'a> {
             let bit = f.select(edge, i32(1 << i), i32(0));
             mask = f.bin("or", mask, bit);
         }
-        let count = crate::nvidia::lower::isa::popcount(f, mask);
+        let count = isa::popcount(f, mask);
         let carried: Vec<Val> = [mask].into_iter().chain(loaded).collect();
         let l = self.t.f.open_loop(i32(0), count, &carried);
         let (mask, values) = (l.args[1], &l.args[2..]);

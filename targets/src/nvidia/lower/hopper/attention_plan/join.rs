@@ -41,6 +41,8 @@ const ROOM_OF_FEW: u32 = 32;
 const ROOM_APART: u32 = 192;
 /// Registers for rows of all blocks, of those.
 const ROOM_OF_ROWS: u32 = 128;
+/// What parts of the accumulator are that go through memory.
+const ROUNDED: DType = DType::F16;
 /// A column outside of every view.
 const OUTSIDE: i32 = 1 << 24;
 
@@ -104,8 +106,7 @@ impl<'a> Planner<'a> {
             let mut offset = 0;
             let [rows, wide] = [1, columns / self.groups];
             let parts = ["part_largest", "part_totals"].map(|name| (name.to_owned(), rows));
-            let sums = self.sums_apart();
-            let powers = if sums == DType::F32 { 0 } else { self.groups };
+            let (sums, powers) = if self.halved(team) { (ROUNDED, self.groups) } else { (DType::F32, 0) };
             let groups = (0..self.groups).map(|group| (format!("part_sums{group}"), wide, sums));
             let powers = (0..powers).map(|group| (format!("part_powers{group}"), rows, DType::F32));
             let parts = parts.into_iter().map(|(name, n)| (name, n, DType::F32));
@@ -134,14 +135,9 @@ impl<'a> Planner<'a> {
         (offset <= room).then_some(())
     }
 
-    /// What a part of the accumulator is rounded to on its way through memory. With few heads pieces are too small to be pairs.
-    fn sums_apart(&self) -> DType {
-        if self.transposed { DType::F32 } else { DType::F16 }
-    }
-
-    /// Whether it is rounded so.
+    /// Whether a part of the accumulator is [`ROUNDED`] on its way through memory. With few heads pieces are too small to be pairs.
     fn halved(&self, team: &Team) -> bool {
-        team.apart && self.sums_apart() != DType::F32
+        team.apart && !self.transposed
     }
 
     /// The `n`-th of these buffers.
@@ -317,9 +313,9 @@ impl<'a> Planner<'a> {
         out.push(plain(Op::Put { buffer: self.exchanged(2 + self.groups + group), value: power }));
         let rounded = vec![
             arithmetic(ScalarOp::Mul, &[MapArg::Input(0), MapArg::Input(1)]),
-            arithmetic(ScalarOp::Cast(self.sums_apart()), &[MapArg::Inst(0)]),
+            arithmetic(ScalarOp::Cast(ROUNDED), &[MapArg::Inst(0)]),
         ];
-        lazy(self, self.sums_apart(), mapped(vec![acc, inverse], rounded), out)
+        lazy(self, ROUNDED, mapped(vec![acc, inverse], rounded), out)
     }
 
     /// The largest score of each row among all blocks, the sum, and what each block's part counts, where all rows of all blocks are held.
@@ -376,7 +372,7 @@ impl<'a> Planner<'a> {
 
     /// This block's piece of what some blocks have of a group's columns.
     fn pieces(&mut self, group: u32, some: std::ops::Range<u32>, team: &Team, out: &mut Vec<Inst>) -> Vec<ValueId> {
-        let (dtype, shape) = (if self.halved(team) { self.sums_apart() } else { DType::F32 }, team.piece);
+        let (dtype, shape) = (if self.halved(team) { ROUNDED } else { DType::F32 }, team.piece);
         some.map(|after| self.got(2 + group, after, TileType { dtype, shape: shape.to_vec() }, true, out)).collect()
     }
 
