@@ -15,7 +15,6 @@ use crate::plan::{self, Plan, PlanError};
 use dsc_ir::artifact::{self, Header, KernelEntry, LibraryFacts, ModelFacts, Numerics, ParamEntry, Pieces};
 use dsc_ir::graph::Graph;
 use dsc_ir::schedule::{KernelShape, Rule, Schedule};
-use dsc_ir::tile::Access;
 use dsc_ir::{Sym, SymValues};
 use dsc_runtime::checkpoint::Checkpoint;
 use dsc_targets::{Kernel, Module, Target, TargetError, TargetOptions};
@@ -31,8 +30,8 @@ pub struct Options {
     pub numerics: Numerics,
     /// Longest context in tokens; the config's own limit if none.
     pub max_context: Option<u32>,
-    /// Tokens a prefill step takes at most; longer prompts go in chunks.
-    pub chunk: u32,
+    /// Tokens a prefill step takes at most; longer prompts go in chunks. The target's choice, as far as contexts are as long, if none.
+    pub chunk: Option<u32>,
     /// Which part of the model, if several devices run it together.
     pub shard: Shard,
     /// Only these layers of the model, for measurements.
@@ -49,7 +48,7 @@ impl Default for Options {
             target: "cpu".into(),
             numerics: Numerics::Deployed,
             max_context: None,
-            chunk: 512,
+            chunk: None,
             shard: Shard::default(),
             layers: None,
             codegen: TargetOptions::default(),
@@ -314,13 +313,14 @@ fn classes(config: &ModelConfig, options: &Options, max_context: u32, target: &d
         pieces: None,
     };
     let short = max_context.min(config.index_topk as u32);
+    let chunk = options.chunk.unwrap_or_else(|| target.chunk().min(max_context));
     let mut classes = vec![
         class("decode1", 1, 1, max_context, false),
         class("decode", BATCH, BATCH, max_context, false),
-        class("prefill_short", options.chunk, 1, short, true),
+        class("prefill_short", chunk, 1, short, true),
         Class {
             pieces: target.selects_from_memory().then_some(PIECES),
-            ..class("prefill", options.chunk, 1, max_context, false)
+            ..class("prefill", chunk, 1, max_context, false)
         },
     ];
     if target.blocks() > 0 {
@@ -365,7 +365,7 @@ fn header(
         let param = |p: &dsc_ir::tile::Param| ParamEntry {
             name: p.name.clone(),
             view: program.view(p.value).expect("verified: parameters are views").clone(),
-            write: p.access != Access::Read,
+            write: p.access.writes(),
         };
         KernelEntry {
             name: program.name.clone(),

@@ -37,6 +37,10 @@ impl Target for Remember<'_> {
         self.target.blocks()
     }
 
+    fn chunk(&self) -> u32 {
+        self.target.chunk()
+    }
+
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
         self.target.schedule(shape, tokens)
     }

@@ -160,6 +160,11 @@ pub trait Target {
         0
     }
 
+    /// Tokens of a prefill step, unless it is said: steps of fewer read the weights more often than it takes to multiply by them.
+    fn chunk(&self) -> u32 {
+        512
+    }
+
     /// How it runs a kernel of that shape, in steps of at most `tokens` tokens.
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
         Schedule::heuristic(shape, tokens)

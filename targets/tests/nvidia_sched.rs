@@ -72,3 +72,46 @@ fn bytes(program: &Program, param: &tile::Param) -> Vec<u8> {
         _ => (0..BYTES).map(|b| ((b * 7 + param.value.0) % 64) as u8).collect(),
     }
 }
+
+/// Weights that a block holds from its start on.
+const HASTY: &str = "kernel hasty grid(T/1, 2/1)
+    read %x: view<[T, 256] f32>
+    constant %w: view<[512] f32>
+    write %y: view<[T, 256] f32>
+{
+    %1 = block_id 0 : i32
+    %2 = block_id 1 : i32
+    %3 = map(%2) { a -> t0 = 256; t1 = mul a, t0; t1 } : i32
+    %4 = load %x[%1, 0] : tile<1x256xf32>
+    %5 = reduce sum %4 axis 1 : tile<1x1xf32>
+    %6 = load %w[%3] : tile<256xf32>
+    %7 = reshape %6 : tile<1x256xf32>
+    %8 = map(%4, %5, %7) { a, b, c -> t0 = mul a, b; t1 = mul t0, c; t1 } : tile<1x256xf32>
+    store %y[%1, 0], %8
+}
+";
+
+/// How many loads of global memory stand in front of the first wait for the launches before, and how many waits there are.
+fn before_the_wait(program: &str, schedule: &Schedule, arch: &str) -> (usize, usize) {
+    let program = tile::parse(program).expect("a program").remove(0);
+    let kernel = Kernel { program, schedule: schedule.clone() };
+    let mlir = lower(&kernel, Arch::named(arch).expect("it is in the table")).expect("lowers").mlir;
+    let wait = "griddepcontrol.wait";
+    let global = |text: &str| text.matches("llvm.load").count() - text.matches("!llvm.ptr<3> ->").count();
+    (global(mlir.split(wait).next().unwrap_or_default()), mlir.matches(wait).count())
+}
+
+#[test]
+fn constants_are_loaded_before_the_launches_before_end() {
+    let early = Schedule { early: true, ..Schedule::default() };
+    let none = before_the_wait(HASTY, &Schedule::default(), "sm_90a");
+    // A wait where the work begins, and one for blocks that have none.
+    assert_eq!(none.1, 2);
+    let constant = before_the_wait(HASTY, &early, "sm_90a");
+    assert!(constant.0 > none.0 && constant.1 == 2, "{constant:?} {none:?}");
+    // What launches write is not read before they have.
+    assert_eq!(before_the_wait(&HASTY.replace("constant", "read"), &early, "sm_90a"), none);
+    let late = Schedule { late: true, ..early.clone() };
+    assert_eq!(before_the_wait(HASTY, &late, "sm_90a").1, 1);
+    assert_eq!(before_the_wait(HASTY, &early, "sm_80").1, 0, "launches do not overlap there");
+}

@@ -39,8 +39,12 @@ struct Built {
 impl Built {
     fn new(case: &str, numerics: Numerics, chunk: u32, max_context: u32) -> Built {
         let dir = case_dir(case);
-        let options =
-            compile::Options { numerics, chunk, max_context: Some(max_context), ..compile::Options::default() };
+        let options = compile::Options {
+            numerics,
+            chunk: Some(chunk),
+            max_context: Some(max_context),
+            ..compile::Options::default()
+        };
         let compiled = compile_dir(&dir, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{case}: {e}"));
         Built { dir, bytes: compiled.bytes }
     }

@@ -42,9 +42,9 @@ pub struct Args {
     /// Longest context in tokens [default: the model's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) max_context: Option<u32>,
-    /// Tokens of a prefill step; longer prompts go in chunks
-    #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
-    chunk: u32,
+    /// Tokens of a prefill step; longer prompts go in chunks [default: 4096 on NVIDIA GPUs, else 512]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
+    chunk: Option<u32>,
     /// Compile only these layers, for measurements: 0,3,4 in ascending order
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     layers: Option<Vec<usize>>,

@@ -285,6 +285,8 @@ impl<'g> Emit<'g> {
 
     /// The parameter of that window; declared on first use.
     pub fn param(&mut self, name: &str, arg: ArgRef, view: ViewType, access: Access) -> ValueId {
+        let is_weight = matches!(self.graph.dag[arg.value.node].op, Op::Weight(_));
+        let access = if is_weight && access == Access::Read { Access::Constant } else { access };
         let known = self.params.iter().find(|p| p.0 == arg && p.1 == view && p.2 == access);
         if let Some(p) = known {
             return p.3;

@@ -91,7 +91,7 @@ mod tests {
         let target = Wide(dsc_targets::target("cpu", false).expect("the CPU"));
         let numerics = Numerics::Exact;
         let options =
-            compile::Options { numerics, chunk: CHUNK, max_context: Some(512), ..compile::Options::default() };
+            compile::Options { numerics, chunk: Some(CHUNK), max_context: Some(512), ..compile::Options::default() };
         let whole = compile::compile_dir_for(&target, &model(), &options, &mut |_| ()).expect("it compiles");
         let mut graphs = whole.graphs.clone();
         for (class, _) in graphs.iter_mut().filter(|(class, _)| class.pieces.is_some()) {

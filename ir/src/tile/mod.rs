@@ -111,10 +111,19 @@ impl ViewType {
 pub enum Access {
     /// Only read.
     Read,
+    /// Only read, and written by no launch of a step: weights. It may be read before the launches before this one have ended.
+    Constant,
     /// Only written.
     Write,
     /// Both, by the same block.
     ReadWrite,
+}
+
+impl Access {
+    /// Whether the kernel writes it.
+    pub fn writes(self) -> bool {
+        matches!(self, Access::Write | Access::ReadWrite)
+    }
 }
 
 /// A parameter: a view that a launch binds to a buffer. Several may be bound to one buffer.

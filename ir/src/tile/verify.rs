@@ -328,7 +328,7 @@ impl<'a> Verifier<'a> {
         let Some(Param { name, access, .. }) = self.program.params.iter().find(|p| p.value == view) else {
             return self.report(format!("%{} is no parameter", view.0));
         };
-        let allowed = if write { *access != Access::Read } else { *access != Access::Write };
+        let allowed = if write { access.writes() } else { *access != Access::Write };
         if !allowed {
             let (verb, be) = if write { ("written", "read") } else { ("read", "written") };
             self.report(format!("%{name} is only to be {be}, but is {verb}"));

@@ -9,7 +9,7 @@ use crate::device::{BoundLaunch, Buffer, Code, Device};
 use crate::error::{CallError, DeviceError, Error};
 use dsc_ir::DType;
 use dsc_ir::artifact::{Header, KernelEntry, ParamEntry};
-use dsc_ir::tile::{self, Access, Program};
+use dsc_ir::tile::{self, Program};
 use std::collections::{BTreeMap, HashMap};
 
 /// Bytes around buffers that must stay as they are.
@@ -96,7 +96,7 @@ fn same_kernel(program: &Program, entry: &KernelEntry) -> Result<(), String> {
         return Err(format!("a grid of {:?}, the artifact's header has {:?}", program.grid, entry.grid));
     }
     let same = |(p, e): (&tile::Param, &ParamEntry)| {
-        p.name == e.name && program.view(p.value) == Some(&e.view) && (p.access != Access::Read) == e.write
+        p.name == e.name && program.view(p.value) == Some(&e.view) && p.access.writes() == e.write
     };
     if program.params.len() != entry.params.len() || !program.params.iter().zip(&entry.params).all(same) {
         return Err("parameters other than those of the artifact's header".into());
@@ -190,6 +190,7 @@ fn check(device: &mut dyn Device, kernel: u32, launch: &Launch) -> Result<Result
 mod tests {
     use super::*;
     use crate::testing::header;
+    use dsc_ir::tile::Access;
 
     /// What stands beside the code need not be what the code was made of.
     #[test]

@@ -9,7 +9,7 @@ use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
 use dsc_ir::graph::{PAGE_TOKENS, StepInput};
 use dsc_ir::sample::Draw;
 use dsc_ir::tile::interp::{self, Binding};
-use dsc_ir::tile::{Access, Program, ViewType};
+use dsc_ir::tile::{Program, ViewType};
 use dsc_ir::{DType, Sym, SymValues};
 use std::collections::HashMap;
 
@@ -283,7 +283,7 @@ impl<'a> Launch<'a> {
         let scale = name.contains("scale");
         let query = ["q_latent", "q_rope"].contains(&name);
         let score = self.program.name.starts_with("dsa_index") && ["q", "weights", "keys"].contains(&name);
-        let logit = *arg == Arg::Logits && self.program.params[i].access == Access::Read;
+        let logit = *arg == Arg::Logits && !self.program.params[i].access.writes();
         for at in places {
             let x = rng.real();
             let x = match view.dtype {
@@ -323,7 +323,7 @@ impl<'a> Launch<'a> {
         let written = |name: &str, dtype: DType| {
             let mut all = self.program.params.iter().zip(&self.bindings);
             all.find_map(|(p, binding)| {
-                let view = self.program.view(p.value).filter(|v| v.dtype == dtype && p.access != Access::Read)?;
+                let view = self.program.view(p.value).filter(|v| v.dtype == dtype && p.access.writes())?;
                 (p.name == name).then(|| (binding.buffer, places(view, &self.syms), view))
             })
         };
@@ -368,7 +368,7 @@ impl<'a> Launch<'a> {
         self.adopt_scales(got, &mut wanted);
         let mut all = Errors::new();
         for (param, binding) in self.program.params.iter().zip(&self.bindings) {
-            let Some(view) = self.program.view(param.value).filter(|_| param.access != Access::Read) else { continue };
+            let Some(view) = self.program.view(param.value).filter(|_| param.access.writes()) else { continue };
             let (got, wanted) = (&got[binding.buffer], &wanted[binding.buffer]);
             let found = compare_views(view, &self.syms, got, wanted).map_err(|e| format!("%{}{e}", param.name))?;
             if found.error > all.get(&view.dtype).map_or(0.0, |w: &Worst| w.error) {
@@ -377,7 +377,7 @@ impl<'a> Launch<'a> {
         }
         for (i, (a, b)) in got.iter().zip(&self.buffers).enumerate() {
             let mut params = self.program.params.iter().zip(&self.bindings);
-            if !params.any(|(p, b)| p.access != Access::Read && b.buffer == i) && a != b {
+            if !params.any(|(p, b)| p.access.writes() && b.buffer == i) && a != b {
                 return Err(format!("it wrote to buffer {i}, which it only reads"));
             }
         }

@@ -20,7 +20,7 @@ use super::reduce;
 use super::ring::made_in;
 use super::schedule::{SMALL, Scheduler};
 use dsc_ir::sched::{Atom, Block, Inst, Op, Place};
-use dsc_ir::tile::{self, Access, Index, MapArg, MapFn, ValueId};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, ValueId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// A tile that a loop puts down in shared memory from loads that can be made ahead.
@@ -680,6 +680,6 @@ impl Scheduler<'_> {
     }
 
     pub(super) fn only_reads(&self, view: ValueId) -> bool {
-        self.program.params.iter().any(|p| p.value == view && p.access == Access::Read)
+        self.program.params.iter().any(|p| p.value == view && !p.access.writes())
     }
 }

@@ -26,8 +26,10 @@ pub struct Threads<'a> {
     /// Where the kernel's parameter behind the addresses points to, from which symbols are read: global memory, or itself, if
     /// it holds their values.
     pub symbols: Ty,
-    /// What a kernel begins with once the symbols are on their way, which no launch writes: where launches overlap, the wait for those before.
+    /// What a kernel begins with once the symbols are on their way, which no launch writes: where launches overlap, it lets the next one start.
     pub begin: fn(&mut Fn),
+    /// What waits for the launches before, where launches overlap and `begin` does not.
+    pub wait: Option<fn(&mut Fn)>,
     /// Bytes that a lane reads or writes of neighbours at most, so that lanes side by side do not meet in banks of shared memory; as many as there are
     /// if none.
     pub piece: Option<u32>,
@@ -55,6 +57,7 @@ impl<'a> Threads<'a> {
             meetings: 0,
             symbols: Ty::Global,
             begin,
+            wait: None,
             piece: None,
         }
     }

@@ -27,6 +27,8 @@ struct Early {
     /// Where it is put down, if not there.
     down: Option<usize>,
     bytes: u32,
+    /// Whether no launch writes it.
+    constant: bool,
 }
 
 impl Scheduler<'_> {
@@ -48,7 +50,8 @@ impl Scheduler<'_> {
             left -= if fits { load.bytes } else { 0 };
             fits
         });
-        chosen.sort_by_key(|load| load.at);
+        // What is constant need not wait for launches before.
+        chosen.sort_by_key(|load| (!load.constant, load.at));
         if !chosen.is_empty() {
             self.move_to_front(block, &early, &chosen);
         }
@@ -101,7 +104,8 @@ impl Scheduler<'_> {
         for (at, inst) in block.insts.iter().enumerate() {
             let (Op::Tile(tile::Op::Load { view, index, .. }), [r]) = (&inst.op, &inst.results[..]) else { continue };
             let known = index.iter().all(|i| !matches!(i, Index::Value(v) if late.contains(v)));
-            let kept = self.program.params.iter().any(|p| p.value == *view && p.access == Access::Read);
+            let access = self.program.params.iter().find(|p| p.value == *view).map(|p| p.access);
+            let (kept, constant) = (access.is_some_and(|a| !a.writes()), access == Some(Access::Constant));
             let down = match self.place(*r) {
                 Place::Shared(_) if at > first => None,
                 // What several branches or loops read lies somewhere already.
@@ -113,7 +117,7 @@ impl Scheduler<'_> {
             };
             if known && kept {
                 let bytes = (self.tile(*r).elements() * self.tile(*r).dtype.bytes()) as u32;
-                found.push(Early { at, down, bytes: bytes.div_ceil(self.threads) });
+                found.push(Early { at, down, bytes: bytes.div_ceil(self.threads), constant });
             }
         }
         found

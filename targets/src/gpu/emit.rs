@@ -50,6 +50,10 @@ pub struct Emitter<'a> {
     pub blocks: [Val; 3],
     /// What the schedule should have given and did not; such a kernel must not be used.
     pub fault: Option<String>,
+    /// Whether the launches before are still to be waited for.
+    pub waits: bool,
+    /// Scalars that follow from the block's number and the step's sizes.
+    pub known: HashSet<ValueId>,
 }
 
 impl<'a> Emitter<'a> {
@@ -73,6 +77,8 @@ impl<'a> Emitter<'a> {
             syms: [i32(0); 6],
             blocks: [i32(0); 3],
             fault: None,
+            waits: true,
+            known: HashSet::new(),
         };
         definitions(&s.common, &mut e.defs);
         e.lines = e.t.arch.keeps_lines() && !has_column_products(e.defs.iter().map(|(&v, &op)| (op, e.shape(v))));
@@ -108,6 +114,7 @@ impl<'a> Emitter<'a> {
         e.block(&s.common);
         e.t.f.br(end, &[]);
         e.t.f.start(end, &[]);
+        e.end_of_launch();
         e
     }
 
@@ -185,7 +192,7 @@ impl<'a> Emitter<'a> {
 
     /// Whether the kernel only reads a view.
     pub fn read_only(&self, view: ValueId) -> bool {
-        self.s.params.iter().any(|p| p.value == view && p.access == tile::Access::Read)
+        self.s.params.iter().any(|p| p.value == view && !p.access.writes())
     }
 
     /// A buffer of shared memory.
@@ -248,7 +255,11 @@ impl<'a> Emitter<'a> {
 
     fn block(&mut self, block: &'a Block) {
         for inst in &block.insts {
+            self.await_launches(Some(inst));
             self.inst(inst);
+        }
+        if !block.yields.is_empty() {
+            self.await_launches(None);
         }
     }
 
@@ -387,9 +398,12 @@ impl<'a> Emitter<'a> {
         let (yes, no, after) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
         self.t.f.cond_br(c, (yes, &[]), (no, &[]));
         let mut types = Vec::new();
+        let (waits, mut some_wait) = (self.waits, false);
         for (label, block) in [(yes, then), (no, otherwise)] {
             self.t.f.start(label, &[]);
+            self.waits = waits;
             self.block(block);
+            some_wait |= self.waits;
             let mut values = Vec::new();
             for (&v, &r) in block.yields.iter().zip(&inst.results) {
                 values.extend(self.registers(v, r));
@@ -397,6 +411,7 @@ impl<'a> Emitter<'a> {
             types = values.iter().map(|v: &Val| v.ty()).collect();
             self.t.f.br(after, &values);
         }
+        self.waits = some_wait;
         let values = self.t.f.start(after, &types);
         let mut at = 0;
         for &r in &inst.results {

@@ -10,6 +10,7 @@
 //! | `emit` | instructions one by one, loops and branches |
 //! | `evaluate` | elementwise evaluation, by pieces of neighbours |
 //! | `memory`, `fill` | access to shared and global memory; tiles on their way there |
+//! | `overlap` | what is done while the launches before still run |
 //! | `interleave` | tiles whose elements take turns |
 //! | `ring`, `direct` | loops whose operands are copied to shared memory some rounds before |
 //! | `ahead`, `held` | loops whose operands are loaded to registers rounds before; these loads |
@@ -43,6 +44,7 @@ pub mod llvm;
 pub mod memory;
 pub mod mlir;
 mod operands;
+mod overlap;
 pub mod reduce;
 pub mod ring;
 pub mod scan;

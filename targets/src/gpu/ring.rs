@@ -21,9 +21,7 @@ use super::divisor;
 use super::schedule::{Scheduler, matrix};
 use dsc_ir::DType;
 use dsc_ir::sched::{Atom, Block, Buffer, BufferId, Channel, ChannelId, Inst, Op, Place};
-use dsc_ir::tile::{
-    self, Access, Index, MapArg, MapFn, MapInst, Scalar, ScalarOp, Stride, TileType, Type, ValueId, ViewType,
-};
+use dsc_ir::tile::{self, Index, MapArg, MapFn, MapInst, Scalar, ScalarOp, Stride, TileType, Type, ValueId, ViewType};
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// What a chip copies, and how deep rings are to be.
@@ -168,7 +166,7 @@ impl Scheduler<'_> {
         let [rows, columns] = matrix(&s.shape);
         let row_bytes = columns * bytes;
         let long = s.shape[..s.shape.len() - 1].iter().filter(|&&n| n > 1).count();
-        let read_only = self.program.params.iter().any(|p| p.value == s.view && p.access == Access::Read);
+        let read_only = self.program.params.iter().any(|p| p.value == s.view && !p.access.writes());
         let shaped = if s.operand {
             row_bytes.is_multiple_of(STEP_BYTES) && !self.converts.contains(&view.dtype)
         } else {

@@ -126,6 +126,10 @@ impl Target for NvidiaTarget {
         self.arch.has_tma && self.arch.has_wgmma
     }
 
+    fn chunk(&self) -> u32 {
+        4096
+    }
+
     fn selects_from_memory(&self) -> bool {
         self.arch.has_wgmma
     }

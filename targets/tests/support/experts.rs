@@ -51,9 +51,9 @@ impl Experts {
         let tokens = if per_token > 0 && !sorted { Sym::T } else { Sym::L };
         let mut b = Builder::new(name);
         let x = b.param("x", DType::E4m3, &[tokens.into(), k.into()], Access::Read);
-        let w = b.param("w", DType::E4m3, &[(experts * w_rows).into(), k.into()], Access::Read);
+        let w = b.param("w", DType::E4m3, &[(experts * w_rows).into(), k.into()], Access::Constant);
         let xs = b.param("x_scales", DType::F32, &[tokens.into(), blocks.into()], Access::Read);
-        let ws = b.param("w_scales", DType::F32, &[(experts * scale_rows).into(), blocks.into()], Access::Read);
+        let ws = b.param("w_scales", DType::F32, &[(experts * scale_rows).into(), blocks.into()], Access::Constant);
         let orders = b.param("order", DType::I32, &[Sym::L.into()], Access::Read);
         let bounds = b.param("offsets", DType::I32, &[(experts + 1).into()], Access::Read);
         let out = if glu { DType::E4m3 } else { DType::Bf16 };

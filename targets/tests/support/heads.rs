@@ -31,7 +31,7 @@ impl Heads {
         let Heads { heads, n, k, tile: [tm, tn], step } = self;
         let mut b = Builder::new(name);
         let x = b.param("x", DType::Bf16, &[Sym::T.into(), heads.into(), k.into()], Access::Read);
-        let w = b.param("w", DType::Bf16, &[(heads * k).into(), n.into()], Access::Read);
+        let w = b.param("w", DType::Bf16, &[(heads * k).into(), n.into()], Access::Constant);
         let y = b.param("y", DType::Bf16, &[Sym::T.into(), heads.into(), n.into()], Access::Write);
         let (row, column, head) = (b.grid(Sym::T, tm), b.grid(n, tn), b.grid(heads, 1));
         let (row, column) = (times(&mut b, row, tm), times(&mut b, column, tn));

@@ -40,11 +40,11 @@ impl Linear {
         let parts = self.part.map(|columns| k.div_ceil(columns));
         let mut b = Builder::new(name);
         let x = b.param("x", self.dtype, &[Sym::T.into(), k.into()], Access::Read);
-        let w = b.param("w", self.dtype, &[w_rows.into(), k.into()], Access::Read);
+        let w = b.param("w", self.dtype, &[w_rows.into(), k.into()], Access::Constant);
         let blocks = k.div_ceil(128);
         let scales = (self.dtype == DType::E4m3).then(|| {
             let x = b.param("x_scales", DType::F32, &[Sym::T.into(), blocks.into()], Access::Read);
-            (x, b.param("w_scales", DType::F32, &[w_rows.div_ceil(128).into(), blocks.into()], Access::Read))
+            (x, b.param("w_scales", DType::F32, &[w_rows.div_ceil(128).into(), blocks.into()], Access::Constant))
         });
         let y_shape: Vec<Extent> =
             [Sym::T.into()].into_iter().chain(parts.map(Extent::from)).chain([n.into()]).collect();

@@ -112,11 +112,12 @@ pub(crate) fn grid_text(grid: &[GridDim]) -> String {
     grid.iter().map(GridDim::to_string).collect::<Vec<_>>().join(", ")
 }
 
-const ACCESSES: [Access; 3] = [Access::Read, Access::Write, Access::ReadWrite];
+const ACCESSES: [Access; 4] = [Access::Read, Access::Constant, Access::Write, Access::ReadWrite];
 
 fn access_name(access: Access) -> &'static str {
     match access {
         Access::Read => "read",
+        Access::Constant => "constant",
         Access::Write => "write",
         Access::ReadWrite => "readwrite",
     }

@@ -260,7 +260,7 @@ impl<'a> Parser<'a> {
     /// A parameter, after its first word.
     pub(crate) fn param(&mut self, word: &str) -> Parsed<Param> {
         let access = ACCESSES.into_iter().find(|&a| access_name(a) == word);
-        let access = access.ok_or_else(|| self.error("a parameter is `read`, `write` or `readwrite`"))?;
+        let access = access.ok_or_else(|| self.error("a parameter is `read`, `constant`, `write` or `readwrite`"))?;
         let name = self.name()?;
         self.expect(":")?;
         let ty = self.ty()?;

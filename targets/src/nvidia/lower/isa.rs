@@ -241,11 +241,23 @@ pub fn shared_atomic_add(f: &mut Fn, at: Val, v: Val) -> Val {
 /// wrote is visible; in that order, or, if it is `late`, the other way round. Nothing touches global memory in front of it but
 /// for symbols, which are there before a step's first launch.
 pub fn launch_wait(f: &mut Fn, late: bool) {
-    let mut steps = ["griddepcontrol.launch_dependents;", "griddepcontrol.wait;"];
     if late {
-        steps.reverse();
+        await_launches(f);
     }
-    f.asm(&steps.join("\n"), "", &[], &[], true, true);
+    launch_next(f);
+    if !late {
+        await_launches(f);
+    }
+}
+
+/// Lets the next launch start.
+pub fn launch_next(f: &mut Fn) {
+    f.asm("griddepcontrol.launch_dependents;", "", &[], &[], true, true);
+}
+
+/// Waits until the launches before this one are done.
+pub fn await_launches(f: &mut Fn) {
+    f.asm("griddepcontrol.wait;", "", &[], &[], true, true);
 }
 
 /// Two words at an address of shared memory (in i32), of the block of that rank in the cluster.

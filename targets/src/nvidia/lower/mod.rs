@@ -51,7 +51,8 @@ pub fn lower(kernel: &Kernel, arch: &Arch) -> Result<Lowered, TargetError> {
     let dependent = arch.has_tma;
     if dependent {
         let late = kernel.schedule.late;
-        threads.begin = if late { |f| isa::launch_wait(f, true) } else { |f| isa::launch_wait(f, false) };
+        threads.begin = if late { |f| isa::launch_wait(f, true) } else { isa::launch_next };
+        threads.wait = (!late).then_some(isa::await_launches);
     }
     let mut emitter = emit::Emitter::run(threads, &scheduled);
     if let Some(fault) = emitter.fault.take() {

@@ -7,6 +7,7 @@
 
 use super::begin::Begun;
 use super::channels::{self, any, waits};
+use super::constants::{self, Brings};
 use super::fragment::Geometry;
 use super::parts::Range;
 use super::ptx;
@@ -161,6 +162,10 @@ pub struct Emit<'a> {
     pub fewer: bool,
     /// Whether the next launch starts no earlier than this one's work.
     pub late: bool,
+    /// The role whose constants a thread brings before the launches before have ended.
+    two_threads: Option<usize>,
+    /// What of its role's copies the running thread makes.
+    pub brings: Brings,
     /// The first round of the next loop that computes rows, if it is under way.
     pub begun: Option<Begun>,
     /// The last rows that lanes of quads got of four blocks of the team, each of one: from where, by fours, and whether of the own piece.
@@ -344,6 +349,8 @@ impl<'a> Emit<'a> {
             share: None,
             fewer: false,
             late: how.late,
+            two_threads: constants::of_two_threads(s, &how),
+            brings: Brings::All,
             begun: None,
             rows_of_four: None,
             spare: Vec::new(),
@@ -390,7 +397,11 @@ impl<'a> Emit<'a> {
             let mine = self.t.f.bin("and", first, last);
             self.t.f.cond_br(mine, (body, &[]), (next, &[]));
             self.t.f.start(body, &[]);
-            self.role(role)?;
+            let two = self.two_threads == Some(number);
+            if self.two_threads.is_some() && !two {
+                isa::await_launches(&mut self.t.f);
+            }
+            self.role(role, two)?;
             self.t.f.br(end, &[]);
             self.t.f.start(next, &[]);
         }
@@ -403,9 +414,12 @@ impl<'a> Emit<'a> {
         Ok(())
     }
 
-    /// What every thread begins with: the launches before, and the values of the symbols.
+    /// What every thread begins with: the launches before, unless roles wait for them, and the values of the symbols.
     pub fn start(&mut self) {
-        isa::launch_wait(&mut self.t.f, self.late);
+        match self.two_threads {
+            Some(_) => isa::launch_next(&mut self.t.f),
+            None => isa::launch_wait(&mut self.t.f, self.late),
+        }
         let syms = Val::Arg(self.s.params.len() as u32, self.t.symbols);
         for sym in Sym::ALL {
             let at = self.t.f.offset(syms, i64(4 * sym as i64));
@@ -413,8 +427,63 @@ impl<'a> Emit<'a> {
         }
     }
 
-    /// One role: its registers, then its body for every tile of this block.
-    fn role(&mut self, role: &'a Role) -> Result<(), String> {
+    /// One role: its registers, then its body for every tile of this block; of one thread, or of two that bring different things.
+    fn role(&mut self, role: &'a Role, two: bool) -> Result<(), String> {
+        self.begin_role(role)?;
+        let even = self.s.threads / Arch::WARP;
+        if let Some(registers) = role.registers {
+            // What a thread has at the start follows from the block's size.
+            let at_start = Arch::REGISTERS_PER_SM / (even * Arch::WARP);
+            let kind = if registers < at_start { "dec" } else { "inc" };
+            ptx::set_registers(&mut self.t.f, kind, registers);
+        }
+        self.role_tid = self.t.f.sub(self.t.tid, i32((role.warps[0] * Arch::WARP).into()));
+        self.role_warp = self.t.f.sub(self.t.warp, i32(role.warps[0].into()));
+        self.take_turns(role);
+        if role.registers.is_some() && self.s.turns(role) == 1 && adds_apart(&role.body, false) {
+            // Warpgroups that run in step would all add at once, and none would multiply.
+            let late = self.t.f.cmp("uge", self.role_warp, i32(GROUP_WARPS.into()));
+            self.t.when(late, |t| ptx::sleep(&mut t.f, APART_NS));
+        }
+        if !role.elected {
+            (self.sums, self.lists) = (None, None);
+            self.prepare_sums(&role.body);
+            self.prepare(&role.body)?;
+            self.tiles(&role.body)?;
+            self.end_stores();
+            return Ok(());
+        }
+        let threads: &[Brings] = if two { &[Brings::Rest, Brings::Constants] } else { &[Brings::All] };
+        for (number, &brings) in (role.warps[0]..).zip(threads) {
+            self.begin_role(role)?;
+            self.brings = brings;
+            self.one_thread(role, number)?;
+        }
+        self.brings = Brings::All;
+        Ok(())
+    }
+
+    /// A role's body as one thread of that warp runs it.
+    fn one_thread(&mut self, role: &'a Role, number: u32) -> Result<(), String> {
+        let (first, chosen, out) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
+        let warp = self.t.warp;
+        let is_first = self.t.f.cmp("eq", warp, i32(number.into()));
+        self.t.f.cond_br(is_first, (first, &[]), (out, &[]));
+        self.t.f.start(first, &[]);
+        let one = ptx::elect(&mut self.t.f);
+        self.t.f.cond_br(one, (chosen, &[]), (out, &[]));
+        self.t.f.start(chosen, &[]);
+        if self.brings == Brings::Rest {
+            isa::await_launches(&mut self.t.f);
+        }
+        self.tiles(&role.body)?;
+        self.t.f.br(out, &[]);
+        self.t.f.start(out, &[]);
+        Ok(())
+    }
+
+    /// Forgets what the roles before have computed.
+    fn begin_role(&mut self, role: &'a Role) -> Result<(), String> {
         self.held.clear();
         self.descriptors.clear();
         self.lefts.clear();
@@ -446,40 +515,6 @@ impl<'a> Emit<'a> {
                 self.own.push(number);
             }
         }
-        let even = self.s.threads / Arch::WARP;
-        if let Some(registers) = role.registers {
-            // What a thread has at the start follows from the block's size.
-            let at_start = Arch::REGISTERS_PER_SM / (even * Arch::WARP);
-            let kind = if registers < at_start { "dec" } else { "inc" };
-            ptx::set_registers(&mut self.t.f, kind, registers);
-        }
-        self.role_tid = self.t.f.sub(self.t.tid, i32((role.warps[0] * Arch::WARP).into()));
-        self.role_warp = self.t.f.sub(self.t.warp, i32(role.warps[0].into()));
-        self.take_turns(role);
-        if role.registers.is_some() && self.s.turns(role) == 1 && adds_apart(&role.body, false) {
-            // Warpgroups that run in step would all add at once, and none would multiply.
-            let late = self.t.f.cmp("uge", self.role_warp, i32(GROUP_WARPS.into()));
-            self.t.when(late, |t| ptx::sleep(&mut t.f, APART_NS));
-        }
-        if !role.elected {
-            (self.sums, self.lists) = (None, None);
-            self.prepare_sums(&role.body);
-            self.prepare(&role.body)?;
-            self.tiles(&role.body)?;
-            self.end_stores();
-            return Ok(());
-        }
-        let (first, chosen, out) = (self.t.f.label(), self.t.f.label(), self.t.f.label());
-        let warp = self.t.warp;
-        let is_first = self.t.f.cmp("eq", warp, i32(role.warps[0].into()));
-        self.t.f.cond_br(is_first, (first, &[]), (out, &[]));
-        self.t.f.start(first, &[]);
-        let one = ptx::elect(&mut self.t.f);
-        self.t.f.cond_br(one, (chosen, &[]), (out, &[]));
-        self.t.f.start(chosen, &[]);
-        self.tiles(&role.body)?;
-        self.t.f.br(out, &[]);
-        self.t.f.start(out, &[]);
         Ok(())
     }
 

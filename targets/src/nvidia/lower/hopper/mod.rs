@@ -28,6 +28,7 @@ mod beside;
 mod bounded;
 mod channels;
 mod config;
+mod constants;
 mod contraction;
 mod emit;
 mod fill;

@@ -17,7 +17,7 @@ use dsc_ir::DType;
 use dsc_ir::sched::{
     Atom, Block, Buffer, BufferId, Channel, ChannelId, Cluster, Fragment, Inst, Op, Place, Role, Scheduled,
 };
-use dsc_ir::tile::{self, Index, MapArg, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
+use dsc_ir::tile::{self, Access, Index, MapArg, Program, Region, Scalar, ScalarOp, TileType, Type, ValueId};
 use std::collections::{HashMap, HashSet};
 
 /// Row tiles that are walked together: their rows of the left operand and a few columns of the right one stay in the cache.
@@ -371,13 +371,15 @@ impl<'a> Planner<'a> {
         let consumer = self.consumer(&self.program.body, &mut names)?;
         let warps = self.config.warpgroups() * WARPGROUP / Arch::WARP;
         let gathers = self.gathers();
+        // A thread for weights, and one for what is multiplied by them.
+        let bring = if self.program.params.iter().any(|p| p.access == Access::Constant) { 2 } else { 1 };
         let groups = self.config.warpgroups();
         let redistributed = groups >= 2 && !self.config.transposed;
         // Registers move between whole warpgroups; without that, one warp is enough to drive the copy engine.
         let (produces, consumes) = match (redistributed, gathers) {
             (true, _) => ([0, 4], [4, 4 + warps]),
             (false, true) => ([warps, warps + gathering_warps(self.c.shape()[0])], [0, warps]),
-            (false, false) => ([warps, warps + 1], [0, warps]),
+            (false, false) => ([warps, warps + bring], [0, warps]),
         };
         let registers = match (groups, gathers) {
             (3, _) => REGISTERS_OF_THREE,

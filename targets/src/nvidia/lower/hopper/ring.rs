@@ -1,5 +1,6 @@
 //! Rings of stages: counters, barriers, copies into them.
 
+use super::constants::Brings;
 use super::emit::{Emit, Held};
 use super::ptx;
 use crate::nvidia::arch::Arch;
@@ -222,6 +223,10 @@ impl<'a> Emit<'a> {
         let empty = self.barrier_at(channel, true, stage);
         let parity = self.t.f.bin("xor", phase, i32(1));
         let delivery = self.rings[channel.0 as usize].delivery;
+        if self.brings == Brings::Rest {
+            ptx::barrier_wait(&mut self.t.f, empty, parity);
+            return Ok(());
+        }
         if delivery == Delivery::Engine {
             // Who has nothing to bring need not wait, and could be so late that it would wait for a stage after the next.
             let drives = self.drives();
@@ -319,6 +324,9 @@ impl<'a> Emit<'a> {
         shape: &[u32],
         shared: bool,
     ) -> Result<(), String> {
+        if !self.brings_from(view) {
+            return Ok(());
+        }
         let s = self.s;
         let buffer = &s.buffers[s.channels[channel.0 as usize].slots[slot as usize].0 as usize];
         let stage = self.rings[channel.0 as usize].stage;

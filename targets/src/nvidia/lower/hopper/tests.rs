@@ -45,6 +45,18 @@ const FP8: Linear = Linear {
     part: None,
 };
 
+const EXPERTS: Experts = Experts {
+    experts: 3,
+    per_token: 2,
+    n: 128,
+    k: 256,
+    tile: [64, 128],
+    parts: 1,
+    apart: false,
+    glu: false,
+    sorted: false,
+};
+
 const BUDGET: Budget = Budget {
     // As of sm_90a.
     shared_bytes: 232_448,
@@ -202,17 +214,7 @@ fn parts_of_the_sum() {
 
 #[test]
 fn gathered_rows() {
-    let experts = Experts {
-        experts: 3,
-        per_token: 2,
-        n: 128,
-        k: 256,
-        tile: [64, 128],
-        parts: 1,
-        apart: false,
-        glu: false,
-        sorted: false,
-    };
+    let experts = EXPERTS;
     experts.check(41, &[70, 0, 12]);
     Experts { per_token: 0, tile: [128, 64], ..experts }.check(0, &[5, 130, 2]);
     Experts { tile: [16, 64], k: 384, ..experts }.check(9, &[0, 17, 1]);
@@ -714,6 +716,33 @@ fn the_next_launch_waits_for_a_late_one() {
         mlir.find("griddepcontrol.launch_dependents") < mlir.find("griddepcontrol.wait")
     };
     assert_eq!([false, true].map(starts_first), [true, false]);
+}
+
+/// What of these stands in a kernel, in order.
+fn order(mlir: &str, what: &[&str]) -> Vec<usize> {
+    let mut found: Vec<(usize, usize)> =
+        what.iter().enumerate().flat_map(|(i, w)| mlir.match_indices(w).map(move |(at, _)| (at, i))).collect();
+    found.sort_unstable();
+    found.into_iter().map(|f| f.1).collect()
+}
+
+#[test]
+fn weights_are_on_their_way_before_the_launches_before_end() {
+    const WHAT: [&str; 3] = ["griddepcontrol.launch_dependents", "griddepcontrol.wait", "mbarrier::complete_tx"];
+    let of = |linear: Linear, late| {
+        let how = How { late, ..GLOBAL };
+        let (mlir, _) = lower(&scheduled(linear.program("linear")), hopper(), how).expect("lowers");
+        order(&mlir, &WHAT)
+    };
+    for linear in [FP8, Linear { tile: [16, 64], ..FP8 }] {
+        // One thread waits and copies rows, one copies weights, and the consumers wait.
+        assert_eq!(of(linear, false), [0, 1, 2, 2, 1], "{linear:?}");
+        assert_eq!(of(linear, true), [1, 0, 2, 2], "{linear:?}");
+    }
+    // Which weights an expert's rows need is a result of the launches before.
+    let (mlir, _) = lower(&scheduled(EXPERTS.program("experts")), hopper(), GLOBAL).expect("lowers");
+    assert_eq!(order(&mlir, &WHAT)[..2], [0, 1]);
+    assert_eq!(mlir.matches(WHAT[1]).count(), 1);
 }
 
 #[test]
