@@ -11,6 +11,9 @@ pub(super) const LOWEST: f32 = -1e30;
 /// Powers of two by which a score may be above the base of a softmax.
 const FAR: f32 = 8.0;
 
+/// Added and taken away again, it leaves the nearest integer.
+const WHOLE: f32 = 12_582_912.0;
+
 /// `2^(x − base)`.
 fn power(b: &mut Builder, x: ValueId, base: ValueId) -> ValueId {
     b.map(&[x, base], |m, v| {
@@ -24,7 +27,8 @@ fn power(b: &mut Builder, x: ValueId, base: ValueId) -> ValueId {
 pub(super) enum Follow {
     /// In every round: the base is the largest score.
     Always,
-    /// Where that is [`FAR`] above it. Rescaling what was added before is then work of few rounds, and nothing overflows.
+    /// Where that is [`FAR`] above it: the nearest integer. Rescaling what was added before is then work of few rounds, and nothing overflows; and as
+    /// bases differ by whole numbers, parts of the keys round their weights as all of them would.
     Rarely,
 }
 
@@ -47,8 +51,10 @@ pub(super) fn online_softmax(
             return m.max(v[0], v[1]);
         }
         let (above, far) = (m.sub(v[1], v[0]), m.f32(FAR));
-        let far = m.lt(far, above);
-        m.select(far, v[1], v[0])
+        let (far, whole) = (m.lt(far, above), m.f32(WHOLE));
+        let rounded = m.add(v[1], whole);
+        let rounded = m.sub(rounded, whole);
+        m.select(far, rounded, v[0])
     });
     let alpha = power(b, base, next);
     let p = power(b, scores, next);

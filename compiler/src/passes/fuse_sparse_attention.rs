@@ -100,13 +100,15 @@ fn cut(graph: &mut Graph, cx: &Cx) -> usize {
     fused
 }
 
-/// Whether blocks of the kernel itself divide the selected keys, as its schedule says: nobody else joins what it gives.
+/// Whether blocks of the kernel itself divide the selected keys, as its schedule says.
 fn by_teams(graph: &Graph, cx: &Cx, attention: NodeId) -> bool {
     let heads = graph.tensor(graph.inputs(attention)[0]).shape[1].constant().unwrap_or(1);
     let narrow = matches!(graph.dag[attention].op, Op::MqaAttention { narrow: true, .. });
     let result = Value { node: attention, output: 0 };
     let rounds = graph.tensor(graph.inputs(attention)[3]).shape[1].constant().unwrap_or(1).div_ceil(ROUND);
-    narrow && graph.is_output(result) && cx.teams.split(cx.class.max.get(Sym::T), heads, rounds).0 > 1
+    let tokens = cx.class.max.get(Sym::T);
+    // A model's only token is joined by the product of heads that follows, at no cost of its own.
+    narrow && (tokens > 1 || graph.is_output(result)) && cx.teams.split(tokens, heads, rounds).0 > 1
 }
 
 /// Parts of the selected keys such that all blocks together are done soonest: in turns of as many as the target runs at once.

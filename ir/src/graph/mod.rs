@@ -368,7 +368,8 @@ pub enum Op {
     MqaAttention {
         /// Multiplies the scores.
         scale: f32,
-        /// Whether probabilities round to bf16 before they multiply values; their sum does not.
+        /// Whether weights round to bf16 before they multiply values; their sum does not. They are powers of two of a score less an integer, so that
+        /// how they round does not depend on which.
         #[serde(default, skip_serializing_if = "is_false")]
         narrow: bool,
     },

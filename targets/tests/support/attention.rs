@@ -32,6 +32,8 @@ const GROUP: u32 = 128;
 const LOWEST: f32 = -1e30;
 /// Powers of two by which a score may be above what powers are relative to.
 const FAR: f32 = 8.0;
+/// Added and taken away again, it leaves the nearest integer.
+const WHOLE: f32 = 12_582_912.0;
 
 fn fixed(bytes: u32) -> Stride {
     Stride { bytes: bytes.into(), sym: None }
@@ -256,8 +258,10 @@ fn online_softmax(
             return m.max(v[0], v[1]);
         }
         let (above, far) = (m.sub(v[1], v[0]), m.f32(FAR));
-        let far = m.lt(far, above);
-        m.select(far, v[1], v[0])
+        let (far, whole) = (m.lt(far, above), m.f32(WHOLE));
+        let rounded = m.add(v[1], whole);
+        let rounded = m.sub(rounded, whole);
+        m.select(far, rounded, v[0])
     });
     let power = |m: &mut dsc_ir::tile::MapBuilder, v: &[dsc_ir::tile::MapVal]| {
         let d = m.sub(v[0], v[1]);

@@ -4,7 +4,7 @@ use super::super::weights::{Data, Real, TensorData};
 use super::super::{Elem, PAGE_TOKENS};
 use super::StepValue;
 use super::eval::{Eval, Made};
-use super::math::{NO_SCORE, NO_SUM, add_scaled, bounds, dot, largest, log_sum, narrowed, softmax, sum};
+use super::math::{Base, NO_SCORE, NO_SUM, add_scaled, bounds, dot, largest, log_sum, narrowed, softmax, sum};
 use crate::extent::Sym;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -169,7 +169,7 @@ impl<F: Real> Eval<F> {
                 let score = |&s: &usize| {
                     (dot(qn, &kvs[s * stride + h * width..][..nope]) + dot(qr, &ropes[s * r..][..r])) * scale
                 };
-                let p = softmax(rows.iter().map(score).collect(), narrow);
+                let p = softmax(rows.iter().map(score).collect(), narrow, Base::Largest);
                 let o = &mut out[(t * heads + h) * value..][..value];
                 for (&p, &s) in p.iter().zip(&rows) {
                     add_scaled(o, p, &kvs[s * stride + h * width + nope..][..value]);
@@ -188,7 +188,7 @@ impl<F: Real> Eval<F> {
             for h in 0..heads {
                 let scores = self.mqa_scores(t * heads + h, &keys, scale)?;
                 sums.push(log_sum(&scores));
-                let p = softmax(scores, narrow);
+                let p = softmax(scores, narrow, Base::PowerOfTwo);
                 let o = &mut out[(t * heads + h) * l..][..l];
                 p.iter().zip(&keys).for_each(|(&p, k)| add_scaled(o, p, &k[..l]));
             }

@@ -69,9 +69,23 @@ pub(super) fn narrowed<F: Real>(x: F, narrow: bool) -> F {
     if narrow { x.round(DType::Bf16) } else { x }
 }
 
-pub(super) fn softmax<F: Real>(mut scores: Vec<F>, narrow: bool) -> Vec<F> {
+/// What weights are relative to that round.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Base {
+    /// The largest.
+    Largest,
+    /// The power of two nearest to that.
+    PowerOfTwo,
+}
+
+pub(super) fn softmax<F: Real>(mut scores: Vec<F>, narrow: bool, base: Base) -> Vec<F> {
     let most = scores.iter().copied().fold(F::from_f64(f64::NEG_INFINITY), |a, b| if b > a { b } else { a });
     scores.iter_mut().for_each(|s| *s = (*s - most).exp());
+    if narrow && base == Base::PowerOfTwo {
+        let log = most.to_f64() * std::f64::consts::LOG2_E;
+        let largest = F::from_f64((log - log.round_ties_even()).exp2());
+        scores.iter_mut().for_each(|s| *s = *s * largest);
+    }
     let total = sum(scores.iter().copied());
     scores.iter_mut().for_each(|s| *s = narrowed(*s, narrow) / total);
     scores

@@ -93,16 +93,18 @@ impl<'a> Attention<'a> {
         let (carried, yields) = (&self.body.args[1..], &self.body.yields);
         let at = carried.iter().position(|&v| v == before)?;
         let total = (0..carried.len()).find(|&i| i != at && i != self.acc)?;
-        // The base becomes the largest score, or stays.
+        // The base becomes the largest score; or an integer near it, or stays.
         let always = made(largest, &[arithmetic(ScalarOp::Max, &[arg(0), arg(1)])]);
         let rarely = match &defs.get(&largest)?.op {
             Op::Map { inputs, body } => match body.insts.as_slice() {
-                [above, far, is, next]
-                    if matches!(far.op, ScalarOp::Const(Scalar::F32(_)))
+                [above, far, is, whole, more, rounded, next]
+                    if [far, whole].iter().all(|c| matches!(c.op, ScalarOp::Const(Scalar::F32(_))))
                         && *above == arithmetic(ScalarOp::Sub, &[arg(1), arg(0)])
                         && *is == arithmetic(ScalarOp::Lt, &[MapArg::Inst(1), MapArg::Inst(0)])
-                        && *next == arithmetic(ScalarOp::Select, &[MapArg::Inst(2), arg(1), arg(0)])
-                        && body.result == MapArg::Inst(3) =>
+                        && *more == arithmetic(ScalarOp::Add, &[arg(1), MapArg::Inst(3)])
+                        && *rounded == arithmetic(ScalarOp::Sub, &[MapArg::Inst(4), MapArg::Inst(3)])
+                        && *next == arithmetic(ScalarOp::Select, &[MapArg::Inst(2), MapArg::Inst(5), arg(0)])
+                        && body.result == MapArg::Inst(6) =>
                 {
                     Some(inputs.as_slice())
                 }

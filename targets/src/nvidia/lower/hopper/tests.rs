@@ -640,8 +640,8 @@ fn what_is_no_softmax_is_not_joined() {
     let mut changed = 0;
     for inst in &mut body.insts {
         if let tile::Op::Map { body, .. } = &mut inst.op
-            && body.insts.len() == 4
-            && body.insts[3].op == tile::ScalarOp::Select
+            && body.insts.len() == 7
+            && body.insts[6].op == tile::ScalarOp::Select
             && body.insts[2].op == tile::ScalarOp::Lt
             && matches!(body.insts[1].op, tile::ScalarOp::Const(tile::Scalar::F32(_)))
         {
