@@ -24,7 +24,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Whether an instruction needs nothing that launches before may write, and writes nothing: it makes a scalar of what is known from the start, or
-    /// loads constants into registers.
+    /// loads constants into registers. Notes what scalars are known.
     fn is_ahead(&mut self, inst: &Inst) -> bool {
         match &inst.op {
             Op::Tile(tile::Op::Load { view, index, .. }) => {

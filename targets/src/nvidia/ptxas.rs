@@ -69,17 +69,18 @@ impl Ptxas {
     }
 
     /// Assembles one module with one kernel. Where nothing says how many blocks a multiprocessor shall hold, ptxas has a number in mind, and may spill
-    /// for it: then it is asked again, for one.
+    /// for it: then it is asked again, for one, which is taken if it spills less than half as much.
     ///
     /// # Errors
     /// What ptxas said.
     pub fn assemble(&self, ptx: &str) -> Result<Cubin, String> {
         let first = self.run(ptx)?;
-        let spills = |cubin: &Cubin| cubin.resources.spill_bytes != [0, 0];
-        if !spills(&first) {
+        let spills = |cubin: &Cubin| cubin.resources.spill_bytes.iter().copied().map(u64::from).sum::<u64>();
+        if spills(&first) == 0 {
             return Ok(first);
         }
-        let second = for_one_block(ptx).and_then(|ptx| self.run(&ptx).ok()).filter(|second| !spills(second));
+        let less = |second: &Cubin| 2 * spills(second) < spills(&first);
+        let second = for_one_block(ptx).and_then(|ptx| self.run(&ptx).ok()).filter(less);
         Ok(second.unwrap_or(first))
     }
 
