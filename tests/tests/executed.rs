@@ -18,7 +18,7 @@ use dsc::compile::{Options, compile_dir, compile_dir_for};
 use dsc_cdna::{CodeObject, Memory};
 use dsc_ir::artifact::{GpuKernel, Numerics};
 use dsc_ir::schedule::{KernelShape, Schedule};
-use dsc_ir::tile::{Access, Program};
+use dsc_ir::tile::Program;
 use dsc_ir::{Sym, SymValues};
 use dsc_runtime::{GenerateOptions, Model, Session};
 use dsc_targets::amd::AmdTarget;
@@ -76,7 +76,7 @@ impl Executed {
         let mut memory = Memory::new();
         let read_only = |b: usize| {
             let mut bound = launch.program.params.iter().zip(&launch.bindings).filter(|(_, at)| at.buffer == b);
-            bound.all(|(p, _)| p.access == Access::Read)
+            bound.all(|(p, _)| !p.access.writes())
         };
         let buffers = launch.buffers.iter().enumerate();
         let starts: Vec<u64> = buffers

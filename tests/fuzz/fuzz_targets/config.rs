@@ -11,7 +11,7 @@ use dsc_ir::SymValues;
 use dsc_ir::artifact::{Header, KernelEntry, ModelFacts, Numerics, ParamEntry, Section};
 use dsc_ir::graph::{Graph, text, verify::verify};
 use dsc_ir::schedule::Schedule;
-use dsc_ir::tile::{self, Access};
+use dsc_ir::tile;
 use libfuzzer_sys::fuzz_target;
 
 /// Beyond these the graph of a few layers is too large to be built thousands of times a second.
@@ -87,8 +87,7 @@ fn check(config: &ModelConfig, numerics: Numerics, plan: Plan) {
     let kernels = plan.kernels.iter().map(|k| {
         assert_eq!(tile::verify(&k.program), []);
         let view = |p: &tile::Param| k.program.view(p.value).expect("verified: parameters are views").clone();
-        let param =
-            |p: &tile::Param| ParamEntry { name: p.name.clone(), view: view(p), write: p.access != Access::Read };
+        let param = |p: &tile::Param| ParamEntry { name: p.name.clone(), view: view(p), write: p.access.writes() };
         KernelEntry {
             name: k.program.name.clone(),
             what: k.what.clone(),

@@ -7,7 +7,7 @@ use dsc_ir::artifact::{Header, KernelEntry, ModelFacts, Numerics, ParamEntry};
 use dsc_ir::dtype::e4m3_to_f32;
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::interp::{Binding, Options, block_count, run_blocks};
-use dsc_ir::tile::{Access, Op, Program, ReduceKind, Region, ScalarOp, parse, verify};
+use dsc_ir::tile::{Op, Program, ReduceKind, Region, ScalarOp, parse, verify};
 use dsc_ir::{DType, SymValues};
 use dsc_runtime::device::{BoundLaunch, Code};
 use dsc_runtime::{CpuDevice, Device};
@@ -80,7 +80,7 @@ fn header(program: &Program, module: &Module) -> Header {
     let params = program.params.iter().map(|p| ParamEntry {
         name: p.name.clone(),
         view: view(p),
-        write: p.access != Access::Read,
+        write: p.access.writes(),
     });
     let code = &module.kernels[0];
     let kernel = KernelEntry {

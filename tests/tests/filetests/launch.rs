@@ -16,7 +16,7 @@ use dsc_ir::dtype::{e4m3_to_f32, f32_to_e4m3};
 use dsc_ir::sched::{self, Scheduled};
 use dsc_ir::schedule::Schedule;
 use dsc_ir::tile::interp::{Binding, InterpError, Options, block_count, run_blocks};
-use dsc_ir::tile::{self, Access, Program, ViewType};
+use dsc_ir::tile::{self, Program, ViewType};
 use dsc_ir::{DType, Sym, SymValues};
 use dsc_runtime::device::{BoundLaunch, Code};
 use dsc_runtime::{CpuDevice, Device, DeviceError};
@@ -135,7 +135,7 @@ fn run_notes(
 fn params(program: &Program) -> Vec<ParamEntry> {
     let entry = |p: &tile::Param| {
         let view = program.view(p.value).cloned().unwrap_or_else(|| ViewType::dense(DType::F32, &[]));
-        ParamEntry { name: p.name.clone(), view, write: p.access != Access::Read }
+        ParamEntry { name: p.name.clone(), view, write: p.access.writes() }
     };
     program.params.iter().map(entry).collect()
 }
