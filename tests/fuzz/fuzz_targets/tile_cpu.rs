@@ -77,11 +77,8 @@ fn run(program: &Program, module: &Module, memory: &[Vec<u8>]) -> Option<Vec<Vec
 
 fn header(program: &Program, module: &Module) -> Header {
     let view = |p: &dsc_ir::tile::Param| program.view(p.value).expect("verified: parameters are views").clone();
-    let params = program.params.iter().map(|p| ParamEntry {
-        name: p.name.clone(),
-        view: view(p),
-        write: p.access.writes(),
-    });
+    let params =
+        program.params.iter().map(|p| ParamEntry { name: p.name.clone(), view: view(p), write: p.access.writes() });
     let code = &module.kernels[0];
     let kernel = KernelEntry {
         name: program.name.clone(),
