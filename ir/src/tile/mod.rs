@@ -137,6 +137,11 @@ pub struct Param {
     pub access: Access,
 }
 
+/// What the parameter that a view is of allows; none if it is no parameter.
+pub fn access_of(params: &[Param], view: ValueId) -> Option<Access> {
+    params.iter().find(|p| p.value == view).map(|p| p.access)
+}
+
 /// An index operand of a memory access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Index {

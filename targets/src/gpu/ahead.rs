@@ -680,6 +680,6 @@ impl Scheduler<'_> {
     }
 
     pub(super) fn only_reads(&self, view: ValueId) -> bool {
-        self.program.params.iter().any(|p| p.value == view && !p.access.writes())
+        tile::access_of(&self.program.params, view).is_some_and(|a| !a.writes())
     }
 }

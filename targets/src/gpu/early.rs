@@ -104,8 +104,7 @@ impl Scheduler<'_> {
         for (at, inst) in block.insts.iter().enumerate() {
             let (Op::Tile(tile::Op::Load { view, index, .. }), [r]) = (&inst.op, &inst.results[..]) else { continue };
             let known = index.iter().all(|i| !matches!(i, Index::Value(v) if late.contains(v)));
-            let access = self.program.params.iter().find(|p| p.value == *view).map(|p| p.access);
-            let (kept, constant) = (access.is_some_and(|a| !a.writes()), access == Some(Access::Constant));
+            let constant = tile::access_of(&self.program.params, *view) == Some(Access::Constant);
             let down = match self.place(*r) {
                 Place::Shared(_) if at > first => None,
                 // What several branches or loops read lies somewhere already.
@@ -115,7 +114,7 @@ impl Scheduler<'_> {
                 Place::Lazy if at > meeting => Some(meeting),
                 _ => continue,
             };
-            if known && kept {
+            if known && self.only_reads(*view) {
                 let bytes = (self.tile(*r).elements() * self.tile(*r).dtype.bytes()) as u32;
                 found.push(Early { at, down, bytes: bytes.div_ceil(self.threads), constant });
             }

@@ -192,7 +192,7 @@ impl<'a> Emitter<'a> {
 
     /// Whether the kernel only reads a view.
     pub fn read_only(&self, view: ValueId) -> bool {
-        self.s.params.iter().any(|p| p.value == view && !p.access.writes())
+        tile::access_of(&self.s.params, view).is_some_and(|a| !a.writes())
     }
 
     /// A buffer of shared memory.

@@ -28,7 +28,7 @@ impl<'a> Emitter<'a> {
     fn is_ahead(&mut self, inst: &Inst) -> bool {
         match &inst.op {
             Op::Tile(tile::Op::Load { view, index, .. }) => {
-                let constant = self.s.params.iter().any(|p| p.value == *view && p.access == Access::Constant);
+                let constant = tile::access_of(&self.s.params, *view) == Some(Access::Constant);
                 let known = |i: &Index| !matches!(i, Index::Value(v) if !self.known.contains(v));
                 constant && self.place(inst.results[0]) == &Place::Held && index.iter().all(known)
             }

@@ -166,7 +166,7 @@ impl Scheduler<'_> {
         let [rows, columns] = matrix(&s.shape);
         let row_bytes = columns * bytes;
         let long = s.shape[..s.shape.len() - 1].iter().filter(|&&n| n > 1).count();
-        let read_only = self.program.params.iter().any(|p| p.value == s.view && !p.access.writes());
+        let read_only = self.only_reads(s.view);
         let shaped = if s.operand {
             row_bytes.is_multiple_of(STEP_BYTES) && !self.converts.contains(&view.dtype)
         } else {

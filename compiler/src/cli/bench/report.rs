@@ -134,10 +134,11 @@ fn for_each_launch(header: &Header, requests: &Requests, f: &mut dyn FnMut(usize
         for launch in &header.steps[*step].launches {
             let kernel = launch.kernel;
             let entry = &header.kernels[kernel as usize];
-            // Such as the LM head of a chunk that is not a prompt's last.
-            let idle = entry.grid.iter().any(|dim| dim.eval(syms) == 0);
-            let cost =
-                costs.entry(kernel).or_insert_with(|| if idle { Cost::default() } else { entry.work.eval(syms) });
+            let cost = costs.entry(kernel).or_insert_with(|| {
+                // Such as the LM head of a chunk that is not a prompt's last.
+                let idle = entry.grid.iter().any(|dim| dim.eval(syms) == 0);
+                if idle { Cost::default() } else { entry.work.eval(syms) }
+            });
             f(*step, kernel as usize, cost);
         }
     }

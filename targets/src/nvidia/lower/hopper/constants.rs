@@ -30,7 +30,7 @@ pub enum Brings {
 
 /// Whether nobody writes what is behind a view.
 fn is_constant(s: &Scheduled, view: ValueId) -> bool {
-    s.params.iter().any(|p| p.value == view && p.access == Access::Constant)
+    tile::access_of(&s.params, view) == Some(Access::Constant)
 }
 
 /// Whether a role's thread reads no memory but by copies of whole tiles into its own block; notes whether constants are among them, and others.

@@ -352,21 +352,7 @@ fn clusters_share_the_larger_operand() {
     // What rows cannot be split for, and rows that are gathered, each block brings itself.
     let alone = |program: Program, cluster| assert_eq!(clustered(program, cluster).cluster, None);
     alone(Linear { tile: [64, 8], ..FP8 }.program("linear"), 16);
-    alone(
-        Experts {
-            experts: 3,
-            per_token: 2,
-            n: 128,
-            k: 256,
-            tile: [64, 128],
-            parts: 1,
-            apart: false,
-            glu: false,
-            sorted: false,
-        }
-        .program("experts"),
-        2,
-    );
+    alone(EXPERTS.program("experts"), 2);
 }
 
 #[test]
