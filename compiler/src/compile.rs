@@ -32,6 +32,8 @@ pub struct Options {
     pub max_context: Option<u32>,
     /// Tokens a prefill step takes at most; longer prompts go in chunks. The target's choice, as far as contexts are as long, if none.
     pub chunk: Option<u32>,
+    /// Sequences a decode step takes at most; larger batches go in several steps. The target's choice if none.
+    pub max_batch: Option<u32>,
     /// Which part of the model, if several devices run it together.
     pub shard: Shard,
     /// Only these layers of the model, for measurements.
@@ -49,6 +51,7 @@ impl Default for Options {
             numerics: Numerics::Deployed,
             max_context: None,
             chunk: None,
+            max_batch: None,
             shard: Shard::default(),
             layers: None,
             codegen: TargetOptions::default(),
@@ -314,27 +317,25 @@ fn classes(config: &ModelConfig, options: &Options, max_context: u32, target: &d
     };
     let short = max_context.min(config.index_topk as u32);
     let chunk = options.chunk.unwrap_or_else(|| target.chunk().min(max_context));
-    let mut classes = vec![
-        class("decode1", 1, 1, max_context, false),
-        class("decode", BATCH, BATCH, max_context, false),
-        class("prefill_short", chunk, 1, short, true),
-        Class {
-            pieces: target.selects_from_memory().then_some(PIECES),
-            ..class("prefill", chunk, 1, max_context, false)
-        },
-    ];
-    if target.blocks() > 0 {
-        classes.insert(2, class("decode_wide", WIDE_BATCH, WIDE_BATCH, max_context, false));
-    }
+    let batch = options.max_batch.unwrap_or(target.batch()).max(1);
+    let usual = if target.blocks() > 0 { BATCHES } else { &BATCHES[..2] };
+    let decode = |name: &str, most: u32| class(name, most, most, max_context, false);
+    let mut classes: Vec<Class> = usual.iter().filter(|c| c.1 <= batch).map(|c| decode(c.0, c.1)).collect();
+    let in_pieces = |class: Class| Class { pieces: target.selects_from_memory().then_some(PIECES), ..class };
+    let prefill =
+        [class("prefill_short", chunk, 1, short, true), in_pieces(class("prefill", chunk, 1, max_context, false))];
+    let most = usual.iter().all(|c| c.1 != batch).then(|| in_pieces(decode(&format!("decode{batch}"), batch)));
+    // Prompts of more tokens than a usual batch are for prefill, whatever else admits them.
+    let (few, many) = if batch < usual[usual.len() - 1].1 { (most, None) } else { (None, most) };
+    classes.extend(few.into_iter().chain(prefill).chain(many));
     classes
 }
 
+/// Classes of decode steps and how many sequences they take at most; the last for targets with matrix units.
+const BATCHES: &[(&str, u32)] = &[("decode1", 1), ("decode", 16), ("decode_wide", 64)];
+
 /// In what pieces scores of a chunk go to memory: of a matrix of 256 MiB, which with many heads is smaller than what attention makes behind it.
 const PIECES: Pieces = Pieces { tokens: 2048, bytes: 256 << 20 };
-/// Sequences that a step of class `decode_wide` takes at most.
-const WIDE_BATCH: u32 = 64;
-/// Sequences that one decode step takes at most.
-const BATCH: u32 = 16;
 /// Pages a cache may have: 2^24 pages are 2^30 tokens.
 const MAX_PAGES: u32 = 1 << 24;
 

@@ -41,6 +41,10 @@ impl Target for Remember<'_> {
         self.target.chunk()
     }
 
+    fn batch(&self) -> u32 {
+        self.target.batch()
+    }
+
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
         self.target.schedule(shape, tokens)
     }

@@ -165,6 +165,11 @@ pub trait Target {
         512
     }
 
+    /// Sequences of a decode step at most, unless it is said: steps of fewer read the weights again for the others.
+    fn batch(&self) -> u32 {
+        if self.blocks() > 0 { 64 } else { 16 }
+    }
+
     /// How it runs a kernel of that shape, in steps of at most `tokens` tokens.
     fn schedule(&self, shape: &KernelShape, tokens: u32) -> Schedule {
         Schedule::heuristic(shape, tokens)

@@ -38,13 +38,12 @@ struct Built {
 
 impl Built {
     fn new(case: &str, numerics: Numerics, chunk: u32, max_context: u32) -> Built {
+        let limits = compile::Options { chunk: Some(chunk), max_context: Some(max_context), ..Default::default() };
+        Built::with(case, compile::Options { numerics, ..limits })
+    }
+
+    fn with(case: &str, options: compile::Options) -> Built {
         let dir = case_dir(case);
-        let options = compile::Options {
-            numerics,
-            chunk: Some(chunk),
-            max_context: Some(max_context),
-            ..compile::Options::default()
-        };
         let compiled = compile_dir(&dir, &options, &mut |_| {}).unwrap_or_else(|e| panic!("{case}: {e}"));
         Built { dir, bytes: compiled.bytes }
     }
@@ -359,6 +358,31 @@ fn chunks(case: &str, whole: &Built, tokens: usize, tolerance: f64) {
 fn chunks_are_one_prompt() {
     chunks("v32-odd", &ODD, 500, 1e-5);
     chunks("tiny-model", &TINY, 500, 1e-5);
+}
+
+/// A batch gives what its sequences give alone, whatever the most that a step takes: 20 sequences in steps of 3 and in one.
+#[test]
+fn batches_are_their_sequences() {
+    const SEQUENCES: usize = 20;
+    let text = Golden::read("v32-odd").prompt();
+    let wanted = alone(&mut ODD.open(1), &text);
+    let vocab = wanted.len() / text.len();
+    for (batch, last) in [(1, "prefill"), (3, "prefill"), (24, "decode24")] {
+        let options = compile::Options { numerics: Numerics::Exact, max_batch: Some(batch), ..Default::default() };
+        let built = Built::with("v32-odd", options);
+        let mut session = built.open(1);
+        let steps: Vec<&str> = session.header().steps.iter().map(|s| s.name.as_str()).collect();
+        assert_eq!(steps.last(), Some(&last), "a batch of {batch}: {steps:?}");
+        let seqs: Vec<SeqId> = (0..SEQUENCES).map(|_| session.add_sequence()).collect();
+        for (i, &seq) in seqs.iter().enumerate() {
+            step(&mut session, seq, &text[..3 + i]);
+        }
+        let next = |(i, &seq): (usize, &SeqId)| SequenceInput { seq, tokens: &text[3 + i..4 + i] };
+        let inputs: Vec<SequenceInput<'_>> = seqs.iter().enumerate().map(next).collect();
+        let got = session.step(&inputs, LogitsWanted::Last, false).expect("a step").logits;
+        let rows = &wanted[3 * vocab..(3 + SEQUENCES) * vocab];
+        same(&format!("a batch of {batch}"), &got, rows, SEQUENCES, 1e-5);
+    }
 }
 
 /// Short prompts and prompts around a page are the beginning of a long one; the rest of it follows in any portions.

@@ -45,6 +45,9 @@ pub struct Args {
     /// Tokens of a prefill step; longer prompts go in chunks [default: 4096 on NVIDIA GPUs, else 512]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16384))]
     chunk: Option<u32>,
+    /// Sequences of a decode step; larger batches go in several steps [default: 256 on Hopper, 64 on other GPUs, else 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    max_batch: Option<u32>,
     /// Compile only these layers, for measurements: 0,3,4 in ascending order
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     layers: Option<Vec<usize>>,
@@ -208,6 +211,7 @@ fn model_options(args: &Args, codegen: TargetOptions) -> Result<Options, Failure
         },
         max_context: args.max_context,
         chunk: args.chunk,
+        max_batch: args.max_batch,
         shard: Shard::default(),
         layers: args.layers.clone(),
         codegen,

@@ -176,6 +176,8 @@ fn compile_options() -> Vec<Case> {
         c("context negative", "compile $TINY -o out.dsc --max-context=-1", 2, &["--max-context"]),
         c("context too large", "compile $TINY -o out.dsc --max-context 163841", 1, &["--max-context 163841", "163840"]),
         c("chunk of 0", "compile $TINY -o out.dsc --chunk 0", 2, &["--chunk"]),
+        c("batch of 0", "compile $TINY -o out.dsc --max-batch 0", 2, &["--max-batch"]),
+        c("batch too large", "compile $TINY -o out.dsc --max-batch 1025", 2, &["--max-batch", "1025"]),
         c("unknown target", "compile $TINY -o out.dsc --target sm_1", 1, &["target sm_1", "dsc targets"]),
         c(
             "planned target",

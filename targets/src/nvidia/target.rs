@@ -130,6 +130,10 @@ impl Target for NvidiaTarget {
         4096
     }
 
+    fn batch(&self) -> u32 {
+        if self.arch.has_wgmma { 256 } else { 64 }
+    }
+
     fn selects_from_memory(&self) -> bool {
         self.arch.has_wgmma
     }
