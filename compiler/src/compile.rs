@@ -319,15 +319,19 @@ fn classes(config: &ModelConfig, options: &Options, max_context: u32, target: &d
     let chunk = options.chunk.unwrap_or_else(|| target.chunk().min(max_context));
     let batch = options.max_batch.unwrap_or(target.batch()).max(1);
     let usual = if target.blocks() > 0 { BATCHES } else { &BATCHES[..2] };
-    let decode = |name: &str, most: u32| class(name, most, most, max_context, false);
-    let mut classes: Vec<Class> = usual.iter().filter(|c| c.1 <= batch).map(|c| decode(c.0, c.1)).collect();
+    let mut batches: Vec<(String, u32)> =
+        usual.iter().filter(|b| b.1 <= batch).map(|&(name, most)| (name.into(), most)).collect();
+    if batches.iter().all(|b| b.1 != batch) {
+        batches.push((format!("decode{batch}"), batch));
+    }
+    let decode = |(name, most): (String, u32)| class(&name, most, most, max_context, false);
     let in_pieces = |class: Class| Class { pieces: target.selects_from_memory().then_some(PIECES), ..class };
-    let prefill =
-        [class("prefill_short", chunk, 1, short, true), in_pieces(class("prefill", chunk, 1, max_context, false))];
-    let most = usual.iter().all(|c| c.1 != batch).then(|| in_pieces(decode(&format!("decode{batch}"), batch)));
     // Prompts of more tokens than a usual batch are for prefill, whatever else admits them.
-    let (few, many) = if batch < usual[usual.len() - 1].1 { (most, None) } else { (None, most) };
-    classes.extend(few.into_iter().chain(prefill).chain(many));
+    let (few, many): (Vec<_>, Vec<_>) = batches.into_iter().partition(|b| usual.iter().any(|u| b.1 <= u.1));
+    let mut classes: Vec<Class> = few.into_iter().map(decode).collect();
+    classes.push(class("prefill_short", chunk, 1, short, true));
+    classes.push(in_pieces(class("prefill", chunk, 1, max_context, false)));
+    classes.extend(many.into_iter().map(decode).map(in_pieces));
     classes
 }
 
