@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Legal: neither needs the other's result, nor does anything between them. Asked for: products of the same rows, all of whose results one
-//! kernel reads (so that nobody waits longer than before), few rows, and a target whose blocks choose what they run ([`Cx::beside`]).
+//! kernel reads (so that nobody waits longer than before), rows of a decode step, and a target whose blocks choose what they run ([`Cx::beside`]).
 //!
 //! Effect: a launch less. The head weights of the indexer (64 rows of a weight in bf16) fill a tenth of a large device, beside the latents'
 //! products (2240 rows in e4m3) they take no time of their own.
@@ -22,7 +22,8 @@ use dsc_ir::graph::{FusedKind, Graph, NodeId, Op, Value};
 
 /// See the top of the file. Returns the number of pairs.
 pub fn fuse_beside(graph: &mut Graph, cx: &Cx) -> usize {
-    if !cx.beside || !cx.few_tokens() {
+    // With two rows a block the smaller product still leaves most of a device idle.
+    if !cx.beside || cx.class.max.get(Sym::T) > 2 * cx.blocks {
         return 0;
     }
     let mut pairs = 0;
