@@ -8,6 +8,7 @@ use super::emit::{Emit, Held};
 use super::fill::{Numbered, ROW_THREADS};
 use super::ptx;
 use super::ring::Delivery;
+use super::tensor_map::view_type;
 use crate::nvidia::lower::arith;
 use crate::nvidia::lower::mlir::{Ty, Val, i32, i64};
 use dsc_ir::sched::{Block, ChannelId, Inst, Op};
@@ -282,6 +283,9 @@ impl<'a> Emit<'a> {
         let own = self.swizzled(first, piece);
         let base = self.t.f.add(base, own);
         let apart = self.rows_at_once();
+        // Rows of half lines more: of the last line of each, half is another row's, which nobody asked for.
+        let pitch = view_type(&self.s.types, view).and_then(|ty| ty.strides.first()).map_or(0, |s| s.bytes);
+        let line = if pitch % 256 == 128 { 128 } else { 256 };
         for (i, (from, inside)) in sources.into_iter().enumerate() {
             let from = self.t.f.offset(from, byte);
             let to = self.t.f.add(base, i32((i as u32 * apart * buffer.pitch).into()));
@@ -294,7 +298,7 @@ impl<'a> Emit<'a> {
             for panel in 0..buffer.panels() {
                 let from = self.t.f.offset(from, i64((panel * buffer.pitch).into()));
                 let to = self.t.f.add(to, i32((panel * buffer.panel_bytes()).into()));
-                ptx::copy_piece(&mut self.t.f, to, from, inside, wanted);
+                ptx::copy_piece(&mut self.t.f, to, from, (inside, wanted), line);
             }
         }
         Ok(())

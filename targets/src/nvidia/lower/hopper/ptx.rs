@@ -584,12 +584,15 @@ pub fn load_i32_if(f: &mut Fn, c: Val, at: Val) -> Val {
     f.asm(text, "=&r,l,r", &[at, c], &[Ty::I32], false, true)[0]
 }
 
-/// Copies 16 bytes from global to shared memory without waiting, where `wanted` holds; zeros where `inside` does not.
-pub fn copy_piece(f: &mut Fn, to: Val, from: Val, inside: Val, wanted: Val) {
+/// Copies 16 bytes from global to shared memory without waiting, where `wanted` holds; zeros where `inside` does not. L2 may bring the `line` bytes
+/// around them, 128 or 256.
+pub fn copy_piece(f: &mut Fn, to: Val, from: Val, (inside, wanted): (Val, Val), line: u32) {
     let size = f.select(inside, i32(16), i32(0));
     let wanted = f.cast("zext", wanted, Ty::I32);
-    let text = "{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\n@p cp.async.cg.shared.global.L2::256B [$0], [$1], 16, $2;\n}";
-    effect(f, text, "r,l,r,r", &[to, from, size, wanted]);
+    let text = format!(
+        "{{\n.reg .pred p;\nsetp.ne.b32 p, $3, 0;\n@p cp.async.cg.shared.global.L2::{line}B [$0], [$1], 16, $2;\n}}"
+    );
+    effect(f, &text, "r,l,r,r", &[to, from, size, wanted]);
 }
 
 /// Arrives once this thread's copies up to here are complete.
