@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Legal: neither needs the other's result, nor does anything between them. Asked for: products of the same rows, all of whose results one
-//! kernel reads (so that nobody waits longer than before), rows of a decode step, and a target whose blocks choose what they run ([`Cx::beside`]).
+//! kernel reads (so that nobody waits longer than before), at most two rows a block, and a target whose blocks choose what they run ([`Cx::beside`]).
 //!
 //! Effect: a launch less. The head weights of the indexer (64 rows of a weight in bf16) fill a tenth of a large device, beside the latents'
 //! products (2240 rows in e4m3) they take no time of their own.

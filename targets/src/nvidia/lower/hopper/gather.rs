@@ -283,7 +283,7 @@ impl<'a> Emit<'a> {
         let own = self.swizzled(first, piece);
         let base = self.t.f.add(base, own);
         let apart = self.rows_at_once();
-        // Rows of half lines more: of the last line of each, half is another row's, which nobody asked for.
+        // Where rows end in the middle of a line of 256 bytes, its other half is another row's, which nobody asked for.
         let pitch = view_type(&self.s.types, view).and_then(|ty| ty.strides.first()).map_or(0, |s| s.bytes);
         let line = if pitch % 256 == 128 { 128 } else { 256 };
         for (i, (from, inside)) in sources.into_iter().enumerate() {
